@@ -1,0 +1,32 @@
+"""Package metadata of fd_fusion. Tool settings are in pyproject.toml."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "fd_fusion/__init__.py").read_text(), re.M).group(1)
+README = HERE / "README.md"
+
+# No extra names paddlepaddle-gpu: the newest one on PyPI is 2.6.2, which would overwrite the 3.x build that
+# FastDeploy runs on. Next to FastDeploy the command is `pip install --no-deps .`.
+CPU = ["paddlepaddle>=3.3", "triton>=3.3", "numpy", "safetensors", "tqdm"]
+
+setup(
+    name="fd_fusion",
+    version=VERSION,
+    description="All-reduce + residual + RMSNorm in one kernel, for PaddlePaddle and FastDeploy",
+    long_description=README.read_text(encoding="utf-8") if README.exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["fd_fusion", "fd_fusion.*"]),
+    install_requires=[],
+    extras_require={
+        "cpu": CPU,
+        "test": ["pytest>=8", "pytest-timeout", "pytest-cov", "ruff"],
+        "bench": ["matplotlib"],
+    },
+    entry_points={"console_scripts": ["fd-fusion = fd_fusion.__main__:main"]},
+)
