@@ -1,0 +1,162 @@
+"""Every reason why something is off, and every error, of the package: one table, in one place.
+
+A reason is a code, the facts that fill its sentence, and a remedy. `Report`, the command line and the README
+all read this table, so a reason cannot be told in two ways, and none can be missing from the documents.
+"""
+
+from __future__ import annotations
+
+import string
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A row of the table: `sentence` with {named} facts, and the `remedy` that a user can act on."""
+
+    sentence: str
+    remedy: str
+
+
+TABLE: dict[str, Entry] = {
+    # Whether fusion was asked for at all.
+    "not_asked": Entry(
+        "fusion was not asked for",
+        "set FD_FUSION_CONFIG='{{}}', pass --fusion-config, or give the model a FusionConfig",
+    ),
+    "kill_switch": Entry("FD_FUSION_DISABLE is set", "unset FD_FUSION_DISABLE to allow fusion"),
+    "disabled": Entry("{flag} is false in the fusion config", "set {flag} to true"),
+    "two_configs": Entry(
+        "layers of one model carry different fusion configs: {first} and {second}",
+        "give every layer of the model the same FusionConfig",
+    ),
+    # Whether a pair can have a Site.
+    "one_rank": Entry("one rank: there is nothing to reduce", "nothing to do"),
+    "no_pairs": Entry(
+        "no known (row-parallel linear, norm) pair in {model}", "see the README for the supported decoders"
+    ),
+    "groups_differ": Entry(
+        "producers of one norm reduce over different groups: {groups}", "use one tensor-parallel group for the block"
+    ),
+    "no_store": Entry(
+        "there is no store to vote over: {detail}", "start with paddle.distributed.launch and init_parallel_env()"
+    ),
+    # The vote.
+    "refused": Entry("rank {rank} refused: {why}", "mend the cause on that rank"),
+    "never_voted": Entry("rank {rank} never voted within {seconds} s", "see the log of rank {rank}"),
+    "gave_up": Entry("rank {rank} gathered the votes too late: other ranks had given up waiting", "see the log of rank {rank}"),
+    "structure_differs": Entry(
+        "rank {rank} built another model: {detail}", "start every rank with the same model, config and versions"
+    ),
+    # The proving pass.
+    "not_proven": Entry("the proving pass has not run yet", "run one forward in eager mode"),
+    "unmatched": Entry(
+        "{site}: {handed} hand-overs and {finished} finishes in the proving pass, expected one of each",
+        "the model's data flow is not the one that this pair expects: report it with the model's class",
+    ),
+    "residual_differs": Entry(
+        "{site}: the residual differs between ranks, so a reduction before it is missing",
+        "check the reductions of the blocks before this site",
+    ),
+    "already_reduced": Entry(
+        "{site}: every rank handed over the same bits, so the sum was reduced before",
+        "remove the block's own all-reduce, or leave the pair unbound",
+    ),
+    "proof_failed": Entry(
+        "{site}: fused and stock results differ by {error}, more than {budget} of {output}",
+        "report it with the output of `python -m fd_fusion doctor`",
+    ),
+    "outputs_differ": Entry(
+        "the model's output {output} differs from stock by {error}, more than {budget}",
+        "a partial sum is read outside its pair: report it with the model's class",
+    ),
+    "proof_raised": Entry("{site}: the fused call raised {error}", "see the log of this rank"),
+    "forward_raised": Entry("the first forward after bind raised {error}", "see the log of this rank"),
+    # Using a Site.
+    "double_hand_over": Entry(
+        "{site}: a second partial sum was handed over before the first was finished",
+        "the norm of this pair did not run: unbind the model or report its class",
+    ),
+    "other_tensor": Entry(
+        "{site}: finish() got another tensor than the one handed over",
+        "something changed the partial sum between the linear and the norm: unbind the model or report its class",
+    ),
+    "nothing_handed_over": Entry(
+        "{site}: finish() was called with nothing handed over", "run the pair's linear before its norm"
+    ),
+    "two_users": Entry(
+        "{site}: used by {second} while {first} had not finished",
+        "run a bound model from one thread and one stream at a time",
+    ),
+    "too_many_rows": Entry("T={rows} is above the limit of {limit} rows", "raise max_token_num, or tune the limit"),
+    "no_rows": Entry("T=0: there is nothing to compute", "nothing to do"),
+    "tracing": Entry("the proving pass runs in eager mode only", "run one eager forward before capture"),
+    # Backends.
+    "no_paddle": Entry("Paddle cannot be imported: {detail}", 'pip install "paddlepaddle>=3.3"'),
+    "old_paddle": Entry("Paddle {got} is older than {need}", "install Paddle {need} or newer"),
+    "no_triton": Entry("Triton cannot be imported: {detail}", 'pip install "triton>=3.3"'),
+    "unknown_backend": Entry("there is no backend {name!r}", "choose one of {allowed}"),
+    "dtype": Entry("dtype {got} is not one of {allowed}", "use one of {allowed}"),
+    "world_size": Entry("{got} ranks; this backend takes {allowed}", "choose another tensor-parallel size"),
+    "hidden_size": Entry("hidden size {got} is not {need}", "pad the hidden size, or leave this pair unfused"),
+    "deterministic": Entry(
+        "deterministic mode is on and the {backend} backend is not batch invariant", "name the triton backend"
+    ),
+    "open_failed": Entry("the workspace could not be opened: {error}", "see the log of this rank"),
+    "dead_group": Entry(
+        "a fused call ran out of time: op {op}, row {row}, epoch {epoch}, missing rank {missing}",
+        "restart the ranks, or call reset() on every rank",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Why something is off: a code of `TABLE` and the facts of its sentence. `str()` gives the sentence."""
+
+    code: str
+    facts: tuple[tuple[str, Any], ...] = ()
+
+    def __str__(self) -> str:
+        return TABLE[self.code].sentence.format(**dict(self.facts))
+
+    @property
+    def remedy(self) -> str:
+        return TABLE[self.code].remedy.format(**dict(self.facts))
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"code": self.code, "facts": dict(self.facts), "text": str(self), "remedy": self.remedy}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Reason:
+        return because(data["code"], **data["facts"])
+
+
+def because(code: str, **facts: Any) -> Reason:
+    """Make a `Reason`. An unknown code or a missing fact is our own mistake and asserts at once."""
+    entry = TABLE.get(code)
+    assert entry is not None, f"no reason {code!r} in the table"
+    fields = {f for text in (entry.sentence, entry.remedy) for _, f, _, _ in string.Formatter().parse(text) if f}
+    assert fields == set(facts), f"reason {code!r} takes {sorted(fields)}, got {sorted(facts)}"
+    return Reason(code, tuple(sorted(facts.items())))
+
+
+class FusionError(RuntimeError):
+    """An error of this package. `reason` says what and what to do."""
+
+    def __init__(self, reason: Reason):
+        super().__init__(f"fd_fusion: {reason}. {reason.remedy[:1].upper()}{reason.remedy[1:]}.")
+        self.reason = reason
+
+
+class HandOverError(FusionError):
+    """A partial sum was handed over and not finished, or finished and not handed over."""
+
+
+class BindError(FusionError):
+    """`bind` failed under `strict` or for a named backend; raised on all ranks alike, after the vote."""
+
+
+class FusionTimeout(FusionError):
+    """A fused call ran out of time: a rank is missing. The workspace is dead until a collective reset."""
