@@ -1,4 +1,4 @@
-"""The demo's checkpoint: GLM-4.5's weight names in safetensors, written at random and read a rank's shard at a time."""
+"""The demo's checkpoint: GLM-4.5's weight names in safetensors, written at random, read a rank's shard at a time."""
 
 from __future__ import annotations
 
@@ -90,7 +90,11 @@ class Checkpoint:
                 if shapes.get(name, weight.shape) != weight.shape
             ],
         }
-        found = [f"{_first(names)} {what}" if what != "misshapen" else _first(names) for what, names in faults.items() if names]
+        found = [
+            f"{_first(names)} {what}" if what != "misshapen" else _first(names)
+            for what, names in faults.items()
+            if names
+        ]
         if found:
             raise ValueError(
                 f"checkpoint {self.folder}: {'; '.join(found)}; give a checkpoint whose weights fit its config.json"
@@ -106,7 +110,9 @@ def _read_config(folder: Path) -> dict:
     try:
         return json.loads((folder / "config.json").read_text())
     except (OSError, ValueError) as error:
-        raise ValueError(f"checkpoint {folder}: config.json cannot be read: {error}; give a folder that has one") from None
+        raise ValueError(
+            f"checkpoint {folder}: config.json cannot be read: {error}; give a folder that has one"
+        ) from None
 
 
 def _read_header(file: Path) -> dict[str, Stored]:

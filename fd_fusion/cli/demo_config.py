@@ -56,7 +56,9 @@ class DecoderConfig:
                 f"{self.n_routed_experts}; choose fewer experts a token"
             )
         if self.rotary_dim % 2:
-            raise ValueError(f"head_dim = {self.head_dim}: its rotary part, {self.rotary_dim}, is odd; use another size")
+            raise ValueError(
+                f"head_dim = {self.head_dim}: its rotary part, {self.rotary_dim}, is odd; use another size"
+            )
 
     @property
     def rotary_dim(self) -> int:

@@ -73,7 +73,9 @@ class DemoAttention(nn.Layer):
 def _rotate(x: paddle.Tensor, angles: paddle.Tensor) -> paddle.Tensor:
     """Rotate the first 2n dimensions of each head, dimension i with i + n; x [T, heads, D], angles [T, n]."""
     n = angles.shape[-1]
-    a, b, rest = x.split([n, n, x.shape[-1] - 2 * n], axis=-1) if x.shape[-1] > 2 * n else (*x.split(2, axis=-1), None)
+    a, b, rest = (
+        x.split([n, n, x.shape[-1] - 2 * n], axis=-1) if x.shape[-1] > 2 * n else (*x.split(2, axis=-1), None)
+    )
     cos, sin = angles.cos().unsqueeze(1), angles.sin().unsqueeze(1)
     parts = [a * cos - b * sin, b * cos + a * sin]
     return paddle.concat(parts if rest is None else [*parts, rest], axis=-1)

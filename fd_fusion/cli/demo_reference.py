@@ -68,7 +68,9 @@ class ReferenceDecoder:
         config = self.checkpoint.config
         half = config.rotary_dim // 2
         angle = np.arange(len(x))[:, None] / config.rope_theta ** (np.arange(half) / half)
-        turned = (x[:, :half] + 1j * x[:, half : 2 * half]) * np.exp(1j * angle).astype(np.result_type(self.dtype, np.complex64))
+        turned = (x[:, :half] + 1j * x[:, half : 2 * half]) * np.exp(1j * angle).astype(
+            np.result_type(self.dtype, np.complex64)
+        )
         return np.concatenate([turned.real, turned.imag, x[:, 2 * half :]], axis=1).astype(self.dtype)
 
     def _mlp(self, x: np.ndarray, prefix: str) -> np.ndarray:
