@@ -19,6 +19,8 @@ from fd_fusion.layers.qk_rms_norm import QKRMSNorm
 from fd_fusion.layers.rms_norm import RMSNorm
 from fd_fusion.layers.row_parallel_linear import RowParallelLinear, reduce_or_hand_over
 
+Turn = tuple[paddle.Tensor, paddle.Tensor]  # cos and sin of each position's angles, [T, 1, rotary dim / 2]
+
 
 class KVCache:
     """Keys and values of one sequence: for each layer [S, kv heads of this rank, D], grown at its end."""
@@ -53,15 +55,15 @@ class DemoAttention(nn.Layer):
         if config.use_qk_norm:
             self.qk_norm = QKRMSNorm(size, self.heads, self.kv_heads, config.rms_norm_eps)
 
-    def forward(self, x: paddle.Tensor, angles: paddle.Tensor, cache: KVCache) -> paddle.Tensor:
-        """x [T, H], angles [T, rotary dim / 2] -> [T, H]."""
+    def forward(self, x: paddle.Tensor, turn: Turn, cache: KVCache) -> paddle.Tensor:
+        """x [T, H] -> [T, H]."""
         qkv = paddle.concat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], axis=-1)
         if self.qk_norm is not None:
             qkv = self.qk_norm(qkv)
         heads = qkv.reshape([x.shape[0], -1, self.head_dim])  # [T, q|k|v heads, D]
         q, k, v = heads.split([self.heads, self.kv_heads, self.kv_heads], axis=1)
-        k, v = cache.append(self.layer, _rotate(k, angles), v)
-        q, k, v = (t.transpose([1, 0, 2]) for t in (_rotate(q, angles), k, v))  # [heads, T or S, D]
+        k, v = cache.append(self.layer, _rotate(k, turn), v)
+        q, k, v = (t.transpose([1, 0, 2]) for t in (_rotate(q, turn), k, v))  # [heads, T or S, D]
         k, v = (t.repeat_interleave(self.heads // self.kv_heads, axis=0) for t in (k, v))
         rows, keys = q.shape[1], k.shape[1]
         later = paddle.triu(paddle.full([rows, keys], float("-inf")), diagonal=keys - rows + 1)
@@ -70,15 +72,12 @@ class DemoAttention(nn.Layer):
         return self.o_proj(out.transpose([1, 0, 2]).reshape([rows, -1]))
 
 
-def _rotate(x: paddle.Tensor, angles: paddle.Tensor) -> paddle.Tensor:
-    """Rotate the first 2n dimensions of each head, dimension i with i + n; x [T, heads, D], angles [T, n]."""
-    n = angles.shape[-1]
-    a, b, rest = (
-        x.split([n, n, x.shape[-1] - 2 * n], axis=-1) if x.shape[-1] > 2 * n else (*x.split(2, axis=-1), None)
-    )
-    cos, sin = angles.cos().unsqueeze(1), angles.sin().unsqueeze(1)
-    parts = [a * cos - b * sin, b * cos + a * sin]
-    return paddle.concat(parts if rest is None else [*parts, rest], axis=-1)
+def _rotate(x: paddle.Tensor, turn: Turn) -> paddle.Tensor:
+    """Rotate the first 2n dimensions of each head, dimension i with i + n; x [T, heads, D]."""
+    cos, sin = turn  # [T, 1, n]
+    n = cos.shape[-1]
+    a, b, rest = x[..., :n], x[..., n : 2 * n], x[..., 2 * n :]
+    return paddle.concat([a * cos - b * sin, b * cos + a * sin, rest], axis=-1)
 
 
 class DemoMLP(nn.Layer):
@@ -148,10 +147,10 @@ class DemoDecoderLayer(nn.Layer):
         self.post_attention_layernorm = RMSNorm(hidden, eps)
         self.mlp = DemoMLP(hidden, config.intermediate_size) if config.is_dense(layer) else DemoMoE(config)
 
-    def forward(self, x, residual, angles, cache):
+    def forward(self, x, residual, turn, cache):
         """x is the last block's output, not yet added to the residual; both [T, H]."""
         x, residual = self.input_layernorm(x, residual)
-        x, residual = self.post_attention_layernorm(self.self_attn(x, angles, cache), residual)
+        x, residual = self.post_attention_layernorm(self.self_attn(x, turn, cache), residual)
         return self.mlp(x), residual
 
 
@@ -168,11 +167,13 @@ class DemoDecoder(nn.Layer):
         rotary = self.config.rotary_dim
         steps = self.config.rope_theta ** (-paddle.arange(0, rotary, 2, dtype="float64") / rotary)
         positions = paddle.arange(cache.length, cache.length + tokens.shape[0], dtype="float64")
-        angles = (positions.unsqueeze(1) * steps).astype("float32")  # [T, rotary / 2]
+        # In float64, since float32 has few digits left for the angle of a late position.
+        angles = (positions.unsqueeze(1) * steps).unsqueeze(1)  # [T, 1, rotary / 2]
+        turn = angles.cos().astype("float32"), angles.sin().astype("float32")
         cache.length += tokens.shape[0]
         x, residual = self.embed_tokens(tokens), None
         for layer in self.layers:
-            x, residual = layer(x, residual, angles, cache)
+            x, residual = layer(x, residual, turn, cache)
         return self.norm(x, residual)[0]
 
 

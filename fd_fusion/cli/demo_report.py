@@ -24,8 +24,7 @@ def judge(config: DecoderConfig, nproc: int, truth: Truth, results: list[dict[st
     The budget is that of the package's tests: twice the error of a plain float32 run, and one unit in the last place.
     """
     logits = {run: [_unpack(result[run]["logits"], truth) for result in results] for run in RUNS}
-    plain_error = float(np.abs(truth.plain - truth.logits).max())
-    allowed = float(budget(plain_error, "float32", float(np.abs(truth.logits).max())))
+    allowed = float(budget(truth.plain_error, "float32", float(np.abs(truth.logits).max())))
     errors = {run: max(_difference(one, truth.logits) for one in logits[run]) for run in RUNS}
     equal = {run: all(one.tobytes() == logits[run][0].tobytes() for one in logits[run]) for run in RUNS}
     weights = {when: all(result["weights"][when] for result in results) for when in ("bound", "unbound")}
@@ -37,7 +36,7 @@ def judge(config: DecoderConfig, nproc: int, truth: Truth, results: list[dict[st
         "decoder": dataclasses.asdict(config),
         "report": report,
         "calls": dict(calls),
-        "difference": {**errors, "plain": plain_error},
+        "difference": {**errors, "plain": truth.plain_error},
         "budget": allowed,
         "step_ms": {run: max(float(np.median(result[run]["ms"][1:])) for result in results) for run in RUNS},
         "prefill_ms": {run: max(result[run]["ms"][0] for result in results) for run in RUNS},
