@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import fd_fusion
@@ -60,11 +60,10 @@ def watch(launcher: subprocess.Popen, folder: Path, nproc: int, limit_s: float, 
             return
         done = [int(_read(folder / f"progress.{rank}") or 0) for rank in range(nproc)]
         show(min(done))
-        if sum(done) != last:
+        if sum(done) != last or not (folder / "tokens.json").exists():  # until then they may be waiting for us
             moved, last = time.monotonic(), sum(done)
         elif time.monotonic() - moved > limit_s:
-            rank = left[0] if left else 0
-            rank = min(left, key=lambda rank: done[rank], default=rank)
+            rank = min(left, key=lambda rank: done[rank], default=0)
             raise RunFailed(f"no rank got on for {limit_s:g} s; rank {rank} is behind{_log_of(folder, rank)}")
         time.sleep(_POLL_S)
 
@@ -81,6 +80,17 @@ def _raise_if_failed(folder: Path, left: list[int]) -> None:
         raise RunFailed(f"rank {rank} failed: {_read(folder / f'error.{rank}')}")
     if dead:
         raise RunFailed(f"rank {dead[0]} was ended from outside{_log_of(folder, dead[0])}")
+
+
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """While cleaning up, a second Ctrl-C is ignored."""
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def stop(launcher: subprocess.Popen | None, folder: Path) -> None:
