@@ -96,7 +96,12 @@ def made_up():
     }
     run = {"logits": logits.tobytes().hex(), "ms": [2.0, 1.0]}
     weights = {"bound": True, "unbound": True}
-    result = {"report": {**report, "off": None}, "weights": weights, "stock": run, "bound": run}
+    result = {
+        "report": {**report, "off": None, "qk_fused": [], "qk_stock": {}},
+        "weights": weights,
+        "stock": run,
+        "bound": run,
+    }
     return Truth([0, 1], logits.astype(np.float64), 1e-7, 0.1), [result, json.loads(json.dumps(result))]
 
 
