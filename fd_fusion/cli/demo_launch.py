@@ -54,7 +54,7 @@ def watch(launcher: subprocess.Popen, folder: Path, nproc: int, limit_s: float, 
         ended = launcher.poll() is not None
         left = [rank for rank in range(nproc) if not (folder / f"result.{rank}").exists()]
         _raise_if_failed(folder, left)
-        if ended and left:
+        if ended and (left or launcher.returncode):
             raise RunFailed(f"the launcher ended with code {launcher.returncode}{tail(folder / 'launcher.log')}")
         if ended:
             return
@@ -63,8 +63,10 @@ def watch(launcher: subprocess.Popen, folder: Path, nproc: int, limit_s: float, 
         if sum(done) != last or not (folder / "tokens.json").exists():  # until then they may be waiting for us
             moved, last = time.monotonic(), sum(done)
         elif time.monotonic() - moved > limit_s:
-            rank = min(left, key=lambda rank: done[rank], default=0)
-            raise RunFailed(f"no rank got on for {limit_s:g} s; rank {rank} is behind{_log_of(folder, rank)}")
+            stopped = [rank for rank in left if _state(int(_read(folder / f"pid.{rank}") or 0)) == "T"]
+            rank = min(stopped or left, key=lambda rank: done[rank], default=0)
+            how = "is stopped" if stopped else "is behind"
+            raise RunFailed(f"no rank got on for {limit_s:g} s; rank {rank} {how}{_log_of(folder, rank)}")
         time.sleep(_POLL_S)
 
 
@@ -77,7 +79,7 @@ def _raise_if_failed(folder: Path, left: list[int]) -> None:
         raise RunFailed(f"rank {silent[0]} died{_log_of(folder, silent[0])}")
     if told:
         rank = min(told, key=lambda rank: (folder / f"error.{rank}").stat().st_mtime_ns)
-        raise RunFailed(f"rank {rank} failed: {_read(folder / f'error.{rank}')}")
+        raise RunFailed(f"rank {rank} failed: {_read(folder / f'error.{rank}').removeprefix('fd_fusion: ')}")
     if dead:
         raise RunFailed(f"rank {dead[0]} was ended from outside{_log_of(folder, dead[0])}")
 
@@ -120,8 +122,12 @@ def _alive(pid: int) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    state = _read(Path(f"/proc/{pid}/stat"))
-    return not state or state.rpartition(")")[2].split()[0] != "Z"
+    return _state(pid) != "Z"
+
+
+def _state(pid: int) -> str:
+    """The letter of Linux: R, S, T (stopped), Z (ended) ...; empty where that cannot be had."""
+    return _read(Path(f"/proc/{pid}/stat")).rpartition(")")[2].strip()[:1]
 
 
 def _read(path: Path) -> str:
