@@ -110,7 +110,6 @@ TABLE: dict[str, Entry] = {
     "no_paddle": Entry("Paddle cannot be imported: {detail}", 'pip install "paddlepaddle>=3.3"'),
     "old_paddle": Entry("Paddle {got} is older than {need}", "install Paddle {need} or newer"),
     "no_triton": Entry("Triton cannot be imported: {detail}", 'pip install "triton>=3.3"'),
-    "unknown_backend": Entry("there is no backend {name!r}", "choose one of {allowed}"),
     "backend_failed": Entry(
         "the {backend} backend cannot be used: {error}", "mend its package, or name another backend"
     ),
