@@ -37,17 +37,23 @@ TABLE: dict[str, Entry] = {
         "no known (row-parallel linear, norm) pair in {model}", "see the README for the supported decoders"
     ),
     "groups_differ": Entry(
-        "producers of one norm reduce over different groups: {groups}", "use one tensor-parallel group for the block"
+        "producers of one norm reduce over different groups: {groups}",
+        "use one tensor-parallel group for the block",
     ),
     "no_store": Entry(
-        "there is no store to vote over: {detail}", "start with paddle.distributed.launch and init_parallel_env()"
+        "there is no store to vote over: {detail}",
+        "start with paddle.distributed.launch and init_parallel_env()",
     ),
     # The vote.
     "refused": Entry("rank {rank} refused: {why}", "mend the cause on that rank"),
     "never_voted": Entry("rank {rank} never voted within {seconds} s", "see the log of rank {rank}"),
-    "gave_up": Entry("rank {rank} gathered the votes too late: other ranks had given up waiting", "see the log of rank {rank}"),
+    "gave_up": Entry(
+        "rank {rank} gathered the votes too late: other ranks had given up waiting",
+        "see the log of rank {rank}",
+    ),
     "structure_differs": Entry(
-        "rank {rank} built another model: {detail}", "start every rank with the same model, config and versions"
+        "rank {rank} built another model: {detail}",
+        "start every rank with the same model, config and versions",
     ),
     # The proving pass.
     "not_proven": Entry("the proving pass has not run yet", "run one forward in eager mode"),
@@ -89,7 +95,9 @@ TABLE: dict[str, Entry] = {
         "{site}: used by {second} while {first} had not finished",
         "run a bound model from one thread and one stream at a time",
     ),
-    "too_many_rows": Entry("T={rows} is above the limit of {limit} rows", "raise max_token_num, or tune the limit"),
+    "too_many_rows": Entry(
+        "T={rows} is above the limit of {limit} rows", "raise max_token_num, or tune the limit"
+    ),
     "no_rows": Entry("T=0: there is nothing to compute", "nothing to do"),
     "tracing": Entry("the proving pass runs in eager mode only", "run one eager forward before capture"),
     # Backends.
@@ -99,7 +107,9 @@ TABLE: dict[str, Entry] = {
     "unknown_backend": Entry("there is no backend {name!r}", "choose one of {allowed}"),
     "dtype": Entry("dtype {got} is not one of {allowed}", "use one of {allowed}"),
     "world_size": Entry("{got} ranks; this backend takes {allowed}", "choose another tensor-parallel size"),
-    "hidden_size": Entry("hidden size {got} is not {need}", "pad the hidden size, or leave this pair unfused"),
+    "hidden_size": Entry(
+        "hidden size {got} is not {need}", "pad the hidden size, or leave this pair unfused"
+    ),
     "deterministic": Entry(
         "deterministic mode is on and the {backend} backend is not batch invariant", "name the triton backend"
     ),
@@ -137,7 +147,9 @@ def because(code: str, **facts: Any) -> Reason:
     """Make a `Reason`. An unknown code or a missing fact is our own mistake and asserts at once."""
     entry = TABLE.get(code)
     assert entry is not None, f"no reason {code!r} in the table"
-    fields = {f for text in (entry.sentence, entry.remedy) for _, f, _, _ in string.Formatter().parse(text) if f}
+    fields = {
+        f for text in (entry.sentence, entry.remedy) for _, f, _, _ in string.Formatter().parse(text) if f
+    }
     assert fields == set(facts), f"reason {code!r} takes {sorted(fields)}, got {sorted(facts)}"
     return Reason(code, tuple(sorted(facts.items())))
 
