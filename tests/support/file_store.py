@@ -1,4 +1,4 @@
-"""A key-value store in a folder, for tests with plain processes: no launcher, no port, nothing to time out."""
+"""A key-value store in a folder, for tests with plain processes: no launcher and no port."""
 
 import fcntl
 import os
@@ -7,7 +7,7 @@ from urllib.parse import quote
 
 
 class FileStore:
-    """`set`, `get` and an atomic `add`, as `fd_fusion.comm.group.Store` asks. `get` blocks for no key: it raises."""
+    """`set`, `get` and an atomic `add`: a `fd_fusion.comm.group.Store`. `get` of a key that is not set raises."""
 
     def __init__(self, folder):
         self.folder = Path(folder)
