@@ -17,6 +17,19 @@ A head's bits depend on the head and the weight alone, for two reasons:
 import triton
 import triton.language as tl
 
+try:
+    from triton.language.extra.cuda import gdc_wait
+except ImportError:  # before Triton 3.5
+    gdc_wait = None
+
+NUM_WARPS = 8
+
+
+def tile(head_dim: int, item_bytes: int) -> dict[str, int]:
+    """The constants of a launch: one 16-byte vector a thread. They never depend on T."""
+    log2_width = (head_dim - 1).bit_length()
+    return {"LOG2_WIDTH": log2_width, "HEADS": max(1, NUM_WARPS * 32 * 16 // (item_bytes << log2_width))}
+
 
 @triton.jit
 def sum_by_halves(x, ROWS: tl.constexpr, WIDTH: tl.constexpr, LOG2_WIDTH: tl.constexpr):
@@ -56,7 +69,10 @@ def qk_rms_norm_kernel(
     HEADS: tl.constexpr,
     IN_PLACE: tl.constexpr,
     ROUND_BY_HAND: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    if PDL:  # launched before the kernel in front has ended: wait for the end of it, then read
+        gdc_wait()
     WIDTH: tl.constexpr = 1 << LOG2_WIDTH
     ROW_HEADS: tl.constexpr = Q_HEADS + KV_HEADS
     item = tl.program_id(0) * HEADS + tl.arange(0, HEADS)[:, None]
