@@ -137,18 +137,25 @@ def _launcher(
 
 def _compile(kernels: Any, types: list[str], constants: dict[str, Any], aligned: bool) -> Any:
     """Compile and load for the current device; sets constants["PDL"]."""
-    from triton.backends.nvidia.compiler import CUDAOptions
-
     options: dict[str, Any] = {"num_warps": kernels.NUM_WARPS, "enable_fp_fusion": False}
     address, stride = (16, 16) if aligned else (2, 2)  # all that Triton looks at is whether 16 divides them
     with triton_driver():
-        from triton.runtime.driver import driver
-
-        can = kernels.gdc_wait is not None and hasattr(CUDAOptions, "launch_pdl")
-        wanted = os.environ.get("FD_ENABLE_PDL", "1") != "0"  # the host's own switch, its default too
-        if can and wanted and driver.active.get_current_target().arch >= 90:
+        if uses_pdl():
             constants["PDL"] = options["launch_pdl"] = True
         pointers = [Pointer(address, name) for name in types]
         compiled = kernels.qk_rms_norm_kernel.warmup(*pointers, 2, *[stride] * 3, grid=(1,), **constants, **options)
         compiled._init_handles()
     return compiled
+
+
+def uses_pdl() -> bool:
+    """Whether launches use programmatic dependent launch: start while the kernel in front drains, wait for its
+    end before the first read. From sm_90 on, where Triton has it, unless the host's own FD_ENABLE_PDL is 0."""
+    from triton.backends.nvidia.compiler import CUDAOptions
+    from triton.runtime.driver import driver
+
+    from fd_fusion.kernels.qk_norm import gdc_wait
+
+    if gdc_wait is None or not hasattr(CUDAOptions, "launch_pdl") or os.environ.get("FD_ENABLE_PDL") == "0":
+        return False
+    return driver.active.get_current_target().arch >= 90
