@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from pathlib import Path
@@ -33,8 +34,8 @@ def percent(cell: dict[str, Any], copy_gbps: float, key: str = "us") -> float:
     return 100 * cell["bytes"] / cell[key] / 1e3 / copy_gbps
 
 
-def speed_up(cell: dict[str, Any]) -> float:
-    return cell["reference_us"] / max(cell["us"], 1e-3)  # a difference of two times can come out as nothing
+def speed_up(cell: dict[str, Any], key: str = "us") -> float:
+    return cell["reference_us"] / max(cell[key], 1e-3)  # a difference of two times can come out as nothing
 
 
 def _goals(result: dict[str, Any]) -> list[str]:
@@ -45,26 +46,23 @@ def _goals(result: dict[str, Any]) -> list[str]:
         "| way | times faster, T 64-2048 | T < 64 | T > 2048 | slowest cell, ours / reference |",
         "|---|---|---|---|---|",
     ]
-    for way in WAYS:
+    spans = ((64, 2048), (1, 63), (2049, 1 << 30))
+    for way, key in itertools.product(WAYS, ("us", "no_pdl_us")):
         cells = [cell for cell in result["cells"] if cell["way"] == way]
-        if not cells:
-            continue
-        middle, small, large = (
-            [speed_up(c) for c in cells if low <= c["T"] <= high]
-            for low, high in ((64, 2048), (1, 63), (2049, 1 << 30))
-        )
-        means = [
-            f"{math.exp(statistics.mean(map(math.log, some))):.3f}" if some else "" for some in (middle, small, large)
-        ]
-        worst = min(cells, key=speed_up)
-        where = f"{1 / speed_up(worst):.3f} ({worst['q']}/{worst['kv']}, T={worst['T']})"
-        lines.append(f"| {way} | {' | '.join(means)} | {where} |")
+        means = []
+        for low, high in spans:
+            some = [math.log(speed_up(cell, key)) for cell in cells if low <= cell["T"] <= high]
+            means.append(f"{math.exp(statistics.mean(some)):.3f}" if some else "")
+        worst = min(cells, key=lambda cell, key=key: speed_up(cell, key))
+        where = f"{1 / speed_up(worst, key):.3f} ({worst['q']}/{worst['kv']}, T={worst['T']})"
+        name = way if key == "us" else f"{way}, without PDL"
+        lines.append(f"| {name} | {' | '.join(means)} | {where} |")
     return lines
 
 
 def _table(cells: list[dict[str, Any]], copy_gbps: float) -> list[str]:
     """A row for each (heads, T)."""
-    names = [n for n in ("gemm_us", "us", "reference_us", "touch_us", "same_copy_us") if n in cells[0]]
+    names = [n for n in ("gemm_us", "us", "no_pdl_us", "reference_us", "touch_us", "same_copy_us") if n in cells[0]]
     compared = "reference_us" in names
     head = ["heads", "T", *(n.replace("_us", " us").replace("_", " ") for n in names)]
     rated = ("us", "touch_us") if cells[0]["way"] != "gemm" else ()
