@@ -41,7 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     result = json.loads(args.render.read_text()) if args.render else measure(args)
     if args.output:
-        args.output.write_text(json.dumps(result, indent=1) + "\n")
+        cells = ",\n  ".join(map(json.dumps, result["cells"]))  # a line each
+        rest = json.dumps({name: value for name, value in result.items() if name != "cells"}, indent=1)
+        args.output.write_text(f'{rest[:-2]},\n "cells": [\n  {cells}\n ]\n}}\n')
     print(tables(result))
     if args.plot:
         draw(result, args.plot)
