@@ -82,7 +82,7 @@ def _rows(tensor: Any, name: str, width: int, rows: int | None = None, dtype: An
     stride = tensor.stride()
     if stride[1] != 1 and shape[0]:  # Paddle's strides of an empty tensor mean nothing
         raise ValueError(f"qk_rms_norm: {name} has strides {list(stride)}, expected [any, 1]: make it contiguous")
-    return shape[0], stride[0]
+    return shape[0], stride[0] if shape[0] > 1 else 0  # one row's stride is anything
 
 
 @functools.cache
