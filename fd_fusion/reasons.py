@@ -137,6 +137,10 @@ TABLE: dict[str, Entry] = {
     "workspace_small": Entry(
         "the workspace needs {need} bytes and may have {got}", "raise workspace_mb in the fusion config"
     ),
+    "aborted": Entry(
+        "another rank ran out of time in a fused call and ended it for the whole group",
+        "see the logs of the other ranks; restart the ranks, or call reset() on every rank",
+    ),
     "closed": Entry("the workspace is closed", "bind the model again"),
     "open_failed": Entry("the workspace could not be opened: {error}", "see the log of this rank"),
     "dead_group": Entry(
