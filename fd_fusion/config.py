@@ -51,16 +51,10 @@ class FusionConfig:
             _require(isinstance(getattr(self, key), bool), key, getattr(self, key), "true or false")
         _require(self.backend in BACKENDS, "backend", self.backend, f"one of {', '.join(BACKENDS)}")
         limit = self.max_token_num
-        _require(
-            limit is None or _is_int(limit, 1, 2**31 - 1), "max_token_num", limit, "null or an integer from 1"
-        )
-        _require(
-            _is_int(self.workspace_mb, 1, 65536), "workspace_mb", self.workspace_mb, "an integer, 1 to 65536"
-        )
+        _require(limit is None or _is_int(limit, 1, 2**31 - 1), "max_token_num", limit, "null or an integer from 1")
+        _require(_is_int(self.workspace_mb, 1, 65536), "workspace_mb", self.workspace_mb, "an integer, 1 to 65536")
         time_ok = isinstance(self.timeout_s, (int, float)) and not isinstance(self.timeout_s, bool)
-        _require(
-            time_ok and 0.1 <= self.timeout_s <= 3600, "timeout_s", self.timeout_s, "a number, 0.1 to 3600"
-        )
+        _require(time_ok and 0.1 <= self.timeout_s <= 3600, "timeout_s", self.timeout_s, "a number, 0.1 to 3600")
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> FusionConfig:
@@ -79,9 +73,7 @@ class FusionConfig:
         try:
             data = json.loads(text)
         except json.JSONDecodeError as error:
-            raise ValueError(
-                f"fusion config: {text!r} is not JSON: {error}; expected an object like {{}}"
-            ) from None
+            raise ValueError(f"fusion config: {text!r} is not JSON: {error}; expected an object like {{}}") from None
         return cls.from_dict(data)
 
     def to_dict(self) -> dict[str, Any]:

@@ -95,9 +95,7 @@ TABLE: dict[str, Entry] = {
         "{site}: used by {second} while {first} had not finished",
         "run a bound model from one thread and one stream at a time",
     ),
-    "too_many_rows": Entry(
-        "T={rows} is above the limit of {limit} rows", "raise max_token_num, or tune the limit"
-    ),
+    "too_many_rows": Entry("T={rows} is above the limit of {limit} rows", "raise max_token_num, or tune the limit"),
     "no_rows": Entry("T=0: there is nothing to compute", "nothing to do"),
     "tracing": Entry("the proving pass runs in eager mode only", "run one eager forward before capture"),
     # Backends.
@@ -107,9 +105,7 @@ TABLE: dict[str, Entry] = {
     "unknown_backend": Entry("there is no backend {name!r}", "choose one of {allowed}"),
     "dtype": Entry("dtype {got} is not one of {allowed}", "use one of {allowed}"),
     "world_size": Entry("{got} ranks; this backend takes {allowed}", "choose another tensor-parallel size"),
-    "hidden_size": Entry(
-        "hidden size {got} is not {need}", "pad the hidden size, or leave this pair unfused"
-    ),
+    "hidden_size": Entry("hidden size {got} is not {need}", "pad the hidden size, or leave this pair unfused"),
     "deterministic": Entry(
         "deterministic mode is on and the {backend} backend is not batch invariant", "name the triton backend"
     ),
@@ -176,9 +172,7 @@ def because(code: str, **facts: Any) -> Reason:
     """Make a `Reason`. An unknown code or a missing fact is our own mistake and asserts at once."""
     entry = TABLE.get(code)
     assert entry is not None, f"no reason {code!r} in the table"
-    fields = {
-        f for text in (entry.sentence, entry.remedy) for _, f, _, _ in string.Formatter().parse(text) if f
-    }
+    fields = {f for text in (entry.sentence, entry.remedy) for _, f, _, _ in string.Formatter().parse(text) if f}
     assert fields == set(facts), f"reason {code!r} takes {sorted(fields)}, got {sorted(facts)}"
     return Reason(code, tuple(sorted(facts.items())))
 

@@ -9,7 +9,10 @@ This module knows no framework: tensors are opaque to it, and what it calls is g
 
 from __future__ import annotations
 
+import itertools
+import math
 import threading
+import weakref
 from collections import Counter
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
@@ -20,6 +23,10 @@ from fd_fusion.reasons import HandOverError, Reason, because
 Tensor = Any
 Finished = tuple[Tensor, Tensor]  # (norm_out, residual_out)
 Norm = Callable[[Tensor, Tensor], Finished]
+
+# A traced graph can hold no Python object: there a site goes by its number.
+_numbers = itertools.count(1)
+by_number: weakref.WeakValueDictionary[int, Site] = weakref.WeakValueDictionary()
 
 
 @dataclass(frozen=True)
@@ -55,6 +62,8 @@ class Site:
     ):
         self.name = name
         self.limit = limit
+        self.number = next(_numbers)
+        by_number[self.number] = self
         self.calls: Counter[str] = Counter()  # by "fused", or the code of the reason why not
         self._fused, self._reduce, self._norm, self._user = fused, reduce, norm, user
         self._proven = False
@@ -104,11 +113,11 @@ class Site:
         return self.complete(partial, residual, norm)
 
     def complete(self, partial: Tensor, residual: Tensor | None, norm: Norm | None = None) -> Finished:
-        """Finish a partial sum [T, H]: one kernel if `fuses(T)`, else all-reduce and the stock norm.
+        """Finish a partial sum [..., H] of T rows: one kernel if `fuses(T)`, else all-reduce and the stock norm.
 
         A failure inside the fused call is raised, never retried: the other ranks are already waiting.
         """
-        rows = partial.shape[0]
+        rows = math.prod(partial.shape[:-1])
         if self.fuses(rows):
             self.calls["fused"] += 1
             return self._fused(partial, residual)
@@ -119,7 +128,7 @@ class Site:
 
     def stock(self, partial: Tensor, residual: Tensor | None, norm: Norm) -> Finished:
         """All-reduce, then the host's norm: what the host does without us, bit for bit."""
-        return norm(self._reduce(partial) if partial.shape[0] else partial, residual)
+        return norm(self._reduce(partial) if math.prod(partial.shape[:-1]) else partial, residual)
 
     def start_proof(self, prove: Callable[[Site, Tensor, Tensor, Norm], Finished]) -> None:
         """Until `end_proof`, nothing is fused and every finish goes through `prove`."""

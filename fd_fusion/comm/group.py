@@ -50,9 +50,7 @@ class Group:
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.size or len(self.ranks) != self.size:
-            raise ValueError(
-                f"group {self.name!r}: rank {self.rank} of {self.size}, global ranks {self.ranks}"
-            )
+            raise ValueError(f"group {self.name!r}: rank {self.rank} of {self.size}, global ranks {self.ranks}")
 
     def next_ballot(self, topic: str) -> str:
         """The prefix of the next vote's keys: equal on all ranks, since voting is collective and in order."""
@@ -159,9 +157,7 @@ def _await_verdict(group: Group, ballot: str, timeout_s: float) -> Verdict:
     if missing:
         return Verdict((None,) * group.size, ((0, because("never_voted", rank=0, seconds=timeout_s)),))
     text = json.loads(group.store.get(key))
-    return Verdict(
-        tuple(text["data"]), tuple((rank, Reason.from_dict(why)) for rank, why in text["refusals"])
-    )
+    return Verdict(tuple(text["data"]), tuple((rank, Reason.from_dict(why)) for rank, why in text["refusals"]))
 
 
 def _wait_for(group: Group, keys: dict[int, str], timeout_s: float) -> set[int]:
