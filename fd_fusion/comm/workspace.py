@@ -69,7 +69,7 @@ class Workspace:
         return self.memory.nbytes
 
     def error(self) -> Reason | None:
-        """What this rank's kernels wrote into the error page, or None. Cheap: it reads host memory."""
+        """What kernels of this rank wrote on the error page, or None. Cheap: reads host memory."""
         return self.layout.read_error(self._words[:]) if any(self._words) else None
 
     def check(self) -> None:
