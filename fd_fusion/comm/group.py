@@ -45,6 +45,7 @@ class Group:
     size: int
     ranks: tuple[int, ...]
     store: Store | None
+    handle: Any = field(default=None, compare=False, repr=False)  # the framework's own process group, if any
     _ballots: Any = field(default_factory=itertools.count, compare=False, repr=False)
 
     def __post_init__(self) -> None:

@@ -1,0 +1,68 @@
+"""`finish` of a Site, and the all-reduce, as opaque ops: a traced graph holds neither decision nor collective.
+
+Under `paddle.jit.to_static` (AST and SOT) the op's body runs as Python whenever the graph runs, with real tensors:
+`fuses(T)` is decided there, for the T of that run. Call the layer in `eval()` mode: the op has no gradient.
+"""
+
+from __future__ import annotations
+
+import paddle
+from paddle.base.dygraph.base import in_sot_simulation_mode
+from paddle.static import MetaTensor, register_op
+
+from fd_fusion.backends import paddle as formulas
+from fd_fusion.site import Site, by_number
+
+
+def _like_partial(partial, *rest):
+    """Shape inference: both results look like the partial sum."""
+    return tuple(MetaTensor(shape=partial.shape, dtype=partial.dtype) for _ in range(2))
+
+
+@register_op(
+    name="fd_fusion_finish",
+    infer_meta=lambda partial, residual, site: _like_partial(partial),
+    input_names=["partial", "residual"],
+    output_names=["norm_out", "residual_out"],
+)
+def _finish(partial, residual, site):
+    return by_number[site].complete(partial, residual)
+
+
+@register_op(
+    name="fd_fusion_finish_without_residual",
+    infer_meta=lambda partial, site: _like_partial(partial),
+    input_names=["partial"],
+    output_names=["norm_out", "residual_out"],
+)
+def _finish_without_residual(partial, site):
+    norm_out, residual_out = by_number[site].complete(partial, None)
+    # A graph may not give an input back as an output, and the stock norm returns x itself as the residual.
+    return norm_out, residual_out.clone() if residual_out is partial else residual_out
+
+
+def finish(site: Site, partial: paddle.Tensor, residual: paddle.Tensor | None):
+    """`site.finish` in eager mode, with its checks; the opaque op while a graph is being traced."""
+    if paddle.in_dynamic_mode() and not in_sot_simulation_mode():
+        return site.finish(partial, residual)
+    if residual is None:
+        return _finish_without_residual(partial, site.number)
+    return _finish(partial, residual, site.number)
+
+
+def hand_over(site: Site, partial: paddle.Tensor) -> paddle.Tensor:
+    """`site.hand_over` in eager mode; nothing to record while a graph is being traced."""
+    if paddle.in_dynamic_mode() and not in_sot_simulation_mode():
+        return site.hand_over(partial)
+    return partial
+
+
+@register_op(
+    name="fd_fusion_all_reduce",
+    infer_meta=lambda x, group: MetaTensor(shape=x.shape, dtype=x.dtype),
+    input_names=["x"],
+    output_names=["total"],
+)
+def all_reduce(x, group):
+    """The sum of x over the group, eager and traced."""
+    return formulas.all_reduce(x, group)

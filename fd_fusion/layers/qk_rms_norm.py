@@ -1,0 +1,68 @@
+"""RMSNorm of every head of q and of k, on packed q|k|v rows."""
+
+from __future__ import annotations
+
+import paddle
+from paddle import nn
+from paddle.base.dygraph.base import in_sot_simulation_mode
+
+from fd_fusion.backends import paddle as formulas
+from fd_fusion.config import FusionConfig
+from fd_fusion.layers.rms_norm import RMSNorm
+
+
+class QKRMSNorm(nn.Layer):
+    """Normalise each head of q and k; v is untouched.
+
+        q_h = q_h * rsqrt(mean(q_h^2) + eps) * (q_weight + weight_offset), k likewise with k_weight
+
+    Args:
+        head_dim: D.
+        q_heads, kv_heads: of this rank.
+        eps: the same for q and k.
+        weight_offset: added to the weights in float32; 1.0 for Gemma.
+        dtype: of the weights; the default dtype when None.
+        fusion_config: kept for `bind`.
+    Parameters: q_norm.weight [D], k_norm.weight [D].
+    """
+
+    def __init__(
+        self,
+        head_dim: int,
+        q_heads: int,
+        kv_heads: int,
+        eps: float = 1e-5,
+        *,
+        weight_offset: float = 0.0,
+        dtype: str | None = None,
+        fusion_config: FusionConfig | None = None,
+    ):
+        super().__init__()
+        self.head_dim, self.q_heads, self.kv_heads = head_dim, q_heads, kv_heads
+        self.eps, self.fusion_config = eps, fusion_config
+        self.q_norm = RMSNorm(head_dim, eps, weight_offset=weight_offset, dtype=dtype)
+        self.k_norm = RMSNorm(head_dim, eps, weight_offset=weight_offset, dtype=dtype)
+
+    def forward(self, qkv: paddle.Tensor, forward_meta: object = None) -> paddle.Tensor:
+        """qkv [T, (q_heads + kv_heads) D + the width of v], rows may be strided -> the same tensor, changed in place.
+
+        Under `to_static` a new tensor is returned. `forward_meta` is accepted, as FastDeploy's layer does, and
+        not needed. Raises: ValueError: fewer columns than q and k take, or not two dimensions.
+        """
+        q_size, k_size = self.q_heads * self.head_dim, self.kv_heads * self.head_dim
+        if qkv.ndim != 2 or qkv.shape[1] < q_size + k_size:
+            raise ValueError(f"QKRMSNorm: qkv is {list(qkv.shape)}, expected [T, at least {q_size + k_size}]")
+        q = self._normalise(self.q_norm, qkv[:, :q_size], self.q_heads)
+        k = self._normalise(self.k_norm, qkv[:, q_size : q_size + k_size], self.kv_heads)
+        if not paddle.in_dynamic_mode() or in_sot_simulation_mode():
+            return paddle.concat([q, k, qkv[:, q_size + k_size :]], axis=-1)
+        with paddle.no_grad():
+            qkv[:, :q_size] = q
+            qkv[:, q_size : q_size + k_size] = k
+        return qkv
+
+    def _normalise(self, norm: RMSNorm, part: paddle.Tensor, heads: int) -> paddle.Tensor:
+        """[T, heads D] -> [T, heads D], each head by itself."""
+        by_head = part.reshape([-1, heads, self.head_dim])
+        out, _ = formulas.rms_norm(by_head, norm.weight, eps=self.eps, weight_offset=norm.weight_offset)
+        return out.reshape([-1, heads * self.head_dim])

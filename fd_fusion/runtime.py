@@ -1,0 +1,84 @@
+"""What the frameworks give us, behind plain functions: Paddle's store, its device, its present user.
+
+Nothing here is imported before it is used: `import fd_fusion` must load neither Paddle nor Triton.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import threading
+from typing import Any
+
+from fd_fusion.reasons import FusionError, because
+
+MIN_PADDLE = (3, 3)
+
+
+def require_paddle() -> Any:
+    """Import Paddle. Raises FusionError when it is missing or older than 3.3."""
+    try:
+        import paddle
+    except ImportError as error:
+        raise FusionError(because("no_paddle", detail=str(error))) from None
+    version = tuple(int(part) for part in paddle.__version__.split(".")[:2] if part.isdigit())
+    if version < MIN_PADDLE and version != (0, 0):  # nightly builds call themselves 0.0.0
+        need = ".".join(map(str, MIN_PADDLE))
+        raise FusionError(because("old_paddle", got=paddle.__version__, need=need))
+    return paddle
+
+
+class TcpStore:
+    """A connection of our own to the job's TCPStore, with a lock.
+
+    One connection carries one request at a time, and Paddle uses its own whenever it makes a communicator. A thread
+    of ours that spoke over that one in the same moment would mix up both answers.
+    """
+
+    def __init__(self, host: str, port: int, world_size: int, timeout_s: int):
+        from paddle.base.core import TCPStore
+
+        self._client = TCPStore(host, port, False, world_size, timeout_s)
+        self._lock = threading.Lock()
+
+    def set(self, key: str, value: str) -> None:
+        with self._lock:
+            self._client.set(key, value)
+
+    def get(self, key: str) -> bytes:
+        with self._lock:
+            return self._client.get(key)
+
+    def add(self, key: str, amount: int) -> int:
+        with self._lock:
+            return self._client.add(key, amount)
+
+
+@functools.cache
+def tcp_store() -> TcpStore | None:
+    """The job's store, as Paddle's launcher announces it; None where there is no such job."""
+    host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+    if not (host and port):
+        host, _, port = os.environ.get("PADDLE_MASTER", "").rpartition(":")
+    if not (host and port.isdigit()):
+        return None
+    return TcpStore(host, int(port), int(os.environ.get("PADDLE_TRAINERS_NUM", "1")), 30)
+
+
+def current_user() -> tuple[int, int]:
+    """Who runs now: (thread, stream). The stream is 0 on a CPU."""
+    import paddle
+
+    on_gpu = paddle.is_compiled_with_cuda() and paddle.device.get_device().startswith("gpu")
+    stream = paddle.device.current_stream().stream_base.raw_stream if on_gpu else 0
+    return threading.get_ident(), stream
+
+
+def device_of() -> tuple[str, int | None]:
+    """("gpu", 90) on an sm_90 GPU, ("cpu", None) on a CPU: where Paddle puts new tensors."""
+    import paddle
+
+    if not (paddle.is_compiled_with_cuda() and paddle.device.get_device().startswith("gpu")):
+        return "cpu", None
+    major, minor = paddle.device.cuda.get_device_capability()
+    return "gpu", 10 * major + minor

@@ -1,0 +1,149 @@
+"""The one owner of a reduction: a `Site` is one (producer of a partial sum, norm that reads it) pair.
+
+The producer hands its partial sum over; the norm always finishes it, in one kernel or as all-reduce and then the
+stock norm. So there is nothing for the two to agree on, and the fallback is right by construction: it starts from
+the partial sum. The only decision at run time is `fuses(T)`, pure and equal on all ranks.
+
+This module knows no framework: tensors are opaque to it, and what it calls is given to it at bind.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import threading
+import weakref
+from collections import Counter
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Any
+
+from fd_fusion.reasons import HandOverError, Reason, because
+
+Tensor = Any
+Finished = tuple[Tensor, Tensor]  # (norm_out, residual_out)
+Norm = Callable[[Tensor, Tensor], Finished]
+
+# A traced graph can hold no Python object: there a site goes by its number.
+_numbers = itertools.count(1)
+by_number: weakref.WeakValueDictionary[int, Site] = weakref.WeakValueDictionary()
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """A pair that got no Site: its layers stay the stock layers. `ranks` are those that refused, if any did."""
+
+    name: str
+    reason: Reason
+    ranks: tuple[int, ...] = ()
+
+
+class Site:
+    """One pair. Both layers hold the same object, as a plain attribute.
+
+    Args:
+        name: the pair, "layers.3.self_attn.o_proj -> layers.3.post_attention_layernorm".
+        fused: (partial, residual or None) -> (norm_out, residual_out), one kernel.
+        reduce: partial -> its sum over the group: the host's own all-reduce.
+        norm: (sum, residual or None) -> (norm_out, residual_out): the host's own norm.
+        limit: the most rows that are fused; None means any number.
+        user: who runs now, for example (thread, stream); two users at once are an error.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        fused: Norm,
+        reduce: Callable[[Tensor], Tensor],
+        norm: Norm,
+        limit: int | None,
+        user: Callable[[], Hashable] = threading.get_ident,
+    ):
+        self.name = name
+        self.limit = limit
+        self.number = next(_numbers)
+        by_number[self.number] = self
+        self.calls: Counter[str] = Counter()  # by "fused", or the code of the reason why not
+        self.handed = 0  # partial sums handed over since the proving pass began
+        self._fused, self._reduce, self._norm, self._user = fused, reduce, norm, user
+        self._proven = False
+        self._prove: Callable[[Site, Tensor, Tensor, Norm], Finished] | None = None
+        self._pending: tuple[Tensor, Hashable] | None = None
+
+    @property
+    def proven(self) -> bool:
+        """Whether the proving pass has switched this site on."""
+        return self._proven
+
+    def fuses(self, rows: int) -> bool:
+        """Whether a call of so many rows runs as one kernel. Pure: from `rows` and numbers frozen at bind."""
+        return self._proven and rows > 0 and (self.limit is None or rows <= self.limit)
+
+    def why_not(self, rows: int) -> Reason:
+        """Why `fuses(rows)` is false."""
+        if rows <= 0:
+            return because("no_rows")
+        if not self._proven:
+            return because("not_proven")
+        return because("too_many_rows", rows=rows, limit=self.limit)
+
+    def hand_over(self, partial: Tensor) -> Tensor:
+        """The producer's end: give the partial sum away unreduced. Returns it, the very same object.
+
+        Raises: HandOverError: one is still unfinished. A second try after the error starts afresh.
+        """
+        user = self._user()
+        if self._pending is not None:
+            first = self._pending[1]
+            if first != user:
+                raise HandOverError(because("two_users", site=self.name, first=str(first), second=str(user)))
+            self._pending = None
+            raise HandOverError(because("double_hand_over", site=self.name))
+        self._pending = (partial, user)
+        self.handed += 1
+        return partial
+
+    def finish(self, partial: Tensor, residual: Tensor | None, norm: Norm | None = None) -> Finished:
+        """The norm's end, eager: check that this is what was handed over, then `complete` it.
+
+        Raises: HandOverError: nothing, or another tensor, was handed over, or by another user.
+        """
+        pending, self._pending = self._pending, None
+        if pending is None:
+            raise HandOverError(because("nothing_handed_over", site=self.name))
+        if pending[0] is not partial:
+            raise HandOverError(because("other_tensor", site=self.name))
+        if pending[1] != self._user():
+            first, second = str(pending[1]), str(self._user())
+            raise HandOverError(because("two_users", site=self.name, first=first, second=second))
+        return self.complete(partial, residual, norm)
+
+    def complete(self, partial: Tensor, residual: Tensor | None, norm: Norm | None = None) -> Finished:
+        """Finish a partial sum [..., H] of T rows: one kernel if `fuses(T)`, else all-reduce and the stock norm.
+
+        A failure inside the fused call is raised, never retried: the other ranks are already waiting.
+        """
+        rows = math.prod(partial.shape[:-1])
+        if self.fuses(rows):
+            self.calls["fused"] += 1
+            return self._fused(partial, residual)
+        self.calls[self.why_not(rows).code] += 1
+        if self._prove is not None and rows:
+            return self._prove(self, partial, residual, norm or self._norm)
+        return self.stock(partial, residual, norm or self._norm)
+
+    def stock(self, partial: Tensor, residual: Tensor | None, norm: Norm) -> Finished:
+        """All-reduce, then the host's norm: what the host does without us, bit for bit."""
+        return norm(self._reduce(partial) if math.prod(partial.shape[:-1]) else partial, residual)
+
+    def start_proof(self, prove: Callable[[Site, Tensor, Tensor, Norm], Finished]) -> None:
+        """Until `end_proof`, nothing is fused and every finish goes through `prove`."""
+        self._proven, self._prove, self._pending, self.handed = False, prove, None, 0
+
+    def end_proof(self, proven: bool) -> None:
+        self._proven, self._prove, self._pending = proven, None, None
+
+    def fused(self, partial: Tensor, residual: Tensor | None) -> Finished:
+        """The fused call by itself, for the proving pass."""
+        return self._fused(partial, residual)

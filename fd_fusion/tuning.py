@@ -1,0 +1,51 @@
+"""What a backend must know of a pair to say yes or no, and how many rows are worth fusing.
+
+The limits built in here are the ones below which fusing won on the machines named in examples/results; a table
+measured on the machine itself takes their place.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Facts:
+    """The facts of one workspace: a group, a hidden size and a dtype. Equal on all ranks, except `rank`."""
+
+    rank: int
+    size: int  # N
+    hidden_size: int  # H
+    dtype: str  # of the partial sum and the residual: "float32", "bfloat16" or "float16"
+    weight_dtype: str
+    weight_offset: float
+    eps: float
+    device: str  # "cpu" or "gpu"
+    arch: int | None  # 90 for sm_90, None on a CPU
+    deterministic: bool
+    max_token_num: int | None
+    workspace_bytes: int
+    timeout_s: float
+
+
+def row_limit(facts: Facts) -> int | None:
+    """The most rows T that a call may have to be fused; None means any number.
+
+    Deterministic mode fuses every T, so that no table chooses by T; then an explicit limit; then the built-in one.
+    """
+    if facts.deterministic:
+        return None
+    if facts.max_token_num is not None:
+        return facts.max_token_num
+    return built_in_limit(facts.device, facts.size, facts.hidden_size)
+
+
+def built_in_limit(device: str, size: int, hidden_size: int) -> int:
+    """Rows below which fusing is expected to win: a fixed number of bytes a rank sends, by group size.
+
+    On a CPU nothing is won in any case, and the number only bounds the memory of a gather.
+    """
+    if device == "cpu":
+        return 512
+    elements = {2: 1 << 20, 3: 1 << 19, 4: 1 << 19}.get(size, 1 << 18)
+    return max(1, elements // hidden_size)
