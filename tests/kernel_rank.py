@@ -81,6 +81,7 @@ class Rank:
         norm_out = x if aliased else np.full_like(x, 0x1234)
         residual_out = residual if aliased else np.full_like(x, 0x1234)
         address = [t.ctypes.data for t in (x, residual, weight, norm_out, residual_out, self.local)]
+        address.append(int(self.local[2 + self.rank]))
         constants = plans.constants(
             self.plan,
             weight_dtype=self.case["weight_dtype"],

@@ -155,7 +155,7 @@ def _finish(own, residual, weight, slots, local, lanes, mask, pid, rank, op, row
             clear(slots + p * WORDS, lanes, mask & (p != rank))
     if C > 1:
         total = _sum_slices(total, state, local, pid, rank, op, row, epoch, N, C, INTERPRETED)
-    scale = tl.rsqrt(total / H + eps)
+    scale = tl.rsqrt(total * (1.0 / H) + eps)
     norm = pack(a * scale * (wa + weight_offset), b * scale * (wb + weight_offset),
                 c * scale * (wc + weight_offset), d * scale * (wd + weight_offset), DTYPE, INTERPRETED)  # fmt: skip
     summed = pack(a, b, c, d, DTYPE, INTERPRETED)
@@ -187,8 +187,8 @@ def _take_results(words, local, lanes, mask, rank, op, row, epoch, dead, N: tl.c
     return tl.where(state == 0, norm, NAN_LANE), tl.where(state == 0, summed, NAN_LANE), state
 
 
-@triton.jit(do_not_specialize=["x", "residual", "weight", "norm_out", "residual_out", "local", "rows", "rank", "op"])
-def all_reduce_rms_norm(x, residual, weight, norm_out, residual_out, local, rows, rank, op, eps, weight_offset,
+@triton.jit(do_not_specialize=["x", "residual", "weight", "norm_out", "residual_out", "local", "home", "rows", "rank", "op"])
+def all_reduce_rms_norm(x, residual, weight, norm_out, residual_out, local, home, rows, rank, op, eps, weight_offset,
                         N: tl.constexpr, LANES: tl.constexpr, SLICE: tl.constexpr, BLOCK: tl.constexpr,
                         C: tl.constexpr, DTYPE: tl.constexpr, WEIGHT_DTYPE: tl.constexpr,
                         HAS_RESIDUAL: tl.constexpr, TWO_SHOT: tl.constexpr, SENTINEL: tl.constexpr,
@@ -200,7 +200,7 @@ def all_reduce_rms_norm(x, residual, weight, norm_out, residual_out, local, rows
             all addresses here. Without a residual its address is not read; give any. Either output may be x or
             residual itself, but not both outputs the same memory, and nothing may overlap otherwise.
         weight: address of [H], WEIGHT_DTYPE (DTYPE, or float32, or any half).
-        local: address of this rank's local memory.
+        local: address of this rank's local memory. home: address of this rank's own symmetric memory.
         rows: T, equal on all ranks, at least 1. rank: in the group. op: a number below 2^24 for the error page.
         eps, weight_offset: fp32; eps > 0.
     """
@@ -208,8 +208,8 @@ def all_reduce_rms_norm(x, residual, weight, norm_out, residual_out, local, rows
     SLOT: tl.constexpr = 2 * (N + 2) * WORDS * 8
     pid = tl.program_id(0)
     stride = tl.num_programs(0) // C
+    table = at(local, tl.int64) + 2
     local = at(local, tl.uint64)
-    home = tl.load(local + 2 + rank)
     lanes = tl.arange(0, BLOCK)
     mask = lanes < (LANES if C == 1 else tl.minimum(SLICE, LANES - (pid % C) * SLICE))
     epochs = local + 16 + 3 * pid
@@ -220,14 +220,14 @@ def all_reduce_rms_norm(x, residual, weight, norm_out, residual_out, local, rows
         epoch = tl.where(epoch >= 0xFFFFFFFF, 2, epoch + 1)  # 0 is what nobody has written; parity alternates
         dead = tl.where(tl.load(at(home, tl.uint32), volatile=True) != 0, _TOLD, 0)
         here = row.to(tl.int64) * LANES + (pid % C) * SLICE
-        slot = 256 + pid.to(tl.uint64) * SLOT
-        first = slot + (epoch & 1) * (N * WORDS * 8)
-        second = slot + (2 * N + 2 * (epoch & 1)) * (WORDS * 8)
+        parity = (epoch & 1).to(tl.int64)
+        first = 256 + pid.to(tl.int64) * SLOT + parity * (N * WORDS * 8)
+        second = first + (2 * N - (N - 2) * parity) * (WORDS * 8)
         owner = row % N
         own = tl.load(at(x, tl.uint64) + here + lanes, mask=mask, other=0)
         for i in tl.static_range(1, N):
             p = (rank + i) % N
-            to = at(tl.load(local + 2 + p) + first + rank.to(tl.uint64) * (WORDS * 8), tl.uint64)
+            to = at(tl.load(table + p) + first + rank.to(tl.int64) * (WORDS * 8), tl.uint64)
             wanted = (dead == 0) & (p == owner) if TWO_SHOT else dead == 0
             send(to, lanes, mask & wanted, own, epoch, SLICE, SENTINEL)
         if TWO_SHOT and owner != rank:
@@ -241,15 +241,18 @@ def all_reduce_rms_norm(x, residual, weight, norm_out, residual_out, local, rows
                 C, DTYPE, WEIGHT_DTYPE, HAS_RESIDUAL, SENTINEL, INTERPRETED)  # fmt: skip
             if TWO_SHOT:
                 for i in tl.static_range(1, N):
-                    to = at(tl.load(local + 2 + (rank + i) % N) + second, tl.uint64)
+                    to = at(tl.load(table + (rank + i) % N) + second, tl.uint64)
                     send(to, lanes, mask & (state == 0), norm, epoch, SLICE, SENTINEL)
                     send(to + WORDS, lanes, mask & (state == 0), summed, epoch, SLICE, SENTINEL)
-        tl.store(at(norm_out, tl.uint64) + here + lanes, norm, mask=mask)
-        tl.store(at(residual_out, tl.uint64) + here + lanes, summed, mask=mask)
-        if tl.load(epochs, volatile=True) != before:
+        moved = tl.load(epochs, volatile=True) != before
+        norm_out_row = at(norm_out, tl.uint64) + here + lanes
+        residual_out_row = at(residual_out, tl.uint64) + here + lanes
+        tl.store(norm_out_row, norm, mask=mask)
+        tl.store(residual_out_row, summed, mask=mask)
+        if moved:
             _report(local, tl.full((), 3, tl.int32), 0, op, row, epoch, N)
-            tl.store(at(norm_out, tl.uint64) + here + lanes, tl.full(lanes.shape, NAN_LANE, tl.uint64), mask=mask)
-            tl.store(at(residual_out, tl.uint64) + here + lanes, tl.full(lanes.shape, NAN_LANE, tl.uint64), mask=mask)
+            tl.store(norm_out_row, tl.zeros(lanes.shape, tl.uint64) + NAN_LANE, mask=mask)
+            tl.store(residual_out_row, tl.zeros(lanes.shape, tl.uint64) + NAN_LANE, mask=mask)
         tl.store(epochs, epoch)
         if SENTINEL and row + stride < rows:  # cleared words must be seen before the next row's words are
             tl.debug_barrier()
