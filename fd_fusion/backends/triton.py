@@ -51,8 +51,8 @@ def open(facts: Facts, group: Group) -> Opened:
 
     Raises: FusionError: on all ranks alike, naming the first rank that refused and why.
     """
-    with runtime_triton.interpreting(facts.device) as refusal:
-        opened, refusal = (None, refusal) if refusal else attempt(lambda: Opened(facts, group))
+    with runtime_triton.interpreting(facts.device):
+        opened, refusal = attempt(lambda: Opened(facts, group))
         settle(group, "triton", refusal, None, facts.timeout_s)
         try:
             opened._open()
@@ -68,6 +68,7 @@ class Opened:
     def __init__(self, facts: Facts, group: Group):
         self.limit = row_limit(facts)
         self._facts, self._group, self._plan = facts, group, _plan(facts)
+        runtime_triton.require_mode(facts.device)
         self._maker: Maker = CudaIpc() if facts.device == "gpu" else PosixShm()
         room = _CPU_PROGRAMS if facts.device == "cpu" else self._maker.multiprocessors()
         self.programs = plans.most_programs(
@@ -150,7 +151,7 @@ class Opened:
             norm_out.data_ptr(),
             residual_out.data_ptr(),
         )
-        launcher(*addresses, self._workspace.local, rows, self._group.rank, next(self._calls) & 0xFFFFFF, eps, offset)
+        launcher(*addresses, *self._own, rows, self._group.rank, next(self._calls) & 0xFFFFFF, eps, offset)
 
     def _launcher(self, programs: int, two_shot: bool, bare: bool) -> Callable:
         """What `_launch` calls for this grid and variant; made at the first call that needs it, and kept."""
@@ -186,7 +187,7 @@ class Opened:
         if self._facts.device == "cpu":
             return
         with runtime_triton.triton_driver():
-            args = (*(_ANY_ADDRESS,) * 6, 2, 0, 0, 1e-5, 0.0)
+            args = (*(_ANY_ADDRESS,) * 7, 2, 0, 0, 1e-5, 0.0)
             for two_shot, bare in self._variants():
                 compiled = self._kernel.warmup(*args, grid=(1,), **self._constants(two_shot, bare))
                 compiled._init_handles()
@@ -207,6 +208,7 @@ class Opened:
         facts = self._facts
         layout = _layout(self._plan, self.programs)
         self._workspace = open_workspace(self._group, layout, self._maker, self._push, timeout_s=facts.timeout_s)
+        self._own = self._workspace.local, self._workspace.memory.own
         _, refusal = attempt(self._run_once)
         settle(self._group, "ran", refusal, None, facts.timeout_s)
 
@@ -237,7 +239,6 @@ def _layout(plan: plans.Plan, programs: int) -> Layout:
         ),
         page_bytes=plans.ERROR_PAGE_BYTES,
         read_error=_read_error,
-        ticks_per_s=1e9,
     )
 
 

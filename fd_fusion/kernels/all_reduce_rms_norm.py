@@ -16,7 +16,7 @@ Memory, in bytes, sizes in `plan.py`, one set for each (group, H, dtype):
 - symmetric (every rank addresses every rank's): word 0 (uint32) of the control page at offset 0 is the abort
   word. From offset 256 on the slots. Before the first call and at a reset the control page is zero and the slots
   are filled with `symmetric_fill`.
-- local (`local_words`), int64: [0] the limit on waiting (nanoseconds; polls under the interpreter; read only
+- local (`local_words`), int64: [0] the limit on waiting (nanoseconds; read only
   when a wait is already long, so it may be changed at any time), [1] the address of the error page,
   [2..2+N) the addresses of the ranks' symmetric memory; from [16] on three words a program: the epoch (a uint32
   bit pattern, never 0 once used) and two that programs sharing a row exchange sums in.
@@ -32,6 +32,9 @@ Two streams on one workspace: an epoch that moved while a program ran is reporte
 
 Source: the words are NCCL's LL and TensorRT-LLM's Lamport ideas; the code is new.
 """
+
+import os
+import time
 
 import triton
 import triton.language as tl
@@ -57,11 +60,18 @@ def _total(squares, states, INTERPRETED: tl.constexpr):
     return total, state
 
 
+def host_clock():
+    """The interpreter's clock, in nanoseconds, as `globaltimer` gives them; the rank that is waited for may need
+    this processor. Never compiled."""
+    os.sched_yield()
+    return time.time_ns()
+
+
 @triton.jit
 def _look_up(local, rank, polls, since, INTERPRETED: tl.constexpr):
     """After many polls: is the group dead, is the time over? Returns the state to add and the first look's time."""
     if INTERPRETED:
-        now = polls.to(tl.int64)
+        now = host_clock()
     else:
         now = tl.extra.cuda.globaltimer()
     since = tl.where(since == 0, now, since)

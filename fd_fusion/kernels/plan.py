@@ -94,7 +94,7 @@ def local_words(plan: Plan, programs: int, *, limit: int, error_page: int, addre
     """The whole local memory before the first call, as int64 words.
 
     Args:
-        limit: how long a program waits: nanoseconds, or polls under the interpreter.
+        limit: how long a program waits, in nanoseconds.
         error_page: address of the pinned error page, as the device sees it.
         addresses: of the ranks' symmetric memory as mapped in this process, in rank order.
     """
