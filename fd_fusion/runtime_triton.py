@@ -51,6 +51,22 @@ def require_mode(device: str) -> None:
         raise FusionError(because("triton_mode", need=int(device == "cpu")))
 
 
+def load_kernel(module: str, name: str) -> Any:
+    """The kernel `name` of `fd_fusion.kernels.<module>`, compiled or interpreted as `interpreting` says.
+
+    An interpreted function that calls another patches the whole Triton language again each time, which is most of
+    its time. Only the kernel itself has to: what it calls is put into its modules as plain functions.
+    """
+    home = importlib.import_module(f"fd_fusion.kernels.{module}")
+    kernel = getattr(home, name)
+    if type(kernel).__name__ == "InterpretedFunction":
+        for scope in (home, importlib.import_module("fd_fusion.kernels._lanes")):
+            for key, value in list(vars(scope).items()):
+                if type(value) is type(kernel) and value is not kernel:
+                    setattr(scope, key, value.rewrite())
+    return kernel
+
+
 def framework() -> ModuleType:
     """Paddle, or torch where there is no Paddle."""
     name = next((n for n in ("paddle", "torch") if n in sys.modules), None)

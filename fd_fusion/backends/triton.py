@@ -6,7 +6,6 @@ interpreter, each rank a process. Everything that a call needs beside its tensor
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import itertools
 from collections.abc import Callable
@@ -22,7 +21,7 @@ from fd_fusion.kernels import plan as plans
 from fd_fusion.reasons import FusionError, FusionTimeout, Reason, because
 from fd_fusion.tuning import Facts, row_limit
 
-_CPU_PROGRAMS = 8  # rows in flight under the interpreter, where programs run one after another anyway
+_CPU_PROGRAMS = 4  # rows in flight under the interpreter, where programs run one after another anyway
 _ANY_ADDRESS = 1 << 40  # what a kernel is compiled for: an int64; nothing is specialized on its value
 
 
@@ -74,8 +73,8 @@ class Opened:
         self.programs = plans.most_programs(
             self._plan, workspace_bytes=facts.workspace_bytes, multiprocessors=room
         )
-        self._kernel = importlib.import_module("fd_fusion.kernels.all_reduce_rms_norm").all_reduce_rms_norm
-        self._store = importlib.import_module("fd_fusion.kernels.probe").store_word
+        self._kernel = runtime_triton.load_kernel("all_reduce_rms_norm", "all_reduce_rms_norm")
+        self._store = runtime_triton.load_kernel("probe", "store_word")
         self._calls = itertools.count()
         self._launchers: dict[tuple[int, bool, bool], Callable] = {}
         self._compiled: dict[tuple[bool, bool], Any] = {}
@@ -213,10 +212,11 @@ class Opened:
         settle(self._group, "ran", refusal, None, facts.timeout_s)
 
     def _run_once(self) -> None:
-        shape = [self._group.size + 1, self._facts.hidden_size]
+        facts = self._facts
+        shape = [1 if facts.device == "cpu" else self._group.size + 1, facts.hidden_size]
         place = {"device": "cuda"} if self._framework.__name__ == "torch" else {}
-        x = self._framework.ones(shape, dtype=getattr(self._framework, self._facts.dtype), **place)
-        weight = self._framework.ones(shape[1:], dtype=getattr(self._framework, self._facts.weight_dtype), **place)
+        x = self._framework.ones(shape, dtype=getattr(self._framework, facts.dtype), **place)
+        weight = self._framework.ones(shape[1:], dtype=getattr(self._framework, facts.weight_dtype), **place)
         outputs = self._empty_like(x), self._empty_like(x)
         for two_shot, bare in self._variants():
             self._launch(x, x, weight, *outputs, shape[0], 1e-5, 0.0, two_shot, bare)
