@@ -126,7 +126,7 @@ def _finish(own, residual, weight, slots, local, lanes, mask, pid, rank, op, row
             N: tl.constexpr, H: tl.constexpr, SLICE: tl.constexpr, C: tl.constexpr, DTYPE: tl.constexpr,
             WEIGHT_DTYPE: tl.constexpr, HAS_RESIDUAL: tl.constexpr, SENTINEL: tl.constexpr,
             INTERPRETED: tl.constexpr):  # fmt: skip
-    """Wait for the peers' words of one slice; then the sum and the norm. Returns (norm, residual) lanes, state."""
+    """Wait for the peers' words of one slice; then the sum and the norm. Returns (norm, residual) lanes, state, epoch."""
     WORDS: tl.constexpr = SLICE if SENTINEL else 2 * SLICE
     wa, wb, wc, wd = load_weight(weight, lanes + (pid % C) * SLICE, mask, DTYPE, WEIGHT_DTYPE)
     if HAS_RESIDUAL:
@@ -154,6 +154,7 @@ def _finish(own, residual, weight, slots, local, lanes, mask, pid, rank, op, row
         polls += 1
         if INTERPRETED or polls % 1024 == 0:
             dead, since = _look_up(local, rank, polls, since, INTERPRETED)
+    moved = tl.load(local + 16 + 3 * pid, volatile=True)
     if state != 0:
         missing = 0
         for p in tl.static_range(N):
@@ -169,13 +170,13 @@ def _finish(own, residual, weight, slots, local, lanes, mask, pid, rank, op, row
     norm = pack(a * scale * (wa + weight_offset), b * scale * (wb + weight_offset),
                 c * scale * (wc + weight_offset), d * scale * (wd + weight_offset), DTYPE, INTERPRETED)  # fmt: skip
     summed = pack(a, b, c, d, DTYPE, INTERPRETED)
-    return tl.where(state == 0, norm, NAN_LANE), tl.where(state == 0, summed, NAN_LANE), state
+    return tl.where(state == 0, norm, NAN_LANE), tl.where(state == 0, summed, NAN_LANE), state, moved
 
 
 @triton.jit
-def _take_results(words, local, lanes, mask, rank, op, row, epoch, dead, N: tl.constexpr, SLICE: tl.constexpr,
+def _take_results(words, local, lanes, mask, pid, rank, op, row, epoch, dead, N: tl.constexpr, SLICE: tl.constexpr,
                   SENTINEL: tl.constexpr, INTERPRETED: tl.constexpr):  # fmt: skip
-    """Two-shot, not the owner: wait for the finished rows. Returns (norm, residual) lanes and the state."""
+    """Two-shot, not the owner: wait for the finished rows. Returns as `_finish`."""
     WORDS: tl.constexpr = SLICE if SENTINEL else 2 * SLICE
     norm = tl.zeros(lanes.shape, tl.uint64)
     summed = norm
@@ -189,12 +190,26 @@ def _take_results(words, local, lanes, mask, rank, op, row, epoch, dead, N: tl.c
         polls += 1
         if INTERPRETED or polls % 1024 == 0:
             dead, since = _look_up(local, rank, polls, since, INTERPRETED)
+    moved = tl.load(local + 16 + 3 * pid, volatile=True)
     if state != 0:
         _report(local, tl.where((state & _TOLD) != 0, 2, 1), 1 << (row % N), op, row, epoch, N)
     elif SENTINEL:
         clear(words, lanes, mask)
         clear(words + WORDS, lanes, mask)
-    return tl.where(state == 0, norm, NAN_LANE), tl.where(state == 0, summed, NAN_LANE), state
+    return tl.where(state == 0, norm, NAN_LANE), tl.where(state == 0, summed, NAN_LANE), state, moved
+
+
+@triton.jit
+def _peers(table, rank, N: tl.constexpr):
+    """The addresses of the ranks after this one, cyclically. All are read before anything waits for one."""
+    a = tl.load(table + (rank + 1) % N, volatile=True)
+    b = tl.load(table + (rank + 2) % N, volatile=True) if N > 2 else a
+    c = tl.load(table + (rank + 3) % N, volatile=True) if N > 3 else a
+    d = tl.load(table + (rank + 4) % N, volatile=True) if N > 4 else a
+    e = tl.load(table + (rank + 5) % N, volatile=True) if N > 5 else a
+    f = tl.load(table + (rank + 6) % N, volatile=True) if N > 6 else a
+    g = tl.load(table + (rank + 7) % N, volatile=True) if N > 7 else a
+    return a, b, c, d, e, f, g
 
 
 @triton.jit(do_not_specialize=["x", "residual", "weight", "norm_out", "residual_out", "local", "home", "rows", "rank", "op"])
@@ -218,7 +233,7 @@ def all_reduce_rms_norm(x, residual, weight, norm_out, residual_out, local, home
     SLOT: tl.constexpr = 2 * (N + 2) * WORDS * 8
     pid = tl.program_id(0)
     stride = tl.num_programs(0) // C
-    table = at(local, tl.int64) + 2
+    peers = _peers(at(local, tl.int64) + 2, rank, N)
     local = at(local, tl.uint64)
     lanes = tl.arange(0, BLOCK)
     mask = lanes < (LANES if C == 1 else tl.minimum(SLICE, LANES - (pid % C) * SLICE))
@@ -237,29 +252,28 @@ def all_reduce_rms_norm(x, residual, weight, norm_out, residual_out, local, home
         own = tl.load(at(x, tl.uint64) + here + lanes, mask=mask, other=0)
         for i in tl.static_range(1, N):
             p = (rank + i) % N
-            to = at(tl.load(table + p) + first + rank.to(tl.int64) * (WORDS * 8), tl.uint64)
+            to = at(peers[i - 1] + first + rank.to(tl.int64) * (WORDS * 8), tl.uint64)
             wanted = (dead == 0) & (p == owner) if TWO_SHOT else dead == 0
             send(to, lanes, mask & wanted, own, epoch, SLICE, SENTINEL)
         if TWO_SHOT and owner != rank:
-            norm, summed, state = _take_results(
-                at(home + second, tl.uint64), local, lanes, mask, rank, op, row, epoch, dead, N, SLICE, SENTINEL,
+            norm, summed, state, moved = _take_results(
+                at(home + second, tl.uint64), local, lanes, mask, pid, rank, op, row, epoch, dead, N, SLICE, SENTINEL,
                 INTERPRETED)  # fmt: skip
         else:
-            norm, summed, state = _finish(
+            norm, summed, state, moved = _finish(
                 own, at(residual, tl.uint64) + here, weight, at(home + first, tl.uint64), local, lanes, mask, pid,
                 rank, op, row, epoch, dead, eps, weight_offset, N, LANES * (2 if DTYPE == "float32" else 4), SLICE,
                 C, DTYPE, WEIGHT_DTYPE, HAS_RESIDUAL, SENTINEL, INTERPRETED)  # fmt: skip
             if TWO_SHOT:
                 for i in tl.static_range(1, N):
-                    to = at(tl.load(table + (rank + i) % N) + second, tl.uint64)
+                    to = at(peers[i - 1] + second, tl.uint64)
                     send(to, lanes, mask & (state == 0), norm, epoch, SLICE, SENTINEL)
                     send(to + WORDS, lanes, mask & (state == 0), summed, epoch, SLICE, SENTINEL)
-        moved = tl.load(epochs, volatile=True) != before
         norm_out_row = at(norm_out, tl.uint64) + here + lanes
         residual_out_row = at(residual_out, tl.uint64) + here + lanes
         tl.store(norm_out_row, norm, mask=mask)
         tl.store(residual_out_row, summed, mask=mask)
-        if moved:
+        if moved != before:
             _report(local, tl.full((), 3, tl.int32), 0, op, row, epoch, N)
             tl.store(norm_out_row, tl.zeros(lanes.shape, tl.uint64) + NAN_LANE, mask=mask)
             tl.store(residual_out_row, tl.zeros(lanes.shape, tl.uint64) + NAN_LANE, mask=mask)
