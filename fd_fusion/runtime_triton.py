@@ -103,9 +103,7 @@ def _paddle_driver() -> Any:
     )
 
 
-def make_driver(
-    current_device: Callable, set_device: Callable, capability: Callable, raw_stream: Callable
-) -> Any:
+def make_driver(current_device: Callable, set_device: Callable, capability: Callable, raw_stream: Callable) -> Any:
     """Triton's CUDA driver object with a framework's four functions in the place of torch's."""
     from triton.backends.nvidia.driver import CudaDriver, CudaLauncher, CudaUtils
 
