@@ -12,12 +12,25 @@ import tempfile
 
 import pytest
 
+from tests.dist.compile_only import compile_all
 from tests.support.ranks import run_ranks
 
 torch = pytest.importorskip("torch", reason="needs torch on a GPU")
 GPUS = torch.cuda.device_count()
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(GPUS == 0, reason="needs a CUDA GPU")]
-SIZES = [2, 4] if GPUS in (1, 4) or GPUS > 4 else [2]
+SIZES = [2, 4] if GPUS == 1 or GPUS >= 4 else [2]
+# Programs of all ranks must run at once, on one GPU too: a small workspace keeps them few.
+ROOM = ("--workspace_mb", 1 if GPUS == 1 else 32)
+KINDS = [("float32",) * 2, ("bfloat16",) * 2, ("bfloat16", "float32"), ("float16",) * 2]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled():
+    """Every kernel of this file, compiled at once: otherwise the ranks do little else."""
+    kernels = [(size, 1024, *kind) for size in SIZES for kind in KINDS]
+    kernels += [(size, hidden, "bfloat16", "bfloat16") for size in SIZES for hidden in (2048, 4096)]
+    kernels += [(max(SIZES), hidden, "bfloat16", "bfloat16") for hidden in (2880, 7168)]
+    compile_all(kernels)
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +50,7 @@ def shared():
 
 
 def agreed(script, size, *args, env, timeout_s=120):
-    ended = run_ranks(script, size, *args, "--device", "gpu", "--workspace_mb", 32, env=env, timeout_s=timeout_s)
+    ended = run_ranks(script, size, *args, "--device", "gpu", *ROOM, env=env, timeout_s=timeout_s)
     text = "\n".join(rank.text for rank in ended)
     assert [rank.status for rank in ended] == [0] * size, text
     assert len({re.search("digest (.*)", rank.text)[1] for rank in ended}) == 1, text
@@ -47,7 +60,8 @@ def agreed(script, size, *args, env, timeout_s=120):
 @pytest.mark.parametrize("size", SIZES)
 def test_numbers_payloads_delays_and_several_workspaces(size, shared):
     what = ["numbers", "payload", "delayed", "together", "strange_inputs"]
-    agreed("triton_calls.py", size, *what, "--hidden", 1024, "--rows", 1, 3, 0, 15, 17, 200, 2, env=shared)
+    rows = (1, 3, 0, 15, 17, 150, 2)
+    agreed("triton_calls.py", size, *what, "--hidden", 1024, "--rows", *rows, env=shared)
 
 
 @pytest.mark.parametrize("hidden", [2880, 7168])
@@ -65,6 +79,10 @@ def test_a_hundred_thousand_calls_by_replay(size, shared):
     agreed("replays.py", size, "replays", "--hidden", 4096, env=shared)
 
 
+def test_host_time(shared):
+    agreed("replays.py", 2, "host_time", "--hidden", 4096, env=shared)
+
+
 @pytest.mark.parametrize("what", ["late", "early", "full_memory"])
 def test_faults(what):
     size = 2 if GPUS == 1 else max(SIZES)
@@ -73,7 +91,7 @@ def test_faults(what):
 
 @pytest.mark.parametrize("when", ["before", "in", "after"])
 def test_survivors_name_a_killed_rank(when):
-    args = ("--device", "gpu", "--hidden", 4096, "--timeout_s", 2, "--workspace_mb", 32)
+    args = ("--device", "gpu", "--hidden", 4096, "--timeout_s", 2, *ROOM)
     *survivors, killed = run_ranks("faults.py", 2, f"killed_{when}", *args, timeout_s=90)
     assert killed.status == -signal.SIGKILL, killed.text
     for rank in survivors:
@@ -81,6 +99,6 @@ def test_survivors_name_a_killed_rank(when):
 
 
 def test_a_rank_that_exits_in_the_middle_of_a_step():
-    args = ("--device", "gpu", "--hidden", 4096, "--timeout_s", 2, "--workspace_mb", 32)
+    args = ("--device", "gpu", "--hidden", 4096, "--timeout_s", 2, *ROOM)
     for rank in run_ranks("faults.py", 2, "exit_in_step", *args, timeout_s=90):
         assert rank.status == 0, rank.text
