@@ -67,6 +67,9 @@ def host_clock():
     return time.time_ns()
 
 
+host_clock.__triton_builtin__ = True  # the compiler looks at every name, in branches that it drops too
+
+
 @triton.jit
 def _look_up(local, rank, polls, since, INTERPRETED: tl.constexpr):
     """After many polls: is the group dead, is the time over? Returns the state to add and the first look's time."""
