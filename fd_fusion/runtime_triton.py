@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import importlib.util
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -25,25 +26,29 @@ _INTERPRET = "TRITON_INTERPRET"
 def interpreting(device: str) -> Iterator[None]:
     """Have Triton's decorators make interpreted functions inside this block when `device` is "cpu".
 
-    Triton decides at decoration, and imports parts of itself at the first launch: both belong inside. Raises
-    FusionError where Triton was imported before in the other mode, since its own functions are decorated too.
+    Triton decides at decoration, and imports parts of itself at the first launch: both belong inside.
     """
-    wanted = device == "cpu"
     before = os.environ.get(_INTERPRET)
-    os.environ[_INTERPRET] = "1" if wanted else "0"
+    os.environ[_INTERPRET] = "1" if device == "cpu" else "0"
     try:
-        try:
-            standard = importlib.import_module("triton.language.standard")
-        except ImportError as error:
-            raise FusionError(because("no_triton", detail=str(error))) from error
-        if (type(standard.sum).__name__ == "InterpretedFunction") != wanted:
-            raise FusionError(because("triton_mode", need=os.environ[_INTERPRET]))
         yield
     finally:
         if before is None:
             del os.environ[_INTERPRET]
         else:
             os.environ[_INTERPRET] = before
+
+
+def require_mode(device: str) -> None:
+    """Import Triton in the mode that `device` needs. Raises FusionError where it is missing, or was imported before
+    in the other mode: its own functions are decorated at import too, and cannot be had twice in a process.
+    """
+    try:
+        standard = importlib.import_module("triton.language.standard")
+    except ImportError as error:
+        raise FusionError(because("no_triton", detail=str(error))) from error
+    if (type(standard.sum).__name__ == "InterpretedFunction") != (device == "cpu"):
+        raise FusionError(because("triton_mode", need=int(device == "cpu")))
 
 
 def framework() -> ModuleType:
@@ -82,9 +87,7 @@ def _paddle_driver() -> Any:
     )
 
 
-def make_driver(
-    current_device: Callable, set_device: Callable, capability: Callable, raw_stream: Callable
-) -> Any:
+def make_driver(current_device: Callable, set_device: Callable, capability: Callable, raw_stream: Callable) -> Any:
     """Triton's CUDA driver object with a framework's four functions in the place of torch's."""
     from triton.backends.nvidia.driver import CudaDriver, CudaLauncher, CudaUtils
 
@@ -104,38 +107,39 @@ def current_stream() -> Callable[[], int]:
     return functools.partial(here._C._cuda_getCurrentRawStream, device)
 
 
-class Pointer:
-    """An address and an element type, as Triton takes it for a tensor: for compiling and interpreting.
+def load_kernel(module: str, name: str) -> Any:
+    """The kernel `name` of `fd_fusion.kernels.<module>`, compiled or interpreted as `interpreting` says.
 
-    Triton reads `data_ptr` and the last part of `str(dtype)`; its interpreter goes through a storage besides.
+    An interpreted function that calls another patches the whole Triton language again each time, which is most of
+    its time. Only a kernel has to; helpers, which have a leading underscore or live in a module that has one, are
+    put back as plain functions.
     """
+    kernel = getattr(importlib.import_module(f"fd_fusion.kernels.{module}"), name)
+    if type(kernel).__name__ == "InterpretedFunction":
+        for scope in [vars(sys.modules[key]) for key in sys.modules if key.startswith("fd_fusion.kernels.")]:
+            for key, value in list(scope.items()):
+                home = getattr(getattr(value, "fn", None), "__module__", "")
+                if type(value) is type(kernel) and (key[0] == "_" or home.startswith("fd_fusion.kernels._")):
+                    scope[key] = value.rewrite()
+    return kernel
 
-    def __init__(self, address: int, dtype: str):
-        self._address, self.dtype = address, dtype
 
-    def data_ptr(self) -> int:
-        return self._address
+def prepare(kernel: Any, like: tuple, constants: dict[str, Any], device: str) -> Callable[..., None]:
+    """Compile and load a kernel now; returns `launch(programs, *args)`, for the current stream.
 
-    def untyped_storage(self) -> Pointer:
-        return self
+    Args:
+        like: arguments of the types that all calls will have. The kernel must not specialize on their values.
+        constants: its constexpr arguments, which come last, and launch options.
 
-    def cpu(self) -> Pointer:
-        return self
-
-    def copy_(self, other: Pointer) -> Pointer:
-        return self
-
-    def new_empty(self, *args: Any, **kwargs: Any) -> Pointer:
-        return self
-
-    def set_(self, *args: Any) -> Pointer:
-        return self
-
-    def storage_offset(self) -> int:
-        return 0
-
-    def size(self) -> tuple[int, ...]:
-        return ()
-
-    def stride(self) -> tuple[int, ...]:
-        return ()
+    A launch goes to the loaded function at once, by the entry point that Triton 3.3 to 3.8 share: looking the
+    kernel up by its arguments, as `kernel[grid](...)` does, takes most of the host time of a launch.
+    """
+    if device == "cpu":
+        return lambda programs, *args: kernel[(programs,)](*args, **constants)
+    with triton_driver():
+        made = kernel.warmup(*like, grid=(1,), **constants)
+        made._init_handles()
+    run, stream = made.run, current_stream()
+    loaded = (made.function, made.packed_metadata, None, None, None)  # launch metadata, hooks
+    tail = tuple(constants[name] for name in kernel.arg_names if name in constants)
+    return lambda programs, *args: run(programs, 1, 1, stream(), *loaded, *args, *tail)

@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from typing import Any
 
 _BLOCK = 2 << 20  # smaller allocations share a block, and a handle exports the whole block
+_MULTIPROCESSOR_COUNT = 16  # CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
+_NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING
 _PEER_ACCESS = 1  # CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS
 _PORTABLE_MAPPED = 3  # CU_MEMHOSTALLOC_PORTABLE | CU_MEMHOSTALLOC_DEVICEMAP
 
@@ -39,7 +41,7 @@ class CudaIpc:
             self._lib = ctypes.CDLL("libcuda.so.1")
         except OSError as error:
             raise CudaError(f"the CUDA driver cannot be loaded: {error}") from error
-        self._context = ctypes.c_void_p()
+        self._context, self._stream = ctypes.c_void_p(), ctypes.c_void_p()
         self._call("cuInit", 0)
         self._call("cuCtxGetCurrent", ctypes.byref(self._context))
         if not self._context:
@@ -53,6 +55,13 @@ class CudaIpc:
             self._call("cuDeviceGetUuid", gpu, device)
             self._call("cuDeviceGetUuid_v2", part, device)  # of the MIG instance, if this is one
         return {"device": gpu.raw.hex(), "mig": gpu.raw != part.raw}
+
+    def multiprocessors(self) -> int:
+        device, count = ctypes.c_int(), ctypes.c_int()
+        with self._current():
+            self._call("cuCtxGetDevice", ctypes.byref(device))
+            self._call("cuDeviceGetAttribute", ctypes.byref(count), _MULTIPROCESSOR_COUNT, device)
+        return count.value
 
     def allocate(self, nbytes: int) -> tuple[int, bytes]:
         """New device memory, not cleared: its address here, and the handle by which peers open it."""
@@ -86,18 +95,23 @@ class CudaIpc:
             self._call("cuMemFree_v2", ctypes.c_uint64(address))
 
     def read(self, address: int, nbytes: int) -> bytes:
+        """On a stream of its own, so that it waits for nobody's kernels."""
         data = ctypes.create_string_buffer(nbytes)
         with self._current():
-            self._call("cuMemcpyDtoH_v2", data, ctypes.c_uint64(address), ctypes.c_size_t(nbytes))
+            if not self._stream:
+                self._call("cuStreamCreate", ctypes.byref(self._stream), _NON_BLOCKING)
+            where, size = ctypes.c_uint64(address), ctypes.c_size_t(nbytes)
+            self._call("cuMemcpyDtoHAsync_v2", data, where, size, self._stream)
+            self._call("cuStreamSynchronize", self._stream)
         return data.raw
 
     def write(self, address: int, data: bytes) -> None:
         with self._current():
             self._call("cuMemcpyHtoD_v2", ctypes.c_uint64(address), data, ctypes.c_size_t(len(data)))
 
-    def zero(self, address: int, nbytes: int) -> None:
+    def fill(self, address: int, nbytes: int, byte: int = 0) -> None:
         with self._current():
-            self._call("cuMemsetD8_v2", ctypes.c_uint64(address), ctypes.c_ubyte(0), ctypes.c_size_t(nbytes))
+            self._call("cuMemsetD8_v2", ctypes.c_uint64(address), ctypes.c_ubyte(byte), ctypes.c_size_t(nbytes))
 
     def synchronize(self) -> None:
         with self._current():

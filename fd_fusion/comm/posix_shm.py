@@ -84,8 +84,8 @@ class PosixShm:
     def write(self, address: int, data: bytes) -> None:
         ctypes.memmove(address, data, len(data))
 
-    def zero(self, address: int, nbytes: int) -> None:
-        ctypes.memset(address, 0, nbytes)
+    def fill(self, address: int, nbytes: int, byte: int = 0) -> None:
+        ctypes.memset(address, byte, nbytes)
 
     def synchronize(self) -> None:
         """Nothing runs in the background under the interpreter."""

@@ -18,10 +18,10 @@ from fd_fusion.comm.group import Group, Verdict, Vote, agree
 from fd_fusion.reasons import FusionError, Reason, because
 
 CLOSE_TIMEOUT_S = 5.0  # how long an orderly close waits for the other ranks
-_WORD = 8  # bytes that one rank stores into each peer in the proof
+_PROOF_BYTES = 16  # what one rank stores into each peer in the proof
 
 Push = Callable[[tuple[int, ...], int], None]
-"""Store one int64 value at each of these addresses, as the kernel stores its words."""
+"""Store an int64 value, twice, at each of these 16-byte aligned addresses, as the kernel stores its words."""
 
 
 class Maker(Protocol):
@@ -38,7 +38,7 @@ class Maker(Protocol):
     def free(self, address: int) -> None: ...
     def read(self, address: int, nbytes: int) -> bytes: ...
     def write(self, address: int, data: bytes) -> None: ...
-    def zero(self, address: int, nbytes: int) -> None: ...
+    def fill(self, address: int, nbytes: int, byte: int = 0) -> None: ...
     def synchronize(self) -> None: ...
     def host_page(self, nbytes: int) -> tuple[int, int]: ...
     def free_host_page(self, address: int) -> None: ...
@@ -91,7 +91,7 @@ def open_symmetric_memory(
     Raises: FusionError: on all ranks alike, with the reason of the first rank that refused.
     """
     identity = {**process_identity(), **maker.identity(), "nbytes": nbytes, "salt": secrets.token_hex(8)}
-    ranks = _settle(group, "identity", None, identity, timeout_s)
+    ranks = settle(group, "identity", None, identity, timeout_s)
     if refusal := _unreachable(ranks, group):
         raise FusionError(refusal)
     nonce = hashlib.sha256("".join(r["salt"] for r in ranks).encode()).hexdigest()[:16]
@@ -131,7 +131,7 @@ def attempt(action: Callable[[], Any]) -> tuple[Any, Reason | None]:
         return None, because("open_failed", error=f"{type(error).__name__}: {error}")
 
 
-def _settle(group: Group, topic: str, refusal: Reason | None, data: Any, timeout_s: float) -> tuple[Any, ...]:
+def settle(group: Group, topic: str, refusal: Reason | None, data: Any, timeout_s: float) -> tuple[Any, ...]:
     """One vote of the opening: the data of all ranks, or the same FusionError on all."""
     verdict: Verdict = agree(group, topic, Vote(refusal, data), timeout_s=timeout_s)
     if not verdict.ok:
@@ -160,17 +160,15 @@ def _allocate(memory: SymmetricMemory, timeout_s: float) -> list[bytes]:
 
     def allocate() -> str:
         memory._mapped[group.rank], handle = maker.allocate(memory.nbytes)
-        maker.zero(memory._mapped[group.rank], memory.nbytes)
+        maker.fill(memory._mapped[group.rank], memory.nbytes)
         maker.synchronize()
         return handle.hex()
 
     handle, refusal = attempt(allocate)
-    ranks = _settle(group, "handle", refusal, {"handle": handle, "nonce": memory.nonce}, timeout_s)
+    ranks = settle(group, "handle", refusal, {"handle": handle, "nonce": memory.nonce}, timeout_s)
     for rank, one in enumerate(ranks):
         if one["nonce"] != memory.nonce:
-            raise FusionError(
-                because("structure_differs", rank=rank, detail="its handle belongs to another opening")
-            )
+            raise FusionError(because("structure_differs", rank=rank, detail="its handle belongs to another opening"))
     handles = [bytes.fromhex(one["handle"]) for one in ranks]
     assert all(len(handle) == maker.handle_bytes for handle in handles)
     return handles
@@ -188,7 +186,7 @@ def _map(memory: SymmetricMemory, handles: list[bytes], timeout_s: float) -> Non
     _, refusal = attempt(map_peers)
     if refusal and refusal.code == "open_failed":
         refusal = because("no_peer_access", error=dict(refusal.facts)["error"])
-    _settle(group, "mapped", refusal, None, timeout_s)
+    settle(group, "mapped", refusal, None, timeout_s)
     memory.maker.opened_everywhere()
 
 
@@ -196,24 +194,25 @@ def _prove(memory: SymmetricMemory, push: Push, timeout_s: float) -> None:
     """Every rank stores its word into every buffer at [rank]; every rank then finds all words in its own."""
     group, maker = memory.group, memory.maker
     base = int(memory.nonce, 16) >> 8
-    _, refusal = attempt(
-        lambda: (
-            push(tuple(a + _WORD * group.rank for a in memory.addresses), base + group.rank),
-            maker.synchronize(),
-        )
-    )
-    _settle(group, "pushed", refusal, None, timeout_s)
+
+    def store() -> None:
+        push(tuple(address + _PROOF_BYTES * group.rank for address in memory.addresses), base + group.rank)
+        maker.synchronize()
+
+    _, refusal = attempt(store)
+    settle(group, "pushed", refusal, None, timeout_s)
 
     def verify() -> None:
-        found = maker.read(memory.own, _WORD * group.size)
+        found = maker.read(memory.own, _PROOF_BYTES * group.size)
         for rank in range(group.size):
-            if int.from_bytes(found[_WORD * rank : _WORD * (rank + 1)], "little") != base + rank:
+            expected = 2 * (base + rank).to_bytes(8, "little")
+            if found[_PROOF_BYTES * rank : _PROOF_BYTES * (rank + 1)] != expected:
                 raise FusionError(because("probe_failed", rank=rank))
-        maker.zero(memory.own, _WORD * group.size)
+        maker.fill(memory.own, len(found))
         maker.synchronize()
 
     _, refusal = attempt(verify)
-    _settle(group, "proven", refusal, None, timeout_s)
+    settle(group, "proven", refusal, None, timeout_s)
 
 
 def _quietly(step: Callable[..., None], *args: int) -> bool:

@@ -1,50 +1,49 @@
 """One thread a process that looks at the error pages of all workspaces.
 
 A kernel that runs out of time writes its error into host memory; under graph replay no Python of ours runs,
-so nobody else would look. The thread reads a word of each page every few milliseconds, which needs no GPU
-call.
+so nobody else would look. Looking reads a few words every few milliseconds and needs no GPU call.
 """
 
 from __future__ import annotations
 
-import ctypes
 import threading
 from collections.abc import Callable
+from typing import Any
 
 _EVERY_S = 0.01
 _lock = threading.Lock()
-_pages: dict[int, Callable[[], None]] = {}
+_watched: dict[Any, tuple[Callable[[], Any], Callable[[Any], None]]] = {}
 _thread: threading.Thread | None = None
 
 
-def watch(page: int, on_error: Callable[[], None]) -> None:
-    """Call `on_error` once, from the watching thread, when the int64 at host address `page` is not 0."""
+def watch(key: Any, look: Callable[[], Any], on_error: Callable[[Any], None]) -> None:
+    """When `look()` is no longer None, call `on_error` with what it gave: once, from the watching thread."""
     global _thread
     with _lock:
-        _pages[page] = on_error
-        if _thread is None or not _thread.is_alive():
-            _thread = threading.Thread(target=_look, name="fd_fusion-watcher", daemon=True)
+        _watched[key] = look, on_error
+        if _thread is None:
+            _thread = threading.Thread(target=_run, name="fd_fusion-watcher", daemon=True)
             _thread.start()
 
 
-def unwatch(page: int) -> None:
-    """Stop looking at `page`: once this returns the page may be freed."""
+def unwatch(key: Any) -> None:
+    """Stop looking: once this returns, what `look` reads may be freed."""
     with _lock:
-        _pages.pop(page, None)
+        _watched.pop(key, None)
 
 
-def _look() -> None:
+def _run() -> None:
+    global _thread
     pause = threading.Event()
     while not pause.wait(_EVERY_S):
+        raised = []
         with _lock:
-            if not _pages:
-                return _stop()
-            raised = [_pages.pop(page) for page in list(_pages) if ctypes.c_int64.from_address(page).value]
-        for on_error in raised:
-            on_error()
-
-
-def _stop() -> None:
-    """The last page is gone; called with the lock held, so that the next `watch` starts a new thread."""
-    global _thread
-    _thread = None
+            if not _watched:
+                _thread = None  # under the lock, so that the next `watch` starts another thread
+                return
+            for key, (look, on_error) in list(_watched.items()):
+                if (error := look()) is not None:
+                    raised.append((on_error, error))
+                    del _watched[key]
+        for on_error, error in raised:
+            on_error(error)

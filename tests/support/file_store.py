@@ -7,7 +7,7 @@ from urllib.parse import quote
 
 
 class FileStore:
-    """`set`, `get` and an atomic `add`: a `fd_fusion.comm.group.Store`. `get` of a key that is not set raises."""
+    """`set`, `get` and an atomic `add`, as a vote needs them. `get` of a key that is not set raises."""
 
     def __init__(self, folder):
         self.folder = Path(folder)
