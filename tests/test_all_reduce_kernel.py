@@ -157,14 +157,16 @@ def is_nan(results, number, step):
 
 @pytest.mark.parametrize("two_shot", [False, True])
 def test_a_missing_rank(two_shot):
-    """The last rank never comes to call 1: the others name it, write NaN, and go on writing NaN at once."""
+    """The last rank never comes to call 1: the others write NaN, go on writing NaN at once, and one names it (by
+    two-shot another may name the owner of the row, which waits itself)."""
     results = run([case(3, 64, rows=[2] * 3, two_shot=[two_shot] * 3, limit_s=2, absent=[2, 1])])
     pages = [plans.read_error_page(rank["0.page"].tolist()) for rank in results]
     for rank, page in enumerate(pages[:2]):
-        assert page["op"] >= 1 and (page["code"] == plans.TOLD or 2 in page["missing"]), (rank, page)
+        assert page["op"] >= 1, (rank, page)
         assert np.isfinite(from_bits(results[rank]["0.0.norm"], "bfloat16")).all()
         assert is_nan(results[rank], 0, 1) and is_nan(results[rank], 0, 2)
     assert any(page["code"] == plans.TIMED_OUT for page in pages[:2]), pages
+    assert any(2 in page["missing"] for page in pages[:2]), pages
 
 
 def test_a_late_rank_and_a_second_stream():
