@@ -162,6 +162,7 @@ def constants(plan: Plan, *, weight_dtype: str, has_residual: bool, two_shot: bo
         "INTERPRETED": plan.interpreted,
         "num_warps": plan.num_warps,
         "num_stages": 1,
+        "maxnreg": min(128, 32768 // (32 * plan.num_warps)),  # two programs fit on a multiprocessor, nothing spills
         "enable_fp_fusion": False,
     }
 
