@@ -1,4 +1,4 @@
-"""`python -m fd_fusion bench all-reduce` and `bench qk-norm`: measurements on a GPU, checked before they are timed."""
+"""`python -m fd_fusion bench all-reduce` and `bench qk-norm`: measured on a GPU, and checked before that."""
 
 from __future__ import annotations
 
