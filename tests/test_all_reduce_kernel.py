@@ -9,8 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
-pytest.importorskip("triton")
 from kernel_rank import fill, from_bits, inputs, region_bytes
 
 from fd_fusion.kernels import plan as plans
