@@ -24,16 +24,19 @@ ROWS = (1, 2, 4, 6, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--size", type=int, required=True)
-    parser.add_argument("--out", required=True)
+    parser.add_argument("--out")
+    parser.add_argument("--compile-only", action="store_true", help="fill Triton's cache, run nothing")
     parser.add_argument("--hidden", type=int, nargs="+", default=HIDDEN)
     parser.add_argument("--rows", type=int, nargs="+", default=ROWS)
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--flashinfer")
     parser.add_argument("--no-nccl", action="store_true", help="NCCL refuses two ranks on one GPU")
     parser.add_argument("--seconds", type=float, default=150)
     options = parser.parse_args()
     start = time.monotonic()
     compile_all([(options.size, hidden, "bfloat16", "bfloat16") for hidden in options.hidden], "--both-paths")
+    if options.compile_only:
+        return
     print(f"compiled in {time.monotonic() - start:.0f} s", flush=True)
     args = ["--hidden", *options.hidden, "--rows", *options.rows, "--rounds", options.rounds]
     args += ["--seconds", options.seconds] + (["--flashinfer", options.flashinfer] if options.flashinfer else [])
