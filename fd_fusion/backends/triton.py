@@ -76,7 +76,8 @@ class Opened:
         half = max(1, min(kernel.resident for kernel in kernels.values()) // 2)
         room = _CPU_PROGRAMS if facts.device == "cpu" else half * self._maker.multiprocessors()
         slots = facts.workspace_bytes - _LOCAL_BYTES
-        self.programs = plans.most_programs(self._plan, workspace_bytes=slots, multiprocessors=room)
+        most = plans.most_programs(self._plan, workspace_bytes=slots, multiprocessors=room)
+        self.programs = most if self.limit is None else min(most, self.limit)
         word = _ANY_ADDRESS, _ANY_ADDRESS
         store = runtime_triton.load_kernel("probe", "store_word")
         self._store_word = runtime_triton.prepare(store, word, {}, facts.device).launch
