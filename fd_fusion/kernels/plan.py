@@ -129,12 +129,11 @@ def local_words(plan: Plan, programs: int, *, limit: int, error_page: int, addre
     return words
 
 
-def most_programs(plan: Plan, *, workspace_bytes: int, multiprocessors: int) -> int:
-    """G, the most rows in flight: what the memory allows, and up to four warps a multiprocessor, which is less than
-    half of what fits, so that all programs of a call run at once and other streams find room. 0: too little memory.
+def most_programs(plan: Plan, *, workspace_bytes: int, at_once: int) -> int:
+    """G, the most rows in flight: what the memory allows, and `at_once` programs, which must be sure to run at the
+    same time and leave room for other streams (half of what the device holds). 0: too little memory.
     """
-    programs = multiprocessors * max(1, 4 // plan.num_warps)
-    return min((workspace_bytes - CONTROL_BYTES) // slot_bytes(plan), max(1, programs // plan.split))
+    return min((workspace_bytes - CONTROL_BYTES) // slot_bytes(plan), max(1, at_once // plan.split))
 
 
 def grid(plan: Plan, programs: int, rows: int) -> tuple[int]:
