@@ -185,9 +185,6 @@ TABLE: dict[str, Entry] = {
         "FlashInfer {version} runs H={hidden_size} in blocks of {threads} threads, not whole warps, and sums wrongly",
         "install FlashInfer 0.6.15 or newer, or name the triton backend",
     ),
-    "flashinfer_no_room": Entry(
-        "{got} bytes of workspace hold no row, which takes {need} bytes", "raise workspace_mb"
-    ),
     "flashinfer_multicast": Entry(
         "FlashInfer {version} opens its workspace by multicast, which this GPU lacks: {error}",
         "install a version whose kernel takes our workspace (see the README), or name the triton backend",
