@@ -154,7 +154,7 @@ TABLE: dict[str, Entry] = {
     "flashinfer_missing": Entry("FlashInfer is not installed", "install FlashInfer, or name the triton backend"),
     "flashinfer_import": Entry(
         "FlashInfer {version} does not import under {framework}: {error}",
-        "install flashinfer-python-paddle, or compile the kernel beforehand where torch is, or name the triton backend",
+        "install flashinfer-python-paddle, compile the kernel beforehand where torch is, or name the triton backend",
     ),
     "flashinfer_foreign": Entry(
         "{module} was imported before and is bound to another framework than {framework}",
@@ -167,7 +167,7 @@ TABLE: dict[str, Entry] = {
     "flashinfer_signature": Entry(
         "FlashInfer {version} wants {names}, which is unknown here", "install a version that the README names"
     ),
-    "flashinfer_build": Entry("the kernel of FlashInfer {version} did not build: {error}", "see the log of this rank"),
+    "flashinfer_build": Entry("FlashInfer {version} did not build its kernel: {error}", "see the log of this rank"),
     "flashinfer_no_compiler": Entry(
         "the kernel of FlashInfer {version} must be compiled and {tool} is not found", "install {tool}"
     ),

@@ -3,8 +3,8 @@
     sum = round(x_0 + ... + x_{N-1});  residual_out = round(sum + residual)
     norm_out = round(residual_out * rsqrt(mean(residual_out^2) + eps) * (weight + bias))
 
-Three roundings to the tensors' dtype, the first two of them where our own contract has one. All the tensors of a call have one
-dtype: the kernel reads every one of them as the input's.
+Three roundings to the tensors' dtype; our own contract has no first one. All tensors of a call have one dtype, since
+the kernel reads every one of them as the input's.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ class Fixed:
         }
 
 
-def parameters(function: Callable[..., Any], *, oldest: tuple[str, ...] = tuple(BASE)) -> dict[str, bool]:
-    """The parameters by name, and whether each must be given. Where Python cannot tell, those of the oldest release."""
+def parameters(function: Callable[..., Any], *, oldest: tuple[str, ...] = BASE) -> dict[str, bool]:
+    """Parameters by name, and whether each must be given; those of the oldest release where Python cannot tell."""
     try:
         found = inspect.signature(function).parameters.values()
     except (ValueError, TypeError):

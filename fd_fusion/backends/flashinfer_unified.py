@@ -5,10 +5,10 @@ No release asks for this yet; the older entry is deprecated since 0.6.0, and thi
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from fd_fusion.backends.flashinfer_call import parameters, unified_call
+from fd_fusion.backends.flashinfer_opened import Opened
 from fd_fusion.backends.flashinfer_watchdog import ControlReader
 from fd_fusion.backends.flashinfer_workspace import StoreBackend
 from fd_fusion.comm.group import Group
@@ -17,10 +17,10 @@ from fd_fusion.reasons import FusionError, because
 from fd_fusion.tuning import Facts
 
 
-def open(facts: Facts, group: Group, library: Any, rows: int, opened_type: Callable[..., Any]) -> Any:
+def open(facts: Facts, group: Group, library: Any, rows: int) -> Opened:
     """Collective: the same as `flashinfer.open`, with a workspace that FlashInfer makes."""
 
-    def make() -> Any:
+    def make() -> Opened:
         workspace = create(facts, group, library, rows)
         # Without the control block nobody could see a call that hangs.
         address = (getattr(workspace, "metadata", None) or {}).get("control_flag_ptr")
@@ -35,7 +35,7 @@ def open(facts: Facts, group: Group, library: Any, rows: int, opened_type: Calla
             return wait
 
         reader = ControlReader(address)
-        return opened_type(facts, group, library, call, adds_bias, rows, facts.workspace_bytes, reader, release)
+        return Opened(facts, group, library, call, adds_bias, rows, facts.workspace_bytes, reader, release)
 
     opened, refusal = attempt(make)
     try:

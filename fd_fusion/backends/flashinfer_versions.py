@@ -9,12 +9,30 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+# The 21 parameters of every release, all without a default; always passed by name.
 BASE = (
-    "allreduce_in world_size world_rank token_num hidden_dim workspace_ptrs launch_with_pdl "
-    "trigger_completion_at_end fp32_acc pattern_code use_oneshot allreduce_out residual_in residual_out norm_out "
-    "quant_out scale_out rms_gamma rms_eps scale_factor layout_code"
-).split()  # the 21 parameters of every release, all without a default; always passed by name
-OLDEST = "0.2.9"
+    "allreduce_in",
+    "world_size",
+    "world_rank",
+    "token_num",
+    "hidden_dim",
+    "workspace_ptrs",
+    "launch_with_pdl",
+    "trigger_completion_at_end",
+    "fp32_acc",
+    "pattern_code",
+    "use_oneshot",
+    "allreduce_out",
+    "residual_in",
+    "residual_out",
+    "norm_out",
+    "quant_out",
+    "scale_out",
+    "rms_gamma",
+    "rms_eps",
+    "scale_factor",
+    "layout_code",
+)
 
 
 @dataclass(frozen=True)

@@ -82,10 +82,8 @@ class Watchdog:
         while not self._stop.wait(self._every_s):
             seen, looks = (seen, looks + 1) if seen == self._signs else (self._signs, 0)
             if looks * self._every_s > self.limit_s:
-                waited = f"{self.limit_s:g} s"
-                self._end(
-                    f"{self._what} has waited for another rank for {waited}; this process ends, since the kernel cannot"
-                )
+                limit = f"{self.limit_s:g} s"
+                self._end(f"{self._what} has waited for another rank for {limit}; this process ends with it")
                 return
 
 

@@ -6,7 +6,7 @@ frees the control block, or needs torch, each in some of its releases. The kerne
     comm_buf   N*T*H*e bytes        any content; two-shot copies through it
     flags      N*256 int32          zero
     lamport    3 * N*T*H*e bytes    three buffers in turn; -0.0 in every element means "nothing here yet"
-    control    5 int32, this rank's [CTAs of the running call, two-shot flag, lamport flag, N*T*H*e, elements to clear]
+    control    5 int32 [CTAs of the running call, two-shot flag, lamport flag, N*T*H*e, elements to clear]
 
 and a device table of int64 with comm_buf, flags and lamport of every rank and the own control block. All four lie
 in one buffer of symmetric memory.
