@@ -140,6 +140,11 @@ TABLE: dict[str, Entry] = {
     "workspace_small": Entry(
         "the workspace needs {need} bytes and may have {got}", "raise workspace_mb in the fusion config"
     ),
+    "old_gpu": Entry("the GPU is sm_{got}, older than sm_{need}", "use an A100 or newer"),
+    "two_streams": Entry(
+        "two streams used one workspace at once: op {op}, row {row}, epoch {epoch}",
+        "run a bound model from one stream at a time, then call reset() on every rank",
+    ),
     "aborted": Entry(
         "another rank ran out of time in a fused call and ended it for the whole group",
         "see the logs of the other ranks; restart the ranks, or call reset() on every rank",

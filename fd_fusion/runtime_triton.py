@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import importlib.util
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -25,25 +26,45 @@ _INTERPRET = "TRITON_INTERPRET"
 def interpreting(device: str) -> Iterator[None]:
     """Have Triton's decorators make interpreted functions inside this block when `device` is "cpu".
 
-    Triton decides at decoration, and imports parts of itself at the first launch: both belong inside. Raises
-    FusionError where Triton was imported before in the other mode, since its own functions are decorated too.
+    Triton decides at decoration, and imports parts of itself at the first launch: both belong inside.
     """
-    wanted = device == "cpu"
     before = os.environ.get(_INTERPRET)
-    os.environ[_INTERPRET] = "1" if wanted else "0"
+    os.environ[_INTERPRET] = "1" if device == "cpu" else "0"
     try:
-        try:
-            standard = importlib.import_module("triton.language.standard")
-        except ImportError as error:
-            raise FusionError(because("no_triton", detail=str(error))) from error
-        if (type(standard.sum).__name__ == "InterpretedFunction") != wanted:
-            raise FusionError(because("triton_mode", need=os.environ[_INTERPRET]))
         yield
     finally:
         if before is None:
             del os.environ[_INTERPRET]
         else:
             os.environ[_INTERPRET] = before
+
+
+def require_mode(device: str) -> None:
+    """Import Triton in the mode that `device` needs. Raises FusionError where it is missing, or was imported before
+    in the other mode: its own functions are decorated at import too, and cannot be had twice in a process.
+    """
+    try:
+        standard = importlib.import_module("triton.language.standard")
+    except ImportError as error:
+        raise FusionError(because("no_triton", detail=str(error))) from error
+    if (type(standard.sum).__name__ == "InterpretedFunction") != (device == "cpu"):
+        raise FusionError(because("triton_mode", need=int(device == "cpu")))
+
+
+def load_kernel(module: str, name: str) -> Any:
+    """The kernel `name` of `fd_fusion.kernels.<module>`, compiled or interpreted as `interpreting` says.
+
+    An interpreted function that calls another patches the whole Triton language again each time, which is most of
+    its time. Only the kernel itself has to: what it calls is put into its modules as plain functions.
+    """
+    home = importlib.import_module(f"fd_fusion.kernels.{module}")
+    kernel = getattr(home, name)
+    if type(kernel).__name__ == "InterpretedFunction":
+        for scope in (home, importlib.import_module("fd_fusion.kernels._lanes")):
+            for key, value in list(vars(scope).items()):
+                if type(value) is type(kernel) and value is not kernel:
+                    setattr(scope, key, value.rewrite())
+    return kernel
 
 
 def framework() -> ModuleType:
@@ -102,40 +123,3 @@ def current_stream() -> Callable[[], int]:
     here = framework()
     device = here.cuda.current_device()
     return functools.partial(here._C._cuda_getCurrentRawStream, device)
-
-
-class Pointer:
-    """An address and an element type, as Triton takes it for a tensor: for compiling and interpreting.
-
-    Triton reads `data_ptr` and the last part of `str(dtype)`; its interpreter goes through a storage besides.
-    """
-
-    def __init__(self, address: int, dtype: str):
-        self._address, self.dtype = address, dtype
-
-    def data_ptr(self) -> int:
-        return self._address
-
-    def untyped_storage(self) -> Pointer:
-        return self
-
-    def cpu(self) -> Pointer:
-        return self
-
-    def copy_(self, other: Pointer) -> Pointer:
-        return self
-
-    def new_empty(self, *args: Any, **kwargs: Any) -> Pointer:
-        return self
-
-    def set_(self, *args: Any) -> Pointer:
-        return self
-
-    def storage_offset(self) -> int:
-        return 0
-
-    def size(self) -> tuple[int, ...]:
-        return ()
-
-    def stride(self) -> tuple[int, ...]:
-        return ()

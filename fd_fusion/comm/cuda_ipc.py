@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from typing import Any
 
 _BLOCK = 2 << 20  # smaller allocations share a block, and a handle exports the whole block
+_MULTIPROCESSOR_COUNT = 16  # CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
 _NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING
 _PEER_ACCESS = 1  # CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS
 _PORTABLE_MAPPED = 3  # CU_MEMHOSTALLOC_PORTABLE | CU_MEMHOSTALLOC_DEVICEMAP
@@ -54,6 +55,13 @@ class CudaIpc:
             self._call("cuDeviceGetUuid", gpu, device)
             self._call("cuDeviceGetUuid_v2", part, device)  # of the MIG instance, if this is one
         return {"device": gpu.raw.hex(), "mig": gpu.raw != part.raw}
+
+    def multiprocessors(self) -> int:
+        device, count = ctypes.c_int(), ctypes.c_int()
+        with self._current():
+            self._call("cuCtxGetDevice", ctypes.byref(device))
+            self._call("cuDeviceGetAttribute", ctypes.byref(count), _MULTIPROCESSOR_COUNT, device)
+        return count.value
 
     def allocate(self, nbytes: int) -> tuple[int, bytes]:
         """New device memory, not cleared: its address here, and the handle by which peers open it."""

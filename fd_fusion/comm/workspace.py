@@ -43,10 +43,9 @@ class Layout:
     local_bytes: int  # memory that only the own kernel touches
     local_words: Callable[
         [int, int, list[int]], list[int]
-    ]  # (limit, error page, addresses) -> its first content
+    ]  # (limit in ns, error page, addresses) -> its first content
     page_bytes: int
     read_error: Callable[[list[int]], Reason | None]  # what the words of the error page say
-    ticks_per_s: float  # the unit of the limit
 
 
 class Workspace:
@@ -69,7 +68,7 @@ class Workspace:
         return self.memory.nbytes
 
     def error(self) -> Reason | None:
-        """What this rank's kernels wrote into the error page, or None. Cheap: it reads host memory."""
+        """What kernels of this rank wrote on the error page, or None. Cheap: reads host memory."""
         return self.layout.read_error(self._words[:]) if any(self._words) else None
 
     def check(self) -> None:
@@ -116,7 +115,7 @@ class Workspace:
             self.memory.maker.free_host_page(self._page)
 
     def _limit(self) -> int:
-        return int((1 if self.frozen else WARM_UP) * self.timeout_s * self.layout.ticks_per_s)
+        return int((1 if self.frozen else WARM_UP) * self.timeout_s * 1e9)
 
     def _fill(self) -> None:
         memory, layout = self.memory, self.layout
