@@ -80,7 +80,7 @@ def open_memory(group: Group, layout: Layout, maker: Maker, *, timeout_s: float)
 
     def push(addresses: tuple[int, ...], value: int) -> None:
         for address in addresses:
-            maker.write(address, value.to_bytes(8, "little"))
+            maker.write(address, 2 * value.to_bytes(8, "little"))
 
     memory = open_symmetric_memory(group, layout.nbytes, maker, push, timeout_s=timeout_s)
     # The device is synchronised before the vote: a late fill would erase what a peer has already pushed.
