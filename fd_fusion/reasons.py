@@ -150,6 +150,9 @@ TABLE: dict[str, Entry] = {
         "see the logs of the other ranks; restart the ranks, or call reset() on every rank",
     ),
     "closed": Entry("the workspace is closed", "bind the model again"),
+    "qk_stock": Entry(
+        "q and k are normalised by the stock formula: backend {backend} on a {device}", "name the triton backend"
+    ),
     "open_failed": Entry("the workspace could not be opened: {error}", "see the log of this rank"),
     "dead_group": Entry(
         "a fused call ran out of time: op {op}, row {row}, epoch {epoch}, missing rank {missing}",
