@@ -36,9 +36,7 @@ def test_sigterm_still_ends_a_process_that_had_no_handler():
 def test_the_watcher_tells_once_and_starts_again(attempt):
     heard, pages, pause = [], {"fine": None, "broken": None}, threading.Event()
     for name in pages:
-        watcher.watch(
-            name, lambda name=name: pages[name], lambda error, name=name: heard.append((name, error))
-        )
+        watcher.watch(name, lambda name=name: pages[name], lambda error, name=name: heard.append((name, error)))
     pages["broken"] = "late"
     assert any(heard or pause.wait(0.01) for _ in range(300))
     pause.wait(0.05)

@@ -18,7 +18,7 @@ from fd_fusion.comm.posix_shm import PosixShm
 from fd_fusion.comm.symmetric_memory import Maker, attempt, settle
 from fd_fusion.comm.workspace import Layout, Workspace, open_workspace
 from fd_fusion.kernels import plan as plans
-from fd_fusion.reasons import FusionError, FusionTimeout, Reason, because
+from fd_fusion.reasons import FusionTimeout, Reason, because
 from fd_fusion.tuning import Facts, row_limit
 
 _CPU_PROGRAMS = 4  # rows in flight under the interpreter, where programs run one after another anyway
@@ -70,9 +70,7 @@ class Opened:
         runtime_triton.require_mode(facts.device)
         self._maker: Maker = CudaIpc() if facts.device == "gpu" else PosixShm()
         room = _CPU_PROGRAMS if facts.device == "cpu" else self._maker.multiprocessors()
-        self.programs = plans.most_programs(
-            self._plan, workspace_bytes=facts.workspace_bytes, multiprocessors=room
-        )
+        self.programs = plans.most_programs(self._plan, workspace_bytes=facts.workspace_bytes, multiprocessors=room)
         self._kernel = runtime_triton.load_kernel("all_reduce_rms_norm", "all_reduce_rms_norm")
         self._store = runtime_triton.load_kernel("probe", "store_word")
         self._calls = itertools.count()
@@ -95,7 +93,7 @@ class Opened:
 
         Args:
             partial: this rank's partial sums, [T, H]. residual: [T, H] or None. weight: [H].
-        Returns: (norm_out, residual_out), [T, H], new tensors. If a rank is missing they hold NaN, and `check` raises.
+        Returns: (norm_out, residual_out), [T, H], new tensors. If a rank is missing: NaN, and `check` raises.
         Raises: ValueError: another shape than the one this was opened for. FusionTimeout: on a CPU, at once.
         """
         rows, hidden = partial.shape
@@ -232,7 +230,7 @@ def _layout(plan: plans.Plan, programs: int) -> Layout:
     return Layout(
         control_bytes=plans.CONTROL_BYTES,
         symmetric_bytes=plans.symmetric_bytes(plan, programs),
-        fill=plans.symmetric_fill(plan),
+        fill=plans.SLOT_FILL,
         local_bytes=plans.local_bytes(plan, programs),
         local_words=lambda limit, page, addresses: plans.local_words(
             plan, programs, limit=limit, error_page=page, addresses=addresses

@@ -111,9 +111,7 @@ class CudaIpc:
 
     def fill(self, address: int, nbytes: int, byte: int = 0) -> None:
         with self._current():
-            self._call(
-                "cuMemsetD8_v2", ctypes.c_uint64(address), ctypes.c_ubyte(byte), ctypes.c_size_t(nbytes)
-            )
+            self._call("cuMemsetD8_v2", ctypes.c_uint64(address), ctypes.c_ubyte(byte), ctypes.c_size_t(nbytes))
 
     def synchronize(self) -> None:
         with self._current():

@@ -168,9 +168,7 @@ def _allocate(memory: SymmetricMemory, timeout_s: float) -> list[bytes]:
     ranks = settle(group, "handle", refusal, {"handle": handle, "nonce": memory.nonce}, timeout_s)
     for rank, one in enumerate(ranks):
         if one["nonce"] != memory.nonce:
-            raise FusionError(
-                because("structure_differs", rank=rank, detail="its handle belongs to another opening")
-            )
+            raise FusionError(because("structure_differs", rank=rank, detail="its handle belongs to another opening"))
     handles = [bytes.fromhex(one["handle"]) for one in ranks]
     assert all(len(handle) == maker.handle_bytes for handle in handles)
     return handles

@@ -66,13 +66,13 @@ def judge(case, norm_bits, residual_bits):
         got = tensors.from_bits(got_bits, case.dtype).astype(np.float64)
         fits = np.abs(true) < {"float16": 65000.0}.get(case.dtype, 1e38)
         finite = np.isfinite(true) & fits & np.isfinite(rough)
-        if not np.array_equal(np.isfinite(got)[fits | ~np.isfinite(true)], np.isfinite(true)[fits | ~np.isfinite(true)]):
+        if not np.array_equal(
+            np.isfinite(got)[fits | ~np.isfinite(true)], np.isfinite(true)[fits | ~np.isfinite(true)]
+        ):
             return float("inf")
         if not finite.any():
             continue
-        allowed = reference.budget(
-            np.abs(rough - true)[finite].max(), case.dtype, np.abs(true[finite]).max()
-        )
+        allowed = reference.budget(np.abs(rough - true)[finite].max(), case.dtype, np.abs(true[finite]).max())
         worst = max(worst, float(np.abs(got - true)[finite].max() / allowed) if allowed else 0.0)
     return worst
 
