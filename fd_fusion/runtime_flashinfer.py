@@ -98,8 +98,7 @@ def _load() -> FlashInfer:
     version = installed_version()
     if version is None:
         raise FusionError(because("flashinfer_missing"))
-    # Paddle if the process runs on it; on a machine without Paddle the tensors are torch's own.
-    framework = sys.modules.get("paddle") or importlib.import_module("torch")
+    framework = _framework()
     before = set(sys.modules)
     scope = scoped_torch if framework.__name__ == "paddle" else contextlib.nullcontext
     try:
@@ -125,6 +124,14 @@ def _load() -> FlashInfer:
             importlib.import_module(f"{PACKAGE}.comm.trtllm_ar").get_trtllm_comm_module()
 
     return FlashInfer(version, framework, function, create, unified, build)
+
+
+def _framework() -> ModuleType:
+    """Paddle if the process runs on it; on a machine without Paddle the tensors are torch's own."""
+    try:
+        return sys.modules.get("paddle") or importlib.import_module("torch")
+    except ImportError as error:
+        raise FusionError(because("no_paddle", detail=str(error))) from None
 
 
 def _load_compiled(version: str, framework: ModuleType, error: str) -> FlashInfer:

@@ -1,11 +1,12 @@
 """FlashInfer's real kernel through the backend's own calls, on torch tensors. Run by test_flashinfer.py.
 
 usage: flashinfer_child.py virtual N | two_shot N | hang        N virtual ranks in this process, on N streams
-       flashinfer_child.py process                              a rank of tests.support.ranks, over CUDA IPC
+       flashinfer_child.py process [versus]      a rank of tests.support.ranks, over CUDA IPC; beside triton
 
 Prints one line of JSON for each case; any miss is an exception.
 """
 
+import dataclasses
 import json
 import sys
 import time
@@ -258,6 +259,8 @@ def process():
             torch.cuda.synchronize()
             for out, first in zip(captured, eager):
                 assert all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(out, first))
+        if hidden == 4096 and sys.argv[2:] == ["versus"]:
+            versus_triton(known, group, own, eager, steps)
         digest = sum(int(out.view(torch.int16).long().sum()) for pair in eager for out in pair)
         digests = flashinfer.settle(group, "digest", None, digest, 30.0)
         assert len(set(digests)) == 1, f"ranks differ: {digests}"
@@ -266,6 +269,25 @@ def process():
         worst = [max(one[which] for one in worst) for which in (0, 1)]
         report(case="process", rank=group.rank, N=group.size, H=hidden, T=str(rows), open_s=round(seconds, 1),
                stats=opened.stats(), norm_and_residual_error_of_bound=worst)  # fmt: skip
+
+
+def versus_triton(known, group, own, eager, steps):
+    """Both backends on the same numbers: each within the bound of the truth, and so within two of each other."""
+    from fd_fusion.backends import triton
+
+    with working(group):  # few programs, so that those of both processes fit on one GPU
+        opened = triton.open(dataclasses.replace(known, workspace_bytes=1 << 20), group)
+    worst = []
+    for one, out, step in zip(own, eager, steps):
+        ours = opened.finish(*one)
+        torch.cuda.synchronize()
+        compare([ours], *step)
+        for theirs, mine, (_, bound) in zip(out, ours, truth_and_bound(*step)):
+            worst.append(((theirs.double() - mine.double()).abs() / bound).max().item())
+    assert max(worst) <= 2.0, worst
+    opened.check()
+    opened.close()
+    report(case="flashinfer and triton", difference_of_bound=max(worst))
 
 
 def main():
