@@ -17,8 +17,9 @@ from fd_fusion.backends.flashinfer_versions import BASE, RELEASES
 pytestmark = pytest.mark.online
 ROOT = Path(__file__).parents[1]
 # What FlashInfer imports while it is imported, and Paddle does not bring.
-NEEDS = ("apache-tvm-ffi==0.1.11", "click", "einops", "filelock", "jinja2", "markupsafe", "ninja", "nvidia-ml-py",
-         "packaging", "requests", "urllib3", "idna", "certifi", "charset-normalizer", "tabulate", "tqdm", "typing-extensions")  # fmt: skip
+NEEDS = ["apache-tvm-ffi==0.1.11", "click", "einops", "filelock", "jinja2", "markupsafe", "ninja", "nvidia-ml-py"]
+NEEDS += ["packaging", "requests", "urllib3", "idna", "certifi", "charset-normalizer", "tabulate", "tqdm"]
+NEEDS += ["typing-extensions"]
 # What the import under Paddle 3.3.1 came to, by release.
 IMPORTS = {
     "0.4.1.1": "imported",

@@ -1,7 +1,8 @@
 """FlashInfer's real kernel through the backend's own calls, on torch tensors. Run by test_flashinfer.py.
 
-usage: flashinfer_child.py virtual N | two_shot N | hang        N virtual ranks in this process, on N streams
-       flashinfer_child.py process [versus]      a rank of tests.support.ranks, over CUDA IPC; beside triton
+usage: flashinfer_child.py virtual:N two_shot:N ...       N virtual ranks in this process, on N streams
+       flashinfer_child.py hang                           one of two, which waits for the other in vain
+       flashinfer_child.py process [versus]               a rank of tests.support.ranks, over CUDA IPC; beside triton
 
 Prints one line of JSON for each case; any miss is an exception.
 """
@@ -291,16 +292,17 @@ def versus_triton(known, group, own, eager, steps):
 
 
 def main():
-    case = sys.argv[1]
-    if case == "process":
+    if sys.argv[1] == "process":
         return process()
     torch.zeros(1, device="cuda")
     library = runtime_flashinfer.load()
     entry = library.build()
     report(version=library.version, entry="python" if entry is None else "compiled", note=library.note)
-    if case == "hang":
+    if sys.argv[1] == "hang":
         return hang(library, entry)
-    {"virtual": virtual, "two_shot": two_shot}[case](int(sys.argv[2]), library, entry)
+    for case in sys.argv[1:]:
+        name, _, size = case.partition(":")
+        {"virtual": virtual, "two_shot": two_shot}[name](int(size), library, entry)
 
 
 if __name__ == "__main__":

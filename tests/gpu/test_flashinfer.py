@@ -54,16 +54,9 @@ def child(release, *args, timeout_s=120):
     return done
 
 
-@pytest.mark.parametrize("size", [2, 4, 8])
 @pytest.mark.parametrize("release", RELEASES)
-def test_virtual_ranks(release, size):
-    done = child(release, "virtual", size)
-    assert done.returncode == 0, done.stderr
-
-
-@pytest.mark.parametrize("release", RELEASES)
-def test_two_shot(release):
-    done = child(release, "two_shot", 2)
+def test_virtual_ranks(release):
+    done = child(release, "virtual:2", "virtual:4", "virtual:8", "two_shot:2")
     assert done.returncode == 0, done.stderr
 
 
