@@ -86,8 +86,9 @@ def compiled_module(version: str) -> Path | None:
     """Where FlashInfer's own build of the kernel lies: shipped with it, or in its cache; None if it must be built."""
     found: list[Path] = []
     for package, inside in ((PACKAGE, "data/aot"), ("flashinfer_jit_cache", "jit_cache")):
-        if (spec := importlib.util.find_spec(package)) and spec.origin:
-            found += (Path(spec.origin).parent / inside / MODULE).glob(f"{MODULE}.so")
+        with contextlib.suppress(ValueError):  # a module that was put into sys.modules without a spec
+            if (spec := importlib.util.find_spec(package)) and spec.origin:
+                found += (Path(spec.origin).parent / inside / MODULE).glob(f"{MODULE}.so")
     base = Path(os.environ.get("FLASHINFER_WORKSPACE_BASE", Path.home()))
     cache = base / ".cache" / "flashinfer" / version
     found += sorted(cache.glob(f"*/cached_ops/{MODULE}/{MODULE}.so"))

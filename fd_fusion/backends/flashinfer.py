@@ -151,6 +151,9 @@ def _open_own(facts: Facts, group: Group, library: Any, entry: Call | None, rows
             call, adds_bias = python_call(library.function, fixed, library.version)
         else:
             call, adds_bias = compiled_call(entry, fixed, library.version)
+        if facts.weight_offset and not adds_bias:  # the version says so, the signature does not
+            offset = facts.weight_offset
+            raise FusionError(because("flashinfer_weight_offset", version=library.version, offset=offset))
         read = ControlReader(memory.own + layout.control)
         return Opened(facts, group, library, call, adds_bias, rows, layout.nbytes, read, memory.close)
 

@@ -110,8 +110,11 @@ class ControlReader:
         return tuple((ctypes.c_int * CONTROL_INTS).from_address(self._host.value))
 
     def close(self) -> None:
+        """From any thread, once nobody reads any more."""
+        self._cuda.cuCtxPushCurrent_v2(self._context)
         self._cuda.cuStreamDestroy_v2(self._stream)
         self._cuda.cuMemFreeHost(self._host)
+        self._cuda.cuCtxPopCurrent_v2(ctypes.byref(ctypes.c_void_p()))
 
     def _call(self, name: str, *args: Any) -> None:
         if code := getattr(self._cuda, name)(*args):
