@@ -68,7 +68,7 @@ class Rank:
         words = plans.local_words(
             self.plan,
             case["programs"],
-            limit=case.get("limit", 100_000),
+            limit=case.get("limit_s", 60) * 1_000_000_000,
             error_page=self.page.ctypes.data,
             addresses=[base + peer * size for peer in range(case["size"])],
         )
