@@ -15,9 +15,9 @@ its shape is a function of (N, H, dtype) alone (`plan.py`), and nothing is speci
 Memory, in bytes, sizes in `plan.py`, one set for each (group, H, dtype):
 - symmetric (every rank addresses every rank's): word 0 (uint32) of the control page at offset 0 is the abort
   word. From offset 256 on the slots. Before the first call and at a reset the control page is zero and the slots
-  are filled with `symmetric_fill`.
-- local (`local_words`), int64: [0] the limit on waiting (nanoseconds; read only
-  when a wait is already long, so it may be changed at any time), [1] the address of the error page,
+  are filled with SLOT_FILL.
+- local (`local_words`), int64: [0] the limit on waiting (nanoseconds; read only when a
+  wait is already long, so it may be changed at any time), [1] the address of the error page,
   [2..2+N) the addresses of the ranks' symmetric memory; from [16] on three words a program: the epoch (a uint32
   bit pattern, never 0 once used) and two that programs sharing a row exchange sums in.
 - error page: 64 bytes of pinned host memory, zero at first, words of int64, written with plain stores:
@@ -140,12 +140,10 @@ def _results(slot, own, words, mask, dead, local, home, epochs, before, SLICE: t
     """Two-shot, not the owner: wait for the finished rows. Returns words of norm_out, residual_out; the state."""
     norm, summed = own, own
     state = 1
-    looks = 0
     since = tl.full((), 0, tl.int64)
     while state == 1:
         norm, summed, _, _, _, _, _, _, late = _look(slot, own, -1, words, mask, 2, SLICE, POLL, OPERANDS, UNITS)
         state = tl.max(late | dead, axis=0)  # one for all threads, each of which has looked by itself
-        looks += 1
         if state == 1:
             dead, since = _look_up(local, home, epochs, before, since, INTERPRETED)
     _clear(slot, -1, words, mask & (state == 0), 2, SLICE)
@@ -198,7 +196,6 @@ def _finish(slot, own, residual, weight, words, mask, dead, local, home, epochs,
     b = a
     total = 0.0
     state = 1
-    looks = 0
     since = tl.full((), 0, tl.int64)
     while state == 1:
         x0, x1, x2, x3, x4, x5, x6, x7, late = _look(slot, own, rank, words, mask, N, SLICE, POLL, OPERANDS, UNITS)
@@ -216,7 +213,6 @@ def _finish(slot, own, residual, weight, words, mask, dead, local, home, epochs,
         state = 0
         if total != total:
             state = tl.max(late | dead, axis=0)  # one for all threads, each of which has looked by itself
-            looks += 1
             if state == 1:
                 dead, since = _look_up(local, home, epochs, before, since, INTERPRETED)
     seen = tl.load(epochs, volatile=True)
@@ -276,8 +272,8 @@ def all_reduce_rms_norm(x, residual, weight, norm_out, residual_out, local, home
             tl.store(peers[i - 1] + first + rank * SLICE + words, own, mask=mask & wanted, cache_modifier=".wt")
         if TWO_SHOT and owner != rank:
             norm, summed, state, seen = _results(
-                home + second, own, words, mask, dead, local, home, epochs, before, SLICE, POLL_RESULTS, OPERANDS, UNITS,
-                INTERPRETED)  # fmt: skip
+                home + second, own, words, mask, dead, local, home, epochs, before, SLICE, POLL_RESULTS, OPERANDS,
+                UNITS, INTERPRETED)  # fmt: skip
         else:
             norm, summed, state, seen = _finish(
                 home + first, own, at(residual, tl.uint32) + here, weight, words, mask, dead, local, home, epochs,

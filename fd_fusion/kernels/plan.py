@@ -66,11 +66,15 @@ def plan_for(size: int, hidden_size: int, dtype: str, *, interpreted: bool = Fal
     if hidden_size <= 0 or hidden_size * DTYPE_BYTES[dtype] % 16:
         raise ValueError(f"H={hidden_size} of {dtype} is not a whole number of 16-byte units")
     words = hidden_size * DTYPE_BYTES[dtype] // 4
-    split = 1
-    while not interpreted and split < 8 and size * words > 16384 * split:
+    split = 1 if interpreted else (1 if words <= 3072 else 2) if size == 2 else 4 if size <= 4 else 8
+    while split > 1 and words < 256 * split:
+        split //= 2
+    while split < 8 and words > 4096 * split and not interpreted:
         split *= 2
     # At least one 16-byte unit a thread: with fewer, warps would hold copies and could see different words.
-    num_warps = max(1, min(8, words // split // 128))
+    num_warps = 1
+    while num_warps < 16 and words // split >= 512 * num_warps:
+        num_warps *= 2
     return Plan(size, hidden_size, dtype, split, num_warps, 16 if size > 2 else None, interpreted)
 
 
@@ -104,10 +108,11 @@ def local_words(plan: Plan, programs: int, *, limit: int, error_page: int, addre
 
 
 def most_programs(plan: Plan, *, workspace_bytes: int, multiprocessors: int) -> int:
-    """G, the most rows in flight: what the memory allows, and one program a multiprocessor, of which at least
-    two fit, so that all programs of a call run at once and other streams still find room. 0: too little memory.
+    """G, the most rows in flight: what the memory allows, and up to four warps a multiprocessor, which is less than
+    half of what fits, so that all programs of a call run at once and other streams find room. 0: too little memory.
     """
-    return min((workspace_bytes - CONTROL_BYTES) // slot_bytes(plan), max(1, multiprocessors // plan.split))
+    programs = multiprocessors * max(1, 4 // plan.num_warps)
+    return min((workspace_bytes - CONTROL_BYTES) // slot_bytes(plan), max(1, programs // plan.split))
 
 
 def grid(plan: Plan, programs: int, rows: int) -> tuple[int]:
@@ -149,7 +154,13 @@ def poll(rows: int, slice_words: int, units: int, tries: int = 2048) -> str:
     """
     count = 4 * units
     *out, late, own, address, absent = [[f"${count * k + word}" for word in range(count)] for k in range(12)]
-    text = ["{", f".reg .pred again, has<{8 * count}>;", ".reg .u32 top;", ".reg .s32 left;", f"mov.s32 left, {tries};"]
+    text = [
+        "{",
+        f".reg .pred again, has<{8 * count}>;",
+        ".reg .u32 top;",
+        ".reg .s32 left;",
+        f"mov.s32 left, {tries};",
+    ]
     text += [f"mov.u32 {to}, {word};" for row in out for to, word in zip(row, own)]
     for unit in range(0, count, 4):
         text += [f"setp.ne.s32 again, {absent[unit]}, 8;"]
