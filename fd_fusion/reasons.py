@@ -106,6 +106,11 @@ TABLE: dict[str, Entry] = {
     "too_many_rows": Entry("T={rows} is above the limit of {limit} rows", "raise max_token_num, or tune the limit"),
     "no_rows": Entry("T=0: there is nothing to compute", "nothing to do"),
     "tracing": Entry("the proving pass runs in eager mode only", "run one eager forward before capture"),
+    # The command line.
+    "no_gpu": Entry(
+        "the benchmarks launch on torch tensors on a GPU: {detail}",
+        "run this on a machine with an NVIDIA GPU and torch",
+    ),
     # Backends.
     "no_paddle": Entry("Paddle cannot be imported: {detail}", 'pip install "paddlepaddle>=3.3"'),
     "old_paddle": Entry("Paddle {got} is older than {need}", "install Paddle {need} or newer"),
