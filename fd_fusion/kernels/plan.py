@@ -163,7 +163,8 @@ def constants(plan: Plan, *, weight_dtype: str, has_residual: bool, two_shot: bo
         "INTERPRETED": plan.interpreted,
         "num_warps": plan.num_warps,
         "num_stages": 1,
-        "maxnreg": min(128, 32768 // (32 * plan.num_warps)),  # two programs fit on a multiprocessor, nothing spills
+        # Two programs fit on a multiprocessor, and nothing spills.
+        "maxnreg": min(168 if two_shot or plan.dtype == "float32" else 128, 32768 // (32 * plan.num_warps)),
         "enable_fp_fusion": False,
     }
 
