@@ -1,0 +1,260 @@
+"""The triton backend: one kernel of our own over symmetric memory; no FlashInfer, no nvcc, no torch.
+
+On NVIDIA GPUs it is compiled and launched on Paddle or torch tensors; on a CPU the same source runs under Triton's
+interpreter, each rank a process. Everything that a call needs beside its tensors is fixed at open.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+from fd_fusion import runtime_triton
+from fd_fusion.comm.cuda_ipc import CudaIpc
+from fd_fusion.comm.group import Group
+from fd_fusion.comm.posix_shm import PosixShm
+from fd_fusion.comm.symmetric_memory import Maker, attempt, settle
+from fd_fusion.comm.workspace import Layout, Workspace, open_workspace
+from fd_fusion.kernels import plan as plans
+from fd_fusion.reasons import FusionTimeout, Reason, because
+from fd_fusion.tuning import Facts, row_limit
+
+_CPU_PROGRAMS = 4  # rows in flight under the interpreter, where programs run one after another anyway
+_ANY_ADDRESS = 1 << 40  # what a kernel is compiled for: an int64; nothing is specialized on its value
+
+
+def supports(facts: Facts) -> Reason | None:
+    """Whether this rank can try. Imports nothing and allocates nothing."""
+    if importlib.util.find_spec("triton") is None:
+        return because("no_triton", detail="it is not installed")
+    if facts.size not in plans.SIZES:
+        return because("world_size", got=facts.size, allowed=f"{plans.SIZES[0]} to {plans.SIZES[-1]}")
+    for dtype in (facts.dtype, facts.weight_dtype):
+        if dtype not in plans.DTYPE_BYTES:
+            return because("dtype", got=dtype, allowed=", ".join(plans.DTYPE_BYTES))
+    if facts.hidden_size * plans.DTYPE_BYTES[facts.dtype] % 16:
+        return because("hidden_size", got=facts.hidden_size, need="a whole number of 16-byte units")
+    if facts.device == "gpu" and (facts.arch or 0) < 80:
+        return because("old_gpu", got=facts.arch, need=80)
+    plan = _plan(facts)
+    if plans.most_programs(plan, workspace_bytes=facts.workspace_bytes, multiprocessors=1) < 1:
+        need = plans.symmetric_bytes(plan, 1)
+        return because("workspace_small", need=need, got=facts.workspace_bytes)
+    return None
+
+
+def open(facts: Facts, group: Group) -> Opened:
+    """Collective: import, compile, open the workspace, run once. On all ranks or on none.
+
+    Raises: FusionError: on all ranks alike, naming the first rank that refused and why.
+    """
+    with runtime_triton.interpreting(facts.device):
+        opened, refusal = attempt(lambda: Opened(facts, group))
+        settle(group, "triton", refusal, None, facts.timeout_s)
+        try:
+            opened._open()
+        except BaseException:
+            opened.close()
+            raise
+    return opened
+
+
+class Opened:
+    """One workspace and its compiled kernels. `limit`: the most rows T of a call, None for any number."""
+
+    def __init__(self, facts: Facts, group: Group):
+        self.limit = row_limit(facts)
+        self._facts, self._group, self._plan = facts, group, _plan(facts)
+        runtime_triton.require_mode(facts.device)
+        self._maker: Maker = CudaIpc() if facts.device == "gpu" else PosixShm()
+        room = _CPU_PROGRAMS if facts.device == "cpu" else self._maker.multiprocessors()
+        self.programs = plans.most_programs(self._plan, workspace_bytes=facts.workspace_bytes, multiprocessors=room)
+        self._kernel = runtime_triton.load_kernel("all_reduce_rms_norm", "all_reduce_rms_norm")
+        self._store = runtime_triton.load_kernel("probe", "store_word")
+        self._calls = itertools.count()
+        self._launchers: dict[tuple[int, bool, bool], Callable] = {}
+        self._compiled: dict[tuple[bool, bool], Any] = {}
+        self._constexprs: dict[tuple[bool, bool], tuple] = {}
+        self._workspace: Workspace | None = None
+        self._framework = runtime_triton.framework()
+        self._empty_like = self._framework.empty_like
+        self._stream = runtime_triton.current_stream() if facts.device == "gpu" else None
+        self._two_shot_rows = self._plan.two_shot_rows or 1 << 62
+        self._compile()
+
+    @property
+    def bytes(self) -> int:
+        return self._workspace.bytes
+
+    def finish(self, partial, residual, weight, eps, weight_offset):
+        """The formula of `reference.all_reduce_rms_norm` in one kernel, with the same bits for every T.
+
+        Args:
+            partial: this rank's partial sums, [T, H]. residual: [T, H] or None. weight: [H].
+        Returns: (norm_out, residual_out), [T, H], new tensors. If a rank is missing: NaN, and `check` raises.
+        Raises: ValueError: another shape than the one this was opened for. FusionTimeout: on a CPU, at once.
+        """
+        rows, hidden = partial.shape
+        if hidden != self._facts.hidden_size or (residual is not None and list(residual.shape) != [rows, hidden]):
+            raise ValueError(
+                f"opened for rows of {self._facts.hidden_size}, got partial {list(partial.shape)}"
+                f" and residual {None if residual is None else list(residual.shape)}"
+            )
+        norm_out, residual_out = self._empty_like(partial), self._empty_like(partial)
+        if rows:
+            partial, weight = _ready(partial), _ready(weight)
+            residual = partial if (bare := residual is None) else _ready(residual)
+            two_shot = rows >= self._two_shot_rows
+            self._launch(partial, residual, weight, norm_out, residual_out, rows, eps, weight_offset, two_shot, bare)
+        return norm_out, residual_out
+
+    def check(self) -> None:
+        """Raises: FusionTimeout: a call ran out of time, here or on another rank. Call it before publishing."""
+        self._workspace.check()
+
+    def freeze(self) -> None:
+        self._workspace.freeze()
+
+    def reset(self) -> None:
+        """Collective: go on after a FusionTimeout, on all ranks or on none. Raises FusionError."""
+        self._workspace.reset()
+
+    def stats(self) -> dict[str, Any]:
+        plan, workspace = self._plan, self._workspace
+        return {
+            "bytes": workspace.bytes,
+            "programs": self.programs,
+            "split": plan.split,
+            "num_warps": plan.num_warps,
+            "two_shot_rows": plan.two_shot_rows,
+            "generation": workspace.generation,
+            "frozen": workspace.frozen,
+        }
+
+    def close(self) -> None:
+        if self._workspace is not None:
+            self._workspace.close()
+
+    def _launch(self, x, residual, weight, norm_out, residual_out, rows, eps, offset, two_shot, bare):
+        """One launch on the current stream. `op` on the error page is the number of the call, or of its capture."""
+        programs = rows if rows < self.programs else self.programs
+        launcher = self._launchers.get((programs, two_shot, bare)) or self._launcher(programs, two_shot, bare)
+        addresses = (
+            x.data_ptr(),
+            residual.data_ptr(),
+            weight.data_ptr(),
+            norm_out.data_ptr(),
+            residual_out.data_ptr(),
+        )
+        launcher(*addresses, *self._own, rows, self._group.rank, next(self._calls) & 0xFFFFFF, eps, offset)
+
+    def _launcher(self, programs: int, two_shot: bool, bare: bool) -> Callable:
+        """What `_launch` calls for this grid and variant; made at the first call that needs it, and kept."""
+        grid = plans.grid(self._plan, programs, programs)
+        constants = self._constants(two_shot, bare)
+        if self._facts.device == "cpu":
+
+            def launcher(*args):
+                self._kernel[grid](*args, **constants)
+                if (reason := self._workspace.error()) is not None:
+                    raise FusionTimeout(reason)
+
+        else:
+            run, stream = self._compiled[two_shot, bare][(*grid, 1, 1)], self._stream
+            tail = tuple(constants[name] for name in self._kernel.arg_names if name in constants)
+
+            def launcher(*args):
+                run(*args, *tail, stream=stream())
+
+        self._launchers[programs, two_shot, bare] = launcher
+        return launcher
+
+    def _constants(self, two_shot: bool, bare: bool) -> dict[str, Any]:
+        weight_dtype = self._facts.weight_dtype
+        return plans.constants(self._plan, weight_dtype=weight_dtype, has_residual=not bare, two_shot=two_shot)
+
+    def _variants(self) -> list[tuple[bool, bool]]:
+        paths = [False] if self._plan.two_shot_rows is None else [False, True]
+        return list(itertools.product(paths, (False, True)))
+
+    def _compile(self) -> None:
+        """Compile and load every variant. Nothing is specialized on a value, so each is right for all calls."""
+        if self._facts.device == "cpu":
+            return
+        with runtime_triton.triton_driver():
+            args = (*(_ANY_ADDRESS,) * 7, 2, 0, 0, 1e-5, 0.0)
+            for two_shot, bare in self._variants():
+                compiled = self._kernel.warmup(*args, grid=(1,), **self._constants(two_shot, bare))
+                compiled._init_handles()
+                self._compiled[two_shot, bare] = compiled
+            self._stored = self._store.warmup(_ANY_ADDRESS, _ANY_ADDRESS, grid=(1,))
+            self._stored._init_handles()
+
+    def _push(self, addresses: tuple[int, ...], value: int) -> None:
+        """The proof's store: `symmetric_memory.Push`."""
+        for address in addresses:
+            if self._facts.device == "cpu":
+                self._store[(1,)](address, value)
+            else:
+                self._stored[(1, 1, 1)](address, value, stream=self._stream())
+
+    def _open(self) -> None:
+        """Open the workspace, then run every variant once: the first launch of a kernel may allocate."""
+        facts = self._facts
+        layout = _layout(self._plan, self.programs)
+        self._workspace = open_workspace(self._group, layout, self._maker, self._push, timeout_s=facts.timeout_s)
+        self._own = self._workspace.local, self._workspace.memory.own
+        _, refusal = attempt(self._run_once)
+        settle(self._group, "ran", refusal, None, facts.timeout_s)
+
+    def _run_once(self) -> None:
+        facts = self._facts
+        shape = [1 if facts.device == "cpu" else self._group.size + 1, facts.hidden_size]
+        place = {"device": "cuda"} if self._framework.__name__ == "torch" else {}
+        x = self._framework.ones(shape, dtype=getattr(self._framework, facts.dtype), **place)
+        weight = self._framework.ones(shape[1:], dtype=getattr(self._framework, facts.weight_dtype), **place)
+        outputs = self._empty_like(x), self._empty_like(x)
+        for two_shot, bare in self._variants():
+            self._launch(x, x, weight, *outputs, shape[0], 1e-5, 0.0, two_shot, bare)
+        self._maker.synchronize()
+        self.check()
+
+
+def _plan(facts: Facts) -> plans.Plan:
+    return plans.plan_for(facts.size, facts.hidden_size, facts.dtype, interpreted=facts.device == "cpu")
+
+
+def _layout(plan: plans.Plan, programs: int) -> Layout:
+    return Layout(
+        control_bytes=plans.CONTROL_BYTES,
+        symmetric_bytes=plans.symmetric_bytes(plan, programs),
+        fill=plans.symmetric_fill(plan),
+        local_bytes=plans.local_bytes(plan, programs),
+        local_words=lambda limit, page, addresses: plans.local_words(
+            plan, programs, limit=limit, error_page=page, addresses=addresses
+        ),
+        page_bytes=plans.ERROR_PAGE_BYTES,
+        read_error=_read_error,
+    )
+
+
+def _read_error(words: list[int]) -> Reason | None:
+    """The error page as a reason."""
+    error = plans.read_error_page(words)
+    if error is None:
+        return None
+    where = {name: error[name] for name in ("op", "row", "epoch")}
+    if error["code"] == plans.TWO_STREAMS:
+        return because("two_streams", **where)
+    if error["code"] == plans.TOLD:
+        return because("aborted")
+    return because("dead_group", **where, missing=", ".join(map(str, error["missing"])) or "unknown")
+
+
+def _ready(tensor: Any) -> Any:
+    """The tensor as the kernel reads it: contiguous and on a 16-byte boundary. A copy where it is not."""
+    if tensor.is_contiguous() and not tensor.data_ptr() & 15:
+        return tensor
+    return tensor.contiguous().clone()
