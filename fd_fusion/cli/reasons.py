@@ -1,0 +1,35 @@
+"""`python -m fd_fusion reasons [--markdown]`: every reason why something is off, and what to do about it."""
+
+from __future__ import annotations
+
+import argparse
+
+from fd_fusion.reasons import TABLE
+
+BEGIN, END = "<!-- reasons: begin -->", "<!-- reasons: end -->"
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="fd-fusion reasons", description=__doc__.partition(": ")[2])
+    parser.add_argument("--markdown", action="store_true", help="as the table of the README")
+    print(markdown() if parser.parse_args(argv).markdown else text())
+    return 0
+
+
+def markdown() -> str:
+    """The troubleshooting table of the README, between its marks."""
+    rows = [f"| `{code}` | {_cell(entry.sentence)} | {_cell(entry.remedy)} |" for code, entry in TABLE.items()]
+    return "\n".join([BEGIN, "| code | you read | what to do |", "|---|---|---|", *rows, END])
+
+
+def text() -> str:
+    return "\n".join(f"{code}\n    {entry.sentence}\n    -> {_plain(entry.remedy)}" for code, entry in TABLE.items())
+
+
+def _cell(sentence: str) -> str:
+    return _plain(sentence).replace("|", "\\|").replace("<", "&lt;")
+
+
+def _plain(sentence: str) -> str:
+    """The {facts} stay in braces; doubled braces, which stand for themselves, become single."""
+    return sentence.replace("{{", "{").replace("}}", "}")
