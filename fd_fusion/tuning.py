@@ -1,12 +1,14 @@
 """What a backend must know of a pair to say yes or no, and how many rows are worth fusing.
 
 The limits built in here are the ones below which fusing won on the machines named in examples/results; a table
-measured on the machine itself takes their place.
+measured on the machine itself (`python -m fd_fusion tune`, kept by `tuning_table`) takes their place.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+NEVER = 2**31 - 1  # as `two_shot_rows`: no call has so many rows
 
 
 @dataclass(frozen=True)
@@ -26,18 +28,32 @@ class Facts:
     max_token_num: int | None
     workspace_bytes: int
     timeout_s: float
+    tuned_rows: int | None = None  # the tuning table's limit for the backend that is asked, if it has one
+    two_shot_rows: int | None = None  # the tuning table's, NEVER for never; None leaves it to the backend
 
 
 def row_limit(facts: Facts) -> int | None:
     """The most rows T that a call may have to be fused; None means any number.
 
-    Deterministic mode fuses every T, so that no table chooses by T; then an explicit limit; then the built-in one.
+    Deterministic mode fuses every T, so that no table chooses by T; then an explicit limit; then the tuning table's;
+    then the built-in one.
     """
     if facts.deterministic:
         return None
     if facts.max_token_num is not None:
         return facts.max_token_num
+    if facts.tuned_rows is not None:
+        return facts.tuned_rows
     return built_in_limit(facts.device, facts.size, facts.hidden_size)
+
+
+def limit_source(facts: Facts) -> str:
+    """Where `row_limit` comes from, for the report."""
+    if facts.deterministic:
+        return "deterministic mode"
+    if facts.max_token_num is not None:
+        return "max_token_num"
+    return "tuning table" if facts.tuned_rows is not None else "built in"
 
 
 def built_in_limit(device: str, size: int, hidden_size: int) -> int:

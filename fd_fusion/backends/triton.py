@@ -6,6 +6,7 @@ interpreter, each rank a process. Everything that a call needs beside its tensor
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import itertools
 from collections.abc import Callable
@@ -223,7 +224,8 @@ class Opened:
 
 
 def _plan(facts: Facts) -> plans.Plan:
-    return plans.plan_for(facts.size, facts.hidden_size, facts.dtype, interpreted=facts.device == "cpu")
+    plan = plans.plan_for(facts.size, facts.hidden_size, facts.dtype, interpreted=facts.device == "cpu")
+    return plan if facts.two_shot_rows is None else dataclasses.replace(plan, two_shot_rows=facts.two_shot_rows)
 
 
 def _layout(plan: plans.Plan, programs: int) -> Layout:

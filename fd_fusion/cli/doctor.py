@@ -72,7 +72,9 @@ def config() -> Iterator[Finding]:
         return
     if resolved.config is not None:
         data = {"source": resolved.source, "config": resolved.config.to_dict()}
-        yield Finding("config", "source", "ok", f"asked for by {resolved.source}: {resolved.config.to_dict()}", data=data)
+        yield Finding(
+            "config", "source", "ok", f"asked for by {resolved.source}: {resolved.config.to_dict()}", data=data
+        )
     else:
         state = "off" if resolved.reason.code == "kill_switch" else "note"
         yield of_reason("config", "source", state, resolved.reason, source=resolved.source)
@@ -87,7 +89,8 @@ def _launch(size: int, found: list[Finding]) -> Iterator[Finding]:
         return
     device = here.data["device"]
     env = {"TRITON_INTERPRET": "1"} if device == "cpu" else {"CUDA_MODULE_LOADING": "EAGER"}
-    where = "under the interpreter" if device == "cpu" else f"on {min(size, here.data['gpus'])} GPUs"
+    gpus = min(size, here.data["gpus"])
+    where = "under the interpreter" if device == "cpu" else f"on {gpus} GPU{'s' * (gpus > 1)}"
     try:
         results = run_ranks("doctor_rank", size, {}, timeout_s=300, env=env)
     except RanksFailed as error:
@@ -102,7 +105,9 @@ def _launch(size: int, found: list[Finding]) -> Iterator[Finding]:
         yield Finding("launch", "triton", "broken", f"{size} ranks {where}: wrong numbers: {fault}", remedy, data)
         return
     opened = max(one["opened_s"] for one in results)
-    text = f"{size} ranks {where}: right numbers (error {worst:.2f} of its budget), same bits; opened in {opened:.1f} s"
+    text = (
+        f"{size} ranks {where}: right numbers (error {worst:.2f} of its budget), same bits; opened in {opened:.1f} s"
+    )
     yield Finding("launch", "triton", "ok", text, data=data)
 
 

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from fd_fusion import tuning_table
 from fd_fusion.cli.findings import Finding, guarded, of_reason
 from fd_fusion.cli.ranks import child_environment
 from fd_fusion.config import BACKENDS
@@ -24,7 +25,12 @@ def ask(what: str, *args: Any, timeout_s: float = 120) -> list[Finding]:
     command = [sys.executable, "-W", "ignore", "-m", "fd_fusion.cli.doctor_child", what, *map(str, args)]
     try:
         done = subprocess.run(
-            command, env=child_environment(), stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout_s
+            command,
+            env=child_environment(),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
         )
     except subprocess.TimeoutExpired:
         return [Finding(what, "import", "warn", f"importing {what} was not done within {timeout_s:g} s")]
@@ -72,6 +78,7 @@ def framework(size: str) -> Iterator[Finding]:
     yield Finding("framework", "import", "ok", f"{name} imports: {where}", data=data)
     facts = facts_for(int(size), device, arch)
     yield from guarded("framework", lambda: _memory(here, facts))
+    yield from guarded("framework", lambda: _table(here, facts))
     yield from _backends(facts)
 
 
@@ -95,6 +102,25 @@ def _memory(here: Any, facts: Facts) -> Iterator[Finding]:
     text = f"GPU memory: {free} of {total} MiB free; the workspaces of a process take up to {need} MiB (workspace_mb)"
     state = "ok" if free > need else "off"
     yield Finding("framework", "memory", state, text, "" if state == "ok" else "free GPU memory", {"free_mib": free})
+
+
+def _table(here: Any, facts: Facts) -> Iterator[Finding]:
+    """Whether `bind` would find a measurement of this machine."""
+    if facts.device == "cpu":
+        return
+    path = tuning_table.table_path()
+    key = (here.cuda.get_device_name(), facts.size, facts.hidden_size, facts.dtype, tuning_table.versions_here())
+    limits, reason = tuning_table.read_limits(tuning_table.Fingerprint(*key), path)
+    shape = f"{facts.size} ranks, H={facts.hidden_size}, {facts.dtype}"
+    if reason:
+        yield of_reason("framework", "table", "warn", reason)
+    elif limits:
+        yield Finding(
+            "framework", "table", "ok", f"tuned limits for {shape}: {dict(limits.rows)}", data=limits.to_dict()
+        )
+    else:
+        text = f"nothing tuned for {shape} in {path}: the built-in limits count"
+        yield Finding("framework", "table", "note", text, f"python -m fd_fusion tune --nproc {facts.size}")
 
 
 def _backends(facts: Facts) -> Iterator[Finding]:
@@ -141,8 +167,12 @@ def fastdeploy() -> Iterator[Finding]:
     importlib.import_module("fastdeploy.plugins").load_model_register_plugins()
     ours = sys.modules.get("fd_fusion.integration.fastdeploy")
     if ours is None or not ours._undo:
-        remedy = "pip install --no-deps fd_fusion beside FastDeploy, unset FD_FUSION_DISABLE, and set FD_PLUGINS=fd_fusion"
-        yield Finding("fastdeploy", "plugin", "off", "FastDeploy's plugin loading does not bring fd_fusion up", remedy)
+        remedy = (
+            "pip install --no-deps fd_fusion beside FastDeploy, unset FD_FUSION_DISABLE, and set FD_PLUGINS=fd_fusion"
+        )
+        yield Finding(
+            "fastdeploy", "plugin", "off", "FastDeploy's plugin loading does not bring fd_fusion up", remedy
+        )
     else:
         yield Finding("fastdeploy", "plugin", "ok", "FastDeploy's plugin loading finds and loads fd_fusion")
     from fd_fusion.integration.fastdeploy_pairs import DECODERS

@@ -43,7 +43,9 @@ def machine(tool: Tool = tool, environ: Mapping[str, str] = os.environ) -> Itera
 
 
 def _gpus(tool: Tool) -> Finding:
-    text = tool("nvidia-smi", "--query-gpu=name,memory.total,memory.free,driver_version", "--format=csv,noheader,nounits")
+    text = tool(
+        "nvidia-smi", "--query-gpu=name,memory.total,memory.free,driver_version", "--format=csv,noheader,nounits"
+    )
     rows = [[part.strip() for part in line.split(",")] for line in (text or "").splitlines() if line.strip()]
     gpus = [{"name": r[0], "total_mib": _int(r[1]), "free_mib": _int(r[2])} for r in rows if len(r) == 4]
     if not gpus:
@@ -66,11 +68,16 @@ def _toolkit(tool: Tool) -> Finding:
 def _peers(tool: Tool) -> Finding:
     """Which GPUs can write into which: `nvidia-smi topo -p2p w`, a matrix of OK, CNS, NS ..."""
     text = tool("nvidia-smi", "topo", "-p2p", "w") or ""
-    rows = {m[1]: m[2].split() for m in re.finditer(r"^\s*(GPU\d+)\s+((?:X|OK|[A-Z]+)(?:\s+(?:X|OK|[A-Z]+))*)\s*$", text, re.M)}
+    rows = {
+        m[1]: m[2].split()
+        for m in re.finditer(r"^\s*(GPU\d+)\s+((?:X|OK|[A-Z]+)(?:\s+(?:X|OK|[A-Z]+))*)\s*$", text, re.M)
+    }
     bad = [f"{gpu}-GPU{i}" for gpu, row in rows.items() for i, cell in enumerate(row) if cell not in ("X", "OK")]
     data = {"matrix": rows}
     if not rows:
-        return Finding(TOPIC, "p2p", "note", "nvidia-smi does not show its P2P matrix; the launch below tells", data=data)
+        return Finding(
+            TOPIC, "p2p", "note", "nvidia-smi does not show its P2P matrix; the launch below tells", data=data
+        )
     if bad:
         remedy = "use GPUs with P2P between them; in a virtual machine or with IOMMU on, ask for ACS to be disabled"
         return Finding(TOPIC, "p2p", "warn", f"no P2P writes between {', '.join(bad[:8])}", remedy, data)
@@ -90,7 +97,9 @@ def _links(tool: Tool) -> Finding:
     if slow:
         remedy = "measure with `python -m fd_fusion tune`: without NVLink fusing may not win"
         return Finding(TOPIC, "nvlink", "warn", f"some GPUs are linked by {', '.join(slow)} only", remedy, data)
-    return Finding(TOPIC, "nvlink", "ok" if rows else "note", "NVLink between all GPUs" if rows else "unknown", data=data)
+    return Finding(
+        TOPIC, "nvlink", "ok" if rows else "note", "NVLink between all GPUs" if rows else "unknown", data=data
+    )
 
 
 def _confidential(tool: Tool) -> Iterator[Finding]:

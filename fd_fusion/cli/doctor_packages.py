@@ -58,7 +58,9 @@ def _paddle(versions: dict[str, str | None], torch: str | None) -> Finding:
     found = {name: version for name, version in versions.items() if version}
     if len(found) == 2:
         first, second = found.values()
-        return of_reason(TOPIC, "paddle", "broken", because("two_paddles", first=first, second=second), versions=found)
+        return of_reason(
+            TOPIC, "paddle", "broken", because("two_paddles", first=first, second=second), versions=found
+        )
     if not found:
         state = "warn" if torch else "broken"  # on torch the kernels, bench and tune run, but no model
         return of_reason(TOPIC, "paddle", state, because("no_paddle", detail="it is not installed"), versions={})

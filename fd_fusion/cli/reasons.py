@@ -23,7 +23,9 @@ def markdown() -> str:
 
 
 def text() -> str:
-    return "\n".join(f"{code}\n    {entry.sentence}\n    -> {_plain(entry.remedy)}" for code, entry in TABLE.items())
+    return "\n".join(
+        f"{code}\n    {_plain(entry.sentence)}\n    -> {_plain(entry.remedy)}" for code, entry in TABLE.items()
+    )
 
 
 def _cell(sentence: str) -> str:
