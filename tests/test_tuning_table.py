@@ -162,7 +162,7 @@ class Pair:
 
 
 def open_on_two(monkeypatch, tables, **config):
-    """`open_for` on two ranks, threads here, each of which reads its own table; the backends only tell their facts."""
+    """`open_for` on two ranks, threads here, each with its own table; the backends only tell their facts."""
     asked, read = [[], []], threading.local()
     monkeypatch.setattr(opening.runtime, "device_of", lambda: ("gpu", 90))
     monkeypatch.setattr(opening.runtime_triton, "framework", lambda: _Framework)

@@ -67,17 +67,12 @@ def _toolkit(tool: Tool) -> Finding:
 
 def _peers(tool: Tool) -> Finding:
     """Which GPUs can write into which: `nvidia-smi topo -p2p w`, a matrix of OK, CNS, NS ..."""
-    text = tool("nvidia-smi", "topo", "-p2p", "w") or ""
-    rows = {
-        m[1]: m[2].split()
-        for m in re.finditer(r"^\s*(GPU\d+)\s+((?:X|OK|[A-Z]+)(?:\s+(?:X|OK|[A-Z]+))*)\s*$", text, re.M)
-    }
+    rows = _matrix(tool("nvidia-smi", "topo", "-p2p", "w"), r"X|OK|CNS|GNS|TNS|NS|DR|U")
     bad = [f"{gpu}-GPU{i}" for gpu, row in rows.items() for i, cell in enumerate(row) if cell not in ("X", "OK")]
     data = {"matrix": rows}
     if not rows:
-        return Finding(
-            TOPIC, "p2p", "note", "nvidia-smi does not show its P2P matrix; the launch below tells", data=data
-        )
+        text = "nvidia-smi does not show its P2P matrix; the launch below tells"
+        return Finding(TOPIC, "p2p", "note", text, data=data)
     if bad:
         remedy = "use GPUs with P2P between them; in a virtual machine or with IOMMU on, ask for ACS to be disabled"
         return Finding(TOPIC, "p2p", "warn", f"no P2P writes between {', '.join(bad[:8])}", remedy, data)
@@ -85,21 +80,25 @@ def _peers(tool: Tool) -> Finding:
 
 
 def _links(tool: Tool) -> Finding:
-    text = tool("nvidia-smi", "topo", "-m") or ""
-    rows = {}
-    for line in text.splitlines():
-        cells = re.sub(r"\x1b\[[\d;]*m", "", line).split()
-        if len(cells) > 1 and re.fullmatch(r"GPU\d+", cells[0]) and not cells[1].startswith("GPU"):
-            rows[cells[0]] = [cell for cell in cells[1:] if re.fullmatch(r"X|NV\d+|PIX|PXB|PHB|NODE|SYS", cell)]
-    width = len(rows)
-    slow = sorted({cell for row in rows.values() for cell in row[:width] if not re.fullmatch(r"X|NV\d+", cell)})
-    data = {"matrix": {gpu: row[:width] for gpu, row in rows.items()}}
+    rows = _matrix(tool("nvidia-smi", "topo", "-m"), r"X|NV\d+|PIX|PXB|PHB|NODE|SYS")
+    slow = sorted({cell for row in rows.values() for cell in row if not re.fullmatch(r"X|NV\d+", cell)})
+    data = {"matrix": rows}
     if slow:
         remedy = "measure with `python -m fd_fusion tune`: without NVLink fusing may not win"
         return Finding(TOPIC, "nvlink", "warn", f"some GPUs are linked by {', '.join(slow)} only", remedy, data)
-    return Finding(
-        TOPIC, "nvlink", "ok" if rows else "note", "NVLink between all GPUs" if rows else "unknown", data=data
-    )
+    if not rows:
+        return Finding(TOPIC, "nvlink", "note", "nvidia-smi does not show how the GPUs are linked", data=data)
+    return Finding(TOPIC, "nvlink", "ok", "NVLink between all GPUs", data=data)
+
+
+def _matrix(text: str | None, cell: str) -> dict[str, list[str]]:
+    """The rows GPU0, GPU1 ... of a matrix of nvidia-smi, one cell for each GPU."""
+    rows = {}
+    for line in (text or "").splitlines():
+        first, *cells = re.sub(r"\x1b\[[\d;]*m", "", line).split() or [""]
+        if re.fullmatch(r"GPU\d+", first) and cells and re.fullmatch(cell, cells[0]):
+            rows[first] = cells
+    return {gpu: [one for one in cells[: len(rows)] if re.fullmatch(cell, one)] for gpu, cells in rows.items()}
 
 
 def _confidential(tool: Tool) -> Iterator[Finding]:
@@ -120,7 +119,7 @@ def _allocator(environ: Mapping[str, str]) -> Iterator[Finding]:
     names = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "PADDLE_CUDA_ALLOC_CONF")
     for name in names:
         if re.search(r"expandable_segments\s*:\s*true", environ.get(name, ""), re.I):
-            text = f"{name} asks for expandable segments: the host's own custom all-reduce may fail, fd_fusion's does not"
+            text = f"{name} asks for expandable segments, which the host's own custom all-reduce may not share"
             yield Finding(TOPIC, "expandable_segments", "warn", text, f"unset {name} if it does", {"variable": name})
 
 

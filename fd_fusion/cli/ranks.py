@@ -1,7 +1,7 @@
 """Ranks as plain processes of this machine, for `doctor` and `tune`: start them, hear them, leave nothing behind.
 
-No launcher and no port: the ranks vote through a folder of files, and tell their parent the same way. A rank ends with
-its parent, whatever ends that one.
+No launcher and no port: the ranks vote through a folder of files, and tell their parent the same way. A rank ends
+with its parent, whatever ends that one.
 """
 
 from __future__ import annotations
@@ -131,10 +131,14 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def _start(module: str, folder: Path, rank: int, env: dict[str, str]) -> subprocess.Popen:
-    command = [sys.executable, "-W", "ignore", "-m", f"fd_fusion.cli.{module}", str(folder), str(rank)]
     with open(folder / f"log.{rank}", "wb") as log:
         full = {**child_environment(), "OMP_NUM_THREADS": "1", **env}
-        return subprocess.Popen(command, env=full, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=folder)
+        pipes = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
+        return subprocess.Popen(_command(module, folder, rank), env=full, cwd=folder, **pipes)
+
+
+def _command(module: str, folder: Path, rank: int) -> list[Any]:
+    return [sys.executable, "-W", "ignore", "-m", f"fd_fusion.cli.{module}", folder, str(rank)]
 
 
 def _watch(processes: list[subprocess.Popen], folder: Path, timeout_s: float) -> None:
