@@ -31,7 +31,7 @@ def run(job: dict[str, Any], group: Group) -> dict[str, Any]:
         opened_s = time.monotonic() - start
         worst, digest = 0.0, hashlib.sha256()
         for rows in _ROWS[device]:
-            error, bits = _one_call(here, opened, facts, rows)
+            error, bits = one_call(here, opened, facts, rows)
             worst = max(worst, error)
             digest.update(bits)
         opened.check()
@@ -67,7 +67,7 @@ def numbers(here: Any, made: Any) -> np.ndarray:
     return made.astype("float32").numpy() if here.__name__ == "paddle" else made.float().cpu().numpy()
 
 
-def _one_call(here: Any, opened: Any, facts: Facts, rows: int) -> tuple[float, bytes]:
+def one_call(here: Any, opened: Any, facts: Facts, rows: int) -> tuple[float, bytes]:
     """One fused call on known numbers: (error over budget, the bits of both outputs)."""
     partials, residual, weight = _values(facts, rows)
     got = opened.finish(
