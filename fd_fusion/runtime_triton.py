@@ -55,15 +55,16 @@ def load_kernel(module: str, name: str) -> Any:
     """The kernel `name` of `fd_fusion.kernels.<module>`, compiled or interpreted as `interpreting` says.
 
     An interpreted function that calls another patches the whole Triton language again each time, which is most of
-    its time. Only the kernel itself has to: what it calls is put into its modules as plain functions.
+    its time. Only a kernel has to; helpers, which have a leading underscore or live in a module that has one, are
+    put back as plain functions.
     """
-    home = importlib.import_module(f"fd_fusion.kernels.{module}")
-    kernel = getattr(home, name)
+    kernel = getattr(importlib.import_module(f"fd_fusion.kernels.{module}"), name)
     if type(kernel).__name__ == "InterpretedFunction":
-        for scope in (home, importlib.import_module("fd_fusion.kernels._lanes")):
-            for key, value in list(vars(scope).items()):
-                if type(value) is type(kernel) and value is not kernel:
-                    setattr(scope, key, value.rewrite())
+        for scope in [vars(sys.modules[key]) for key in sys.modules if key.startswith("fd_fusion.kernels.")]:
+            for key, value in list(scope.items()):
+                home = getattr(getattr(value, "fn", None), "__module__", "")
+                if type(value) is type(kernel) and (key[0] == "_" or home.startswith("fd_fusion.kernels._")):
+                    scope[key] = value.rewrite()
     return kernel
 
 

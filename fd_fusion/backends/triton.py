@@ -232,7 +232,7 @@ def _layout(plan: plans.Plan, programs: int) -> Layout:
     return Layout(
         control_bytes=plans.CONTROL_BYTES,
         symmetric_bytes=plans.symmetric_bytes(plan, programs),
-        fill=plans.symmetric_fill(plan),
+        fill=plans.SLOT_FILL,
         local_bytes=plans.local_bytes(plan, programs),
         local_words=lambda limit, page, addresses: plans.local_words(
             plan, programs, limit=limit, error_page=page, addresses=addresses

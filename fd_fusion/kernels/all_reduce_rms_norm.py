@@ -39,25 +39,11 @@ import time
 import triton
 import triton.language as tl
 
-from fd_fusion.kernels._lanes import NAN_LANE, at, clear, load_weight, pack, receive, send, unpack
+from fd_fusion.kernels._words import NAN, ONES, at, load_weight, pack, sendable, unpack
 
-_MISSING, _TOLD, _TIMED_OUT = tl.constexpr(1), tl.constexpr(2), tl.constexpr(4)  # states of a wait; 0 is done
-
-
-@triton.jit
-def _add_or(sum_a, state_a, sum_b, state_b):
-    return sum_a + sum_b, state_a | state_b
-
-
-@triton.jit
-def _total(squares, states, INTERPRETED: tl.constexpr):
-    """Sum and union over the program in one pass. It also makes the state the same for all threads, each of
-    which has looked at clock and memory by itself."""
-    if INTERPRETED:  # where a reduction of pairs is a Python loop over the elements
-        total, state = tl.sum(squares, axis=0), tl.max(states, axis=0)
-    else:
-        total, state = tl.reduce((squares, states), 0, _add_or)
-    return total, state
+_TOLD, _TIMED_OUT = tl.constexpr(2), tl.constexpr(4)  # states of a wait, as bits; 1 is "words are missing", 0 done
+_HEAD = tl.constexpr(16)  # 8-byte words of local memory before those of the programs
+_CONTROL = tl.constexpr(64)  # 4-byte words of the control page
 
 
 def host_clock():
@@ -67,18 +53,20 @@ def host_clock():
     return time.time_ns()
 
 
+host_clock.__triton_builtin__ = True  # the compiler looks at every name, in branches that it drops too
+
+
 @triton.jit
-def _look_up(local, rank, polls, since, INTERPRETED: tl.constexpr):
-    """After many polls: is the group dead, is the time over? Returns the state to add and the first look's time."""
+def _look_up(local, home, since, INTERPRETED: tl.constexpr):
+    """After many polls: is the group dead, is the time over? Returns the state to add, and when first asked."""
     if INTERPRETED:
         now = host_clock()
     else:
         now = tl.extra.cuda.globaltimer()
     since = tl.where(since == 0, now, since)
-    abort = tl.load(at(tl.load(local + 2 + rank), tl.uint32), volatile=True)
-    limit = tl.load(local, volatile=True).to(tl.int64)
-    dead = tl.where(abort != 0, _TOLD, 0) | tl.where(now - since > limit, _TIMED_OUT, 0)
-    return dead, since
+    aborted = tl.load(home, volatile=True) != 0
+    over = now - since > tl.load(local, volatile=True).to(tl.int64)
+    return tl.where(aborted, _TOLD, 0) | tl.where(over, _TIMED_OUT, 0), since
 
 
 @triton.jit
@@ -93,14 +81,73 @@ def _report(local, code, missing, op, row, epoch, N: tl.constexpr):
 
 
 @triton.jit
-def _sum_slices(part, state, local, pid, rank, op, row, epoch, N: tl.constexpr, C: tl.constexpr,
+def _peers(table, rank, N: tl.constexpr):
+    """The memories of the ranks after this one, cyclically. All are read before anything waits for one."""
+    a = at(tl.load(table + (rank + 1) % N, volatile=True), tl.uint32)
+    b = at(tl.load(table + (rank + 2) % N, volatile=True), tl.uint32) if N > 2 else a
+    c = at(tl.load(table + (rank + 3) % N, volatile=True), tl.uint32) if N > 3 else a
+    d = at(tl.load(table + (rank + 4) % N, volatile=True), tl.uint32) if N > 4 else a
+    e = at(tl.load(table + (rank + 5) % N, volatile=True), tl.uint32) if N > 5 else a
+    f = at(tl.load(table + (rank + 6) % N, volatile=True), tl.uint32) if N > 6 else a
+    g = at(tl.load(table + (rank + 7) % N, volatile=True), tl.uint32) if N > 7 else a
+    return a, b, c, d, e, f, g
+
+
+@triton.jit
+def _look(slot, own, me, words, mask, N: tl.constexpr, SLICE: tl.constexpr):
+    """One look at the N rows of a slot; row `me` is `own`, which nobody sends. Rows from N on repeat row 0."""
+    a = tl.load(slot + words, mask=mask & (me != 0), other=own, volatile=True)
+    b = tl.load(slot + SLICE + words, mask=mask & (me != 1), other=own, volatile=True)
+    c = tl.load(slot + 2 * SLICE + words, mask=mask & (me != 2), other=own, volatile=True) if N > 2 else a
+    d = tl.load(slot + 3 * SLICE + words, mask=mask & (me != 3), other=own, volatile=True) if N > 3 else a
+    e = tl.load(slot + 4 * SLICE + words, mask=mask & (me != 4), other=own, volatile=True) if N > 4 else a
+    f = tl.load(slot + 5 * SLICE + words, mask=mask & (me != 5), other=own, volatile=True) if N > 5 else a
+    g = tl.load(slot + 6 * SLICE + words, mask=mask & (me != 6), other=own, volatile=True) if N > 6 else a
+    h = tl.load(slot + 7 * SLICE + words, mask=mask & (me != 7), other=own, volatile=True) if N > 7 else a
+    return a, b, c, d, e, f, g, h
+
+
+@triton.jit
+def _wait(slot, own, me, words, mask, dead, local, home, N: tl.constexpr, SLICE: tl.constexpr,
+          INTERPRETED: tl.constexpr):  # fmt: skip
+    """Poll until the N rows of a slot have come, and make them unsent again. Returns the rows and the state.
+
+    Each thread looks at memory and clock by itself; the reduction makes the state one for all of them.
+    """
+    a, b, c, d, e, f, g, h = own, own, own, own, own, own, own, own
+    state = 1
+    polls = 0
+    since = tl.full((), 0, tl.int64)
+    while state == 1:
+        a, b, c, d, e, f, g, h = _look(slot, own, me, words, mask, N, SLICE)
+        late = (a == ONES) | (b == ONES)
+        late = late | (c == ONES) | (d == ONES) if N > 2 else late
+        late = late | (e == ONES) | (f == ONES) if N > 4 else late
+        late = late | (g == ONES) | (h == ONES) if N > 6 else late
+        state = tl.max(late.to(tl.int32) | dead, axis=0)
+        polls += 1
+        if INTERPRETED or polls % 1024 == 0:
+            dead, since = _look_up(local, home, since, INTERPRETED)
+    for p in tl.static_range(N):
+        unsent = tl.full(words.shape, ONES, tl.uint32)
+        tl.store(slot + p * SLICE + words, unsent, mask=mask & (me != p) & (state == 0), cache_modifier=".wt")
+    return a, b, c, d, e, f, g, h, state
+
+
+@triton.jit
+def _plus(s, word, DTYPE: tl.constexpr):
+    a, b = unpack(word, DTYPE)
+    return s[0] + a, s[1] + b
+
+
+@triton.jit
+def _sum_slices(part, state, local, home, pid, op, row, epoch, N: tl.constexpr, C: tl.constexpr,
                 INTERPRETED: tl.constexpr):  # fmt: skip
     """The sum over the C programs of a row, in slice order. A program that failed hands on NaN, so nobody waits
-    for it. Every thread polls by itself: the words carry the epoch, so all see the same, and there is no barrier."""
-    part = tl.where(state == 0, part, float("nan"))
-    words = local + 16 + 3 * (pid - pid % C) + 1 + (epoch & 1).to(tl.int32)
-    bits = part.to(tl.uint32, bitcast=True).to(tl.uint64)
-    tl.store(words + 3 * (pid % C), (bits << 32) | epoch, cache_modifier=".wt")
+    for it. Each thread polls by itself: words carry the epoch, so all see the same, and there is no barrier."""
+    sums = local + _HEAD + 3 * (pid - pid % C) + 1 + (epoch & 1).to(tl.int32)
+    bits = tl.where(state == 0, part, float("nan")).to(tl.uint32, bitcast=True).to(tl.uint64)
+    tl.store(sums + 3 * (pid % C), (bits << 32) | epoch, cache_modifier=".wt")
     total = 0.0
     late = 1
     polls = 0
@@ -109,12 +156,12 @@ def _sum_slices(part, state, local, pid, rank, op, row, epoch, N: tl.constexpr, 
         total = 0.0
         late = 0
         for c in tl.static_range(C):
-            word = tl.load(words + 3 * c, volatile=True)
+            word = tl.load(sums + 3 * c, volatile=True)
             total += (word >> 32).to(tl.uint32).to(tl.float32, bitcast=True)
             late |= (word.to(tl.uint32) != epoch.to(tl.uint32)).to(tl.int32)
         polls += 1
         if polls % 1024 == 0:
-            dead, since = _look_up(local, rank, polls, since, INTERPRETED)
+            dead, since = _look_up(local, home, since, INTERPRETED)
             late |= dead
     if late > 1:
         _report(local, tl.where((late & _TOLD) != 0, 2, 1), 0, op, row, epoch, N)
@@ -122,102 +169,37 @@ def _sum_slices(part, state, local, pid, rank, op, row, epoch, N: tl.constexpr, 
 
 
 @triton.jit
-def _finish(own, residual, weight, slots, local, lanes, mask, pid, rank, op, row, epoch, dead, eps, weight_offset,
-            N: tl.constexpr, H: tl.constexpr, SLICE: tl.constexpr, C: tl.constexpr, DTYPE: tl.constexpr,
-            WEIGHT_DTYPE: tl.constexpr, HAS_RESIDUAL: tl.constexpr, SENTINEL: tl.constexpr,
+def _finish(slot, own, residual, weight, words, mask, dead, local, home, pid, rank, op, row, epoch, eps,
+            weight_offset, N: tl.constexpr, H: tl.constexpr, SLICE: tl.constexpr, C: tl.constexpr,
+            DTYPE: tl.constexpr, WEIGHT_DTYPE: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
             INTERPRETED: tl.constexpr):  # fmt: skip
-    """Wait for the peers' words of one slice; then the sum and the norm. Returns (norm, residual) lanes, state, epoch."""
-    WORDS: tl.constexpr = SLICE if SENTINEL else 2 * SLICE
-    wa, wb, wc, wd = load_weight(weight, lanes + (pid % C) * SLICE, mask, DTYPE, WEIGHT_DTYPE)
-    if HAS_RESIDUAL:
-        res = tl.load(residual + lanes, mask=mask, other=0)
-    a = tl.zeros(lanes.shape, tl.float32)
-    b, c, d = a, a, a
-    total = 0.0
-    state = 1
-    polls = 0
-    since = tl.full((), 0, tl.int64)
-    while state == 1:
-        states = tl.zeros(lanes.shape, tl.int32) | dead
-        for p in tl.static_range(N):
-            lane, late = receive(slots + p * WORDS, lanes, mask & (p != rank), epoch, SLICE, SENTINEL)
-            states = states | late
-            pa, pb, pc, pd = unpack(tl.where(p == rank, own, lane), DTYPE)
-            if p == 0:
-                a, b, c, d = pa, pb, pc, pd
-            else:
-                a, b, c, d = a + pa, b + pb, c + pc, d + pd
-        if HAS_RESIDUAL:
-            pa, pb, pc, pd = unpack(res, DTYPE)
-            a, b, c, d = a + pa, b + pb, c + pc, d + pd
-        total, state = _total((a * a + b * b) + (c * c + d * d), states, INTERPRETED)
-        polls += 1
-        if INTERPRETED or polls % 1024 == 0:
-            dead, since = _look_up(local, rank, polls, since, INTERPRETED)
-    moved = tl.load(local + 16 + 3 * pid, volatile=True)
-    if state != 0:
-        missing = 0
-        for p in tl.static_range(N):
-            _, late = receive(slots + p * WORDS, lanes, mask & (p != rank), epoch, SLICE, SENTINEL)
-            missing |= tl.max(late, axis=0) << p
-        _report(local, tl.where((state & _TOLD) != 0, 2, 1), missing, op, row, epoch, N)
-    elif SENTINEL:
-        for p in tl.static_range(N):
-            clear(slots + p * WORDS, lanes, mask & (p != rank))
+    """Wait for the peers' words of a slice, then sum and norm. Returns words of norm_out, residual_out; the state."""
+    wa, wb = load_weight(weight, words + (pid % C) * SLICE, mask, DTYPE, WEIGHT_DTYPE)
+    other = tl.load(residual + words, mask=mask, other=0) if HAS_RESIDUAL else own
+    x0, x1, x2, x3, x4, x5, x6, x7, state = _wait(
+        slot, own, rank, words, mask, dead, local, home, N, SLICE, INTERPRETED)  # fmt: skip
+    s = _plus(unpack(x0, DTYPE), x1, DTYPE)
+    s = _plus(s, x2, DTYPE) if N > 2 else s
+    s = _plus(s, x3, DTYPE) if N > 3 else s
+    s = _plus(s, x4, DTYPE) if N > 4 else s
+    s = _plus(s, x5, DTYPE) if N > 5 else s
+    s = _plus(s, x6, DTYPE) if N > 6 else s
+    s = _plus(s, x7, DTYPE) if N > 7 else s
+    a, b = _plus(s, other, DTYPE) if HAS_RESIDUAL else s
+    total = tl.sum(a * a + b * b, axis=0)
     if C > 1:
-        total = _sum_slices(total, state, local, pid, rank, op, row, epoch, N, C, INTERPRETED)
+        total = _sum_slices(total, state, local, home, pid, op, row, epoch, N, C, INTERPRETED)
     scale = tl.rsqrt(total * (1.0 / H) + eps)
-    norm = pack(a * scale * (wa + weight_offset), b * scale * (wb + weight_offset),
-                c * scale * (wc + weight_offset), d * scale * (wd + weight_offset), DTYPE, INTERPRETED)  # fmt: skip
-    summed = pack(a, b, c, d, DTYPE, INTERPRETED)
-    return tl.where(state == 0, norm, NAN_LANE), tl.where(state == 0, summed, NAN_LANE), state, moved
+    norm = pack(a * scale * (wa + weight_offset), b * scale * (wb + weight_offset), DTYPE, INTERPRETED)
+    return norm, pack(a, b, DTYPE, INTERPRETED), state
 
 
-@triton.jit
-def _take_results(words, local, lanes, mask, pid, rank, op, row, epoch, dead, N: tl.constexpr, SLICE: tl.constexpr,
-                  SENTINEL: tl.constexpr, INTERPRETED: tl.constexpr):  # fmt: skip
-    """Two-shot, not the owner: wait for the finished rows. Returns as `_finish`."""
-    WORDS: tl.constexpr = SLICE if SENTINEL else 2 * SLICE
-    norm = tl.zeros(lanes.shape, tl.uint64)
-    summed = norm
-    state = 1
-    polls = 0
-    since = tl.full((), 0, tl.int64)
-    while state == 1:
-        norm, late = receive(words, lanes, mask, epoch, SLICE, SENTINEL)
-        summed, late_too = receive(words + WORDS, lanes, mask, epoch, SLICE, SENTINEL)
-        state = tl.max(late | late_too | dead, axis=0)
-        polls += 1
-        if INTERPRETED or polls % 1024 == 0:
-            dead, since = _look_up(local, rank, polls, since, INTERPRETED)
-    moved = tl.load(local + 16 + 3 * pid, volatile=True)
-    if state != 0:
-        _report(local, tl.where((state & _TOLD) != 0, 2, 1), 1 << (row % N), op, row, epoch, N)
-    elif SENTINEL:
-        clear(words, lanes, mask)
-        clear(words + WORDS, lanes, mask)
-    return tl.where(state == 0, norm, NAN_LANE), tl.where(state == 0, summed, NAN_LANE), state, moved
-
-
-@triton.jit
-def _peers(table, rank, N: tl.constexpr):
-    """The addresses of the ranks after this one, cyclically. All are read before anything waits for one."""
-    a = tl.load(table + (rank + 1) % N, volatile=True)
-    b = tl.load(table + (rank + 2) % N, volatile=True) if N > 2 else a
-    c = tl.load(table + (rank + 3) % N, volatile=True) if N > 3 else a
-    d = tl.load(table + (rank + 4) % N, volatile=True) if N > 4 else a
-    e = tl.load(table + (rank + 5) % N, volatile=True) if N > 5 else a
-    f = tl.load(table + (rank + 6) % N, volatile=True) if N > 6 else a
-    g = tl.load(table + (rank + 7) % N, volatile=True) if N > 7 else a
-    return a, b, c, d, e, f, g
-
-
-@triton.jit(do_not_specialize=["x", "residual", "weight", "norm_out", "residual_out", "local", "home", "rows", "rank", "op"])
+@triton.jit(do_not_specialize=["x", "residual", "weight", "norm_out", "residual_out", "local", "home", "rows",
+                               "rank", "op"])  # fmt: skip
 def all_reduce_rms_norm(x, residual, weight, norm_out, residual_out, local, home, rows, rank, op, eps, weight_offset,
-                        N: tl.constexpr, LANES: tl.constexpr, SLICE: tl.constexpr, BLOCK: tl.constexpr,
+                        N: tl.constexpr, WORDS: tl.constexpr, SLICE: tl.constexpr, BLOCK: tl.constexpr,
                         C: tl.constexpr, DTYPE: tl.constexpr, WEIGHT_DTYPE: tl.constexpr,
-                        HAS_RESIDUAL: tl.constexpr, TWO_SHOT: tl.constexpr, SENTINEL: tl.constexpr,
-                        INTERPRETED: tl.constexpr):  # fmt: skip
+                        HAS_RESIDUAL: tl.constexpr, TWO_SHOT: tl.constexpr, INTERPRETED: tl.constexpr):  # fmt: skip
     """The kernel. Launch it with `grid` and `constants` of `plan.py`, on every rank in the same order.
 
     Args:
@@ -229,56 +211,66 @@ def all_reduce_rms_norm(x, residual, weight, norm_out, residual_out, local, home
         rows: T, equal on all ranks, at least 1. rank: in the group. op: a number below 2^24 for the error page.
         eps, weight_offset: fp32; eps > 0.
     """
-    WORDS: tl.constexpr = SLICE if SENTINEL else 2 * SLICE
-    SLOT: tl.constexpr = 2 * (N + 2) * WORDS * 8
     pid = tl.program_id(0)
     stride = tl.num_programs(0) // C
-    peers = _peers(at(local, tl.int64) + 2, rank, N)
+    table = at(local, tl.int64) + 2
     local = at(local, tl.uint64)
-    lanes = tl.arange(0, BLOCK)
-    mask = lanes < (LANES if C == 1 else tl.minimum(SLICE, LANES - (pid % C) * SLICE))
-    epochs = local + 16 + 3 * pid
-    epoch = tl.load(epochs)
+    home = at(home, tl.uint32)
+    epochs = local + _HEAD + 3 * pid
+    words = tl.arange(0, BLOCK)
+    mask = words < (WORDS if C == 1 else tl.minimum(SLICE, WORDS - (pid % C) * SLICE))
     row = pid // C
     while row < rows:  # not a range: the interpreter of some versions cannot take its bounds from arguments
-        before = epoch
-        epoch = tl.where(epoch >= 0xFFFFFFFF, 2, epoch + 1)  # 0 is what nobody has written; parity alternates
-        dead = tl.where(tl.load(at(home, tl.uint32), volatile=True) != 0, _TOLD, 0)
-        here = row.to(tl.int64) * LANES + (pid % C) * SLICE
-        parity = (epoch & 1).to(tl.int64)
-        first = 256 + pid.to(tl.int64) * SLOT + parity * (N * WORDS * 8)
-        second = first + (2 * N - (N - 2) * parity) * (WORDS * 8)
+        # All that the first stores need is asked for at once, the slowest first.
+        here = row.to(tl.int64) * WORDS + (pid % C) * SLICE
+        own = tl.load(at(x, tl.uint32) + here + words, mask=mask, other=0)
+        before = tl.load(epochs, volatile=True)
+        aborted = tl.load(home, volatile=True)
+        peers = _peers(table, rank, N)
+        own = sendable(own)
+        epoch = tl.where(before >= 0xFFFFFFFF, 2, before + 1)  # 0 is what nobody has written; parity alternates
+        dead = tl.where(aborted != 0, _TOLD, 0)
+        parity = (epoch & 1).to(tl.int32)
+        first = _CONTROL + (pid * (2 * N + 4) + parity * N) * SLICE
+        second = _CONTROL + (pid * (2 * N + 4) + 2 * N + parity * 2) * SLICE
         owner = row % N
-        own = tl.load(at(x, tl.uint64) + here + lanes, mask=mask, other=0)
         for i in tl.static_range(1, N):
-            p = (rank + i) % N
-            to = at(peers[i - 1] + first + rank.to(tl.int64) * (WORDS * 8), tl.uint64)
-            wanted = (dead == 0) & (p == owner) if TWO_SHOT else dead == 0
-            send(to, lanes, mask & wanted, own, epoch, SLICE, SENTINEL)
+            wanted = (dead == 0) & ((rank + i) % N == owner) if TWO_SHOT else dead == 0
+            tl.store(peers[i - 1] + first + rank * SLICE + words, own, mask=mask & wanted, cache_modifier=".wt")
         if TWO_SHOT and owner != rank:
-            norm, summed, state, moved = _take_results(
-                at(home + second, tl.uint64), local, lanes, mask, pid, rank, op, row, epoch, dead, N, SLICE, SENTINEL,
-                INTERPRETED)  # fmt: skip
+            norm, summed, _, _, _, _, _, _, state = _wait(
+                home + second, tl.zeros_like(own), -1, words, mask, dead, local, home, 2, SLICE, INTERPRETED
+            )
         else:
-            norm, summed, state, moved = _finish(
-                own, at(residual, tl.uint64) + here, weight, at(home + first, tl.uint64), local, lanes, mask, pid,
-                rank, op, row, epoch, dead, eps, weight_offset, N, LANES * (2 if DTYPE == "float32" else 4), SLICE,
-                C, DTYPE, WEIGHT_DTYPE, HAS_RESIDUAL, SENTINEL, INTERPRETED)  # fmt: skip
+            norm, summed, state = _finish(
+                home + first, own, at(residual, tl.uint32) + here, weight, words, mask, dead, local, home, pid, rank,
+                op, row, epoch, eps, weight_offset, N, WORDS if DTYPE == "float32" else 2 * WORDS, SLICE, C, DTYPE,
+                WEIGHT_DTYPE, HAS_RESIDUAL, INTERPRETED)  # fmt: skip
             if TWO_SHOT:
                 for i in tl.static_range(1, N):
-                    to = at(peers[i - 1] + second, tl.uint64)
-                    send(to, lanes, mask & (state == 0), norm, epoch, SLICE, SENTINEL)
-                    send(to + WORDS, lanes, mask & (state == 0), summed, epoch, SLICE, SENTINEL)
-        norm_out_row = at(norm_out, tl.uint64) + here + lanes
-        residual_out_row = at(residual_out, tl.uint64) + here + lanes
+                    to = peers[i - 1] + second + words
+                    tl.store(to, sendable(norm), mask=mask & (state == 0), cache_modifier=".wt")
+                    tl.store(to + SLICE, sendable(summed), mask=mask & (state == 0), cache_modifier=".wt")
+        moved = tl.load(epochs, volatile=True) != before
+        norm_out_row = at(norm_out, tl.uint32) + here + words
+        residual_out_row = at(residual_out, tl.uint32) + here + words
         tl.store(norm_out_row, norm, mask=mask)
         tl.store(residual_out_row, summed, mask=mask)
-        if moved != before:
+        if state != 0:
+            missing = 1 << owner
+            if not TWO_SHOT or owner == rank:
+                missing = 0
+                for p in tl.static_range(N):
+                    word = tl.load(home + first + p * SLICE + words, mask=mask & (p != rank), other=0, volatile=True)
+                    missing |= tl.max((word == ONES).to(tl.int32), axis=0) << p
+            _report(local, tl.where((state & _TOLD) != 0, 2, 1), missing, op, row, epoch, N)
+        if moved:
             _report(local, tl.full((), 3, tl.int32), 0, op, row, epoch, N)
-            tl.store(norm_out_row, tl.zeros(lanes.shape, tl.uint64) + NAN_LANE, mask=mask)
-            tl.store(residual_out_row, tl.zeros(lanes.shape, tl.uint64) + NAN_LANE, mask=mask)
+        if moved or state != 0:
+            tl.store(norm_out_row, tl.full(words.shape, NAN, tl.uint32), mask=mask)
+            tl.store(residual_out_row, tl.full(words.shape, NAN, tl.uint32), mask=mask)
         tl.store(epochs, epoch)
-        if SENTINEL and row + stride < rows:  # cleared words must be seen before the next row's words are
+        if row + stride < rows:  # the words made unsent must be so before any word of the next row
             tl.debug_barrier()
             tl.atomic_xchg(epochs, epoch, sem="acq_rel", scope="sys")
             tl.debug_barrier()

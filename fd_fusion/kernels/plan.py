@@ -11,6 +11,7 @@ from typing import Any
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 SIZES = range(2, 9)
+SLOT_FILL = 0xFF  # the byte that all slots are filled with before the first call and at a reset
 CONTROL_BYTES = 256  # the control page, at the start of every rank's symmetric memory
 PROGRAM_WORDS = 16  # 8-byte words of local memory before the epochs: limit, error page, the addresses of N ranks
 ERROR_PAGE_BYTES = 64
@@ -28,24 +29,23 @@ class Plan:
     dtype: str
     split: int
     num_warps: int
-    sentinel: bool  # words of 4 payload bytes; otherwise words of 4 payload bytes and a 4-byte epoch
     two_shot_rows: int | None  # calls of at least so many rows are better served by two-shot; None = never
     interpreted: bool
 
     @property
-    def lanes(self) -> int:
-        """8-byte lanes in a row."""
-        return self.hidden_size * DTYPE_BYTES[self.dtype] // 8
+    def words(self) -> int:
+        """4-byte words in a row."""
+        return self.hidden_size * DTYPE_BYTES[self.dtype] // 4
 
     @property
-    def slice_lanes(self) -> int:
-        """Lanes of a slice, in whole 128-byte lines. The last slice of a row may be shorter."""
-        return -(-self.lanes // (self.split * 16)) * 16
+    def slice_words(self) -> int:
+        """Words of a slice, in whole 128-byte lines. The last slice of a row may be shorter."""
+        return -(-self.words // (self.split * 32)) * 32
 
     @property
     def program_bytes(self) -> int:
         """Symmetric memory of one program: two parities of N rows of words, and of the two rows of results."""
-        return 2 * (self.size + 2) * self.slice_lanes * 8 * (1 if self.sentinel else 2)
+        return 2 * (self.size + 2) * self.slice_words * 4
 
 
 def plan_for(size: int, hidden_size: int, dtype: str, *, interpreted: bool = False) -> Plan:
@@ -60,14 +60,13 @@ def plan_for(size: int, hidden_size: int, dtype: str, *, interpreted: bool = Fal
         raise ValueError(f"the all-reduce kernel takes {sorted(DTYPE_BYTES)}, got {dtype!r}")
     if hidden_size <= 0 or hidden_size * DTYPE_BYTES[dtype] % 16:
         raise ValueError(f"H={hidden_size} of {dtype} is not a whole number of 16-byte units")
-    lanes = hidden_size * DTYPE_BYTES[dtype] // 8
+    words = hidden_size * DTYPE_BYTES[dtype] // 4
     split = 1
-    while not interpreted and split < 8 and size * lanes > 8192 * split:
+    while not interpreted and split < 8 and size * words > 16384 * split:
         split *= 2
-    slice_lanes = -(-lanes // (split * 16)) * 16
     # At least one 16-byte unit a thread: with fewer, warps would hold copies and could see different words.
-    num_warps = max(1, min(8, slice_lanes // 64))
-    return Plan(size, hidden_size, dtype, split, num_warps, True, 16 if size > 2 else None, interpreted)
+    num_warps = max(1, min(8, words // split // 128))
+    return Plan(size, hidden_size, dtype, split, num_warps, 16 if size > 2 else None, interpreted)
 
 
 def slot_bytes(plan: Plan) -> int:
@@ -78,11 +77,6 @@ def slot_bytes(plan: Plan) -> int:
 def symmetric_bytes(plan: Plan, programs: int) -> int:
     """Symmetric memory of each rank: the control page, then `programs` slots."""
     return CONTROL_BYTES + programs * slot_bytes(plan)
-
-
-def symmetric_fill(plan: Plan) -> int:
-    """The byte that fills the slots before the first call and at a reset. The control page is always zeroed."""
-    return 0xFF if plan.sentinel else 0
 
 
 def local_bytes(plan: Plan, programs: int) -> int:
@@ -120,15 +114,14 @@ def constants(plan: Plan, *, weight_dtype: str, has_residual: bool, two_shot: bo
     """The kernel's constexpr arguments and launch options, by name."""
     return {
         "N": plan.size,
-        "LANES": plan.lanes,
-        "SLICE": plan.slice_lanes,
-        "BLOCK": 1 << (plan.slice_lanes - 1).bit_length(),
+        "WORDS": plan.words,
+        "SLICE": plan.slice_words,
+        "BLOCK": 1 << (plan.slice_words - 1).bit_length(),
         "C": plan.split,
         "DTYPE": plan.dtype,
         "WEIGHT_DTYPE": weight_dtype,
         "HAS_RESIDUAL": has_residual,
         "TWO_SHOT": two_shot,
-        "SENTINEL": plan.sentinel,
         "INTERPRETED": plan.interpreted,
         "num_warps": plan.num_warps,
         "num_stages": 1,

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from fd_fusion.kernels._lanes import at
+from fd_fusion.kernels._words import at
 
 
 @triton.jit(do_not_specialize=["address", "value"])

@@ -29,7 +29,8 @@ def run_ranks(script, size, *args, timeout_s=60, env=None):
         outputs = [open(f"{folder}/out.{rank}", "w+") for rank in range(size)]  # noqa: SIM115
         ranks = []
         for rank in range(size):
-            own = {_RANK: str(rank), _SIZE: str(size), _STORE: f"{folder}/store", "PYTHONPATH": str(ROOT)}
+            path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+            own = {_RANK: str(rank), _SIZE: str(size), _STORE: f"{folder}/store", "PYTHONPATH": path}
             command = [sys.executable, "-W", "ignore", str(ROOT / "tests/dist" / script), *map(str, args)]
             ranks.append(
                 subprocess.Popen(
