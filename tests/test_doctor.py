@@ -281,3 +281,17 @@ def _until(condition, timeout_s=20):
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def test_a_broken_flashinfer_is_one_sentence(on_path):
+    fake(on_path, "flashinfer", "raise OSError('libcudart.so.12 is gone')", version="0.6.12")
+    (on_path / "flashinfer_python-0.6.12.dist-info").mkdir()
+    (on_path / "flashinfer_python-0.6.12.dist-info/METADATA").write_text("Name: flashinfer-python\nVersion: 0.6.12\n")
+    (found,) = doctor_child.ask("flashinfer")
+    assert found.state == "warn" and "OSError: libcudart.so.12 is gone" in found.text and found.remedy
+
+
+def test_a_flashinfer_that_ends_its_process(on_path):
+    fake(on_path, "flashinfer", "import os; os.abort()", version="0.6.12")
+    (found,) = doctor_child.ask("flashinfer")
+    assert found.state == "warn" and "ends its process" in found.text

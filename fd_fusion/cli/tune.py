@@ -19,7 +19,8 @@ from fd_fusion.cli import doctor_child, tune_limits
 from fd_fusion.cli.ranks import RanksFailed, ending_well, run_ranks
 from fd_fusion.tuning_table import Fingerprint, Limits, store_limits, table_lock, table_path, versions_here
 
-_ROWS = {"cpu": "1,2,3", "gpu": "1,2,4,8,16,32,48,64,96,128,192,256,384,512,768,1024"}
+_ROUNDS = {"cpu": 3, "gpu": 11, "virtual": 5}
+_ROWS = {"cpu": "1,2", "gpu": "1,2,4,8,16,32,48,64,96,128,192,256,384,512,768,1024"}
 _DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -59,9 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--hidden-size", type=int, required=True, help="exact hidden size H of the model")
     parser.add_argument("--dtype", choices=_DTYPES, default="bfloat16", help="of the activations (default: bfloat16)")
     parser.add_argument("--rows", help="numbers of rows to measure, such as 1,8,64")
-    parser.add_argument(
-        "--rounds", type=int, default=11, help="measurements, of which the median counts (default: 11)"
-    )
+    parser.add_argument("--rounds", type=int, help="measurements, of which the median counts (default: 11)")
     parser.add_argument("--workspace-mb", type=int, default=32, help="as in the fusion config (default: 32)")
     parser.add_argument("--timeout-s", type=float, default=30.0, help="wait for a missing rank (default: 30)")
     parser.add_argument("--json", action="store_true", help="print the same as data")
@@ -116,7 +115,7 @@ def _measure(args: argparse.Namespace, mode: str, rows: list[int]) -> list[dict[
         "hidden_size": args.hidden_size,
         "dtype": args.dtype,
         "rows": rows,
-        "rounds": args.rounds,
+        "rounds": args.rounds or _ROUNDS[mode],
         "workspace_mb": args.workspace_mb,
         "timeout_s": args.timeout_s,
         "ports": _free_ports(1 + args.nproc),
@@ -173,7 +172,7 @@ def lines(outcome: dict[str, Any]) -> list[str]:
     out += _table(outcome["times"])
     out += [f"{name}: not measured: {why}" for name, why in outcome["skipped"].items()]
     limits = outcome["limits"]
-    if limits:
+    if limits and outcome["mode"] == "gpu":
         for name, rows in limits["rows"].items():
             out.append(f"{name}: fusing wins up to {rows} rows" if rows else f"{name}: fusing never wins")
         if limits["two_shot_rows"]:
