@@ -34,7 +34,11 @@ def main(argv: list[str] | None = None) -> int:
     if command is None:
         parser.print_help()
         return 0
-    return importlib.import_module(COMMANDS[command][0]).main(argv[1:])
+    try:
+        return importlib.import_module(COMMANDS[command][0]).main(argv[1:])
+    except KeyboardInterrupt:
+        print(f"fd-fusion {command}: interrupted", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ import numpy as np
 from fd_fusion.cli import demo_report
 from fd_fusion.cli.demo_checkpoint import Checkpoint, write_checkpoint
 from fd_fusion.cli.demo_config import DecoderConfig
-from fd_fusion.cli.demo_launch import RunFailed, launch, read_results, stop, watch
+from fd_fusion.cli.demo_launch import RunFailed, launch, read_results, stop, undisturbed, watch
 from fd_fusion.cli.demo_rank import units, write_whole
 from fd_fusion.cli.demo_reference import Truth, make_truth
 from fd_fusion.config import BACKENDS, FusionConfig
@@ -46,7 +46,7 @@ SIZES = {
 
 
 def main(argv: list[str]) -> int:
-    """Run the command. Every error is one sentence on stderr."""
+    """Run the command. Every error is one sentence on stderr; Ctrl-C goes on to the caller once all is clean."""
     args = _parser().parse_args(argv)
     previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that `finally` runs
     try:
@@ -55,14 +55,12 @@ def main(argv: list[str]) -> int:
         return _fail(error, 2)
     except (FusionError, RunFailed, OSError) as error:
         return _fail(error, 1)
-    except KeyboardInterrupt:
-        return _fail("interrupted", 130)
     finally:
         signal.signal(signal.SIGTERM, previous)
 
 
 def _fail(error: object, code: int) -> int:
-    print(f"fd_fusion demo: {str(error).removeprefix('fd_fusion: ')}", file=sys.stderr)
+    print(f"fd-fusion demo: {str(error).removeprefix('fd_fusion: ')}", file=sys.stderr)
     return code
 
 
@@ -108,7 +106,8 @@ def _demo(args: argparse.Namespace) -> int:
         checkpoint.config.check_ranks(args.nproc)
         truth, results = _run(folder, checkpoint, fusion, args)
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        with undisturbed():
+            shutil.rmtree(folder, ignore_errors=True)
     outcome = demo_report.judge(checkpoint.config, args.nproc, truth, results)
     print("\n".join(demo_report.lines(outcome)))
     if args.json:
@@ -135,22 +134,32 @@ def _run(folder: Path, checkpoint: Checkpoint, fusion: FusionConfig, args) -> tu
     job = {"checkpoint": str(checkpoint.folder.resolve()), "nproc": args.nproc, "prompt_len": args.prompt_len}
     write_whole(folder / "run.json", json.dumps({**job, "config": fusion.to_dict()}).encode())
     prompt = np.random.default_rng(args.seed).integers(checkpoint.config.vocab_size, size=args.prompt_len).tolist()
-    found: list[Truth] = []
+    found: list[Truth | Exception] = []
 
     def find_truth() -> None:
-        found.append(make_truth(checkpoint, prompt, args.steps))
-        write_whole(folder / "tokens.json", json.dumps(found[0].tokens).encode())
+        try:
+            truth = make_truth(checkpoint, prompt, args.steps)
+            write_whole(folder / "tokens.json", json.dumps(truth.tokens).encode())
+            found.append(truth)
+        except Exception as error:  # raised in the main thread, which looks for it
+            found.append(error)
 
-    thread = threading.Thread(target=find_truth, daemon=True)
     launcher = None
     try:
         launcher = launch(folder, args.nproc, interpret=args.backend == "triton")
-        thread.start()
+        threading.Thread(target=find_truth, daemon=True).start()
         with _progress_bar(units(args.steps)) as show:
-            watch(launcher, folder, args.nproc, 10 * args.timeout_s, show)
+
+            def look(done: int) -> None:
+                if found and isinstance(found[0], Exception):
+                    raise found[0]
+                show(done)
+
+            watch(launcher, folder, args.nproc, 10 * args.timeout_s, look)
         return found[0], read_results(folder, args.nproc)
     finally:
-        stop(launcher, folder)
+        with undisturbed():
+            stop(launcher, folder)
 
 
 @contextlib.contextmanager

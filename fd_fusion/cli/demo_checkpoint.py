@@ -53,6 +53,7 @@ class Checkpoint:
     def __init__(self, folder: Path):
         self.folder = folder
         self.config = DecoderConfig.from_json(_read_config(folder))
+        self.expected = expected_weights(self.config)
         self.stored: dict[str, Stored] = {}
         for file in sorted(folder.glob("*.safetensors")):
             self.stored |= _read_header(file)
@@ -61,7 +62,7 @@ class Checkpoint:
 
     def read(self, name: str, rank: int = 0, size: int = 1) -> np.ndarray:
         """A copy of a weight as float32 (float64 stays); with `size` > 1 only the part of this rank."""
-        stored, split = self.stored[name], expected_weights(self.config)[name].split
+        stored, split = self.stored[name], self.expected[name].split
         whole = np.memmap(stored.file, DTYPES[stored.dtype], "r", stored.offset, stored.shape)
         if split is not None and size > 1:
             width = stored.shape[split] // size
@@ -79,7 +80,7 @@ class Checkpoint:
                 del self.stored[name]
 
     def _check(self) -> None:
-        expected = expected_weights(self.config)
+        expected = self.expected
         shapes = {name: stored.shape for name, stored in self.stored.items()}
         faults = {
             "missing": [name for name in expected if name not in shapes],

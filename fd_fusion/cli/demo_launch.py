@@ -7,13 +7,14 @@ writes its pid before anything else, and looks for the `stop` file right after. 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import fd_fusion
@@ -54,18 +55,19 @@ def watch(launcher: subprocess.Popen, folder: Path, nproc: int, limit_s: float, 
         ended = launcher.poll() is not None
         left = [rank for rank in range(nproc) if not (folder / f"result.{rank}").exists()]
         _raise_if_failed(folder, left)
-        if ended and left:
+        if ended and (left or launcher.returncode):
             raise RunFailed(f"the launcher ended with code {launcher.returncode}{tail(folder / 'launcher.log')}")
         if ended:
             return
         done = [int(_read(folder / f"progress.{rank}") or 0) for rank in range(nproc)]
         show(min(done))
-        if sum(done) != last:
+        if sum(done) != last or not (folder / "tokens.json").exists():  # until then they may be waiting for us
             moved, last = time.monotonic(), sum(done)
         elif time.monotonic() - moved > limit_s:
-            rank = left[0] if left else 0
-            rank = min(left, key=lambda rank: done[rank], default=rank)
-            raise RunFailed(f"no rank got on for {limit_s:g} s; rank {rank} is behind{_log_of(folder, rank)}")
+            stopped = [rank for rank in left if _state(int(_read(folder / f"pid.{rank}") or 0)) == "T"]
+            rank = min(stopped or left, key=lambda rank: done[rank], default=0)
+            how = "is stopped" if stopped else "is behind"
+            raise RunFailed(f"no rank got on for {limit_s:g} s; rank {rank} {how}{_log_of(folder, rank)}")
         time.sleep(_POLL_S)
 
 
@@ -78,9 +80,20 @@ def _raise_if_failed(folder: Path, left: list[int]) -> None:
         raise RunFailed(f"rank {silent[0]} died{_log_of(folder, silent[0])}")
     if told:
         rank = min(told, key=lambda rank: (folder / f"error.{rank}").stat().st_mtime_ns)
-        raise RunFailed(f"rank {rank} failed: {_read(folder / f'error.{rank}')}")
+        raise RunFailed(f"rank {rank} failed: {_read(folder / f'error.{rank}').removeprefix('fd_fusion: ')}")
     if dead:
         raise RunFailed(f"rank {dead[0]} was ended from outside{_log_of(folder, dead[0])}")
+
+
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """While cleaning up, a second Ctrl-C is ignored."""
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def stop(launcher: subprocess.Popen | None, folder: Path) -> None:
@@ -98,6 +111,32 @@ def stop(launcher: subprocess.Popen | None, folder: Path) -> None:
     end = time.monotonic() + 5
     while any(map(_alive, pids)) and time.monotonic() < end:
         time.sleep(_POLL_S)
+    _remove_segments((folder / "run.json").stat().st_mtime)
+
+
+def _remove_segments(since: float) -> None:
+    """Remove shared memory that a rank named and did not live to unname: it is unlocked, as its creator is gone.
+
+    A creator of another run locks its segment right after making it, so one that is unlocked twice is nobody's.
+    """
+    paths = [path for path in Path("/dev/shm").glob("fd_fusion-*") if _is_left(path, since)]
+    if paths:
+        time.sleep(0.1)
+    for path in paths:
+        if _is_left(path, since):
+            path.unlink(missing_ok=True)
+
+
+def _is_left(path: Path, since: float) -> bool:
+    try:
+        found = path.lstat()
+        if found.st_uid != os.geteuid() or found.st_ctime < since:
+            return False
+        with path.open("rb") as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except OSError:  # locked, or gone by now
+        return False
 
 
 def read_results(folder: Path, nproc: int) -> list[dict]:
@@ -110,8 +149,12 @@ def _alive(pid: int) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    state = _read(Path(f"/proc/{pid}/stat"))
-    return not state or state.rpartition(")")[2].split()[0] != "Z"
+    return _state(pid) != "Z"
+
+
+def _state(pid: int) -> str:
+    """The letter of Linux: R, S, T (stopped), Z (ended) ...; empty where that cannot be had."""
+    return _read(Path(f"/proc/{pid}/stat")).rpartition(")")[2].strip()[:1]
 
 
 def _read(path: Path) -> str:

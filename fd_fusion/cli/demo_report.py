@@ -81,13 +81,16 @@ def _headline(decoder: dict[str, Any], nproc: int) -> str:
 
 
 def _sites(report: dict[str, Any]) -> list[str]:
-    """One line a pair: its backend and limit, or why it is off."""
+    """One line a pair: its backend and limit, or why it is off; and one for the q and k norms."""
     rows = [(site["name"], site["backend"], _limit(site["limit"])) for site in report["sites"]]
     rows += [(one["name"], "stock", _why(one)) for one in report["rejected"]]
     if report["off"]:
         rows.append(("every pair", "stock", f"{report['off']['text']}; {report['off']['remedy']}"))
     width = max(len(name) for name, _, _ in rows)
-    return [f"site  {name:<{width}}  {backend:<10}  {rest}" for name, backend, rest in rows]
+    norms = Counter(("triton", "one kernel") for _ in report["qk_fused"])
+    norms.update(("stock", f"{why['text']}; {why['remedy']}") for why in report["qk_stock"].values())
+    lines = [f"site  {name:<{width}}  {backend:<10}  {rest}" for name, backend, rest in rows]
+    return lines + [f"norm  {f'{n} of q and k':<{width}}  {by:<10}  {how}" for (by, how), n in norms.items()]
 
 
 def _limit(limit: int | None) -> str:
