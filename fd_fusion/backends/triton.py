@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import itertools
+import struct
 from collections.abc import Callable
 from typing import Any
 
@@ -132,7 +133,19 @@ class Opened:
             "two_shot_rows": plan.two_shot_rows,
             "generation": workspace.generation,
             "frozen": workspace.frozen,
+            "timeouts": workspace.generation + (not workspace.closed and workspace.error() is not None),
+            "device": None if workspace.closed else self._device_counts(),
         }
+
+    def _device_counts(self) -> dict[str, int]:
+        """What the kernel itself counted since open or reset, replays of graphs too.
+
+        rows: finished rows. calls: turns of program 0, which are calls where none has more rows than programs.
+        """
+        words = 3 * self.programs * self._plan.split
+        data = self._maker.read(self._workspace.local + 8 * plans.PROGRAM_WORDS, 8 * words)
+        epochs = struct.unpack(f"<{words}q", data)[:: 3 * self._plan.split]
+        return {"rows": sum(epochs), "calls": epochs[0]}
 
     def close(self) -> None:
         if self._workspace is not None:

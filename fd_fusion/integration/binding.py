@@ -15,7 +15,7 @@ from typing import Any
 from fd_fusion import __version__, runtime
 from fd_fusion.comm.group import Group, Vote, agree
 from fd_fusion.config import FusionConfig, Resolved, resolve
-from fd_fusion.integration import native
+from fd_fusion.integration import metrics, native
 from fd_fusion.integration.opening import Opening, open_for
 from fd_fusion.integration.pairs import Pair
 from fd_fusion.integration.qk import QKNorm, settle_qk_norms
@@ -101,6 +101,7 @@ def check() -> None:
     for state in _bound.values():
         for opening in state.openings:
             opening.opened.check()
+    metrics.tick(report)
 
 
 def _resolve(model: Any, config: Any, source: str) -> Resolved:
