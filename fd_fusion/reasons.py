@@ -44,6 +44,10 @@ TABLE: dict[str, Entry] = {
         "{producer} has reduce_results=False: somebody else owes its reduction",
         "leave it, or set reduce_results=True",
     ),
+    "reduced_inside": Entry(
+        "{inner} inside {producer} reduces by itself",
+        "give the inner layers reduce_results=False: the block reduces once",
+    ),
     "no_store": Entry(
         "there is no store to vote over: {detail}",
         "start with paddle.distributed.launch and init_parallel_env()",
@@ -106,7 +110,6 @@ TABLE: dict[str, Entry] = {
     "no_paddle": Entry("Paddle cannot be imported: {detail}", 'pip install "paddlepaddle>=3.3"'),
     "old_paddle": Entry("Paddle {got} is older than {need}", "install Paddle {need} or newer"),
     "no_triton": Entry("Triton cannot be imported: {detail}", 'pip install "triton>=3.3"'),
-    "unknown_backend": Entry("there is no backend {name!r}", "choose one of {allowed}"),
     "backend_failed": Entry(
         "the {backend} backend cannot be used: {error}", "mend its package, or name another backend"
     ),
@@ -267,7 +270,7 @@ class FusionError(RuntimeError):
     """An error of this package. `reason` says what and what to do."""
 
     def __init__(self, reason: Reason):
-        super().__init__(f"fd_fusion: {reason}. {reason.remedy[:1].upper()}{reason.remedy[1:]}.")
+        super().__init__(f"fd_fusion: {reason}. Remedy: {reason.remedy}.")
         self.reason = reason
 
 

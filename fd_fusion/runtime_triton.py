@@ -51,23 +51,6 @@ def require_mode(device: str) -> None:
         raise FusionError(because("triton_mode", need=int(device == "cpu")))
 
 
-def load_kernel(module: str, name: str) -> Any:
-    """The kernel `name` of `fd_fusion.kernels.<module>`, compiled or interpreted as `interpreting` says.
-
-    An interpreted function that calls another patches the whole Triton language again each time, which is most of
-    its time. Only a kernel has to; helpers, which have a leading underscore or live in a module that has one, are
-    put back as plain functions.
-    """
-    kernel = getattr(importlib.import_module(f"fd_fusion.kernels.{module}"), name)
-    if type(kernel).__name__ == "InterpretedFunction":
-        for scope in [vars(sys.modules[key]) for key in sys.modules if key.startswith("fd_fusion.kernels.")]:
-            for key, value in list(scope.items()):
-                home = getattr(getattr(value, "fn", None), "__module__", "")
-                if type(value) is type(kernel) and (key[0] == "_" or home.startswith("fd_fusion.kernels._")):
-                    scope[key] = value.rewrite()
-    return kernel
-
-
 def framework() -> ModuleType:
     """Paddle, or torch where there is no Paddle."""
     name = next((n for n in ("paddle", "torch") if n in sys.modules), None)
@@ -122,3 +105,41 @@ def current_stream() -> Callable[[], int]:
     here = framework()
     device = here.cuda.current_device()
     return functools.partial(here._C._cuda_getCurrentRawStream, device)
+
+
+def load_kernel(module: str, name: str) -> Any:
+    """The kernel `name` of `fd_fusion.kernels.<module>`, compiled or interpreted as `interpreting` says.
+
+    An interpreted function that calls another patches the whole Triton language again each time, which is most of
+    its time. Only a kernel has to; helpers, which have a leading underscore or live in a module that has one, are
+    put back as plain functions.
+    """
+    kernel = getattr(importlib.import_module(f"fd_fusion.kernels.{module}"), name)
+    if type(kernel).__name__ == "InterpretedFunction":
+        for scope in [vars(sys.modules[key]) for key in sys.modules if key.startswith("fd_fusion.kernels.")]:
+            for key, value in list(scope.items()):
+                home = getattr(getattr(value, "fn", None), "__module__", "")
+                if type(value) is type(kernel) and (key[0] == "_" or home.startswith("fd_fusion.kernels._")):
+                    scope[key] = value.rewrite()
+    return kernel
+
+
+def prepare(kernel: Any, like: tuple, constants: dict[str, Any], device: str) -> Callable[..., None]:
+    """Compile and load a kernel now; returns `launch(programs, *args)`, for the current stream.
+
+    Args:
+        like: arguments of the types that all calls will have. The kernel must not specialize on their values.
+        constants: its constexpr arguments, which come last, and launch options.
+
+    A launch goes to the loaded function at once, by the entry point that Triton 3.3 to 3.8 share: looking the
+    kernel up by its arguments, as `kernel[grid](...)` does, takes most of the host time of a launch.
+    """
+    if device == "cpu":
+        return lambda programs, *args: kernel[(programs,)](*args, **constants)
+    with triton_driver():
+        made = kernel.warmup(*like, grid=(1,), **constants)
+        made._init_handles()
+    run, stream = made.run, current_stream()
+    loaded = (made.function, made.packed_metadata, None, None, None)  # launch metadata, hooks
+    tail = tuple(constants[name] for name in kernel.arg_names if name in constants)
+    return lambda programs, *args: run(programs, 1, 1, stream(), *loaded, *args, *tail)

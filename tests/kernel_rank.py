@@ -68,7 +68,7 @@ class Rank:
         words = plans.local_words(
             self.plan,
             case["programs"],
-            limit=case.get("limit", 100_000),
+            limit=int(case.get("limit_s", 30) * 1e9),
             error_page=self.page.ctypes.data,
             addresses=[base + peer * size for peer in range(case["size"])],
         )
@@ -109,7 +109,6 @@ def region_bytes(case):
 
 def fill(case, region):
     """The shared memory of one case before its first call."""
-    plan = plans.plan_for(case["size"], case["hidden_size"], case["dtype"], interpreted=True)
     region[:] = plans.SLOT_FILL
     region.reshape(case["size"], -1)[:, : plans.CONTROL_BYTES] = 0
 

@@ -144,7 +144,7 @@ def test_a_missing_or_old_package_gets_one_sentence(capsys, monkeypatch):
     monkeypatch.setattr(demo, "launch", None)
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "3.2.2")
     assert demo.main([]) == 1
-    assert "Paddle 3.2.2 is older than 3.3. Install Paddle 3.3 or newer" in capsys.readouterr().err
+    assert "Paddle 3.2.2 is older than 3.3. Remedy: install Paddle 3.3 or newer" in capsys.readouterr().err
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "triton" else "there")
     assert demo.main(["--backend", "triton"]) == 1
     assert 'ip install "triton' in capsys.readouterr().err
@@ -228,6 +228,7 @@ def test_seeded_bugs_are_caught(tmp_path):
             assert got["as_stock"], f"{name}: bind must not make it another model"
         for name, code in codes.items():
             assert result[name]["sites"] == 0 and set(code) <= set(result[name]["codes"]), result[name]
+        assert result["reduces_before"]["sites"] == 3 and result["reduces_before"]["codes"] == ["reduced_inside"]
 
 
 # --- the command line -----------------------------------------------------------------------------------------------

@@ -36,15 +36,15 @@ def agreed(size, *args, timeout_s=120):
 
 
 def test_numbers_of_two_ranks():
-    agreed(2, "numbers", "--rows", 1, 3, 0, 6, 2)
+    agreed(2, "numbers", "--rows", 1, 3, 0, 6, 2, "--two_shot_rows", 6)
 
 
-def test_numbers_of_three_ranks_one_shot_and_two_shot():
-    agreed(3, "numbers", "--rows", 1, 4, 2, 5, "--two_shot_rows", 4)
+def test_special_payloads_and_delays_of_three_ranks():
+    agreed(3, "payload", "delayed", "--rows", 1, 4, "--two_shot_rows", 3)
 
 
-def test_special_payloads_delays_and_several_workspaces_of_two_ranks():
-    agreed(2, "payload", "delayed", "together", "strange_inputs", "--rows", 1, 3, "--two_shot_rows", 3)
+def test_several_workspaces_and_strange_inputs_of_two_ranks():
+    agreed(2, "together", "strange_inputs")
 
 
 def test_subgroups_beside_the_whole_group():

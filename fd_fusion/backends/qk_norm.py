@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from fd_fusion.runtime_triton import Pointer, current_stream, interpreting, triton_driver
+from fd_fusion.runtime_triton import current_stream, interpreting, require_mode, triton_driver
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _MOST_HEADS = 2**31 - 4096  # of all rows together: the kernel counts them in 32 bits
@@ -82,7 +82,7 @@ def _rows(tensor: Any, name: str, width: int, rows: int | None = None, dtype: An
     stride = tensor.stride()
     if stride[1] != 1 and shape[0]:  # Paddle's strides of an empty tensor mean nothing
         raise ValueError(f"qk_rms_norm: {name} has strides {list(stride)}, expected [any, 1]: make it contiguous")
-    return shape[0], stride[0]
+    return shape[0], stride[0] if shape[0] > 1 else 0  # one row's stride is anything
 
 
 @functools.cache
@@ -105,7 +105,9 @@ def _launcher(
             raise ValueError(f"qk_rms_norm: dtype {name}, expected one of {sorted(DTYPE_BYTES)}")
     if min(q_heads, kv_heads, head_dim) < 1:
         raise ValueError(f"qk_rms_norm: {q_heads} q heads and {kv_heads} kv heads of {head_dim} elements")
-    with interpreting("gpu" if on_gpu else "cpu"):
+    device = "gpu" if on_gpu else "cpu"
+    with interpreting(device):
+        require_mode(device)
         from fd_fusion.kernels import qk_norm as kernels
     kernel, shape = kernels.qk_rms_norm_kernel, kernels.tile(head_dim, DTYPE_BYTES[names[0]])
     constants = shape | {"EPS": eps, "WEIGHT_OFFSET": weight_offset, "PDL": False, "ROUND_BY_HAND": not on_gpu}
@@ -159,3 +161,29 @@ def uses_pdl() -> bool:
     if gdc_wait is None or not hasattr(CUDAOptions, "launch_pdl") or os.environ.get("FD_ENABLE_PDL") == "0":
         return False
     return driver.active.get_current_target().arch >= 90
+
+
+class Pointer:
+    """An address and an element type, as Triton takes them for a tensor: to compile with, and to interpret.
+
+    Triton reads `data_ptr` and the last part of `str(dtype)`; its interpreter goes through a storage besides.
+    """
+
+    def __init__(self, address: int, dtype: str):
+        self._address, self.dtype = address, dtype
+
+    def data_ptr(self) -> int:
+        return self._address
+
+    def _itself(self, *args: Any, **kwargs: Any) -> Pointer:
+        return self
+
+    untyped_storage = cpu = copy_ = new_empty = set_ = _itself
+
+    def storage_offset(self) -> int:
+        return 0
+
+    def size(self) -> tuple[int, ...]:
+        return ()
+
+    stride = size

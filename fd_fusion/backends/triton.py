@@ -24,6 +24,7 @@ from fd_fusion.reasons import FusionTimeout, Reason, because
 from fd_fusion.tuning import Facts, row_limit
 
 _CPU_PROGRAMS = 4  # rows in flight under the interpreter, where programs run one after another anyway
+_LOCAL_BYTES = 4096  # of a workspace, more than its local memory takes beside the slots
 _ANY_ADDRESS = 1 << 40  # what a kernel is compiled for: an int64; nothing is specialized on its value
 
 
@@ -41,8 +42,8 @@ def supports(facts: Facts) -> Reason | None:
     if facts.device == "gpu" and (facts.arch or 0) < 80:
         return because("old_gpu", got=facts.arch, need=80)
     plan = _plan(facts)
-    if plans.most_programs(plan, workspace_bytes=facts.workspace_bytes, multiprocessors=1) < 1:
-        need = plans.symmetric_bytes(plan, 1)
+    if plans.most_programs(plan, workspace_bytes=facts.workspace_bytes - _LOCAL_BYTES, multiprocessors=1) < 1:
+        need = plans.symmetric_bytes(plan, 1) + _LOCAL_BYTES
         return because("workspace_small", need=need, got=facts.workspace_bytes)
     return None
 
@@ -64,27 +65,26 @@ def open(facts: Facts, group: Group) -> Opened:
 
 
 class Opened:
-    """One workspace and its compiled kernels. `limit`: the most rows T of a call, None for any number."""
+    """One workspace and its kernels. `limit`: the most rows T of a call, None for any number."""
 
     def __init__(self, facts: Facts, group: Group):
+        """The local half of `open`: import and compile, no vote and no memory."""
         self.limit = row_limit(facts)
         self._facts, self._group, self._plan = facts, group, _plan(facts)
         runtime_triton.require_mode(facts.device)
         self._maker: Maker = CudaIpc() if facts.device == "gpu" else PosixShm()
         room = _CPU_PROGRAMS if facts.device == "cpu" else self._maker.multiprocessors()
-        self.programs = plans.most_programs(self._plan, workspace_bytes=facts.workspace_bytes, multiprocessors=room)
-        self._kernel = runtime_triton.load_kernel("all_reduce_rms_norm", "all_reduce_rms_norm")
-        self._store = runtime_triton.load_kernel("probe", "store_word")
-        self._calls = itertools.count()
-        self._launchers: dict[tuple[int, bool, bool], Callable] = {}
-        self._compiled: dict[tuple[bool, bool], Any] = {}
-        self._constexprs: dict[tuple[bool, bool], tuple] = {}
-        self._workspace: Workspace | None = None
+        slots = facts.workspace_bytes - _LOCAL_BYTES
+        self.programs = plans.most_programs(self._plan, workspace_bytes=slots, multiprocessors=room)
+        self._kernels = self._compile()
+        word = _ANY_ADDRESS, _ANY_ADDRESS
+        store = runtime_triton.load_kernel("probe", "store_word")
+        self._store_word = runtime_triton.prepare(store, word, {}, facts.device)
         self._framework = runtime_triton.framework()
         self._empty_like = self._framework.empty_like
-        self._stream = runtime_triton.current_stream() if facts.device == "gpu" else None
         self._two_shot_rows = self._plan.two_shot_rows or 1 << 62
-        self._compile()
+        self._calls = itertools.count()
+        self._workspace: Workspace | None = None
 
     @property
     def bytes(self) -> int:
@@ -99,17 +99,12 @@ class Opened:
         Raises: ValueError: another shape than the one this was opened for. FusionTimeout: on a CPU, at once.
         """
         rows, hidden = partial.shape
-        if hidden != self._facts.hidden_size or (residual is not None and list(residual.shape) != [rows, hidden]):
-            raise ValueError(
-                f"opened for rows of {self._facts.hidden_size}, got partial {list(partial.shape)}"
-                f" and residual {None if residual is None else list(residual.shape)}"
-            )
+        if hidden != self._facts.hidden_size or (residual is not None and residual.shape != partial.shape):
+            got = [None if tensor is None else list(tensor.shape) for tensor in (partial, residual)]
+            raise ValueError(f"opened for rows of {self._facts.hidden_size}, got partial {got[0]}, residual {got[1]}")
         norm_out, residual_out = self._empty_like(partial), self._empty_like(partial)
         if rows:
-            partial, weight = _ready(partial), _ready(weight)
-            residual = partial if (bare := residual is None) else _ready(residual)
-            two_shot = rows >= self._two_shot_rows
-            self._launch(partial, residual, weight, norm_out, residual_out, rows, eps, weight_offset, two_shot, bare)
+            self._launch(partial, residual, weight, norm_out, residual_out, rows, eps, weight_offset)
         return norm_out, residual_out
 
     def check(self) -> None:
@@ -117,6 +112,7 @@ class Opened:
         self._workspace.check()
 
     def freeze(self) -> None:
+        """From now on nothing allocates, and a call waits `timeout_s`, not ten times as long."""
         self._workspace.freeze()
 
     def reset(self) -> None:
@@ -148,90 +144,72 @@ class Opened:
         return {"rows": sum(epochs), "calls": epochs[0]}
 
     def close(self) -> None:
+        """Give the memory back; may be repeated, and waits no more than seconds for the other ranks."""
         if self._workspace is not None:
             self._workspace.close()
 
-    def _launch(self, x, residual, weight, norm_out, residual_out, rows, eps, offset, two_shot, bare):
+    def _launch(self, partial, residual, weight, norm_out, residual_out, rows, eps, weight_offset):
         """One launch on the current stream. `op` on the error page is the number of the call, or of its capture."""
-        programs = rows if rows < self.programs else self.programs
-        launcher = self._launchers.get((programs, two_shot, bare)) or self._launcher(programs, two_shot, bare)
-        addresses = (
-            x.data_ptr(),
+        partial, weight = _ready(partial), _ready(weight)
+        bare = residual is None
+        residual = partial if bare else _ready(residual)  # without one its address is not read
+        programs = (rows if rows < self.programs else self.programs) * self._plan.split
+        self._kernels[rows >= self._two_shot_rows, bare](
+            programs,
+            partial.data_ptr(),
             residual.data_ptr(),
             weight.data_ptr(),
             norm_out.data_ptr(),
             residual_out.data_ptr(),
+            *self._own,
+            rows,
+            self._group.rank,
+            next(self._calls) & 0xFFFFFF,
+            eps,
+            weight_offset,
         )
-        launcher(*addresses, *self._own, rows, self._group.rank, next(self._calls) & 0xFFFFFF, eps, offset)
+        if self._facts.device == "cpu" and (reason := self._workspace.error()) is not None:
+            raise FusionTimeout(reason)
 
-    def _launcher(self, programs: int, two_shot: bool, bare: bool) -> Callable:
-        """What `_launch` calls for this grid and variant; made at the first call that needs it, and kept."""
-        grid = plans.grid(self._plan, programs, programs)
-        constants = self._constants(two_shot, bare)
-        if self._facts.device == "cpu":
-
-            def launcher(*args):
-                self._kernel[grid](*args, **constants)
-                if (reason := self._workspace.error()) is not None:
-                    raise FusionTimeout(reason)
-
-        else:
-            run, stream = self._compiled[two_shot, bare][(*grid, 1, 1)], self._stream
-            tail = tuple(constants[name] for name in self._kernel.arg_names if name in constants)
-
-            def launcher(*args):
-                run(*args, *tail, stream=stream())
-
-        self._launchers[programs, two_shot, bare] = launcher
-        return launcher
-
-    def _constants(self, two_shot: bool, bare: bool) -> dict[str, Any]:
-        weight_dtype = self._facts.weight_dtype
-        return plans.constants(self._plan, weight_dtype=weight_dtype, has_residual=not bare, two_shot=two_shot)
-
-    def _variants(self) -> list[tuple[bool, bool]]:
-        paths = [False] if self._plan.two_shot_rows is None else [False, True]
-        return list(itertools.product(paths, (False, True)))
-
-    def _compile(self) -> None:
-        """Compile and load every variant. Nothing is specialized on a value, so each is right for all calls."""
-        if self._facts.device == "cpu":
-            return
-        with runtime_triton.triton_driver():
-            args = (*(_ANY_ADDRESS,) * 7, 2, 0, 0, 1e-5, 0.0)
-            for two_shot, bare in self._variants():
-                compiled = self._kernel.warmup(*args, grid=(1,), **self._constants(two_shot, bare))
-                compiled._init_handles()
-                self._compiled[two_shot, bare] = compiled
-            self._stored = self._store.warmup(_ANY_ADDRESS, _ANY_ADDRESS, grid=(1,))
-            self._stored._init_handles()
+    def _compile(self) -> dict[tuple[bool, bool], Callable[..., None]]:
+        """By (two-shot, without residual). Nothing is specialized on a value, so each is right for all calls."""
+        kernel = runtime_triton.load_kernel("all_reduce_rms_norm", "all_reduce_rms_norm")
+        like = (*(_ANY_ADDRESS,) * 7, 2, 0, 0, 1e-5, 0.0)
+        options = {"weight_dtype": self._facts.weight_dtype}
+        return {
+            (two_shot, bare): runtime_triton.prepare(
+                kernel,
+                like,
+                plans.constants(self._plan, has_residual=not bare, two_shot=two_shot, **options),
+                self._facts.device,
+            )
+            for two_shot in {False, self._plan.two_shot_rows is not None or self._facts.device == "cpu"}
+            for bare in (False, True)
+        }
 
     def _push(self, addresses: tuple[int, ...], value: int) -> None:
         """The proof's store: `symmetric_memory.Push`."""
         for address in addresses:
-            if self._facts.device == "cpu":
-                self._store[(1,)](address, value)
-            else:
-                self._stored[(1, 1, 1)](address, value, stream=self._stream())
+            self._store_word(1, address, value)
 
     def _open(self) -> None:
-        """Open the workspace, then run every variant once: the first launch of a kernel may allocate."""
-        facts = self._facts
+        """The collective half of `open`."""
+        timeout_s = self._facts.timeout_s
         layout = _layout(self._plan, self.programs)
-        self._workspace = open_workspace(self._group, layout, self._maker, self._push, timeout_s=facts.timeout_s)
+        self._workspace = open_workspace(self._group, layout, self._maker, self._push, timeout_s=timeout_s)
         self._own = self._workspace.local, self._workspace.memory.own
         _, refusal = attempt(self._run_once)
-        settle(self._group, "ran", refusal, None, facts.timeout_s)
+        settle(self._group, "ran", refusal, None, timeout_s)
 
     def _run_once(self) -> None:
-        facts = self._facts
-        shape = [1 if facts.device == "cpu" else self._group.size + 1, facts.hidden_size]
-        place = {"device": "cuda"} if self._framework.__name__ == "torch" else {}
-        x = self._framework.ones(shape, dtype=getattr(self._framework, facts.dtype), **place)
-        weight = self._framework.ones(shape[1:], dtype=getattr(self._framework, facts.weight_dtype), **place)
-        outputs = self._empty_like(x), self._empty_like(x)
-        for two_shot, bare in self._variants():
-            self._launch(x, x, weight, *outputs, shape[0], 1e-5, 0.0, two_shot, bare)
+        """Run every kernel that can be chosen: a first launch may allocate."""
+        facts, here = self._facts, self._framework
+        place = {"device": "cuda"} if here.__name__ == "torch" else {}
+        weight = here.ones([facts.hidden_size], dtype=getattr(here, facts.weight_dtype), **place)
+        for rows in sorted({1, self._plan.two_shot_rows or 1}) if facts.device == "gpu" else [1]:
+            x = here.ones([rows, facts.hidden_size], dtype=getattr(here, facts.dtype), **place)
+            for residual in (x, None):
+                self.finish(x, residual, weight, 1e-5, 0.0)
         self._maker.synchronize()
         self.check()
 

@@ -8,6 +8,7 @@ wait for another while a rank already spins is a deadlock. Torch tensors; needs 
 
 from __future__ import annotations
 
+import copy
 import statistics
 from collections.abc import Callable
 from typing import Any
@@ -29,11 +30,20 @@ class Case:
         def draw(*shape: int) -> torch.Tensor:
             return torch.randn(shape, generator=generator, device="cuda").to(getattr(torch, dtype))
 
-        self.size, self.rows, self.hidden_size, self.dtype = size, rows, hidden_size, dtype
+        self.size, self.rows, self.hidden_size, self.dtype, self.start = size, rows, hidden_size, dtype, 0
         self.x = [draw(rows, hidden_size) for _ in range(size)]
         self.residual, self.weight = draw(rows, hidden_size), draw(hidden_size)
         self.norm_out = [torch.full_like(x, 7.0) for x in self.x]
         self.residual_out = [torch.full_like(x, 7.0) for x in self.x]
+
+    def part(self, start: int, stop: int) -> Case:
+        """The same call on some of the rows, with outputs of its own."""
+        part = copy.copy(self)
+        part.start, part.rows = start, stop - start
+        part.x, part.residual = [x[start:stop] for x in self.x], self.residual[start:stop]
+        part.norm_out = [torch.full_like(x, 7.0) for x in part.x]
+        part.residual_out = [torch.full_like(x, 7.0) for x in part.x]
+        return part
 
     def errors(self) -> tuple[float, float]:
         """Relative errors of norm_out and residual_out against fp64; infinite if two ranks' bits differ."""

@@ -43,6 +43,11 @@ class Plan:
         return -(-self.words // (self.split * 32)) * 32
 
     @property
+    def units(self) -> int:
+        """16-byte units of a slice that a thread works on, a power of two; masked where the slice is shorter."""
+        return 1 << max(0, -(-self.slice_words // (128 * self.num_warps)) - 1).bit_length()
+
+    @property
     def program_bytes(self) -> int:
         """Symmetric memory of one program: two parities of N rows of words, and of the two rows of results."""
         return 2 * (self.size + 2) * self.slice_words * 4
@@ -61,11 +66,15 @@ def plan_for(size: int, hidden_size: int, dtype: str, *, interpreted: bool = Fal
     if hidden_size <= 0 or hidden_size * DTYPE_BYTES[dtype] % 16:
         raise ValueError(f"H={hidden_size} of {dtype} is not a whole number of 16-byte units")
     words = hidden_size * DTYPE_BYTES[dtype] // 4
-    split = 1
-    while not interpreted and split < 8 and size * words > 16384 * split:
+    split = 1 if interpreted else (1 if words <= 3072 else 2) if size == 2 else 4 if size <= 4 else 8
+    while split > 1 and words < 256 * split:
+        split //= 2
+    while split < 8 and words > 4096 * split and not interpreted:
         split *= 2
     # At least one 16-byte unit a thread: with fewer, warps would hold copies and could see different words.
-    num_warps = max(1, min(8, words // split // 128))
+    num_warps = 1
+    while num_warps < 16 and words // split >= 512 * num_warps:
+        num_warps *= 2
     return Plan(size, hidden_size, dtype, split, num_warps, 16 if size > 2 else None, interpreted)
 
 
@@ -99,10 +108,11 @@ def local_words(plan: Plan, programs: int, *, limit: int, error_page: int, addre
 
 
 def most_programs(plan: Plan, *, workspace_bytes: int, multiprocessors: int) -> int:
-    """G, the most rows in flight: what the memory allows, and one program a multiprocessor, of which at least
-    two fit, so that all programs of a call run at once and other streams still find room. 0: too little memory.
+    """G, the most rows in flight: what the memory allows, and up to four warps a multiprocessor, which is less than
+    half of what fits, so that all programs of a call run at once and other streams find room. 0: too little memory.
     """
-    return min((workspace_bytes - CONTROL_BYTES) // slot_bytes(plan), max(1, multiprocessors // plan.split))
+    programs = multiprocessors * max(1, 4 // plan.num_warps)
+    return min((workspace_bytes - CONTROL_BYTES) // slot_bytes(plan), max(1, programs // plan.split))
 
 
 def grid(plan: Plan, programs: int, rows: int) -> tuple[int]:
@@ -112,21 +122,60 @@ def grid(plan: Plan, programs: int, rows: int) -> tuple[int]:
 
 def constants(plan: Plan, *, weight_dtype: str, has_residual: bool, two_shot: bool) -> dict[str, Any]:
     """The kernel's constexpr arguments and launch options, by name."""
+    units = plan.units
     return {
         "N": plan.size,
         "WORDS": plan.words,
         "SLICE": plan.slice_words,
-        "BLOCK": 1 << (plan.slice_words - 1).bit_length(),
+        "BLOCK": 128 * plan.num_warps * units,
         "C": plan.split,
         "DTYPE": plan.dtype,
         "WEIGHT_DTYPE": weight_dtype,
         "HAS_RESIDUAL": has_residual,
         "TWO_SHOT": two_shot,
+        "OPERANDS": ",".join(["=&r"] * 36 * units + ["r"] * 4 * units + ["l"] * 4 * units + ["r"] * 4 * units),
+        "UNITS": units,
+        "POLL": None if plan.interpreted else poll(plan.size, plan.slice_words, units),
+        "POLL_RESULTS": None if plan.interpreted else poll(2, plan.slice_words, units),
         "INTERPRETED": plan.interpreted,
         "num_warps": plan.num_warps,
         "num_stages": 1,
         "enable_fp_fusion": False,
     }
+
+
+def poll(rows: int, slice_words: int, units: int, tries: int = 2048) -> str:
+    """PTX that looks at a thread's words in each of `rows` rows, until all have come or after so many tries.
+
+    Triton can only loop over all threads together, with two barriers a turn; this loop is each thread's own.
+    A thread has `units` times 16 bytes of a row, so an operand is 4 * units words. Operands: 8 rows out; 1 for
+    each word that is late, out; the thread's own row; the addresses of its words in row 0; and which row is not
+    read but is its own (8: read none).
+    """
+    count = 4 * units
+    *out, late, own, address, absent = [[f"${count * k + word}" for word in range(count)] for k in range(12)]
+    text = [
+        "{",
+        f".reg .pred again, has<{8 * count}>;",
+        ".reg .u32 top;",
+        ".reg .s32 left;",
+        f"mov.s32 left, {tries};",
+    ]
+    text += [f"mov.u32 {to}, {word};" for row in out for to, word in zip(row, own)]
+    for unit in range(0, count, 4):
+        text += [f"setp.ne.s32 again, {absent[unit]}, 8;"]
+        text += [f"setp.ne.and.s32 has{count * row + unit}, {absent[unit]}, {row}, again;" for row in range(rows)]
+    text += ["look:"]
+    for row in range(rows):
+        for unit in range(0, count, 4):
+            to, place = ", ".join(out[row][unit : unit + 4]), f"[{address[unit]} + {4 * slice_words * row}]"
+            text += [f"@has{count * row + unit} ld.volatile.global.v4.u32 {{{to}}}, {place};"]
+    text += [f"mov.u32 top, {out[0][0]};"]
+    text += [f"max.u32 top, top, {word};" for row in out[:rows] for word in row]
+    text += ["sub.s32 left, left, 1;", "setp.eq.u32 again, top, 0xffffffff;"]
+    text += [f"selp.u32 {word}, 1, 0, again;" for word in late]
+    text += ["setp.gt.and.s32 again, left, 0, again;", "@again bra look;", "}"]
+    return "\n".join(text)
 
 
 def read_error_page(words: list[int]) -> dict[str, Any] | None:

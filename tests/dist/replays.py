@@ -6,7 +6,6 @@ What a rank sends depends on what it received, so a word taken from another call
 """
 
 import hashlib
-import itertools
 import os
 import sys
 import time
@@ -15,6 +14,8 @@ sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
 import triton_calls as calls
 
+from fd_fusion import runtime_triton
+from fd_fusion.kernels import plan as plans
 from tests.support import tensors
 from tests.support.all_reduce_cases import Case
 
@@ -86,17 +87,14 @@ def host_time(group, options):
     x = tensors.tensor(case.partial(group.rank), case.dtype, options.device)
     out = torch.empty_like(x), torch.empty_like(x)
     addresses = [t.data_ptr() for t in (x, residual, weight, *out)]
-    run = opened._launcher(1, False, False)
-    grid = (opened._plan.split,)
-    constants = opened._constants(False, False)
-    op = itertools.count()
+    run, kernel = opened._kernels[False, False], runtime_triton.load_kernel(*2 * ["all_reduce_rms_norm"])
+    constants = plans.constants(opened._plan, weight_dtype=case.dtype, has_residual=True, two_shot=False)
+    args = (*addresses, *opened._own, 1, group.rank, 0, case.eps, 0.0)
     parts = {
         "finish": lambda: opened.finish(x, residual, weight, case.eps, 0.0),
         "two empty_like": lambda: (torch.empty_like(x), torch.empty_like(x)),
-        "prepared launch": lambda: run(*addresses, *opened._own, 1, group.rank, next(op), case.eps, 0.0),
-        "triton's own launch": lambda: opened._kernel[grid](
-            *addresses, *opened._own, 1, group.rank, next(op), case.eps, 0.0, **constants
-        ),
+        "prepared launch": lambda: run(opened._plan.split, *args),
+        "triton's own launch": lambda: kernel[(opened._plan.split,)](*args, **constants),
     }
     for name, part in parts.items():
         times = []

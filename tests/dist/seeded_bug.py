@@ -47,7 +47,7 @@ def flag_says_no(model):
 
 
 def reduces_before(model):
-    """A part of the MoE block is reduced, and then the whole of it, which bind cannot tell from a right one."""
+    """A part of the MoE block is reduced, and then the whole of it."""
     experts = model.model.layers[1].mlp.shared_experts
     experts.down_proj.reduce_results = True
 

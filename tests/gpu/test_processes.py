@@ -79,6 +79,10 @@ def test_a_hundred_thousand_calls_by_replay(size, shared):
     agreed("replays.py", size, "replays", "--hidden", 4096, env=shared)
 
 
+def test_paddle_s_driver_object_with_no_torch_to_import(shared):
+    agreed("without_torch.py", 2, "without_torch", "--hidden", 1024, env=shared)
+
+
 def test_host_time(shared):
     agreed("replays.py", 2, "host_time", "--hidden", 4096, env=shared)
 
