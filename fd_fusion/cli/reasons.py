@@ -1,8 +1,11 @@
-"""`python -m fd_fusion reasons [--markdown]`: every reason why something is off, and what to do about it."""
+"""`python -m fd_fusion reasons`: every reason why something is off, and what to do about it."""
 
 from __future__ import annotations
 
 import argparse
+import re
+import sys
+from pathlib import Path
 
 from fd_fusion.reasons import TABLE
 
@@ -12,7 +15,21 @@ BEGIN, END = "<!-- reasons: begin -->", "<!-- reasons: end -->"
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="fd-fusion reasons", description=__doc__.partition(": ")[2])
     parser.add_argument("--markdown", action="store_true", help="as the table of the README")
-    print(markdown() if parser.parse_args(argv).markdown else text())
+    parser.add_argument("--write", nargs="+", type=Path, metavar="FILE", help="put the table between its marks")
+    args = parser.parse_args(argv)
+    if args.write:
+        return max(map(_write, args.write))
+    print(markdown() if args.markdown else text())
+    return 0
+
+
+def _write(path: Path) -> int:
+    before, begin, rest = path.read_text(encoding="utf-8").partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        print(f"fd_fusion reasons: {path} has no lines {BEGIN} and {END}", file=sys.stderr)
+        return 1
+    path.write_text(before + markdown() + after, encoding="utf-8")
     return 0
 
 
@@ -34,4 +51,4 @@ def _cell(sentence: str) -> str:
 
 def _plain(sentence: str) -> str:
     """The {facts} stay in braces; doubled braces, which stand for themselves, become single."""
-    return sentence.replace("{{", "{").replace("}}", "}")
+    return re.sub(r"\{(\w+)![rs]\}", r"{\1}", sentence).replace("{{", "{").replace("}}", "}")
