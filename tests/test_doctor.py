@@ -192,6 +192,7 @@ def test_the_whole_command_on_this_machine():
     assert outcome["schema"] == 1 and all(set(one) == keys for one in outcome["findings"])
     launch = next(one for one in outcome["findings"] if one["topic"] == "launch")
     assert launch["state"] == "ok" and launch["data"]["bit_equal"] and launch["data"]["error_over_budget"] <= 1
+    assert launch["data"]["counted_on_device"]
     assert shared_memory() == before
 
 

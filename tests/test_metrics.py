@@ -135,7 +135,8 @@ print(prometheus_client.generate_latest(registry).decode())
 
 @pytest.mark.skipif(not importlib.util.find_spec("prometheus_client"), reason="prometheus_client is not installed")
 def test_two_workers_and_a_server_with_prometheus_client(tmp_path):
-    env = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / 'tests'), *filter(None, sys.path)])}
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), *filter(None, sys.path)])
+    env = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path), "PYTHONPATH": path}
     for code in (WORKER, WORKER, SERVER):
         done = subprocess.run([sys.executable, "-c", code, tmp_path], env=env, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr

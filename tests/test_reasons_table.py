@@ -1,4 +1,4 @@
-"""The troubleshooting table of the READMEs is the package's own: write it with `python -m fd_fusion reasons --write`."""
+"""The READMEs' table of reasons is the package's own: written by `python -m fd_fusion reasons --write`."""
 
 from pathlib import Path
 

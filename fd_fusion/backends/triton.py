@@ -21,7 +21,7 @@ from fd_fusion.comm.symmetric_memory import Maker, attempt, settle
 from fd_fusion.comm.workspace import Layout, Workspace, open_workspace
 from fd_fusion.kernels import plan as plans
 from fd_fusion.reasons import FusionTimeout, Reason, because
-from fd_fusion.tuning import Facts, row_limit
+from fd_fusion.tuning import NEVER, Facts, row_limit
 
 _CPU_PROGRAMS = 4  # rows in flight under the interpreter, where programs run one after another anyway
 _LOCAL_BYTES = 4096  # of a workspace, more than its local memory takes beside the slots
@@ -216,7 +216,9 @@ class Opened:
 
 def _plan(facts: Facts) -> plans.Plan:
     plan = plans.plan_for(facts.size, facts.hidden_size, facts.dtype, interpreted=facts.device == "cpu")
-    return plan if facts.two_shot_rows is None else dataclasses.replace(plan, two_shot_rows=facts.two_shot_rows)
+    if facts.two_shot_rows is None:
+        return plan
+    return dataclasses.replace(plan, two_shot_rows=None if facts.two_shot_rows == NEVER else facts.two_shot_rows)
 
 
 def _layout(plan: plans.Plan, programs: int) -> Layout:

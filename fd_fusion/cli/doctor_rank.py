@@ -19,7 +19,9 @@ _ROWS = {"cpu": (1, 3), "gpu": (1, 5, 64)}
 
 
 def run(job: dict[str, Any], group: Group) -> dict[str, Any]:
-    """Returns: worst error over its budget (at most 1 is right), a digest of all bits, what the workspace took."""
+    """Returns: worst error over its budget (at most 1 is right), a digest of all bits, whether the device counted
+    as many rows as were asked for, what the workspace took.
+    """
     from fd_fusion.backends import triton as backend
 
     here, device, arch = place(group.rank)
@@ -29,13 +31,15 @@ def run(job: dict[str, Any], group: Group) -> dict[str, Any]:
         opened = backend.open(facts, group)
     try:
         opened_s = time.monotonic() - start
-        worst, digest = 0.0, hashlib.sha256()
+        worst, digest, before = 0.0, hashlib.sha256(), opened.stats()["device"]["rows"]
         for rows in _ROWS[device]:
             error, bits = one_call(here, opened, facts, rows)
             worst = max(worst, error)
             digest.update(bits)
         opened.check()
-        return {"worst": worst, "digest": digest.hexdigest(), "bytes": opened.bytes, "opened_s": opened_s}
+        counted = opened.stats()["device"]["rows"] - before
+        right = {"worst": worst, "digest": digest.hexdigest(), "counted": counted == sum(_ROWS[device])}
+        return {**right, "bytes": opened.bytes, "opened_s": opened_s}
     finally:
         opened.close()
 
