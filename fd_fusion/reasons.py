@@ -40,6 +40,10 @@ TABLE: dict[str, Entry] = {
         "producers of one norm reduce over different groups: {groups}",
         "use one tensor-parallel group for the block",
     ),
+    "not_reduced": Entry(
+        "{producer} has reduce_results=False: somebody else owes its reduction",
+        "leave it, or set reduce_results=True",
+    ),
     "no_store": Entry(
         "there is no store to vote over: {detail}",
         "start with paddle.distributed.launch and init_parallel_env()",
@@ -103,6 +107,9 @@ TABLE: dict[str, Entry] = {
     "old_paddle": Entry("Paddle {got} is older than {need}", "install Paddle {need} or newer"),
     "no_triton": Entry("Triton cannot be imported: {detail}", 'pip install "triton>=3.3"'),
     "unknown_backend": Entry("there is no backend {name!r}", "choose one of {allowed}"),
+    "backend_failed": Entry(
+        "the {backend} backend cannot be used: {error}", "mend its package, or name another backend"
+    ),
     "dtype": Entry("dtype {got} is not one of {allowed}", "use one of {allowed}"),
     "world_size": Entry("{got} ranks; this backend takes {allowed}", "choose another tensor-parallel size"),
     "hidden_size": Entry("hidden size {got} is not {need}", "pad the hidden size, or leave this pair unfused"),

@@ -65,10 +65,16 @@ class Site:
         self.number = next(_numbers)
         by_number[self.number] = self
         self.calls: Counter[str] = Counter()  # by "fused", or the code of the reason why not
+        self.handed = 0  # partial sums handed over since the proving pass began
         self._fused, self._reduce, self._norm, self._user = fused, reduce, norm, user
         self._proven = False
         self._prove: Callable[[Site, Tensor, Tensor, Norm], Finished] | None = None
         self._pending: tuple[Tensor, Hashable] | None = None
+
+    @property
+    def proven(self) -> bool:
+        """Whether the proving pass has switched this site on."""
+        return self._proven
 
     def fuses(self, rows: int) -> bool:
         """Whether a call of so many rows runs as one kernel. Pure: from `rows` and numbers frozen at bind."""
@@ -95,6 +101,7 @@ class Site:
             self._pending = None
             raise HandOverError(because("double_hand_over", site=self.name))
         self._pending = (partial, user)
+        self.handed += 1
         return partial
 
     def finish(self, partial: Tensor, residual: Tensor | None, norm: Norm | None = None) -> Finished:
@@ -132,7 +139,7 @@ class Site:
 
     def start_proof(self, prove: Callable[[Site, Tensor, Tensor, Norm], Finished]) -> None:
         """Until `end_proof`, nothing is fused and every finish goes through `prove`."""
-        self._proven, self._prove, self._pending = False, prove, None
+        self._proven, self._prove, self._pending, self.handed = False, prove, None, 0
 
     def end_proof(self, proven: bool) -> None:
         self._proven, self._prove, self._pending = proven, None, None

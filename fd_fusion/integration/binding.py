@@ -1,0 +1,179 @@
+"""`bind` and `unbind`: give a built model its Sites, on all ranks or on none, and prove them.
+
+Knows no host: what a pair is, how its ends take a Site and how its stock path runs comes with each `Pair`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from fd_fusion import __version__, runtime
+from fd_fusion.comm.group import Group, Vote, agree
+from fd_fusion.config import FusionConfig, Resolved, resolve
+from fd_fusion.integration import native
+from fd_fusion.integration.opening import Opening, open_for
+from fd_fusion.integration.pairs import Pair
+from fd_fusion.integration.report import Report
+from fd_fusion.integration.settling import Bound, attach_and_prove, logger, refuse, undo_all
+from fd_fusion.reasons import because
+from fd_fusion.site import Rejected, Site
+
+_bound: weakref.WeakKeyDictionary[Any, Bound] = weakref.WeakKeyDictionary()
+
+
+def bind(
+    model: Any,
+    config: FusionConfig | Mapping[str, Any] | str | None = None,
+    *,
+    pairs: Sequence[Pair | Rejected] | None = None,
+    example: Callable[[], Sequence[Any]] | None = None,
+    deterministic: bool = False,
+    source: str = "an argument",
+    resolved: Resolved | None = None,
+) -> Report:
+    """Collective: give the pairs of `model` their Sites. Every rank of every group calls it with the same arguments.
+
+    Args:
+        model: a built `paddle.nn.Layer`, its weights loaded.
+        config: asks for fusion; without it the config that the layers carry, or the environment's, counts.
+        pairs: the host's pairs; this package's own layers are looked for when None.
+        example: runs a forward of two rows and returns the model's outputs, the same input on all ranks. With it the
+            proving pass runs here, and the outputs are compared with stock; without it the first forward is the pass.
+        deterministic: the host is in its deterministic or batch-invariant mode.
+        source: where `config` comes from, for the log.
+        resolved: the outcome of a host's own `resolve`, in place of config and source.
+    Returns: the report. Binding twice with one config returns the first report.
+    Raises: ValueError: a malformed config. BindError: strict, or a named backend, and something failed; on all ranks.
+    """
+    resolved = resolved or _resolve(model, config, source)
+    if model in _bound:
+        if _bound[model].report.config == resolved.config:
+            return _bound[model].report
+        unbind(model)
+    report = Report(resolved.config, resolved.source, type(model).__name__)
+    if resolved.config is None:
+        report.off = resolved.reason
+        return report
+    found = native.find_pairs(model) if pairs is None else pairs
+    report.rejected += [pair for pair in found if isinstance(pair, Rejected)]
+    found = [pair for pair in found if isinstance(pair, Pair)]
+    if not resolved.config.enable_all_reduce_rms_norm:
+        report.off = because("disabled", flag="enable_all_reduce_rms_norm")
+        return report
+    if not found and not report.rejected:
+        report.off = because("no_pairs", model=type(model).__name__)
+    state = Bound(report)
+    try:
+        _open(state, found, resolved.config, deterministic)
+        attach_and_prove(model, state, example)
+    except BaseException:
+        undo_all(state)
+        raise
+    _bound[model] = state
+    report.log(logger)
+    return report
+
+
+def unbind(model: Any) -> None:
+    """Collective: restore every instance as it was and close the workspaces. Does nothing to an unbound model."""
+    state = _bound.pop(model, None)
+    if state is not None:
+        undo_all(state)
+
+
+def report() -> list[Report]:
+    """The reports of the models that are bound in this process."""
+    return [state.report for state in _bound.values()]
+
+
+def check() -> None:
+    """Raise FusionTimeout if a fused call of any bound model ran out of time. For use before tokens are published."""
+    for state in _bound.values():
+        for opening in state.openings:
+            opening.opened.check()
+
+
+def _resolve(model: Any, config: Any, source: str) -> Resolved:
+    """The config that wins; the layers' own one where none is given."""
+    if config is None:
+        carried = {
+            layer.fusion_config: None
+            for layer in model.sublayers(include_self=True)
+            if getattr(layer, "fusion_config", None) is not None
+        }
+        if len(carried) > 1:
+            first, second = list(carried)[:2]
+            raise ValueError(str(because("two_configs", first=first, second=second)))
+        config, source = next(iter(carried), None), "the model's layers"
+    return resolve(config, explicit_source=source)
+
+
+def _open(state: Bound, pairs: list[Pair], config: FusionConfig, deterministic: bool) -> None:
+    """Settle, group by group, which pairs get a Site, and install them."""
+    report = state.report
+    by_group: dict[Group, list[Pair]] = {}
+    for pair in pairs:
+        if pair.group.size == 1:
+            report.rejected.append(Rejected(pair.name, because("one_rank")))
+        else:
+            by_group.setdefault(pair.group, []).append(pair)
+    # Every rank goes through the groups in one order, so that no two of them wait for each other crosswise.
+    for group in sorted(by_group, key=lambda group: (group.size, group.ranks)):
+        refusal = _structure_refusal(group, by_group[group], config, deterministic)
+        if refusal is not None:
+            refuse(report, by_group[group], *refusal, config)
+            continue
+        state.groups.append(group)
+        _open_group(state, group, by_group[group], config, deterministic)
+
+
+def _open_group(state: Bound, group: Group, pairs: list[Pair], config: FusionConfig, deterministic: bool) -> None:
+    """One workspace for each hidden size and dtype of the group; a Site for each of its pairs."""
+    spaces: dict[tuple[int, str], list[Pair]] = {}
+    for pair in pairs:
+        spaces.setdefault((pair.hidden_size, pair.dtype), []).append(pair)
+    for key in sorted(spaces):
+        opened, reason, ranks = open_for(group, spaces[key], config, deterministic, len(spaces))
+        if opened is None:
+            refuse(state.report, spaces[key], reason, ranks, config)
+            continue
+        state.openings.append(opened)
+        for pair in spaces[key]:
+            site = _site_of(pair, opened)
+            state.sites.append((pair, site))
+            state.report.add_site(site, opened, group)
+
+
+def _site_of(pair: Pair, opening: Opening) -> Site:
+    run, weight, eps, offset = opening.opened.finish, pair.weight, pair.eps, pair.weight_offset
+
+    def fused(partial, residual):
+        if partial.ndim == 2:
+            return run(partial, residual, weight(), eps, offset)
+        shape, flat = partial.shape, [-1, partial.shape[-1]]
+        residual = None if residual is None else residual.reshape(flat)
+        norm_out, residual_out = run(partial.reshape(flat), residual, weight(), eps, offset)
+        return norm_out.reshape(shape), residual_out.reshape(shape)
+
+    user = threading.get_ident if runtime.device_of()[0] == "cpu" else runtime.current_user
+    return Site(pair.name, fused=fused, reduce=pair.reduce, norm=pair.norm, limit=opening.opened.limit, user=user)
+
+
+def _structure_refusal(group: Group, pairs: list[Pair], config: FusionConfig, deterministic: bool):
+    """None if every rank built the same, else (reason, ranks): the first vote of a group."""
+    shape = [[pair.name, pair.hidden_size, pair.dtype, pair.weight_dtype, pair.weight_offset] for pair in pairs]
+    text = json.dumps([__version__, shape, config.to_dict(), deterministic])
+    digest = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+    verdict = agree(group, "structure", Vote(data=digest), timeout_s=config.timeout_s)
+    if not verdict.ok:
+        return verdict.reason, tuple(rank for rank, _ in verdict.refusals)
+    others = [rank for rank, data in enumerate(verdict.data) if data != verdict.data[0]]
+    if others:
+        detail = f"its pairs, config or version are not those of rank 0 ({len(shape)} pairs on rank {group.rank})"
+        return because("structure_differs", rank=others[0], detail=detail), tuple(others)
+    return None

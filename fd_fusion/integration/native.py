@@ -1,0 +1,59 @@
+"""Pairs of this package's own layers: a producer with `site`, `group` and `reduce_results`, and our `RMSNorm`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from fd_fusion.backends import paddle as formulas
+from fd_fusion.integration.pairs import Link, Pair, find_links
+from fd_fusion.layers.rms_norm import RMSNorm
+from fd_fusion.reasons import because
+from fd_fusion.site import Rejected, Site
+
+
+def find_pairs(model: Any) -> list[Pair | Rejected]:
+    """The pairs of `model` whose both ends are layers of this package."""
+    return [_pair(link) for link in find_links(model) if isinstance(link.norm, RMSNorm) and _is_producer(link)]
+
+
+def _is_producer(link: Link) -> bool:
+    return all(hasattr(link.producer, name) for name in ("site", "group", "reduce_results"))
+
+
+def _pair(link: Link) -> Pair | Rejected:
+    inner = [layer for layer in link.producer.sublayers(include_self=True) if hasattr(layer, "group")]
+    groups = {formulas.group_of(layer.group).ranks for layer in inner}
+    if len(groups) > 1:
+        return Rejected(link.name, because("groups_differ", groups=sorted(map(list, groups))))
+    if not link.producer.reduce_results:
+        return Rejected(link.name, because("not_reduced", producer=link.name.partition(" -> ")[0]))
+    norm, handle = link.norm, link.producer.group
+    return Pair(
+        name=link.name,
+        group=formulas.group_of(handle),
+        hidden_size=norm.hidden_size,
+        # Paddle has no half-precision model on a CPU, so the activations are of the producer's dtype.
+        dtype=formulas.dtype_name(next(iter(link.producer.parameters()))),
+        weight_dtype=formulas.dtype_name(norm.weight),
+        eps=norm.eps,
+        weight_offset=norm.weight_offset,
+        reduce=lambda partial: formulas.all_reduce(partial, handle),
+        norm=norm.stock_forward,
+        weight=lambda: norm.weight,
+        attach=lambda site: _attach(link, site),
+    )
+
+
+def _attach(link: Link, site: Site) -> Callable[[], None]:
+    """Give both ends the same Site, as a plain attribute of the instance. Returns the undo."""
+    ends = (link.producer, link.norm)
+    for end in ends:
+        end.__dict__["site"] = site
+
+    def detach() -> None:
+        for end in ends:
+            if end.__dict__.get("site") is site:
+                del end.__dict__["site"]
+
+    return detach

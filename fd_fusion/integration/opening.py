@@ -1,0 +1,98 @@
+"""Which backend serves a group: each candidate in turn is asked, opened and voted on, on all ranks or on none."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fd_fusion import runtime
+from fd_fusion.comm.group import Group, Vote, agree, working
+from fd_fusion.config import FusionConfig
+from fd_fusion.reasons import FusionError, Reason, because
+from fd_fusion.tuning import Facts
+
+_AUTO = {"cpu": ("paddle",), "gpu": ("triton", "flashinfer")}
+
+
+@dataclass(frozen=True)
+class Opening:
+    """A backend that is open on all ranks of a group."""
+
+    backend: str
+    opened: Any
+
+
+def open_for(
+    group: Group, pairs: Sequence[Any], config: FusionConfig, deterministic: bool, spaces: int
+) -> tuple[Opening | None, Reason | None, tuple[int, ...]]:
+    """Collective: open a backend for pairs of one hidden size and dtype.
+
+    Args: spaces: how many workspaces share `config.workspace_mb`.
+    Returns: (opening, None, ()), or (None, the reason of the first candidate, the ranks that refused). Any refusal
+        of any rank moves all of them to the next candidate.
+    """
+    device, arch = runtime.device_of()
+    first: tuple[Reason, tuple[int, ...]] | None = None
+    for name in _AUTO[device] if config.backend == "auto" else (config.backend,):
+        facts = [_facts(group, pair, config, deterministic, device, arch, spaces) for pair in pairs]
+        opened, reason, ranks = _try(name, facts, group, config.timeout_s)
+        if opened is not None:
+            return Opening(name, opened), None, ()
+        first = first or (reason, ranks)
+    return None, *first
+
+
+def _try(name: str, facts: list[Facts], group: Group, timeout_s: float) -> tuple[Any, Reason | None, tuple[int, ...]]:
+    """Ask, vote, open, vote. What this rank opened is closed again when another one could not."""
+    backend, refusal = _load(name, facts)
+    verdict = agree(group, f"{name}.supports", Vote(refusal), timeout_s=timeout_s)
+    if not verdict.ok:
+        return None, verdict.reason, tuple(rank for rank, _ in verdict.refusals)
+    opened = None
+    with working(group):
+        try:
+            opened = backend.open(facts[0], group)
+        except FusionError as error:
+            refusal = error.reason
+        except Exception as error:  # becomes a vote with its text, so that the other ranks hear of it
+            refusal = because("open_failed", error=f"{type(error).__name__}: {error}")
+    verdict = agree(group, f"{name}.open", Vote(refusal), timeout_s=timeout_s)
+    if verdict.ok:
+        return opened, None, ()
+    if opened is not None:
+        opened.close()
+    return None, verdict.reason, tuple(rank for rank, _ in verdict.refusals)
+
+
+def _load(name: str, facts: list[Facts]) -> tuple[Any, Reason | None]:
+    """The backend's module and its answer for every pair."""
+    try:
+        backend = importlib.import_module(f"fd_fusion.backends.{name}")
+        answers = (backend.supports(one) for one in facts)
+        return backend, next((answer for answer in answers if answer is not None), None)
+    except FusionError as error:
+        return None, error.reason
+    except Exception as error:  # a backend whose package is broken: a reason, not a crash
+        return None, because("backend_failed", backend=name, error=f"{type(error).__name__}: {error}")
+
+
+def _facts(
+    group: Group, pair: Any, config: FusionConfig, deterministic: bool, device: str, arch: int | None, spaces: int
+) -> Facts:
+    return Facts(
+        rank=group.rank,
+        size=group.size,
+        hidden_size=pair.hidden_size,
+        dtype=pair.dtype,
+        weight_dtype=pair.weight_dtype,
+        weight_offset=pair.weight_offset,
+        eps=pair.eps,
+        device=device,
+        arch=arch,
+        deterministic=deterministic,
+        max_token_num=config.max_token_num,
+        workspace_bytes=(config.workspace_mb << 20) // spaces,
+        timeout_s=config.timeout_s,
+    )

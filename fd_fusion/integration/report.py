@@ -1,0 +1,114 @@
+"""The report of a bound model: what fuses, by what, up to which size, and why the rest does not."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+from fd_fusion import __version__
+from fd_fusion.comm.group import Group
+from fd_fusion.config import FusionConfig
+from fd_fusion.reasons import Reason
+from fd_fusion.site import Rejected, Site
+
+
+@dataclass(frozen=True)
+class SiteLine:
+    """A Site in the report. `limit` None means any number of rows."""
+
+    site: Site
+    backend: str
+    ranks: tuple[int, ...]
+    workspace_bytes: int
+
+    @property
+    def name(self) -> str:
+        return self.site.name
+
+    @property
+    def limit(self) -> int | None:
+        return self.site.limit
+
+    @property
+    def calls(self) -> Counter[str]:
+        """Python calls so far by "fused" or the code of the reason; a replayed graph counts nothing here."""
+        return self.site.calls
+
+
+@dataclass
+class Report:
+    """What `bind` did. `off` is the reason when nothing was even tried."""
+
+    config: FusionConfig | None
+    source: str
+    model: str
+    off: Reason | None = None
+    sites: list[SiteLine] = field(default_factory=list)
+    rejected: list[Rejected] = field(default_factory=list)
+    _logged: bool = field(default=False, repr=False)
+
+    def add_site(self, site: Site, opening: Any, group: Group) -> None:
+        self.sites.append(SiteLine(site, opening.backend, group.ranks, opening.opened.bytes))
+
+    @property
+    def proven(self) -> bool:
+        return bool(self.sites) and all(line.site.proven for line in self.sites)
+
+    def lines(self) -> list[str]:
+        """One line on what fuses, and one for each reason why something does not, with the number of sites."""
+        lines = [self._headline()]
+        for reason, count in Counter(str(line.reason) for line in self.rejected).items():
+            lines.append(f"fd_fusion: {count} pair{'s' * (count != 1)} stock: {reason}")
+        return lines
+
+    def _headline(self) -> str:
+        head = f"fd_fusion {__version__}: "
+        if self.off is not None:
+            return f"{head}off: {self.off}"
+        spaces = {(line.backend, line.limit, line.ranks, line.workspace_bytes) for line in self.sites}
+        parts = [f"{len(self.sites)} sites"]
+        for backend, limit, ranks, size in sorted(spaces, key=str):
+            rows = "any number of rows" if limit is None else f"<= {limit} rows"
+            span = f"{ranks[0]}..{ranks[-1]}" if len(ranks) > 1 else str(ranks[0])
+            parts.append(f"{backend} {rows}, workspace {size / 2**20:.1f} MB, group [{span}]")
+        if self.sites and not self.proven:
+            parts.append("not proven yet")
+        return head + ", ".join([*parts, f"config from {self.source}"])
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as plain data."""
+        return {
+            "version": __version__,
+            "model": self.model,
+            "source": self.source,
+            "config": self.config.to_dict() if self.config else None,
+            "off": self.off.to_dict() if self.off else None,
+            "proven": self.proven,
+            "sites": [
+                {
+                    "name": line.name,
+                    "backend": line.backend,
+                    "limit": line.limit,
+                    "ranks": list(line.ranks),
+                    "workspace_bytes": line.workspace_bytes,
+                    "calls": dict(line.calls),
+                }
+                for line in self.sites
+            ],
+            "rejected": [
+                {"name": one.name, "reason": one.reason.to_dict(), "ranks": list(one.ranks)} for one in self.rejected
+            ],
+        }
+
+    def log(self, logger: logging.Logger) -> None:
+        """Say it once the outcome is known: a warning if something that was asked for is off."""
+        waiting = bool(self.sites) and not self.proven
+        if self._logged or waiting:
+            return
+        self._logged = True
+        lines = self.lines()
+        logger.info(lines[0])
+        for line in lines[1:]:
+            logger.warning(line)
