@@ -109,6 +109,15 @@ class Site:
 
         Raises: HandOverError: nothing, or another tensor, was handed over, or by another user.
         """
+        self._take(partial)
+        return self.complete(partial, residual, norm)
+
+    def finish_stock(self, partial: Tensor, residual: Tensor | None, norm: Norm) -> Finished:
+        """The norm's end where the host asks for another norm in this call: never fused. Raises as `finish` does."""
+        self._take(partial)
+        return self.stock(partial, residual, norm)
+
+    def _take(self, partial: Tensor) -> None:
         pending, self._pending = self._pending, None
         if pending is None:
             raise HandOverError(because("nothing_handed_over", site=self.name))
@@ -117,7 +126,6 @@ class Site:
         if pending[1] != self._user():
             first, second = str(pending[1]), str(self._user())
             raise HandOverError(because("two_users", site=self.name, first=first, second=second))
-        return self.complete(partial, residual, norm)
 
     def complete(self, partial: Tensor, residual: Tensor | None, norm: Norm | None = None) -> Finished:
         """Finish a partial sum [..., H] of T rows: one kernel if `fuses(T)`, else all-reduce and the stock norm.

@@ -144,7 +144,7 @@ def _linear_switches(linear: Any) -> tuple[Switch, ...] | Reason:
     if getattr(linear, "split_token", False):
         return because("split_token")
     if not getattr(linear, "reduce_results", False):
-        return because("not_reduced_here", layer=type(linear).__name__)
+        return because("not_reduced", producer=type(linear).__name__)
     return (Switch(linear, "reduce_results", False),)
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import paddle
 
 from fastdeploy import envs
-from fastdeploy.forward_meta import ForwardMeta
+from fastdeploy.model_executor.forward_meta import ForwardMeta
 from fastdeploy.model_executor.model_loader import get_model_loader
 from fastdeploy.utils import llm_logger
 

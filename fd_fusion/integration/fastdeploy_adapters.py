@@ -1,0 +1,97 @@
+"""How the layers of a FastDeploy model take a Site, and how they are put back: by attributes of instances alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import paddle
+
+from fd_fusion.backends import paddle as formulas
+from fd_fusion.integration.fastdeploy_pairs import HostPair
+from fd_fusion.integration.pairs import Pair
+from fd_fusion.layers.finish_op import finish, hand_over
+from fd_fusion.site import Site
+
+_ABSENT = object()
+
+
+def pair_of(found: HostPair, fd_config: Any) -> Pair:
+    """The pair with all that a Site needs of this host: its all-reduce, its norm, its group."""
+    from fastdeploy.distributed.communication import tensor_model_parallel_all_reduce
+
+    norm, tp_group = found.norm, fd_config.parallel_config.tp_group
+    stock_norm = norm.forward
+    return Pair(
+        name=found.name,
+        group=formulas.group_of(tp_group),
+        hidden_size=norm.weight.shape[-1],
+        dtype=_dtype_name(getattr(fd_config.model_config, "dtype", None) or paddle.get_default_dtype()),
+        weight_dtype=_dtype_name(norm.weight.dtype),
+        eps=norm.eps,
+        weight_offset=0.0,  # the host adds Gemma's offset to the weight when it loads it
+        reduce=lambda partial: tensor_model_parallel_all_reduce(partial, tp_group),
+        norm=stock_norm,
+        weight=lambda: norm.weight,
+        attach=lambda site: _attach(found, site),
+    )
+
+
+def _attach(found: HostPair, site: Site) -> Callable[[], None]:
+    """Switch the producer's reduction and upstream's own fusion off and give both ends the Site. Returns the undo.
+
+    The constructors are long past: a bias was divided by the number of ranks when it was loaded, so the sum of the
+    partial sums still holds it once.
+    """
+    undo = [_set(switch.layer, switch.attribute, switch.off) for switch in found.switches]
+    for layer in {id(part): part for part in (found.producer, found.norm, *(s.layer for s in found.switches))}.values():
+        if getattr(layer, "enable_all_reduce_fusion", False):
+            undo.append(_set(layer, "enable_all_reduce_fusion", False))
+    undo.append(_set(found.producer, "forward", _producer_forward(found.producer.forward, site)))
+    undo.append(_set(found.norm, "forward", _norm_forward(found.norm.forward, site)))
+
+    def detach() -> None:
+        while undo:
+            undo.pop()()
+
+    return detach
+
+
+def _producer_forward(stock: Callable, site: Site) -> Callable:
+    """What the producer's own forward returns is now a partial sum: hand it over."""
+
+    def forward(*args, **kwargs):
+        return hand_over(site, stock(*args, **kwargs))
+
+    forward.__wrapped__ = stock
+    return forward
+
+
+def _norm_forward(stock: Callable, site: Site) -> Callable:
+    """Finish the partial sum. `forward_meta` matters only to norms that gather rows, and those have no Site."""
+
+    def forward(x, residual_input=None, forward_meta=None, proxy_rmsnorm=None):
+        if proxy_rmsnorm is None:
+            return finish(site, x, residual_input)
+        return site.finish_stock(x, residual_input, lambda total, r: stock(total, r, forward_meta, proxy_rmsnorm))
+
+    forward.__wrapped__ = stock
+    return forward
+
+
+def _set(layer: Any, attribute: str, value: Any) -> Callable[[], None]:
+    """Set an attribute of one instance. Returns the undo, which leaves no trace."""
+    before = layer.__dict__.get(attribute, _ABSENT)
+    layer.__dict__[attribute] = value
+
+    def undo() -> None:
+        if before is _ABSENT:
+            del layer.__dict__[attribute]
+        else:
+            layer.__dict__[attribute] = before
+
+    return undo
+
+
+def _dtype_name(dtype: Any) -> str:
+    return str(dtype).rpartition(".")[2]
