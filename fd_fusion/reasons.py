@@ -118,6 +118,10 @@ TABLE: dict[str, Entry] = {
     "pipeline_boundary": Entry("layer {layer} is not on this rank", "nothing to do"),
     "quantised_norm": Entry("the norm quantises its output", "nothing to do"),
     "norm_bias": Entry("the norm has a bias", "nothing to do"),
+    "wide_residual": Entry(
+        "the host keeps the residual in {got} beside activations in {dtype}",
+        "nothing to do: one kernel reads both in one dtype",
+    ),
     "unknown_norm": Entry("{norm} is not a plain RMSNorm over the last dimension", "nothing to do"),
     "symbol_moved": Entry(
         "{path} is not where this version of fd_fusion expects it",

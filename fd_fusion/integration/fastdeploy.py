@@ -149,10 +149,10 @@ def is_waiting(model: Any) -> bool:
 
 def _bind(model: Any, fd_config: Any, resolved: Resolved, example: Callable) -> None:
     from fd_fusion.integration.binding import bind
-    from fd_fusion.integration.fastdeploy_adapters import pair_of
+    from fd_fusion.integration.fastdeploy_adapters import activation_dtype, pair_of
     from fd_fusion.integration.fastdeploy_pairs import find_pairs
 
-    found, rejected = find_pairs(model)
+    found, rejected = find_pairs(model, activation_dtype(fd_config))
     pairs = [pair_of(pair, fd_config) for pair in found]
     bind(
         model,

@@ -8,7 +8,7 @@ from typing import Any
 import paddle
 
 from fd_fusion.backends import paddle as formulas
-from fd_fusion.integration.fastdeploy_pairs import HostPair
+from fd_fusion.integration.fastdeploy_pairs import HostPair, dtype_name
 from fd_fusion.integration.pairs import Pair
 from fd_fusion.layers.finish_op import finish, hand_over
 from fd_fusion.site import Site
@@ -26,8 +26,8 @@ def pair_of(found: HostPair, fd_config: Any) -> Pair:
         name=found.name,
         group=formulas.group_of(tp_group),
         hidden_size=norm.weight.shape[-1],
-        dtype=_dtype_name(getattr(fd_config.model_config, "dtype", None) or paddle.get_default_dtype()),
-        weight_dtype=_dtype_name(norm.weight.dtype),
+        dtype=activation_dtype(fd_config),
+        weight_dtype=dtype_name(norm),
         eps=norm.eps,
         weight_offset=0.0,  # the host adds Gemma's offset to the weight when it loads it
         reduce=lambda partial: tensor_model_parallel_all_reduce(partial, tp_group),
@@ -93,5 +93,6 @@ def _set(layer: Any, attribute: str, value: Any) -> Callable[[], None]:
     return undo
 
 
-def _dtype_name(dtype: Any) -> str:
-    return str(dtype).rpartition(".")[2]
+def activation_dtype(fd_config: Any) -> str:
+    """"bfloat16", of the tensors between the layers; a quantised layer's weight does not tell it."""
+    return str(getattr(fd_config.model_config, "dtype", None) or paddle.get_default_dtype()).rpartition(".")[2]

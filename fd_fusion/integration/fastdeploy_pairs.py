@@ -80,11 +80,14 @@ def whole_model_reason(model: Any, fd_config: Any) -> Reason | None:
     return None
 
 
-def find_pairs(model: Any) -> tuple[list[HostPair], list[Rejected]]:
-    """All pairs of `model` in order, and the ones that have to stay stock, each with its reason."""
+def find_pairs(model: Any, dtype: str) -> tuple[list[HostPair], list[Rejected]]:
+    """All pairs of `model` in order, and the ones that have to stay stock, each with its reason.
+
+    `dtype` is that of the activations, "bfloat16" for example.
+    """
     pairs, rejected = [], []
     for path, stack in _decoder_stacks(model):
-        if reason := _stack_reason(stack):
+        if reason := _stack_reason(stack, dtype):
             rejected.append(Rejected(path or type(stack).__name__, reason))
             continue
         for name, producer, norm, found in _candidates(path, stack):
@@ -109,9 +112,13 @@ def _decoder_stacks(model: Any) -> Iterator[tuple[str, Any]]:
             yield path, layer
 
 
-def _stack_reason(stack: Any) -> Reason | None:
+def _stack_reason(stack: Any, dtype: str) -> Reason | None:
     if hasattr(sys.modules.get(type(stack).__module__), "split_batch_decoder_layers"):
         return because("two_batch_overlap", model=type(stack).__name__)
+    # A norm computes in the dtype of its weight, and the first one gives its cast input on as the residual.
+    first = dtype_name(getattr(stack.layers[0], "input_layernorm", None))
+    if first not in (None, dtype):
+        return because("wide_residual", got=first, dtype=dtype)
     line = reads_between_layers(type(stack).forward)
     return because("read_between_layers", line=line) if line else None
 
@@ -177,6 +184,12 @@ def _norm_reason(norm: Any) -> Reason | None:
     if getattr(norm, "split_x", False) or getattr(norm, "allgather_out", False):
         return because("sequence_parallel")
     return None
+
+
+def dtype_name(norm: Any) -> str | None:
+    """"bfloat16", of a norm's weight."""
+    weight = getattr(norm, "weight", None)
+    return None if weight is None else str(weight.dtype).rpartition(".")[2]
 
 
 def _follow(layer: Any, path: str) -> Any:

@@ -34,7 +34,7 @@ def write_checkpoint(folder, architecture, seed=7, **config):
     config = {"architectures": [architecture], **config}
     (folder / "config.json").write_text(json.dumps(config))
     whole = FDConfig(
-        ModelConfig({**config, "dtype": "float32", "norm_dtype": "float32"}),
+        ModelConfig({**config, "dtype": "float32"}),
         ParallelConfig({}),
         LoadConfig({}),
         SpeculativeConfig(None),

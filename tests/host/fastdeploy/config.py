@@ -17,11 +17,12 @@ class ModelConfig:
         self.model = ""
         self.architectures = ["Qwen3ForCausalLM"]
         self.hidden_size, self.intermediate_size, self.moe_intermediate_size = 32, 48, 24
-        self.num_hidden_layers, self.num_attention_heads, self.head_dim, self.vocab_size = 2, 4, 8, 64
+        self.num_hidden_layers, self.num_attention_heads, self.head_dim, self.vocab_size = 3, 4, 8, 64
         self.num_experts, self.first_k_dense_replace = 4, 1
         self.rms_norm_eps, self.attention_bias = 1e-6, True
         self.o_proj_bias = self.mlp_bias = False
-        self.norm_dtype = self.act_dtype = self.dtype = "float32"
+        self.dtype = "float32"  # of weights and activations
+        self.norm_dtype = self.post_norm_dtype = None  # of the norms' weights, where they have their own
         self.qk_norm_needs_meta = True
         _copy(self, args)
         path = os.path.join(self.model, "config.json")

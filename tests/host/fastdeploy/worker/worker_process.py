@@ -34,8 +34,8 @@ def parse_args(words=None):
 
 
 def initialize_fd_config(args, ranks=1, local_rank=0):
-    paddle.set_default_dtype("float32")
     model_config = ModelConfig(vars(args))
+    paddle.set_default_dtype(model_config.dtype)
     parallel_config = ParallelConfig(vars(args))
     parallel_config.tensor_parallel_rank = local_rank % parallel_config.tensor_parallel_size
     parallel_config.data_parallel_rank = local_rank // parallel_config.tensor_parallel_size

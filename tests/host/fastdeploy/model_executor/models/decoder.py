@@ -110,12 +110,16 @@ class DecoderLayer(nn.Layer):
             self.mlp = self.moe_class(fd_config, layer_id, f"{prefix}.mlp")
         else:
             self.mlp = self.mlp_class(fd_config, model.intermediate_size, f"{prefix}.mlp")
-        norms = {"hidden_size": model.hidden_size, "eps": model.rms_norm_eps, "dtype": model.norm_dtype}
+        norms = {"hidden_size": model.hidden_size, "eps": model.rms_norm_eps}
         self.input_layernorm = RMSNorm(
-            fd_config, prefix=f"{prefix}.input_layernorm", layer_id=layer_id, **norms
+            fd_config, prefix=f"{prefix}.input_layernorm", layer_id=layer_id, dtype=model.norm_dtype, **norms
         )
         self.post_attention_layernorm = RMSNorm(
-            fd_config, prefix=f"{prefix}.post_attention_layernorm", layer_id=layer_id, **norms
+            fd_config,
+            prefix=f"{prefix}.post_attention_layernorm",
+            layer_id=layer_id,
+            dtype=model.post_norm_dtype or model.norm_dtype,
+            **norms,
         )
 
     def setup(self, fd_config, layer_id, prefix):
@@ -142,7 +146,7 @@ class DecoderModel(nn.Layer):
         model = fd_config.model_config
         self.num_layers = model.num_hidden_layers
         self.embed_tokens = nn.Embedding(model.vocab_size, model.hidden_size)
-        self.embed_dtype = model.act_dtype
+        self.embed_dtype = model.dtype
         self.layers = nn.LayerList(
             [self.layer_class(fd_config, prefix=f"model.layers.{i}") for i in range(self.num_layers)]
         )

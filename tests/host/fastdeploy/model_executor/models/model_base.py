@@ -66,11 +66,11 @@ class ModelForCasualLM(nn.Layer):
             for target, source, shard in self.stacked:
                 if f".{source}." in name and name.replace(source, target) in params:
                     param = params[name.replace(source, target)]
-                    param.weight_loader(param, weight, shard) if shard else param.copy_(weight, False)
+                    param.weight_loader(param, weight, shard) if shard else _copy(param, weight)
                     break
             else:
                 param = params[name]
-                getattr(param, "weight_loader", lambda p, w: p.copy_(w, False))(param, weight)
+                getattr(param, "weight_loader", _copy)(param, weight)
 
     @paddle.no_grad()
     def set_state_dict(self, state_dict):
@@ -78,14 +78,19 @@ class ModelForCasualLM(nn.Layer):
         for _, layer in self.named_sublayers():
             if hasattr(layer, "weight_key") and layer.weight_key in state_dict or _owns(layer, state_dict):
                 layer.load_state_dict(state_dict)
-        self.model.embed_tokens.weight.set_value(paddle.to_tensor(state_dict.pop("model.embed_tokens.weight")))
+        embedding = self.model.embed_tokens.weight
+        embedding.set_value(paddle.to_tensor(state_dict.pop("model.embed_tokens.weight")).astype(embedding.dtype))
         assert not state_dict, f"left over in the checkpoint: {sorted(state_dict)}"
 
     def compute_logits(self, hidden_states, forward_meta=None):
-        return hidden_states @ self.model.embed_tokens.weight.T
+        return hidden_states.astype("float32") @ self.model.embed_tokens.weight.astype("float32").T
 
     def forward(self, inputs, forward_meta):
         return self.model(ids_remove_padding=inputs["ids_remove_padding"], forward_meta=forward_meta)
+
+
+def _copy(param, weight):
+    param.copy_(weight.astype(param.dtype), False)
 
 
 def _owns(layer, state_dict):
