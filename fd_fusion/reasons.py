@@ -141,6 +141,9 @@ TABLE: dict[str, Entry] = {
     "deterministic": Entry(
         "deterministic mode is on and the {backend} backend is not batch invariant", "name the triton backend"
     ),
+    "qk_stock": Entry(
+        "q and k are normalised by the stock formula: backend {backend} on a {device}", "name the triton backend"
+    ),
     "open_failed": Entry("the workspace could not be opened: {error}", "see the log of this rank"),
     "dead_group": Entry(
         "a fused call ran out of time: op {op}, row {row}, epoch {epoch}, missing rank {missing}",

@@ -18,9 +18,10 @@ from fd_fusion.config import FusionConfig, Resolved, resolve
 from fd_fusion.integration import native
 from fd_fusion.integration.opening import Opening, open_for
 from fd_fusion.integration.pairs import Pair
+from fd_fusion.integration.qk import QKNorm, settle_qk_norms
 from fd_fusion.integration.report import Report
 from fd_fusion.integration.settling import Bound, attach_and_prove, logger, refuse, undo_all
-from fd_fusion.reasons import because
+from fd_fusion.reasons import BindError, Reason, because
 from fd_fusion.site import Rejected, Site
 
 _bound: weakref.WeakKeyDictionary[Any, Bound] = weakref.WeakKeyDictionary()
@@ -31,6 +32,7 @@ def bind(
     config: FusionConfig | Mapping[str, Any] | str | None = None,
     *,
     pairs: Sequence[Pair | Rejected] | None = None,
+    qk_norms: Sequence[QKNorm] | None = None,
     example: Callable[[], Sequence[Any]] | None = None,
     deterministic: bool = False,
     source: str = "an argument",
@@ -41,7 +43,7 @@ def bind(
     Args:
         model: a built `paddle.nn.Layer`, its weights loaded.
         config: asks for fusion; without it the config that the layers carry, or the environment's, counts.
-        pairs: the host's pairs; this package's own layers are looked for when None.
+        pairs, qk_norms: the host's; this package's own layers are looked for when None.
         example: runs a forward of two rows and returns the model's outputs, the same input on all ranks. With it the
             proving pass runs here, and the outputs are compared with stock; without it the first forward is the pass.
         deterministic: the host is in its deterministic or batch-invariant mode.
@@ -64,12 +66,15 @@ def bind(
     found = [pair for pair in found if isinstance(pair, Pair)]
     if not resolved.config.enable_all_reduce_rms_norm:
         report.off = because("disabled", flag="enable_all_reduce_rms_norm")
-        return report
-    if not found and not report.rejected:
+    elif not found and not report.rejected:
         report.off = because("no_pairs", model=type(model).__name__)
     state = Bound(report)
     try:
-        _open(state, found, resolved.config, deterministic)
+        failure = _settle_qk(state, native.find_qk_norms(model) if qk_norms is None else qk_norms)
+        if resolved.config.enable_all_reduce_rms_norm:
+            _open(state, found, resolved.config, deterministic, failure)
+        if failure is not None:
+            raise BindError(failure)
         attach_and_prove(model, state, example)
     except BaseException:
         undo_all(state)
@@ -120,8 +125,18 @@ def _resolve(model: Any, config: Any, source: str) -> Resolved:
     return resolve(config, explicit_source=source)
 
 
-def _open(state: Bound, pairs: list[Pair], config: FusionConfig, deterministic: bool) -> None:
-    """Settle, group by group, which pairs get a Site, and install them."""
+def _settle_qk(state: Bound, norms: Sequence[QKNorm]) -> Reason | None:
+    """Choose what the q and k norms run. Returns a failure that the user does not want to be spared."""
+    config, report = state.report.config, state.report
+    state.qk_norms, report.qk_stock = settle_qk_norms(norms, config)
+    report.qk_fused = [norm.name for norm in state.qk_norms]
+    insisted = config.strict or config.backend != "auto"
+    failed = [why for why in report.qk_stock.values() if why.code in ("backend_failed", "proof_failed")]
+    return failed[0] if insisted and failed else None
+
+
+def _open(state: Bound, pairs: list[Pair], config: FusionConfig, deterministic: bool, failure: Reason | None) -> None:
+    """Settle, group by group, which pairs get a Site. `failure` of this rank is a refusal that all ranks hear of."""
     report = state.report
     by_group: dict[Group, list[Pair]] = {}
     for pair in pairs:
@@ -131,7 +146,7 @@ def _open(state: Bound, pairs: list[Pair], config: FusionConfig, deterministic: 
             by_group.setdefault(pair.group, []).append(pair)
     # Every rank goes through the groups in one order, so that no two of them wait for each other crosswise.
     for group in sorted(by_group, key=lambda group: (group.size, group.ranks)):
-        refusal = _structure_refusal(group, by_group[group], config, deterministic)
+        refusal = _structure_refusal(group, by_group[group], config, deterministic, failure)
         if refusal is not None:
             refuse(report, by_group[group], *refusal, config)
             continue
@@ -171,12 +186,14 @@ def _site_of(pair: Pair, opening: Opening) -> Site:
     return Site(pair.name, fused=fused, reduce=pair.reduce, norm=pair.norm, limit=opening.opened.limit, user=user)
 
 
-def _structure_refusal(group: Group, pairs: list[Pair], config: FusionConfig, deterministic: bool):
+def _structure_refusal(
+    group: Group, pairs: list[Pair], config: FusionConfig, deterministic: bool, failure: Reason | None
+) -> tuple[Reason, tuple[int, ...]] | None:
     """None if every rank built the same, else (reason, ranks): the first vote of a group."""
     shape = [[pair.name, pair.hidden_size, pair.dtype, pair.weight_dtype, pair.weight_offset] for pair in pairs]
     text = json.dumps([__version__, shape, config.to_dict(), deterministic])
     digest = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
-    verdict = agree(group, "structure", Vote(data=digest), timeout_s=config.timeout_s)
+    verdict = agree(group, "structure", Vote(failure, digest), timeout_s=config.timeout_s)
     if not verdict.ok:
         return verdict.reason, tuple(rank for rank, _ in verdict.refusals)
     others = [rank for rank, data in enumerate(verdict.data) if data != verdict.data[0]]

@@ -7,6 +7,8 @@ from typing import Any
 
 from fd_fusion.backends import paddle as formulas
 from fd_fusion.integration.pairs import Link, Pair, find_links
+from fd_fusion.integration.qk import QKNorm
+from fd_fusion.layers.qk_rms_norm import QKRMSNorm
 from fd_fusion.layers.rms_norm import RMSNorm
 from fd_fusion.reasons import because
 from fd_fusion.site import Rejected, Site
@@ -57,3 +59,28 @@ def _attach(link: Link, site: Site) -> Callable[[], None]:
                 del end.__dict__["site"]
 
     return detach
+
+
+def find_qk_norms(model: Any) -> list[QKNorm]:
+    """Every `QKRMSNorm` of `model`."""
+    layers = model.named_sublayers(include_self=True)
+    return [_qk_norm(name, layer) for name, layer in layers if isinstance(layer, QKRMSNorm)]
+
+
+def _qk_norm(name: str, layer: QKRMSNorm) -> QKNorm:
+    def attach(kernel: Callable[[Any], Any]) -> Callable[[], None]:
+        layer.__dict__["kernel"] = kernel
+        return lambda: layer.__dict__.pop("kernel", None)
+
+    return QKNorm(
+        name=name,
+        q_heads=layer.q_heads,
+        kv_heads=layer.kv_heads,
+        head_dim=layer.head_dim,
+        width=(layer.q_heads + 2 * layer.kv_heads) * layer.head_dim,
+        eps=layer.eps,
+        weight_offset=layer.q_norm.weight_offset,
+        weights=lambda: (layer.q_norm.weight, layer.k_norm.weight),
+        stock=layer.stock_forward,
+        attach=attach,
+    )

@@ -47,6 +47,8 @@ class Report:
     off: Reason | None = None
     sites: list[SiteLine] = field(default_factory=list)
     rejected: list[Rejected] = field(default_factory=list)
+    qk_fused: list[str] = field(default_factory=list)  # q and k norms that run as one kernel
+    qk_stock: dict[str, Reason] = field(default_factory=dict)
     _logged: bool = field(default=False, repr=False)
 
     def add_site(self, site: Site, opening: Any, group: Group) -> None:
@@ -61,11 +63,13 @@ class Report:
         lines = [self._headline()]
         for reason, count in Counter(str(line.reason) for line in self.rejected).items():
             lines.append(f"fd_fusion: {count} pair{'s' * (count != 1)} stock: {reason}")
+        for reason, count in Counter(str(reason) for reason in self.qk_stock.values()).items():
+            lines.append(f"fd_fusion: {count} q and k norm{'s' * (count != 1)} stock: {reason}")
         return lines
 
     def _headline(self) -> str:
         head = f"fd_fusion {__version__}: "
-        if self.off is not None:
+        if self.off is not None and not self.qk_fused:
             return f"{head}off: {self.off}"
         spaces = {(line.backend, line.limit, line.ranks, line.workspace_bytes) for line in self.sites}
         parts = [f"{len(self.sites)} sites"]
@@ -75,6 +79,8 @@ class Report:
             parts.append(f"{backend} {rows}, workspace {size / 2**20:.1f} MB, group [{span}]")
         if self.sites and not self.proven:
             parts.append("not proven yet")
+        if self.qk_fused:
+            parts.append(f"{len(self.qk_fused)} q and k norms by triton")
         return head + ", ".join([*parts, f"config from {self.source}"])
 
     def to_dict(self) -> dict[str, Any]:
@@ -97,6 +103,8 @@ class Report:
                 }
                 for line in self.sites
             ],
+            "qk_fused": list(self.qk_fused),
+            "qk_stock": {name: reason.to_dict() for name, reason in self.qk_stock.items()},
             "rejected": [
                 {"name": one.name, "reason": one.reason.to_dict(), "ranks": list(one.ranks)} for one in self.rejected
             ],

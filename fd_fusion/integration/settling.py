@@ -13,6 +13,7 @@ from fd_fusion.config import FusionConfig
 from fd_fusion.integration.opening import Opening
 from fd_fusion.integration.pairs import Pair
 from fd_fusion.integration.proof import Proof, joint_refusal, outputs_refusal
+from fd_fusion.integration.qk import QKNorm, kernel_of
 from fd_fusion.integration.report import Report
 from fd_fusion.reasons import BindError, Reason, because
 from fd_fusion.site import Rejected, Site
@@ -28,7 +29,9 @@ class Bound:
     groups: list[Group] = field(default_factory=list)
     openings: list[Opening] = field(default_factory=list)
     sites: list[tuple[Pair, Site]] = field(default_factory=list)
-    undo: list[Callable[[], None]] = field(default_factory=list)
+    undo: list[Callable[[], None]] = field(default_factory=list)  # of the Sites
+    qk_norms: list[QKNorm] = field(default_factory=list)
+    undo_qk: list[Callable[[], None]] = field(default_factory=list)
 
 
 def refuse(report: Report, pairs: list[Pair], reason: Reason, ranks: tuple[int, ...], config: FusionConfig) -> None:
@@ -39,12 +42,13 @@ def refuse(report: Report, pairs: list[Pair], reason: Reason, ranks: tuple[int, 
 
 
 def attach_and_prove(model: Any, state: Bound, example: Callable[[], Sequence[Any]] | None) -> None:
-    """Install the Sites, and run the proving pass here or leave it to the first forward."""
+    """Install the kernels and Sites, and run the proving pass here or leave it to the first forward."""
+    stock = list(example()) if example and state.sites else []
+    state.undo_qk += [norm.attach(kernel_of(norm)) for norm in state.qk_norms]
     if not state.sites:
         return
     sites = [site for _, site in state.sites]
     proof = Proof(sites, {pair.name: pair.group.size for pair, _ in state.sites})
-    stock = list(example()) if example else []
     state.undo += [pair.attach(site) for pair, site in state.sites]
     if example is None:
         _prove_first_forward(model, state, proof)
@@ -105,13 +109,20 @@ def _settle(state: Bound, refusal: Reason | None, ranks: tuple[int, ...]) -> boo
     if refusal is None:
         return True
     report = state.report
-    undo_all(state)
+    _undo_sites(state)
     report.sites.clear()
     refuse(report, [pair for pair, _ in state.sites], refusal, ranks, report.config)
     return False
 
 
 def undo_all(state: Bound) -> None:
+    """Restore every instance and close every workspace."""
+    while state.undo_qk:
+        state.undo_qk.pop()()
+    _undo_sites(state)
+
+
+def _undo_sites(state: Bound) -> None:
     while state.undo:
         state.undo.pop()()
     while state.openings:

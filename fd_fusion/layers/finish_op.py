@@ -66,3 +66,14 @@ def hand_over(site: Site, partial: paddle.Tensor) -> paddle.Tensor:
 def all_reduce(x, group):
     """The sum of x over the group, eager and traced."""
     return formulas.all_reduce(x, group)
+
+
+@register_op(
+    name="fd_fusion_run_on_copy",
+    infer_meta=lambda x, kernel: MetaTensor(shape=x.shape, dtype=x.dtype),
+    input_names=["x"],
+    output_names=["out"],
+)
+def run_on_copy(x, kernel):
+    """kernel(a copy of x), opaque to a graph; `kernel` works in place and returns its argument."""
+    return kernel(x.clone())

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import paddle
 from paddle import nn
 from paddle.base.dygraph.base import in_sot_simulation_mode
 
 from fd_fusion.backends import paddle as formulas
 from fd_fusion.config import FusionConfig
+from fd_fusion.layers.finish_op import run_on_copy
 from fd_fusion.layers.rms_norm import RMSNorm
 
 
@@ -25,6 +29,8 @@ class QKRMSNorm(nn.Layer):
         fusion_config: kept for `bind`.
     Parameters: q_norm.weight [D], k_norm.weight [D].
     """
+
+    kernel: Callable[[Any], Any] | None = None  # given by `bind`: qkv -> qkv, changed in place
 
     def __init__(
         self,
@@ -52,14 +58,28 @@ class QKRMSNorm(nn.Layer):
         q_size, k_size = self.q_heads * self.head_dim, self.kv_heads * self.head_dim
         if qkv.ndim != 2 or qkv.shape[1] < q_size + k_size:
             raise ValueError(f"QKRMSNorm: qkv is {list(qkv.shape)}, expected [T, at least {q_size + k_size}]")
+        traced = not paddle.in_dynamic_mode() or in_sot_simulation_mode()
+        if self.kernel is not None:
+            return run_on_copy(qkv, self.kernel) if traced else self.kernel(qkv)
+        return self._concatenated(qkv) if traced else self.stock_forward(qkv)
+
+    def stock_forward(self, qkv: paddle.Tensor) -> paddle.Tensor:
+        """The formula in Paddle's own ops, in place."""
+        q_size, k_size = self.q_heads * self.head_dim, self.kv_heads * self.head_dim
+        with paddle.no_grad():
+            qkv[:, :q_size], qkv[:, q_size : q_size + k_size] = self._q_and_k(qkv)
+        return qkv
+
+    def _concatenated(self, qkv: paddle.Tensor) -> paddle.Tensor:
+        """The same as a new tensor: a graph may not change its input."""
+        q, k = self._q_and_k(qkv)
+        return paddle.concat([q, k, qkv[:, q.shape[1] + k.shape[1] :]], axis=-1)
+
+    def _q_and_k(self, qkv: paddle.Tensor) -> tuple[paddle.Tensor, paddle.Tensor]:
+        q_size, k_size = self.q_heads * self.head_dim, self.kv_heads * self.head_dim
         q = self._normalise(self.q_norm, qkv[:, :q_size], self.q_heads)
         k = self._normalise(self.k_norm, qkv[:, q_size : q_size + k_size], self.kv_heads)
-        if not paddle.in_dynamic_mode() or in_sot_simulation_mode():
-            return paddle.concat([q, k, qkv[:, q_size + k_size :]], axis=-1)
-        with paddle.no_grad():
-            qkv[:, :q_size] = q
-            qkv[:, q_size : q_size + k_size] = k
-        return qkv
+        return q, k
 
     def _normalise(self, norm: RMSNorm, part: paddle.Tensor, heads: int) -> paddle.Tensor:
         """[T, heads D] -> [T, heads D], each head by itself."""

@@ -1,0 +1,16 @@
+"""Shared by all tests: the tests' own helpers are importable as `support`."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+
+@pytest.fixture(autouse=True)
+def _no_fusion_environment(monkeypatch):
+    """A test starts with nothing asked for, whatever the shell says."""
+    for name in [name for name in os.environ if name.startswith("FD_")]:
+        monkeypatch.delenv(name)

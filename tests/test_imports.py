@@ -1,0 +1,128 @@
+"""What importing loads, and who may import whom (design: one direction, no level imports itself)."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "fd_fusion"
+LEVELS = [
+    {"reasons", "reference", "__init__"},
+    {"config", "tuning", "site"},
+    {"runtime", "runtime_triton", "runtime_flashinfer", "comm", "kernels"},
+    {"backends"},
+    {"layers"},
+    {"integration"},
+    {"cli"},
+    {"__main__"},
+]
+# A package is one level; inside it modules may build on one another, never in a circle.
+PACKAGES = {"comm", "kernels", "backends", "layers", "integration", "cli"}
+FRAMEWORKS = {"paddle", "torch", "triton", "flashinfer", "fastdeploy", "tvm_ffi"}
+MAY = {  # which framework may stand where; "lazy" is inside a function
+    "paddle": {"runtime", "runtime_triton", "runtime_flashinfer", "backends", "layers", "integration", "cli"},
+    "triton": {"runtime", "runtime_triton", "kernels", "backends", "cli"},
+    "flashinfer": {"runtime_flashinfer", "backends"},
+    "tvm_ffi": {"runtime_flashinfer", "backends"},
+    "torch": {"runtime", "runtime_triton", "runtime_flashinfer", "backends", "cli"},
+    "fastdeploy": {"integration", "cli"},
+}
+
+
+def run(code: str) -> str:
+    result = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
+
+
+def test_import_loads_no_framework():
+    got = run(
+        "import sys; import fd_fusion, fd_fusion.config, fd_fusion.site, fd_fusion.reasons, fd_fusion.comm.group; "
+        "fd_fusion.FusionConfig; print([m for m in sys.modules if m.split('.')[0] in "
+        f"{sorted(FRAMEWORKS)!r}])"
+    )
+    assert got == "[]"
+
+
+def test_the_layers_do_not_touch_the_torch_proxy_nor_load_other_frameworks():
+    got = run(
+        "import sys, paddle; before = list(sys.meta_path); had = set(sys.modules); "
+        "import fd_fusion.integration.binding, fd_fusion.layers.qk_rms_norm; "
+        "new = {m.split('.')[0] for m in set(sys.modules) - had}; "
+        f"print(sys.meta_path == before, sorted(new & {FRAMEWORKS - {'paddle'}!r}))"
+    )
+    assert got == "True []"
+
+
+def test_public_names_resolve():
+    names = run("import fd_fusion; print([n for n in fd_fusion.__all__ if getattr(fd_fusion, n) is None])")
+    assert names == "[]"
+
+
+def _unit(module: str) -> str:
+    """The part that a module belongs to: "comm" for fd_fusion.comm.group."""
+    return module.split(".")[1] if "." in module else "__init__"
+
+
+def _imports(path: Path):
+    """(imported dotted name, inside a function?) of every import of a file."""
+    tree = ast.parse(path.read_text())
+    inside = {
+        id(n) for f in ast.walk(tree) if isinstance(f, ast.FunctionDef | ast.AsyncFunctionDef) for n in ast.walk(f)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, id(node) in inside) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            package = node.module == "fd_fusion" or (PACKAGE / node.module.replace("fd_fusion.", "")).is_dir()
+            if node.module.startswith("fd_fusion") and package:
+                yield from ((f"{node.module}.{alias.name}", id(node) in inside) for alias in node.names)
+            else:
+                yield node.module, id(node) in inside
+        elif isinstance(node, ast.ImportFrom):
+            raise AssertionError(f"{path}: relative import")
+
+
+FILES = sorted(path for path in PACKAGE.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_import_direction(path):
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    unit = parts[0]
+    level = next(i for i, units in enumerate(LEVELS) if unit in units)
+    for name, lazy in _imports(path):
+        top = name.split(".")[0]
+        if top == "fd_fusion":
+            other = _unit(name)
+            if other == "__version__" or (other == unit and unit in PACKAGES):
+                continue
+            below = next(i for i, units in enumerate(LEVELS) if other in units)
+            assert below < level, f"{path.name} ({unit}) imports {name}"
+        elif top in FRAMEWORKS:
+            assert unit in MAY[top], f"{path.name} ({unit}) imports {name}"
+            if unit in ("runtime", "runtime_flashinfer", "runtime_triton", "cli"):
+                assert lazy or unit == "cli", f"{path.name} imports {name} at its top"
+
+
+def test_no_circles_inside_a_package():
+    graph = {}
+    for path in FILES:
+        module = "fd_fusion." + ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+        graph[module] = {name for name, lazy in _imports(path) if name.startswith("fd_fusion.") and not lazy}
+    done, stack = set(), []
+
+    def visit(module):
+        assert module not in stack, f"circle: {[*stack, module]}"
+        if module in done or module not in graph:
+            return
+        stack.append(module)
+        for other in graph[module]:
+            visit(other)
+        done.add(stack.pop())
+
+    for module in graph:
+        visit(module)

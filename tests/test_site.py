@@ -1,0 +1,132 @@
+"""A Site by itself, with strings for tensors: who may hand over what, when it fuses, and what it counts."""
+
+import threading
+
+import pytest
+
+from fd_fusion.reasons import HandOverError
+from fd_fusion.site import Site
+
+
+class Fake:
+    """Stands for a tensor: only its shape counts."""
+
+    def __init__(self, *shape):
+        self.shape = shape
+
+
+def make(limit=4, proven=True, **kwargs):
+    calls = []
+    site = Site(
+        "a -> b",
+        fused=lambda partial, residual: calls.append("fused") or ("out", "sum"),
+        reduce=lambda partial: calls.append("reduce") or partial,
+        norm=lambda total, residual: calls.append("norm") or ("out", "sum"),
+        limit=limit,
+        **kwargs,
+    )
+    site.end_proof(proven)
+    return site, calls
+
+
+def finish(site, rows):
+    return site.finish(site.hand_over(partial := Fake(rows, 8)), None) and partial
+
+
+@pytest.mark.parametrize(
+    "limit, rows, path, code",
+    [
+        (4, 1, ["fused"], "fused"),
+        (4, 4, ["fused"], "fused"),
+        (4, 5, ["reduce", "norm"], "too_many_rows"),
+        (None, 10**6, ["fused"], "fused"),
+        (4, 0, ["norm"], "no_rows"),
+    ],
+)
+def test_the_path_is_chosen_by_rows_alone(limit, rows, path, code):
+    site, calls = make(limit)
+    finish(site, rows)
+    assert calls == path and site.calls == {code: 1}
+    assert site.fuses(rows) == (code == "fused")
+
+
+def test_rows_of_more_than_two_dimensions_are_counted_together():
+    site, calls = make(4)
+    site.complete(Fake(2, 2, 8), None)
+    site.complete(Fake(2, 3, 8), None)
+    assert calls == ["fused", "reduce", "norm"]
+
+
+def test_nothing_fuses_before_the_proof():
+    site, calls = make(proven=False)
+    finish(site, 1)
+    assert calls == ["reduce", "norm"] and site.calls == {"not_proven": 1} and not site.proven
+
+
+def test_the_proving_pass_sees_every_finish_and_counts_hand_overs():
+    site, calls = make(proven=False)
+    seen = []
+    site.start_proof(lambda *args: seen.append(args) or ("stock", "sum"))
+    finish(site, 2)
+    assert len(seen) == 1 and seen[0][0] is site and site.handed == 1 and calls == []
+    site.end_proof(True)
+    finish(site, 2)
+    assert calls == ["fused"]
+
+
+def test_a_failure_in_the_fused_call_is_raised_and_never_falls_back():
+    site, calls = make()
+    site._fused = lambda *_: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        finish(site, 1)
+    assert calls == []
+
+
+def test_hand_over_errors_name_the_site_and_pass():
+    site, _ = make()
+    one, other = Fake(1, 8), Fake(1, 8)
+    for misuse, code in (
+        (lambda: site.finish(one, None), "nothing_handed_over"),
+        (lambda: site.hand_over(one) and site.hand_over(other), "double_hand_over"),
+        (lambda: site.hand_over(one) and site.finish(other, None), "other_tensor"),
+    ):
+        with pytest.raises(HandOverError, match="a -> b") as error:
+            misuse()
+        assert error.value.reason.code == code
+        finish(site, 1)  # the next call starts afresh
+
+
+def test_two_threads_on_a_site_are_an_error():
+    site, _ = make()
+    partial = Fake(1, 8)
+    site.hand_over(partial)
+    errors = []
+
+    def other():
+        for use in (lambda: site.hand_over(Fake(1, 8)), lambda: site.finish(partial, None)):
+            try:
+                use()
+            except HandOverError as error:
+                errors.append(error.reason.code)
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    thread.join()
+    assert errors == ["two_users", "two_users"]
+
+
+def test_two_streams_on_a_site_are_an_error():
+    stream = [1]
+    site, _ = make(user=lambda: stream[0])
+    partial = site.hand_over(Fake(1, 8))
+    stream[0] = 2
+    with pytest.raises(HandOverError) as error:
+        site.finish(partial, None)
+    assert error.value.reason.code == "two_users"
+
+
+def test_a_norm_given_with_the_call_takes_the_place_of_the_bound_one():
+    site, calls = make(limit=1)
+    partial = site.hand_over(Fake(3, 8))
+    assert site.finish(partial, None, lambda total, residual: ("other", total)) == ("other", partial)
+    assert calls == ["reduce"]
