@@ -123,10 +123,13 @@ def _bind_in_first_forward(model: Any, fd_config: Any, resolved: Resolved) -> No
     It runs four times: stock, proving, fused, and for the caller. The host repeats a forward in the same way when it
     warms up a graph, so its inputs allow it. A model with a recurrent state is not compared by its outputs.
     """
-    stateful = _has_state(model)
+    from fd_fusion.integration.fastdeploy_adapters import is_eager
+    from fd_fusion.integration.fastdeploy_pairs import has_state
+
+    stateful = has_state(model)
 
     def forward(*args, **kwargs):
-        if not _is_eager():
+        if not is_eager():
             return stock(*args, **kwargs)
         del model.__dict__["forward"]
 
@@ -149,7 +152,7 @@ def is_waiting(model: Any) -> bool:
 
 def _bind(model: Any, fd_config: Any, resolved: Resolved, example: Callable) -> None:
     from fd_fusion.integration.binding import bind
-    from fd_fusion.integration.fastdeploy_adapters import activation_dtype, pair_of
+    from fd_fusion.integration.fastdeploy_adapters import activation_dtype, pair_of, qk_norms_of
     from fd_fusion.integration.fastdeploy_pairs import find_pairs
 
     found, rejected = find_pairs(model, activation_dtype(fd_config))
@@ -157,6 +160,7 @@ def _bind(model: Any, fd_config: Any, resolved: Resolved, example: Callable) -> 
     bind(
         model,
         pairs=[*pairs, *rejected],
+        qk_norms=qk_norms_of(model),
         example=example,
         deterministic=_is_deterministic(),
         resolved=resolved,
@@ -166,19 +170,6 @@ def _bind(model: Any, fd_config: Any, resolved: Resolved, example: Callable) -> 
 def _is_deterministic() -> bool:
     module = importlib.import_module("fastdeploy.model_executor.layers.batch_invariant_ops")
     return bool(module.is_batch_invariant_mode_enabled())
-
-
-def _has_state(model: Any) -> bool:
-    from fd_fusion.integration.fastdeploy_pairs import has_state
-
-    return has_state(model)
-
-
-def _is_eager() -> bool:
-    import paddle
-    from paddle.base.dygraph.base import in_sot_simulation_mode
-
-    return paddle.in_dynamic_mode() and not in_sot_simulation_mode()
 
 
 def _flatten(outputs: Any) -> list[Any]:

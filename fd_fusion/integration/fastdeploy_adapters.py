@@ -6,11 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 import paddle
+from paddle.base.dygraph.base import in_sot_simulation_mode
 
 from fd_fusion.backends import paddle as formulas
 from fd_fusion.integration.fastdeploy_pairs import HostPair, dtype_name
 from fd_fusion.integration.pairs import Pair
-from fd_fusion.layers.finish_op import finish, hand_over
+from fd_fusion.integration.qk import QKNorm
+from fd_fusion.layers.finish_op import finish, hand_over, run_on_copy
 from fd_fusion.site import Site
 
 _ABSENT = object()
@@ -35,6 +37,54 @@ def pair_of(found: HostPair, fd_config: Any) -> Pair:
         weight=lambda: norm.weight,
         attach=lambda site: _attach(found, site),
     )
+
+
+def qk_norms_of(model: Any) -> list[QKNorm]:
+    """The host's layers that normalise q and k, as `bind` wants them."""
+    return [
+        _qk_norm(name, layer)
+        for name, layer in model.named_sublayers()
+        if type(layer).__name__ == "QKRMSNorm" and hasattr(layer, "q_norm")
+    ]
+
+
+def _qk_norm(name: str, layer: Any) -> QKNorm:
+    stock = layer.forward
+    return QKNorm(
+        name=name,
+        q_heads=layer.q_size // layer.head_dim,
+        kv_heads=layer.kv_size // layer.head_dim,
+        head_dim=layer.head_dim,
+        width=layer.q_size + 2 * layer.kv_size,
+        eps=layer.q_norm.eps,  # the host's own kernel takes layer.eps, which a caller may have left at its default
+        weight_offset=0.0,
+        weights=lambda: (layer.q_norm.weight, layer.k_norm.weight),
+        stock=lambda qkv: stock(qkv, _NoGraph),
+        attach=lambda kernel: _set(layer, "forward", _qk_forward(stock, kernel)),
+    )
+
+
+class _NoGraph:
+    """A forward_meta that says: not inside a graph."""
+
+    step_use_cudagraph = False
+
+
+def _qk_forward(stock: Callable, kernel: Callable) -> Callable:
+    """q and k by one kernel, in place, with or without `forward_meta`; another norm by the host's own forward."""
+
+    def forward(qkv_out, forward_meta=None, proxy_rmsnorm=None):
+        if proxy_rmsnorm is not None:
+            return stock(qkv_out, forward_meta, proxy_rmsnorm)
+        return kernel(qkv_out) if is_eager() else run_on_copy(qkv_out, kernel)
+
+    forward.__wrapped__ = stock
+    return forward
+
+
+def is_eager() -> bool:
+    """Not inside the tracing of a static graph, by AST or by SOT."""
+    return paddle.in_dynamic_mode() and not in_sot_simulation_mode()
 
 
 def _attach(found: HostPair, site: Site) -> Callable[[], None]:
@@ -73,10 +123,15 @@ def _norm_forward(stock: Callable, site: Site) -> Callable:
     def forward(x, residual_input=None, forward_meta=None, proxy_rmsnorm=None):
         if proxy_rmsnorm is None:
             return finish(site, x, residual_input)
-        return site.finish_stock(x, residual_input, lambda total, r: stock(total, r, forward_meta, proxy_rmsnorm))
+        return _finish_by_proxy(site, stock, x, residual_input, forward_meta, proxy_rmsnorm)
 
     forward.__wrapped__ = stock
     return forward
+
+
+def _finish_by_proxy(site: Site, stock: Callable, x, residual, forward_meta, proxy_rmsnorm):
+    """The host's all-reduce, then its own forward with the norm that it asked for. (SOT wants no closure above.)"""
+    return site.finish_stock(x, residual, lambda total, r: stock(total, r, forward_meta, proxy_rmsnorm))
 
 
 def _set(layer: Any, attribute: str, value: Any) -> Callable[[], None]:

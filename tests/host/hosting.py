@@ -104,5 +104,5 @@ def hidden_states(worker, rows):
 
     from fastdeploy.model_executor.forward_meta import ForwardMeta
 
-    ids = paddle.to_tensor(np.asarray(rows))
+    ids = paddle.to_tensor(np.asarray(rows, dtype="int64"))
     return worker.model_runner.model({"ids_remove_padding": ids}, ForwardMeta(ids))

@@ -5,10 +5,12 @@ from paddle import nn
 
 
 def fused_rms_norm(x, norm_weight, epsilon, residual=None):
-    total = x if residual is None else x + residual
-    wide = total.astype("float32")
+    # A CPU has no half-precision sum, so it is taken in float32; what is given on has the dtype of x.
+    wide = x.astype("float32")
+    if residual is not None:
+        wide = wide + residual.astype("float32")
     out = wide * paddle.rsqrt((wide * wide).mean(-1, keepdim=True) + epsilon) * norm_weight.astype("float32")
-    return out.astype(x.dtype), total
+    return out.astype(x.dtype), wide.astype(x.dtype)
 
 
 class RMSNorm(nn.Layer):
