@@ -128,7 +128,8 @@ def relative_errors(got: np.ndarray, want: np.ndarray) -> np.ndarray:
     """||got - want|| / ||want|| of each row, over finite values; inf where the others are not the same."""
     finite = np.isfinite(want)
     odd = ~((finite == np.isfinite(got)) & (finite | (np.isnan(got) == np.isnan(want)))).all(axis=-1)
-    difference = np.where(finite & np.isfinite(got), got - want, 0.0)
+    with np.errstate(invalid="ignore"):
+        difference = np.where(finite & np.isfinite(got), got - want, 0.0)
     size = np.linalg.norm(np.where(finite, want, 0.0), axis=-1)
     error = np.linalg.norm(difference, axis=-1)
     return np.where(odd, np.inf, np.where(error == 0, 0.0, error / np.maximum(size, np.finfo(np.float32).tiny)))

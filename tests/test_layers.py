@@ -1,0 +1,138 @@
+"""The layers by themselves, one rank: values in every dtype, odd shapes, eager and traced."""
+
+import numpy as np
+import paddle
+import pytest
+from support.values import check, wide
+
+from fd_fusion import FusionConfig, QKRMSNorm, RMSNorm, RowParallelLinear, reference
+from fd_fusion.reference import round_to
+
+DTYPES = ("float32", "bfloat16", "float16")
+HEADS = {"q_heads": 3, "kv_heads": 5}  # more kv heads than q heads, on purpose
+D = 8
+
+
+def values(shape, dtype="float32", seed=0):
+    return paddle.to_tensor(np.random.default_rng(seed).standard_normal(shape).astype("float32")).astype(dtype)
+
+
+def plain(x: np.ndarray, dtype: str):
+    """What one rounding of the float32 result gives: the plain path of the budget."""
+    return paddle.to_tensor(round_to(x.astype(np.float32), dtype).astype(np.float32))
+
+
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+@pytest.mark.parametrize("shape", [(5, 48), (2, 3, 48), (0, 48)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rms_norm(dtype, shape, offset):
+    norm = RMSNorm(48, 1e-6, weight_offset=offset, dtype="float32" if offset else dtype)
+    norm.weight.set_value(values([48], seed=1).astype(norm.weight.dtype))
+    x, residual = values(shape, dtype), values(shape, dtype, seed=2)
+    out, total = norm(x, residual)
+    assert out.dtype == total.dtype == x.dtype and out.shape == total.shape == list(shape)
+    if 0 in shape:
+        return
+    want, want_total = reference.all_reduce_rms_norm(
+        [wide(x)], wide(residual), wide(norm.weight), eps=1e-6, weight_offset=offset
+    )
+    check(out, want, plain(want, dtype), dtype, "out")
+    check(total, want_total, plain(want_total, dtype), dtype, "residual_out")
+    alone, same = norm(x)
+    assert same is x, "without a residual, residual_out is x"
+    check(
+        alone, reference.rms_norm(wide(x), wide(norm.weight), eps=1e-6, weight_offset=offset), alone, dtype, "alone"
+    )
+
+
+def test_gemma_starts_as_the_identity_scale():
+    assert (RMSNorm(8, weight_offset=1.0).weight == 0).all() and (RMSNorm(8).weight == 1).all()
+
+
+@pytest.mark.parametrize("x, residual", [((2, 7), None), ((2, 8), (3, 8)), ((2, 8), (2, 8, 1))], ids=str)
+def test_rms_norm_says_what_does_not_fit(x, residual):
+    with pytest.raises(ValueError, match=r"RMSNorm: .*expected"):
+        RMSNorm(8)(paddle.zeros(x), None if residual is None else paddle.zeros(residual))
+
+
+def test_a_residual_of_another_dtype_is_an_error():
+    with pytest.raises(ValueError, match=r"bfloat16.*expected.*float32"):
+        RMSNorm(8)(paddle.zeros([2, 8]), paddle.zeros([2, 8]).astype("bfloat16"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_row_parallel_linear_of_one_rank_is_a_linear(dtype):
+    linear = RowParallelLinear(16, 24, has_bias=True, dtype=dtype)
+    linear.bias.set_value(values([24], dtype, seed=3))
+    x = values([5, 32])[:, ::2].astype(dtype)  # not contiguous
+    want = wide(x) @ wide(linear.weight) + wide(linear.bias)
+    check(linear(x), want, plain(want, dtype), dtype, "y")
+    with pytest.raises(ValueError, match=r"RowParallelLinear: x .*expected a last dimension of 16"):
+        linear(values([5, 17], dtype))
+
+
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [0, 1, 7])
+def test_qk_rms_norm_in_place_on_strided_rows(rows, dtype, offset):
+    norm = QKRMSNorm(D, **HEADS, eps=1e-6, weight_offset=offset, dtype=dtype)
+    norm.q_norm.weight.set_value(values([D], dtype, seed=1))
+    norm.k_norm.weight.set_value(values([D], dtype, seed=2))
+    width = (3 + 2 * 5) * D
+    buffer = values([rows, width + 6], dtype)
+    before = wide(buffer)
+    qkv = buffer[:, 2 : 2 + width]
+    assert norm(qkv, forward_meta=object()) is qkv
+    want = before.copy()
+    want[:, 2 : 2 + width] = reference.qk_rms_norm(
+        before[:, 2 : 2 + width],
+        wide(norm.q_norm.weight),
+        wide(norm.k_norm.weight),
+        **HEADS,
+        eps=1e-6,
+        weight_offset=offset,
+    )
+    if rows:
+        check(buffer, want, plain(want, dtype), dtype, "qkv")
+        v = 2 + 8 * D
+        assert (wide(buffer)[:, v:] == before[:, v:]).all() and (wide(buffer)[:, :2] == before[:, :2]).all()
+
+
+def test_a_nan_row_does_not_leak():
+    norm = QKRMSNorm(D, 2, 1)
+    qkv = values([3, 4 * D])
+    qkv[1, :D] = float("nan")
+    got = norm(qkv).numpy()
+    assert (
+        np.isnan(got[1, :D]).all() and np.isfinite(np.delete(got, 1, axis=0)).all() and np.isfinite(got[1, D:]).all()
+    )
+
+
+@pytest.mark.parametrize("full_graph", [True, False], ids=["ast", "sot"])
+def test_traced_layers_give_the_eager_bits(full_graph):
+    norm, linear, qk = RMSNorm(32), RowParallelLinear(16, 32, has_bias=True), QKRMSNorm(D, 2, 1)
+
+    def forward(x, residual):
+        out, total = norm(linear(x), residual)
+        return qk(out), total
+
+    for layer in (norm, linear, qk):
+        layer.eval()
+    traced = paddle.jit.to_static(forward, full_graph=full_graph)
+    with paddle.no_grad():
+        for rows in (1, 3):
+            x, residual = values([rows, 16]), values([rows, 32], seed=1)
+            for got, want in zip(traced(x, residual), forward(x, residual)):
+                assert (got == want).all()
+
+
+def test_layers_keep_their_config_and_their_names():
+    config = FusionConfig()
+    layers = [RMSNorm(8, fusion_config=config), RowParallelLinear(8, 8, fusion_config=config)]
+    layers.append(QKRMSNorm(D, 2, 1, fusion_config=config))
+    assert all(layer.fusion_config is config for layer in layers)
+    assert [list(layer.state_dict()) for layer in layers] == [
+        ["weight"],
+        ["weight"],
+        ["q_norm.weight", "k_norm.weight"],
+    ]
