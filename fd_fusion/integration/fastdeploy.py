@@ -157,7 +157,7 @@ def _bind(model: Any, fd_config: Any, resolved: Resolved, example: Callable) -> 
 
     found, rejected = find_pairs(model, activation_dtype(fd_config))
     pairs = [pair_of(pair, fd_config) for pair in found]
-    bind(
+    report = bind(
         model,
         pairs=[*pairs, *rejected],
         qk_norms=qk_norms_of(model),
@@ -165,6 +165,9 @@ def _bind(model: Any, fd_config: Any, resolved: Resolved, example: Callable) -> 
         deterministic=_is_deterministic(),
         resolved=resolved,
     )
+    if getattr(getattr(fd_config, "graph_opt_config", None), "graph_opt_level", 0):
+        for line in report.sites:
+            line.site.checked = False  # proven; from now on SOT may trace one end of it and run the other
 
 
 def _is_deterministic() -> bool:
