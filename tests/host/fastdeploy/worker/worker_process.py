@@ -61,6 +61,8 @@ def bring_up(worker, do_profile):
 def run_worker_proc():
     args = parse_args()
     dist.init_parallel_env()
+    with open(os.path.join(os.environ.get("FD_LOG_DIR", "log"), f"pid.{dist.get_rank()}"), "w") as file:
+        file.write(str(os.getpid()))
     fd_config = initialize_fd_config(args, dist.get_world_size(), dist.get_rank())
     from fastdeploy.worker.gpu_worker import GpuWorker
 
