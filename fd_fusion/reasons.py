@@ -112,9 +112,7 @@ TABLE: dict[str, Entry] = {
         "the model reads a sum between its layers: `{line}`", "nothing to do: fused, that sum would be partial"
     ),
     "split_token": Entry("the linear splits its rows over the ranks", "nothing to do"),
-    "unknown_block": Entry(
-        "{block} reduces in a way that is not known", "report it with the version of FastDeploy"
-    ),
+    "unknown_block": Entry("{block} reduces in a way that is not known", "report it with the version of FastDeploy"),
     "pipeline_boundary": Entry("layer {layer} is not on this rank", "nothing to do"),
     "quantised_norm": Entry("the norm quantises its output", "nothing to do"),
     "norm_bias": Entry("the norm has a bias", "nothing to do"),

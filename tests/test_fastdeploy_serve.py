@@ -37,7 +37,9 @@ def checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoint")
     code = "import sys; from hosting import write_checkpoint; write_checkpoint(sys.argv[1], 'Glm4MoeForCausalLM')"
     env = {**os.environ, "PYTHONPATH": f"{HERE / 'host'}", "FD_LOG_DIR": str(folder)}
-    subprocess.run([sys.executable, "-W", "ignore", "-c", code, str(folder)], check=True, env=env, capture_output=True)
+    subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code, str(folder)], check=True, env=env, capture_output=True
+    )
     return folder
 
 

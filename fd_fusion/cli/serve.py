@@ -38,7 +38,9 @@ def main(argv: list[str]) -> int:
     if importlib.util.find_spec("fastdeploy") is None:
         return _fail("FastDeploy is not installed here; install it first, then fd_fusion with pip install --no-deps")
     if PLUGIN not in _plugin_names():
-        return _fail("fd_fusion is importable but not installed, so FastDeploy cannot see it: pip install --no-deps .")
+        return _fail(
+            "fd_fusion is importable but not installed, so FastDeploy cannot see it: pip install --no-deps ."
+        )
     log = Path(env.get("FD_LOG_DIR", "log")) / "fd_fusion.log"
     start = log.stat().st_size if log.exists() else 0
     server = subprocess.Popen([sys.executable, "-m", SERVER, *rest], env=env)
@@ -111,7 +113,9 @@ def _parser() -> argparse.ArgumentParser:
         "command, or set FD_FUSION_DISABLE=1.",
         allow_abbrev=False,
     )
-    parser.add_argument("--fusion-config", "--fusion_config", metavar="JSON", help="""for example '{}' or '{"backend": "triton"}'""")
+    parser.add_argument(
+        "--fusion-config", "--fusion_config", metavar="JSON", help="""for example '{}' or '{"backend": "triton"}'"""
+    )
     parser.add_argument(
         "--bound-within-s",
         type=float,

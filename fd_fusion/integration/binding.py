@@ -104,7 +104,7 @@ def check() -> None:
 
 
 def freeze() -> None:
-    """After graph capture: no workspace allocates any more, and a rank is waited for `timeout_s`, not ten times that."""
+    """After graph capture: nothing allocates any more, and a rank is waited for `timeout_s`, not ten times that."""
     for state in _bound.values():
         for opening in state.openings:
             opening.opened.freeze()

@@ -94,7 +94,9 @@ def _attach(found: HostPair, site: Site) -> Callable[[], None]:
     partial sums still holds it once.
     """
     undo = [_set(switch.layer, switch.attribute, switch.off) for switch in found.switches]
-    for layer in {id(part): part for part in (found.producer, found.norm, *(s.layer for s in found.switches))}.values():
+    for layer in {
+        id(part): part for part in (found.producer, found.norm, *(s.layer for s in found.switches))
+    }.values():
         if getattr(layer, "enable_all_reduce_fusion", False):
             undo.append(_set(layer, "enable_all_reduce_fusion", False))
     undo.append(_set(found.producer, "forward", _producer_forward(found.producer.forward, site)))
@@ -149,5 +151,5 @@ def _set(layer: Any, attribute: str, value: Any) -> Callable[[], None]:
 
 
 def activation_dtype(fd_config: Any) -> str:
-    """"bfloat16", of the tensors between the layers; a quantised layer's weight does not tell it."""
+    """ "bfloat16", of the tensors between the layers; a quantised layer's weight does not tell it."""
     return str(getattr(fd_config.model_config, "dtype", None) or paddle.get_default_dtype()).rpartition(".")[2]

@@ -187,7 +187,7 @@ def _norm_reason(norm: Any) -> Reason | None:
 
 
 def dtype_name(norm: Any) -> str | None:
-    """"bfloat16", of a norm's weight."""
+    """ "bfloat16", of a norm's weight."""
     weight = getattr(norm, "weight", None)
     return None if weight is None else str(weight.dtype).rpartition(".")[2]
 

@@ -141,7 +141,7 @@ def _flag_of(node: ast.stmt, returned: ast.Return) -> str | None:
 
 
 def _attribute(node: ast.AST) -> str | None:
-    """"norm" of `self.norm`, "layers" of `self.layers[i]`; None of anything else."""
+    """ "norm" of `self.norm`, "layers" of `self.layers[i]`; None of anything else."""
     node = node.value if isinstance(node, ast.Subscript) else node
     if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self":
         return node.attr

@@ -1,8 +1,8 @@
 """The three places of a FastDeploy worker that must know of fusion.
 
-    before tokens leave the process    no token computed past a timeout is published
-    before graphs are captured         a model whose first forward is still to come is proven first
-    after graphs are captured          workspaces are frozen
+before tokens leave the process    no token computed past a timeout is published
+before graphs are captured         a model whose first forward is still to come is proven first
+after graphs are captured          workspaces are frozen
 """
 
 from __future__ import annotations

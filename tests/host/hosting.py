@@ -25,8 +25,14 @@ ARCHITECTURES = (
 
 def write_checkpoint(folder, architecture, seed=7, **config):
     """config.json and model.npz of a small model: full weights by their names in a checkpoint."""
-    from fastdeploy.config import FDConfig, GraphOptimizationConfig, LoadConfig, ModelConfig, ParallelConfig
-    from fastdeploy.config import SpeculativeConfig
+    from fastdeploy.config import (
+        FDConfig,
+        GraphOptimizationConfig,
+        LoadConfig,
+        ModelConfig,
+        ParallelConfig,
+        SpeculativeConfig,
+    )
     from fastdeploy.model_executor.models.model_base import ModelRegistry
 
     folder = Path(folder)
@@ -59,7 +65,9 @@ def _parts(name, shape):
     if name.endswith("experts.up_gate_proj_weight"):
         head = name.rsplit(".", 1)[0]
         experts, rows, columns = shape
-        return [(f"{head}.{i}.{p}.weight", [rows, columns // 2]) for i in range(experts) for p in ("gate_proj", "up_proj")]
+        return [
+            (f"{head}.{i}.{p}.weight", [rows, columns // 2]) for i in range(experts) for p in ("gate_proj", "up_proj")
+        ]
     if name.endswith("experts.down_proj_weight"):
         head = name.rsplit(".", 1)[0]
         return [(f"{head}.{i}.down_proj.weight", shape[1:]) for i in range(shape[0])]
@@ -101,7 +109,6 @@ def worker_of(fd_config, rank, do_profile=True):
 def hidden_states(worker, rows):
     """The model's output for `rows` token ids, before the logits."""
     import paddle
-
     from fastdeploy.model_executor.forward_meta import ForwardMeta
 
     ids = paddle.to_tensor(np.asarray(rows, dtype="int64"))

@@ -36,9 +36,7 @@ class LLMEngine:
         command = f"OMP_NUM_THREADS=1 {sys.executable} -u -m paddle.distributed.launch --log_dir {folder}"
         command += arguments + f" 2>{folder}/launch_worker.log"
         llm_logger.info(f"Launch worker service command: {command}")
-        self.worker_proc = subprocess.Popen(
-            command, stdout=subprocess.DEVNULL, shell=True, preexec_fn=os.setsid
-        )
+        self.worker_proc = subprocess.Popen(command, stdout=subprocess.DEVNULL, shell=True, preexec_fn=os.setsid)
 
     def exit_sub_services(self):
         os.killpg(os.getpgid(self.worker_proc.pid), signal.SIGTERM)

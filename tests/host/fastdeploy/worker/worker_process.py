@@ -42,9 +42,7 @@ def initialize_fd_config(args, ranks=1, local_rank=0):
     parallel_config.set_communicate_group()
     speculative = getattr(args, "speculative_config", None)
     graph = GraphOptimizationConfig(args.graph_optimization_config)
-    return FDConfig(
-        model_config, parallel_config, LoadConfig(vars(args)), SpeculativeConfig(speculative), graph
-    )
+    return FDConfig(model_config, parallel_config, LoadConfig(vars(args)), SpeculativeConfig(speculative), graph)
 
 
 def bring_up(worker, do_profile):

@@ -76,9 +76,7 @@ class MergedColumnParallelLinear(LinearBase):
 
     shards = ("gate", "up")
 
-    def __init__(
-        self, fd_config, prefix="", input_size=None, output_size=None, with_bias=False, activation="silu"
-    ):
+    def __init__(self, fd_config, prefix="", input_size=None, output_size=None, with_bias=False, activation="silu"):
         self.tp_size = fd_config.parallel_config.tensor_parallel_size
         self.tp_rank = fd_config.parallel_config.tensor_parallel_rank
         super().__init__(fd_config, prefix, input_size, output_size // self.tp_size, with_bias)
@@ -128,9 +126,7 @@ class RowParallelLinear(LinearBase):
         enable_all_reduce_fusion=None,
     ):
         parallel = fd_config.parallel_config
-        self.enable_all_reduce_fusion = bool(
-            parallel.enable_flashinfer_allreduce_fusion and enable_all_reduce_fusion
-        )
+        self.enable_all_reduce_fusion = bool(parallel.enable_flashinfer_allreduce_fusion and enable_all_reduce_fusion)
         self.tp_size, self.tp_group = parallel.tensor_parallel_size, parallel.tp_group
         self.layer_id = layer_id
         self.split_token = parallel.use_sequence_parallel_moe and layer_id >= 0

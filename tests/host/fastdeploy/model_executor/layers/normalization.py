@@ -51,9 +51,7 @@ class RMSNorm(nn.Layer):
         param.copy_(paddle.to_tensor(loaded_weight).astype(self._norm_weight_dtype), False)
 
     def load_state_dict(self, state_dict):
-        self.weight.set_value(
-            paddle.to_tensor(state_dict.pop(self.weight_key)).astype(self._norm_weight_dtype)
-        )
+        self.weight.set_value(paddle.to_tensor(state_dict.pop(self.weight_key)).astype(self._norm_weight_dtype))
 
     def forward(self, x, residual_input=None, forward_meta=None, proxy_rmsnorm=None):
         x_dtype = x.dtype
@@ -77,19 +75,13 @@ class RMSNorm(nn.Layer):
 class QKRMSNorm(nn.Layer):
     """RMSNorm of every q head and every k head of [T, q + k + v]. One version needs `forward_meta`."""
 
-    def __init__(
-        self, fd_config, head_dim, q_size, kv_size, eps=1e-5, prefix="", begin_norm_axis=1, dtype=None
-    ):
+    def __init__(self, fd_config, head_dim, q_size, kv_size, eps=1e-5, prefix="", begin_norm_axis=1, dtype=None):
         super().__init__()
         self.fd_config, self.prefix, self.head_dim, self.eps = fd_config, prefix, head_dim, eps
         self.q_size, self.kv_size = q_size, kv_size
         model_eps = fd_config.model_config.rms_norm_eps
-        self.q_norm = RMSNorm(
-            fd_config, head_dim, model_eps, f"{prefix}.q_norm", begin_norm_axis=begin_norm_axis
-        )
-        self.k_norm = RMSNorm(
-            fd_config, head_dim, model_eps, f"{prefix}.k_norm", begin_norm_axis=begin_norm_axis
-        )
+        self.q_norm = RMSNorm(fd_config, head_dim, model_eps, f"{prefix}.q_norm", begin_norm_axis=begin_norm_axis)
+        self.k_norm = RMSNorm(fd_config, head_dim, model_eps, f"{prefix}.k_norm", begin_norm_axis=begin_norm_axis)
         self.qk_norm_fused = False
 
     def load_state_dict(self, state_dict):

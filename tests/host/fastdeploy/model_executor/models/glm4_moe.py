@@ -27,7 +27,7 @@ class Glm4Moe(decoder.MoEBase):
     def forward(self, x, forward_meta=None):
         out = self.experts(x, self.gate, forward_meta)
         out = out + self.shared_experts(x)
-        if self.merge_ffn_tp:
+        if self.merge_ffn_tp:  # noqa: SIM102
             if not (self.enable_all_reduce_fusion and out.shape[0] <= 2048):
                 out = tensor_model_parallel_all_reduce(out, self.tp_group)
         return out

@@ -1,6 +1,7 @@
 """The registry of model classes, and what every causal language model does the same way."""
 
 import importlib
+from typing import ClassVar
 
 import paddle
 from paddle import nn
@@ -9,9 +10,9 @@ from fastdeploy import envs
 
 
 class ModelRegistry:
-    _classes = {}
+    _classes: ClassVar[dict] = {}
     # Where an architecture lives, for the version that imports models only when they are asked for.
-    modules = {
+    modules: ClassVar[dict] = {
         "Glm4MoeForCausalLM": "glm4_moe",
         "Glm4MoeMTPForCausalLM": "glm4_moe",
         "Qwen2ForCausalLM": "qwen2",
@@ -76,7 +77,7 @@ class ModelForCasualLM(nn.Layer):
     def set_state_dict(self, state_dict):
         """Loader v0: every layer pops what it owns, by its prefix."""
         for _, layer in self.named_sublayers():
-            if hasattr(layer, "weight_key") and layer.weight_key in state_dict or _owns(layer, state_dict):
+            if (hasattr(layer, "weight_key") and layer.weight_key in state_dict) or _owns(layer, state_dict):
                 layer.load_state_dict(state_dict)
         embedding = self.model.embed_tokens.weight
         embedding.set_value(paddle.to_tensor(state_dict.pop("model.embed_tokens.weight")).astype(embedding.dtype))

@@ -1,4 +1,4 @@
-"""A mixture of experts, cut by columns and rows as the tensor-parallel group is; reduces inside unless told not to."""
+"""A mixture of experts, cut over the tensor-parallel group; reduces inside unless told not to."""
 
 import paddle
 from paddle import nn
@@ -59,9 +59,7 @@ class FusedMoE(nn.Layer):
                 paddle.to_tensor(state_dict.pop(key.replace("up_gate_proj", p))) for p in ("gate_proj", "up_proj")
             ]
             up_gate.append(paddle.concat(parts, axis=-1))
-            down.append(
-                paddle.to_tensor(state_dict.pop(key_map["down_proj_expert_weight_key"].format(expert)))
-            )
+            down.append(paddle.to_tensor(state_dict.pop(key_map["down_proj_expert_weight_key"].format(expert))))
         self.up_gate_proj_weight.set_value(paddle.stack(up_gate).astype(self.up_gate_proj_weight.dtype))
         self.down_proj_weight.set_value(paddle.stack(down).astype(self.down_proj_weight.dtype))
 
