@@ -122,7 +122,7 @@ def cleared_and_reloaded(scratch):
 
 def traced(scratch):
     """The inner model as a static graph, by AST and by SOT: `finish` is one op in it, and decides when it runs."""
-    folder = write_checkpoint(f"{scratch}/traced", "Glm4MoeForCausalLM", num_hidden_layers=2)
+    folder = write_checkpoint(f"{scratch}/traced", "Glm4MoeForCausalLM", num_hidden_layers=1, first_k_dense_replace=0)
     bound, report = pair(folder, 2e-5, graph_optimization_config={"graph_opt_level": 1})
     inner = bound.model_runner.model.model
     ids, many = paddle.to_tensor(FEW), paddle.to_tensor(MANY)
