@@ -44,6 +44,10 @@ TABLE: dict[str, Entry] = {
         "{producer} has reduce_results=False: somebody else owes its reduction",
         "leave it, or set reduce_results=True",
     ),
+    "reduced_inside": Entry(
+        "{inner} inside {producer} reduces by itself",
+        "give the inner layers reduce_results=False: the block reduces once",
+    ),
     "no_store": Entry(
         "there is no store to vote over: {detail}",
         "start with paddle.distributed.launch and init_parallel_env()",
@@ -185,7 +189,7 @@ class FusionError(RuntimeError):
     """An error of this package. `reason` says what and what to do."""
 
     def __init__(self, reason: Reason):
-        super().__init__(f"fd_fusion: {reason}. {reason.remedy[:1].upper()}{reason.remedy[1:]}.")
+        super().__init__(f"fd_fusion: {reason}. Remedy: {reason.remedy}.")
         self.reason = reason
 
 

@@ -1,0 +1,42 @@
+"""`python -m fd_fusion COMMAND ...`, also installed as `fd-fusion`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+
+from fd_fusion import __version__
+
+# Each module has `main(argv) -> exit code` and is imported only when its command is given.
+COMMANDS = {
+    "demo": ("fd_fusion.cli.demo", "run a small tensor-parallel decoder, stock and fused, and compare"),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Hand the arguments after the command to its module; with no command, print the help."""
+    width = max(map(len, COMMANDS))
+    listing = "\n".join(f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog="fd-fusion",
+        description="All-reduce + residual + RMSNorm in one kernel, for PaddlePaddle and FastDeploy.",
+        epilog=f"commands:\n{listing}\n\n`python -m fd_fusion COMMAND --help` tells the options of one.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"fd_fusion {__version__}")
+    parser.add_argument("command", nargs="?", choices=COMMANDS, metavar="COMMAND")
+    argv = sys.argv[1:] if argv is None else argv
+    command = parser.parse_args(argv[:1]).command
+    if command is None:
+        parser.print_help()
+        return 0
+    try:
+        return importlib.import_module(COMMANDS[command][0]).main(argv[1:])
+    except KeyboardInterrupt:
+        print(f"fd-fusion {command}: interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,242 @@
+"""`python -m fd_fusion demo`: the runs agree with the truth, and whatever goes wrong is told in one sentence."""
+
+import fcntl
+import importlib.metadata
+import importlib.util
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support.launch import launch
+
+from fd_fusion.cli import demo, demo_launch, demo_report
+from fd_fusion.cli.demo_config import DecoderConfig
+from fd_fusion.cli.demo_reference import Truth
+
+ROOT = Path(__file__).parents[1]
+
+
+def start(tmp_path, *args):
+    """The demo as a process of its own, its temporary folder inside `tmp_path`."""
+    command = [sys.executable, "-m", "fd_fusion", "demo", *args]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)}
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, env=env, stdout=pipe, stderr=pipe, text=True, cwd=tmp_path)
+
+
+def left_behind(tmp_path):
+    """Run folders, and processes that have one on their command line."""
+    folders = list(tmp_path.glob("fd_fusion_demo_*"))
+    lines = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if os.access(path, os.R_OK)]
+    return folders + [line for line in lines if f"{tmp_path}/fd_fusion_demo_".encode() in line]
+
+
+# --- the main job ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize(("nproc", "extra"), [(1, []), (2, ["--max-token-num", "4"]), (4, ["--steps", "2"])])
+def test_the_runs_agree(nproc, extra, tmp_path):
+    process = start(tmp_path, "--nproc", str(nproc), "--json", "out.json", *extra)
+    out, err = process.communicate(timeout=110)
+    assert process.returncode == 0, out + err
+    assert err == "" and out.endswith("verdict: the numbers agree\n")
+    assert len(re.findall(r"^site  ", out, re.M)) == 6
+    data = json.loads((tmp_path / "out.json").read_text())
+    assert max(data["difference"].values()) <= data["budget"] < 1e-4
+    assert data["ranks_bit_equal"] == {"stock": True, "bound": True}
+    assert data["weights_unchanged"] == {"bound": True, "unbound": True}
+    if nproc == 1:
+        assert {one["reason"]["code"] for one in data["report"]["rejected"]} == {"one_rank"}
+        assert data["calls"] == {}
+    elif nproc == 2:
+        assert data["calls"] == {"fused": 6 * 4, "too_many_rows": 6}, "four steps fused, the prefill not"
+        assert {site["limit"] for site in data["report"]["sites"]} == {4}
+    else:
+        assert data["calls"] == {"fused": 6 * 3}
+    assert not left_behind(tmp_path)
+
+
+def test_json_has_these_keys(tmp_path):
+    truth, results = made_up()
+    outcome = demo_report.judge(DecoderConfig(), 2, truth, results)
+    json.dumps(outcome)
+    expected = "version nproc decoder report calls difference budget step_ms prefill_ms ranks_bit_equal"
+    assert list(outcome) == [*expected.split(), "weights_unchanged", "router_margin", "agree"]
+    assert outcome["agree"]
+
+
+def made_up():
+    """A truth, and results of two ranks that hit it exactly."""
+    logits = np.linspace(-1, 1, 8).reshape(2, 4).astype(np.float32)
+    report = {
+        "sites": [{"name": "a -> b", "backend": "paddle", "limit": None, "calls": {"fused": 2}}],
+        "rejected": [],
+    }
+    run = {"logits": logits.tobytes().hex(), "ms": [2.0, 1.0]}
+    weights = {"bound": True, "unbound": True}
+    result = {
+        "report": {**report, "off": None, "qk_fused": [], "qk_stock": {}},
+        "weights": weights,
+        "stock": run,
+        "bound": run,
+    }
+    return Truth([0, 1], logits.astype(np.float64), 1e-7, 0.1), [result, json.loads(json.dumps(result))]
+
+
+@pytest.mark.parametrize("fault", ["far", "nan", "rank", "weights"])
+def test_the_verdict_sees(fault):
+    truth, results = made_up()
+    wrong = np.frombuffer(bytes.fromhex(results[0]["bound"]["logits"]), np.float32).copy()
+    wrong[3] = {"far": wrong[3] + 1e-5, "nan": np.nan, "rank": np.nextafter(wrong[3], 2)}.get(fault, wrong[3])
+    for result in results[1:] if fault == "rank" else results:
+        result["bound"] = {**result["bound"], "logits": wrong.tobytes().hex()}
+    if fault == "weights":
+        results[1]["weights"]["bound"] = False
+    outcome = demo_report.judge(DecoderConfig(), 2, truth, results)
+    assert not outcome["agree"]
+    says = {
+        "far": "bound run is out of budget",
+        "nan": "bound run is out of budget",
+        "rank": "bits differ in the bound",
+    }
+    assert says.get(fault, "weights changed when bound") in demo_report.lines(outcome)[-1]
+
+
+# --- what goes wrong ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["--nproc", "17"], "--nproc 17: give a number from 1 to 16"),
+        (["--nproc", "0"], "--nproc 0"),
+        (["--nproc", "3"], "num_attention_heads = 8 is not a multiple of --nproc 3"),
+        (["--nproc", "8"], "num_key_value_heads = 4 is not a multiple of --nproc 8"),
+        (["--hidden-size", "33"], "hidden_size = 33 is not a multiple of --nproc 2"),
+        (["--heads", "6"], "num_attention_heads = 6 is not a multiple of num_key_value_heads"),
+        (["--top-k", "9"], "num_experts_per_tok = 9 is above n_routed_experts = 8"),
+        (["--head-dim", "30"], "rotary part, 15, is odd"),
+        (["--layers", "0"], "num_hidden_layers is 0; give an integer from 1"),
+        (["--steps", "0"], "--steps 0"),
+        (["--max-token-num", "0"], "max_token_num = 0"),
+        (["--timeout-s", "0"], "timeout_s = 0"),
+        (["--json", "/no/such/folder/x.json"], "there is no folder /no/such/folder"),
+        (["--checkpoint", "/no/such/folder"], "config.json cannot be read"),
+        (["--checkpoint", "/no/such/folder", "--heads", "4"], "--checkpoint brings its own sizes"),
+    ],
+)
+def test_a_bad_argument_gets_one_sentence(args, says, capsys, monkeypatch):
+    monkeypatch.setattr(demo, "launch", None)  # nothing is started
+    assert demo.main(args) == 2
+    out, err = capsys.readouterr()
+    assert says in err and err.startswith("fd-fusion demo: ") and err.count("\n") == 1 and not out
+
+
+def test_a_missing_or_old_package_gets_one_sentence(capsys, monkeypatch):
+    monkeypatch.setattr(demo, "launch", None)
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "3.2.2")
+    assert demo.main([]) == 1
+    assert "Paddle 3.2.2 is older than 3.3. Remedy: install Paddle 3.3 or newer" in capsys.readouterr().err
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "triton" else "there")
+    assert demo.main(["--backend", "triton"]) == 1
+    assert 'ip install "triton' in capsys.readouterr().err
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert demo.main([]) == 1
+    assert 'ip install "paddlepaddle>=3.3"' in capsys.readouterr().err
+
+
+def begun(process, tmp_path, steps=4):
+    """Wait until every rank has run some forwards; returns the run folder."""
+    end = time.monotonic() + 60
+    while time.monotonic() < end and process.poll() is None:
+        files = list(tmp_path.glob("fd_fusion_demo_*/progress.?"))
+        if len(files) == 2 and all(int(file.read_text()) >= steps for file in files):
+            return files[0].parent
+        time.sleep(0.02)
+    process.kill()
+    raise AssertionError(process.communicate())
+
+
+@pytest.mark.timeout(90)
+def test_a_killed_rank_is_named(tmp_path):
+    process = start(tmp_path, "--steps", "40", "--hidden-size", "64", "--timeout-s", "10")
+    os.kill(int((begun(process, tmp_path) / "pid.1").read_text()), signal.SIGKILL)
+    killed = time.monotonic()
+    out, err = process.communicate(timeout=20)
+    assert time.monotonic() - killed < 10
+    assert process.returncode == 1 and "rank 1 died" in err and "Traceback" not in err and not out
+    assert not left_behind(tmp_path)
+
+
+@pytest.mark.timeout(90)
+@pytest.mark.parametrize("late", [False, True])
+def test_ctrl_c_leaves_nothing(late, tmp_path):
+    process = start(tmp_path, "--steps", "40", "--hidden-size", "64")
+    if late:
+        begun(process, tmp_path)
+    else:
+        while not list(tmp_path.glob("fd_fusion_demo_*/launcher.log")):
+            time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=20)
+    assert (process.returncode, out, err) == (130, "", "fd-fusion demo: interrupted\n")
+    assert not left_behind(tmp_path)
+
+
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="POSIX shared memory has no folder here")
+def test_segments_of_a_rank_that_died_are_removed():
+    """Only those without a lock, and only those of this run."""
+    paths = [Path(f"/dev/shm/fd_fusion-{os.urandom(16).hex()}") for _ in range(2)]
+    locked, left = paths
+    try:
+        for path in paths:
+            path.touch()
+        with locked.open("rb") as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX)
+            demo_launch._remove_segments(time.time() + 60)
+            assert all(path.exists() for path in paths)
+            demo_launch._remove_segments(left.stat().st_ctime)
+        assert locked.exists() and not left.exists()
+    finally:
+        for path in paths:
+            path.unlink(missing_ok=True)
+
+
+@pytest.mark.timeout(120)
+def test_seeded_bugs_are_caught(tmp_path):
+    results = launch("seeded_bug.py", 2, tmp_path)
+    assert results[0].keys() == results[1].keys()
+    codes = {
+        "forgets_to_reduce": ["forward_raised"],
+        "flag_says_no": ["residual_differs"],
+        "reduces_after": ["already_reduced"],
+        "reduces_twice": ["already_reduced"],
+    }
+    for result in results:
+        healthy = result.pop("healthy")
+        assert healthy["sites"] == 4 and healthy["stock"] <= 1 and healthy["bound"] <= 1
+        for name, got in result.items():
+            assert got["stock"] > 100 and got["bound"] > 100, f"{name}: the truth must show it"
+            assert got["as_stock"], f"{name}: bind must not make it another model"
+        for name, code in codes.items():
+            assert result[name]["sites"] == 0 and set(code) <= set(result[name]["codes"]), result[name]
+        assert result["reduces_before"]["sites"] == 3 and result["reduces_before"]["codes"] == ["reduced_inside"]
+
+
+# --- the command line -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "says"), [([], 0, "demo "), (["--version"], 0, "fd_fusion "), (["x"], 2, "x")]
+)
+def test_the_command_line(args, code, says):
+    run = subprocess.run([sys.executable, "-m", "fd_fusion", *args], capture_output=True, text=True, cwd=ROOT)
+    assert run.returncode == code and says in run.stdout + run.stderr and "Traceback" not in run.stderr
