@@ -78,7 +78,7 @@ def stock_tokens(site, checkpoint, tmp_path_factory):
     return tokens_of(folder)
 
 
-SERVE = ["-c", "import sys; from fd_fusion.cli.serve import main; sys.exit(main(sys.argv[1:]))"]
+SERVE = ["-m", "fd_fusion", "serve"]
 
 
 def test_serve_turns_fusion_on(site, checkpoint, stock_tokens, tmp_path):
