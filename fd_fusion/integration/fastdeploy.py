@@ -10,20 +10,18 @@ from __future__ import annotations
 
 import functools
 import importlib
-import logging
 import os
 import threading
 from collections.abc import Callable
 from typing import Any
 
-from fd_fusion import __version__
 from fd_fusion.config import ENV_CONFIG, ENV_DISABLE, Resolved, resolve
 from fd_fusion.integration import fastdeploy_worker as worker
-from fd_fusion.reasons import Reason, because
+from fd_fusion.integration.fastdeploy_log import log_to_host, logger, say_off, say_unreadable
+from fd_fusion.reasons import because
 
 ENV_SOURCE = "FD_FUSION_CONFIG_SOURCE"  # set by `fd_fusion serve`: who wrote FD_FUSION_CONFIG
 _LOADERS = "fastdeploy.model_executor.model_loader.base_loader"
-logger = logging.getLogger("fd_fusion")
 _undo: list[Callable[[], None]] = []
 _loading = threading.local()
 
@@ -92,19 +90,18 @@ def _after_load(model: Any, fd_config: Any) -> None:
     resolved = _resolve(fd_config)
     if resolved.config is None and resolved.source == "nobody":
         return
-    _log_to_host()
+    log_to_host()
     if resolved.config is None:
-        return _say_off(model, resolved.reason)
+        return say_off(model, resolved.reason)
     try:
         from fd_fusion.integration import fastdeploy_pairs as pairs
 
         reason = pairs.whole_model_reason(model, fd_config) or worker.patch()
         if reason:
-            return _say_off(model, reason)
+            return say_off(model, reason)
         _bind_in_first_forward(model, fd_config, resolved)
     except Exception as error:
-        logger.exception("fd_fusion: off: %s cannot be read", type(model).__name__)
-        _say_off(model, because("symbol_moved", path=f"{type(model).__name__} ({type(error).__name__}: {error})"))
+        say_unreadable(model, error)
 
 
 def _resolve(fd_config: Any) -> Resolved:
@@ -135,7 +132,7 @@ def _bind_in_first_forward(model: Any, fd_config: Any, resolved: Resolved) -> No
 
         def example():
             outputs = stock(*args, **kwargs)
-            return [] if stateful else _flatten(outputs)
+            return [] if stateful else _two_rows(outputs)
 
         _bind(model, fd_config, resolved, example)
         return model.forward(*args, **kwargs)
@@ -151,16 +148,21 @@ def is_waiting(model: Any) -> bool:
 
 
 def _bind(model: Any, fd_config: Any, resolved: Resolved, example: Callable) -> None:
+    """Collective. Raises: BindError: strict, or a named backend, and something failed; on all ranks."""
+    from fd_fusion.integration import fastdeploy_adapters as adapters
     from fd_fusion.integration.binding import bind
-    from fd_fusion.integration.fastdeploy_adapters import activation_dtype, pair_of, qk_norms_of
     from fd_fusion.integration.fastdeploy_pairs import find_pairs
 
-    found, rejected = find_pairs(model, activation_dtype(fd_config))
-    pairs = [pair_of(pair, fd_config) for pair in found]
+    try:
+        found, rejected = find_pairs(model, adapters.activation_dtype(fd_config))
+        pairs = [*(adapters.pair_of(pair, fd_config) for pair in found), *rejected]
+        qk_norms = adapters.qk_norms_of(model)
+    except Exception as error:  # if this rank alone comes here, the others see it missing in the vote, and run stock
+        return say_unreadable(model, error)
     report = bind(
         model,
-        pairs=[*pairs, *rejected],
-        qk_norms=qk_norms_of(model),
+        pairs=pairs,
+        qk_norms=qk_norms,
         example=example,
         deterministic=_is_deterministic(),
         resolved=resolved,
@@ -171,36 +173,19 @@ def _bind(model: Any, fd_config: Any, resolved: Resolved, example: Callable) -> 
 
 
 def _is_deterministic() -> bool:
-    module = importlib.import_module("fastdeploy.model_executor.layers.batch_invariant_ops")
-    return bool(module.is_batch_invariant_mode_enabled())
+    try:
+        from fastdeploy.model_executor.layers.batch_invariant_ops import is_batch_invariant_mode_enabled
+    except ImportError:
+        return False  # a version without that mode
+    return bool(is_batch_invariant_mode_enabled())
 
 
-def _flatten(outputs: Any) -> list[Any]:
-    """The tensors in what a model returns."""
+def _two_rows(outputs: Any) -> list[Any]:
+    """The first and the last row of each tensor that a model returns: a profile run is no place to keep them all."""
+    import paddle
+
     if isinstance(outputs, (list, tuple)):
-        return [tensor for part in outputs for tensor in _flatten(part)]
-    return [outputs] if hasattr(outputs, "dtype") else []
-
-
-def _say_off(model: Any, reason: Reason) -> None:
-    logger.warning("fd_fusion %s: %s: off: %s", __version__, type(model).__name__, reason)
-
-
-class _ToHost(logging.Handler):
-    """Passes records on to the host's logger, which writes fd_fusion.log under FD_LOG_DIR."""
-
-    def __init__(self, target: logging.Logger):
-        super().__init__()
-        self._target = target
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self._target.handle(record)
-
-
-def _log_to_host() -> None:
-    if any(isinstance(handler, _ToHost) for handler in logger.handlers):
-        return
-    from fastdeploy.utils import get_logger
-
-    logger.addHandler(_ToHost(get_logger("fd_fusion", "fd_fusion.log")))
-    logger.setLevel(logging.INFO)
+        return [tensor for part in outputs for tensor in _two_rows(part)]
+    if not hasattr(outputs, "dtype"):
+        return []
+    return [paddle.concat([outputs[:1], outputs[-1:]]) if outputs.ndim else outputs]

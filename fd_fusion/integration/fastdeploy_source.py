@@ -26,7 +26,7 @@ class BlockSource:
     flag: str | None
 
 
-def read_block(forward: Callable) -> BlockSource | None:
+def read_block(forward: Callable | ast.FunctionDef) -> BlockSource | None:
     """Read the forward of a block whose result is a sum of its parts. None means: of a shape that is not known.
 
     Known is a body of assignments of calls and sums, of `if`s on attributes, and of one return of a name, a sum or
@@ -50,7 +50,7 @@ def read_block(forward: Callable) -> BlockSource | None:
     return BlockSource(flag)
 
 
-def reads_between_layers(forward: Callable) -> str | None:
+def reads_between_layers(forward: Callable | ast.FunctionDef) -> str | None:
     """The line on which a model reads what passes between its layers other than in a layer or its last norm.
 
     Such a line would see a partial sum. None: there is no such line, or the source is not of the shape
@@ -77,7 +77,9 @@ def reads_between_layers(forward: Callable) -> str | None:
     return None
 
 
-def _parse(forward: Callable) -> ast.FunctionDef | None:
+def _parse(forward: Callable | ast.FunctionDef) -> ast.FunctionDef | None:
+    if isinstance(forward, ast.FunctionDef):
+        return forward
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(forward))))
     except (OSError, TypeError, SyntaxError):
