@@ -133,7 +133,6 @@ TABLE: dict[str, Entry] = {
     "no_paddle": Entry("Paddle cannot be imported: {detail}", 'pip install "paddlepaddle>=3.3"'),
     "old_paddle": Entry("Paddle {got} is older than {need}", "install Paddle {need} or newer"),
     "no_triton": Entry("Triton cannot be imported: {detail}", 'pip install "triton>=3.3"'),
-    "unknown_backend": Entry("there is no backend {name!r}", "choose one of {allowed}"),
     "backend_failed": Entry(
         "the {backend} backend cannot be used: {error}", "mend its package, or name another backend"
     ),
@@ -143,6 +142,40 @@ TABLE: dict[str, Entry] = {
     "deterministic": Entry(
         "deterministic mode is on and the {backend} backend is not batch invariant", "name the triton backend"
     ),
+    # comm and the triton backend.
+    "other_machine": Entry(
+        "ranks {first} and {second} are on different machines", "use one machine for each tensor-parallel group"
+    ),
+    "mig": Entry("rank {rank} is on a MIG instance, which has no peer access", "turn MIG off, or use one rank"),
+    "same_pid": Entry(
+        "ranks {first} and {second} both have pid {pid}, so the CUDA driver cannot tell them apart",
+        "start the ranks as processes of one pid namespace (for containers: --pid=host)",
+    ),
+    "no_peer_access": Entry(
+        "the memory of another rank cannot be mapped: {error}",
+        "give the ranks GPUs with P2P (`nvidia-smi topo -p2p r`) and, in containers, one IPC and pid namespace",
+    ),
+    "probe_failed": Entry(
+        "what rank {rank} stored into this rank's memory did not arrive",
+        "P2P between these two GPUs does not work (IOMMU or ACS settings): see `nvidia-smi topo -p2p r`",
+    ),
+    "triton_mode": Entry(
+        "Triton was imported before fd_fusion in the other mode (TRITON_INTERPRET={need} is needed here)",
+        "set TRITON_INTERPRET={need} for the whole process",
+    ),
+    "workspace_small": Entry(
+        "the workspace needs {need} bytes and may have {got}", "raise workspace_mb in the fusion config"
+    ),
+    "old_gpu": Entry("the GPU is sm_{got}, older than sm_{need}", "use an A100 or newer"),
+    "two_streams": Entry(
+        "two streams used one workspace at once: op {op}, row {row}, epoch {epoch}",
+        "run a bound model from one stream at a time, then call reset() on every rank",
+    ),
+    "aborted": Entry(
+        "another rank ran out of time in a fused call and ended it for the whole group",
+        "see the logs of the other ranks; restart the ranks, or call reset() on every rank",
+    ),
+    "closed": Entry("the workspace is closed", "bind the model again"),
     "qk_stock": Entry(
         "q and k are normalised by the stock formula: backend {backend} on a {device}", "name the triton backend"
     ),

@@ -1,0 +1,238 @@
+"""The triton backend: one kernel of our own over symmetric memory; no FlashInfer, no nvcc, no torch.
+
+On NVIDIA GPUs it is compiled and launched on Paddle or torch tensors; on a CPU the same source runs under Triton's
+interpreter, each rank a process. Everything that a call needs beside its tensors is fixed at open.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+from fd_fusion import runtime_triton
+from fd_fusion.comm.cuda_ipc import CudaIpc
+from fd_fusion.comm.group import Group
+from fd_fusion.comm.posix_shm import PosixShm
+from fd_fusion.comm.symmetric_memory import Maker, attempt, settle
+from fd_fusion.comm.workspace import Layout, Workspace, open_workspace
+from fd_fusion.kernels import plan as plans
+from fd_fusion.reasons import FusionTimeout, Reason, because
+from fd_fusion.tuning import Facts, row_limit
+
+_CPU_PROGRAMS = 4  # rows in flight under the interpreter, where programs run one after another anyway
+_LOCAL_BYTES = 4096  # of a workspace, more than its local memory takes beside the slots
+_ANY_ADDRESS = 1 << 40  # what a kernel is compiled for: an int64; nothing is specialized on its value
+
+
+def supports(facts: Facts) -> Reason | None:
+    """Whether this rank can try. Imports nothing and allocates nothing."""
+    if importlib.util.find_spec("triton") is None:
+        return because("no_triton", detail="it is not installed")
+    if facts.size not in plans.SIZES:
+        return because("world_size", got=facts.size, allowed=f"{plans.SIZES[0]} to {plans.SIZES[-1]}")
+    for dtype in (facts.dtype, facts.weight_dtype):
+        if dtype not in plans.DTYPE_BYTES:
+            return because("dtype", got=dtype, allowed=", ".join(plans.DTYPE_BYTES))
+    if facts.hidden_size * plans.DTYPE_BYTES[facts.dtype] % 16:
+        return because("hidden_size", got=facts.hidden_size, need="a whole number of 16-byte units")
+    if facts.device == "gpu" and (facts.arch or 0) < 80:
+        return because("old_gpu", got=facts.arch, need=80)
+    plan = _plan(facts)
+    if plans.most_programs(plan, workspace_bytes=facts.workspace_bytes - _LOCAL_BYTES, multiprocessors=1) < 1:
+        need = plans.symmetric_bytes(plan, 1) + _LOCAL_BYTES
+        return because("workspace_small", need=need, got=facts.workspace_bytes)
+    return None
+
+
+def open(facts: Facts, group: Group) -> Opened:
+    """Collective: import, compile, open the workspace, run once. On all ranks or on none.
+
+    Raises: FusionError: on all ranks alike, naming the first rank that refused and why.
+    """
+    with runtime_triton.interpreting(facts.device):
+        opened, refusal = attempt(lambda: Opened(facts, group))
+        settle(group, "triton", refusal, None, facts.timeout_s)
+        try:
+            opened._open()
+        except BaseException:
+            opened.close()
+            raise
+    return opened
+
+
+class Opened:
+    """One workspace and its kernels. `limit`: the most rows T of a call, None for any number."""
+
+    def __init__(self, facts: Facts, group: Group):
+        """The local half of `open`: import and compile, no vote and no memory."""
+        self.limit = row_limit(facts)
+        self._facts, self._group, self._plan = facts, group, _plan(facts)
+        runtime_triton.require_mode(facts.device)
+        self._maker: Maker = CudaIpc() if facts.device == "gpu" else PosixShm()
+        room = _CPU_PROGRAMS if facts.device == "cpu" else self._maker.multiprocessors()
+        slots = facts.workspace_bytes - _LOCAL_BYTES
+        self.programs = plans.most_programs(self._plan, workspace_bytes=slots, multiprocessors=room)
+        self._kernels = self._compile()
+        word = _ANY_ADDRESS, _ANY_ADDRESS
+        store = runtime_triton.load_kernel("probe", "store_word")
+        self._store_word = runtime_triton.prepare(store, word, {}, facts.device)
+        self._framework = runtime_triton.framework()
+        self._empty_like = self._framework.empty_like
+        self._two_shot_rows = self._plan.two_shot_rows or 1 << 62
+        self._calls = itertools.count()
+        self._workspace: Workspace | None = None
+
+    @property
+    def bytes(self) -> int:
+        return self._workspace.bytes
+
+    def finish(self, partial, residual, weight, eps, weight_offset):
+        """The formula of `reference.all_reduce_rms_norm` in one kernel, with the same bits for every T.
+
+        Args:
+            partial: this rank's partial sums, [T, H]. residual: [T, H] or None. weight: [H].
+        Returns: (norm_out, residual_out), [T, H], new tensors. If a rank is missing: NaN, and `check` raises.
+        Raises: ValueError: another shape than the one this was opened for. FusionTimeout: on a CPU, at once.
+        """
+        rows, hidden = partial.shape
+        if hidden != self._facts.hidden_size or (residual is not None and residual.shape != partial.shape):
+            got = [None if tensor is None else list(tensor.shape) for tensor in (partial, residual)]
+            raise ValueError(f"opened for rows of {self._facts.hidden_size}, got partial {got[0]}, residual {got[1]}")
+        norm_out, residual_out = self._empty_like(partial), self._empty_like(partial)
+        if rows:
+            self._launch(partial, residual, weight, norm_out, residual_out, rows, eps, weight_offset)
+        return norm_out, residual_out
+
+    def check(self) -> None:
+        """Raises: FusionTimeout: a call ran out of time, here or on another rank. Call it before publishing."""
+        self._workspace.check()
+
+    def freeze(self) -> None:
+        """From now on nothing allocates, and a call waits `timeout_s`, not ten times as long."""
+        self._workspace.freeze()
+
+    def reset(self) -> None:
+        """Collective: go on after a FusionTimeout, on all ranks or on none. Raises FusionError."""
+        self._workspace.reset()
+
+    def stats(self) -> dict[str, Any]:
+        plan, workspace = self._plan, self._workspace
+        return {
+            "bytes": workspace.bytes,
+            "programs": self.programs,
+            "split": plan.split,
+            "num_warps": plan.num_warps,
+            "two_shot_rows": plan.two_shot_rows,
+            "generation": workspace.generation,
+            "frozen": workspace.frozen,
+        }
+
+    def close(self) -> None:
+        """Give the memory back; may be repeated, and waits no more than seconds for the other ranks."""
+        if self._workspace is not None:
+            self._workspace.close()
+
+    def _launch(self, partial, residual, weight, norm_out, residual_out, rows, eps, weight_offset):
+        """One launch on the current stream. `op` on the error page is the number of the call, or of its capture."""
+        partial, weight = _ready(partial), _ready(weight)
+        bare = residual is None
+        residual = partial if bare else _ready(residual)  # without one its address is not read
+        programs = (rows if rows < self.programs else self.programs) * self._plan.split
+        self._kernels[rows >= self._two_shot_rows, bare](
+            programs,
+            partial.data_ptr(),
+            residual.data_ptr(),
+            weight.data_ptr(),
+            norm_out.data_ptr(),
+            residual_out.data_ptr(),
+            *self._own,
+            rows,
+            self._group.rank,
+            next(self._calls) & 0xFFFFFF,
+            eps,
+            weight_offset,
+        )
+        if self._facts.device == "cpu" and (reason := self._workspace.error()) is not None:
+            raise FusionTimeout(reason)
+
+    def _compile(self) -> dict[tuple[bool, bool], Callable[..., None]]:
+        """By (two-shot, without residual). Nothing is specialized on a value, so each is right for all calls."""
+        kernel = runtime_triton.load_kernel("all_reduce_rms_norm", "all_reduce_rms_norm")
+        like = (*(_ANY_ADDRESS,) * 7, 2, 0, 0, 1e-5, 0.0)
+        options = {"weight_dtype": self._facts.weight_dtype}
+        return {
+            (two_shot, bare): runtime_triton.prepare(
+                kernel,
+                like,
+                plans.constants(self._plan, has_residual=not bare, two_shot=two_shot, **options),
+                self._facts.device,
+            )
+            for two_shot in {False, self._plan.two_shot_rows is not None or self._facts.device == "cpu"}
+            for bare in (False, True)
+        }
+
+    def _push(self, addresses: tuple[int, ...], value: int) -> None:
+        """The proof's store: `symmetric_memory.Push`."""
+        for address in addresses:
+            self._store_word(1, address, value)
+
+    def _open(self) -> None:
+        """The collective half of `open`."""
+        timeout_s = self._facts.timeout_s
+        layout = _layout(self._plan, self.programs)
+        self._workspace = open_workspace(self._group, layout, self._maker, self._push, timeout_s=timeout_s)
+        self._own = self._workspace.local, self._workspace.memory.own
+        _, refusal = attempt(self._run_once)
+        settle(self._group, "ran", refusal, None, timeout_s)
+
+    def _run_once(self) -> None:
+        """Run every kernel that can be chosen: a first launch may allocate."""
+        facts, here = self._facts, self._framework
+        place = {"device": "cuda"} if here.__name__ == "torch" else {}
+        weight = here.ones([facts.hidden_size], dtype=getattr(here, facts.weight_dtype), **place)
+        for rows in sorted({1, self._plan.two_shot_rows or 1}) if facts.device == "gpu" else [1]:
+            x = here.ones([rows, facts.hidden_size], dtype=getattr(here, facts.dtype), **place)
+            for residual in (x, None):
+                self.finish(x, residual, weight, 1e-5, 0.0)
+        self._maker.synchronize()
+        self.check()
+
+
+def _plan(facts: Facts) -> plans.Plan:
+    return plans.plan_for(facts.size, facts.hidden_size, facts.dtype, interpreted=facts.device == "cpu")
+
+
+def _layout(plan: plans.Plan, programs: int) -> Layout:
+    return Layout(
+        control_bytes=plans.CONTROL_BYTES,
+        symmetric_bytes=plans.symmetric_bytes(plan, programs),
+        fill=plans.SLOT_FILL,
+        local_bytes=plans.local_bytes(plan, programs),
+        local_words=lambda limit, page, addresses: plans.local_words(
+            plan, programs, limit=limit, error_page=page, addresses=addresses
+        ),
+        page_bytes=plans.ERROR_PAGE_BYTES,
+        read_error=_read_error,
+    )
+
+
+def _read_error(words: list[int]) -> Reason | None:
+    """The error page as a reason."""
+    error = plans.read_error_page(words)
+    if error is None:
+        return None
+    where = {name: error[name] for name in ("op", "row", "epoch")}
+    if error["code"] == plans.TWO_STREAMS:
+        return because("two_streams", **where)
+    if error["code"] == plans.TOLD:
+        return because("aborted")
+    return because("dead_group", **where, missing=", ".join(map(str, error["missing"])) or "unknown")
+
+
+def _ready(tensor: Any) -> Any:
+    """The tensor as the kernel reads it: contiguous and on a 16-byte boundary. A copy where it is not."""
+    if tensor.is_contiguous() and not tensor.data_ptr() & 15:
+        return tensor
+    return tensor.contiguous().clone()

@@ -1,0 +1,154 @@
+"""`python -m fd_fusion bench all-reduce`: the fused all-reduce kernel against FlashInfer's, on one GPU.
+
+N virtual ranks in one CUDA graph (`virtual_ranks.py`), bf16, each N in a child process with a limit on its time.
+Every cell is checked against fp64 before it is timed; then the graphs of all kernels take turns, and the median of
+the replays counts. `us` is a call behind another one, `flushed_us` a call behind a write that has emptied L2.
+The exchange runs through L2: `wire_us` says what a rank's pushes would take at 400 GB/s a direction.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+HIDDEN = (2880, 4096, 5120, 6144, 7168, 8192)
+WIRE_GBPS = 400
+MOST_ROWS = 64  # of all ranks together: more programs than that do not run at once, and would wait for ever
+TWO_SHOT = ((4, 16, 4096), (4, 16, 8192), (8, 16, 4096), (8, 16, 8192))  # N, T, H
+NODES = 96  # kernels in a graph; with 120 of them eight streams did not all start
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--sizes", default="2,4,8", help="numbers of ranks, comma separated")
+    parser.add_argument("--rows", default="1,2,4,8,16", help="T, comma separated")
+    parser.add_argument("--flashinfer", nargs="*", default=[], help="builds of FlashInfer's trtllm_comm.so")
+    parser.add_argument("--output", type=Path, help="write the measured numbers to this JSON file")
+    parser.add_argument("--limit_s", type=int, default=120, help="time for one N")
+    parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.child:
+        _measure(args)
+        return 0
+    env = {**os.environ, "CUDA_MODULE_LOADING": "EAGER", "CUDA_DEVICE_MAX_CONNECTIONS": "32"}
+    result: dict[str, Any] = {"command": "python -m fd_fusion " + " ".join(sys.argv[1:]), "cells": []}
+    for size in args.sizes.split(","):
+        with tempfile.NamedTemporaryFile("r") as lines:
+            command = [sys.executable, "-m", "fd_fusion.cli.bench_all_reduce", "--child", size, "--rows", args.rows]
+            command += ["--output", lines.name, "--flashinfer", *args.flashinfer]
+            try:
+                status = subprocess.run(command, env=env, timeout=args.limit_s).returncode
+            except subprocess.TimeoutExpired:
+                status = "killed: it ran out of time"
+            if status:
+                result.setdefault("failed", {})[size] = status
+            for line in map(json.loads, lines):
+                result.update(line) if "device" in line else result["cells"].append(line)
+    result["geomean_ratio"] = {size: geomean(result["cells"], int(size)) for size in args.sizes.split(",")}
+    if args.output:
+        args.output.write_text(json.dumps(result, indent=1) + "\n")
+    print(table(result))
+    return 1 if "failed" in result else 0
+
+
+def geomean(cells: list[dict], size: int) -> float | None:
+    """Of the ratio to FlashInfer's one-shot, over the one-shot cells of N = size."""
+    logs = [math.log(c["ratio"]) for c in cells if c["N"] == size and "ratio" in c]
+    return round(math.exp(sum(logs) / len(logs)), 3) if logs else None
+
+
+def table(result: dict[str, Any]) -> str:
+    """The cells as a Markdown table."""
+    lines = ["| N | T | H | kernel | us | flushed us | wire us | ratio |", "|---|---|---|---|---|---|---|---|"]
+    for cell in result["cells"]:
+        for name, got in cell["kernels"].items():
+            ratio = cell.get("ratio", "") if name == "triton" else ""
+            row = [
+                cell["N"],
+                cell["T"],
+                cell["H"],
+                name,
+                got.get("us", "-"),
+                got.get("flushed_us", "-"),
+                got["wire_us"],
+            ]
+            lines.append("| " + " | ".join(map(str, [*row, ratio])) + " |")
+    return "\n".join([*lines, f"geometric means of the ratio by N: {result['geomean_ratio']}"])
+
+
+def pushed_bytes(size: int, rows: int, hidden_size: int, two_shot: bool, flashinfer: bool) -> int:
+    """Bytes that a rank pushes to others in a call. Two-shot: to the owners and, from them, one or two rows."""
+    row = hidden_size * 2
+    if not two_shot:
+        return (size - 1) * rows * row
+    return (2 if flashinfer else 3) * (size - 1) * rows * row // size
+
+
+def _measure(args: argparse.Namespace) -> None:
+    """One N: append a line of JSON for each cell, so that what was measured outlives a kill."""
+    from fd_fusion.cli.timing import provenance
+
+    rows = [int(rows) for rows in args.rows.split(",") if int(rows) * args.child <= MOST_ROWS]
+    cells = [(rows, hidden, False) for rows in rows for hidden in HIDDEN]
+    cells += [(rows, hidden, True) for size, rows, hidden in TWO_SHOT if size == args.child]
+    with args.output.open("w") as lines:
+        print(json.dumps(provenance()), file=lines, flush=True)
+        for rows, hidden, both in cells:
+            print(json.dumps(_cell(args.child, rows, hidden, both, args.flashinfer)), file=lines, flush=True)
+
+
+def _cell(size: int, rows: int, hidden: int, both: bool, libraries: list[str]) -> dict[str, Any]:
+    """Every kernel that can do this cell, one-shot, and with `both` two-shot too."""
+    import torch
+
+    from fd_fusion.cli.virtual_ranks import Case, FlashInferRanks, VirtualRanks, capture, interleaved_us
+    from fd_fusion.kernels.plan import plan_for
+
+    plan = plan_for(size, hidden, "bfloat16")
+    case = Case(size, rows, hidden, "bfloat16", seed=rows)
+    launches, kernels = {}, {}
+    for two_shot in (False, True) if both else (False,):
+        made = {"triton": VirtualRanks(plan, min(rows, MOST_ROWS // size))}
+        for library in libraries:
+            if not (two_shot and "0_6" in library):  # its two-shot races
+                made[f"flashinfer {Path(library).stem[12:]}"] = FlashInferRanks(
+                    library, size, rows, hidden, "bfloat16"
+                )
+        for name, ranks in made.items():
+            key = name + " two-shot" * two_shot
+            bytes_ = pushed_bytes(size, rows, hidden, two_shot, name != "triton")
+            kernels[key] = {"pushed_bytes": bytes_, "wire_us": round(bytes_ / WIRE_GBPS / 1e3, 3)}
+            launch = ranks.prepare(case, two_shot)
+            capture(size, [launch]).replay()
+            torch.cuda.synchronize()
+            kernels[key]["errors"] = [float(f"{error:.2e}") for error in case.errors()]
+            if max(kernels[key]["errors"]) < 0.01:  # FlashInfer rounds the sum first; a wrong kernel is far off
+                launches[key] = launch
+    flush = torch.empty(16 << 20, dtype=torch.int32, device="cuda")
+    calls = NODES // size // (2 if both else 1)
+    times = interleaved_us([capture(size, [one] * calls) for one in launches.values()], calls)
+    flushed = [lambda rank: None, *launches.values()]
+    flushed_times = interleaved_us([capture(size, [one] * 4, flush) for one in flushed], 4)
+    for key, us, flushed_us in zip(launches, times, flushed_times[1:]):
+        kernels[key] |= {"us": round(us, 3), "flushed_us": round(flushed_us - flushed_times[0], 3)}
+    cell = {"N": size, "T": rows, "H": hidden, "plan": [plan.split, plan.num_warps], "kernels": kernels}
+    rivals = [
+        got["us"] for key, got in kernels.items() if key.startswith("flash") and "us" in got and "two" not in key
+    ]
+    if rivals and not both and "triton" in launches:
+        cell["ratio"] = round(kernels["triton"]["us"] / min(rivals), 3)
+    return cell
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    sys.exit(run(parser.parse_args()))

@@ -1,0 +1,153 @@
+"""A maker of symmetric memory for GPU ranks: CUDA IPC, by the driver API alone.
+
+The driver library is called through ctypes: a dozen functions with stable names, where the `cuda-bindings`
+package would be one more thing to install beside the host (whose only install command is `pip install
+--no-deps .`). The memory is our own `cuMemAlloc`, never a framework's pool: pools sub-allocate, or use
+virtual memory that has no handle of this kind. Every call runs in the context that was current when the maker
+was made, so `close` works from any thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+from collections.abc import Iterator
+from typing import Any
+
+_BLOCK = 2 << 20  # smaller allocations share a block, and a handle exports the whole block
+_MULTIPROCESSOR_COUNT = 16  # CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
+_NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING
+_PEER_ACCESS = 1  # CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS
+_PORTABLE_MAPPED = 3  # CU_MEMHOSTALLOC_PORTABLE | CU_MEMHOSTALLOC_DEVICEMAP
+
+
+class CudaError(RuntimeError):
+    """A call of the CUDA driver failed: its name and the driver's name for the error."""
+
+
+class _IpcHandle(ctypes.Structure):
+    _fields_ = [("reserved", ctypes.c_char * 64)]
+
+
+class CudaIpc:
+    """Allocates, exports and opens device memory in the calling thread's current context."""
+
+    handle_bytes = ctypes.sizeof(_IpcHandle)
+    free_waits_for_peers = True
+
+    def __init__(self) -> None:
+        try:
+            self._lib = ctypes.CDLL("libcuda.so.1")
+        except OSError as error:
+            raise CudaError(f"the CUDA driver cannot be loaded: {error}") from error
+        self._context, self._stream = ctypes.c_void_p(), ctypes.c_void_p()
+        self._call("cuInit", 0)
+        self._call("cuCtxGetCurrent", ctypes.byref(self._context))
+        if not self._context:
+            raise CudaError("no CUDA context is current: put a tensor on the GPU first")
+
+    def identity(self) -> dict[str, Any]:
+        """What tells peers which GPU and process this is. Ordinals mean nothing across processes."""
+        device, gpu, part = ctypes.c_int(), ctypes.create_string_buffer(16), ctypes.create_string_buffer(16)
+        with self._current():
+            self._call("cuCtxGetDevice", ctypes.byref(device))
+            self._call("cuDeviceGetUuid", gpu, device)
+            self._call("cuDeviceGetUuid_v2", part, device)  # of the MIG instance, if this is one
+        return {"device": gpu.raw.hex(), "mig": gpu.raw != part.raw}
+
+    def multiprocessors(self) -> int:
+        device, count = ctypes.c_int(), ctypes.c_int()
+        with self._current():
+            self._call("cuCtxGetDevice", ctypes.byref(device))
+            self._call("cuDeviceGetAttribute", ctypes.byref(count), _MULTIPROCESSOR_COUNT, device)
+        return count.value
+
+    def allocate(self, nbytes: int) -> tuple[int, bytes]:
+        """New device memory, not cleared: its address here, and the handle by which peers open it."""
+        address, handle = ctypes.c_uint64(), _IpcHandle()
+        with self._current():
+            self._call("cuMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(-(-nbytes // _BLOCK) * _BLOCK))
+            try:
+                self._call("cuIpcGetMemHandle", ctypes.byref(handle), address)
+            except CudaError:
+                self._call("cuMemFree_v2", address)
+                raise
+        return address.value, bytes(handle)
+
+    def open(self, handle: bytes, nbytes: int) -> int:
+        """Map a peer's memory, with access over NVLink or PCIe where it lies on another GPU."""
+        address = ctypes.c_uint64()
+        with self._current():
+            got = _IpcHandle.from_buffer_copy(handle)
+            self._call("cuIpcOpenMemHandle_v2", ctypes.byref(address), got, _PEER_ACCESS)
+        return address.value
+
+    def opened_everywhere(self) -> None:
+        """Handles have no name to remove."""
+
+    def close(self, address: int) -> None:
+        with self._current():
+            self._call("cuIpcCloseMemHandle", ctypes.c_uint64(address))
+
+    def free(self, address: int) -> None:
+        with self._current():
+            self._call("cuMemFree_v2", ctypes.c_uint64(address))
+
+    def read(self, address: int, nbytes: int) -> bytes:
+        """On a stream of its own, so that it waits for nobody's kernels."""
+        data = ctypes.create_string_buffer(nbytes)
+        with self._current():
+            if not self._stream:
+                self._call("cuStreamCreate", ctypes.byref(self._stream), _NON_BLOCKING)
+            where, size = ctypes.c_uint64(address), ctypes.c_size_t(nbytes)
+            self._call("cuMemcpyDtoHAsync_v2", data, where, size, self._stream)
+            self._call("cuStreamSynchronize", self._stream)
+        return data.raw
+
+    def write(self, address: int, data: bytes) -> None:
+        with self._current():
+            self._call("cuMemcpyHtoD_v2", ctypes.c_uint64(address), data, ctypes.c_size_t(len(data)))
+
+    def fill(self, address: int, nbytes: int, byte: int = 0) -> None:
+        with self._current():
+            self._call("cuMemsetD8_v2", ctypes.c_uint64(address), ctypes.c_ubyte(byte), ctypes.c_size_t(nbytes))
+
+    def synchronize(self) -> None:
+        with self._current():
+            self._call("cuCtxSynchronize")
+
+    def host_page(self, nbytes: int) -> tuple[int, int]:
+        """Pinned host memory that a kernel can write: its address for the host, and for the kernel."""
+        host, device = ctypes.c_void_p(), ctypes.c_uint64()
+        with self._current():
+            self._call("cuMemHostAlloc", ctypes.byref(host), ctypes.c_size_t(nbytes), _PORTABLE_MAPPED)
+            self._call("cuMemHostGetDevicePointer_v2", ctypes.byref(device), host, 0)
+        ctypes.memset(host, 0, nbytes)
+        return host.value, device.value
+
+    def free_host_page(self, address: int) -> None:
+        with self._current():
+            self._call("cuMemFreeHost", ctypes.c_void_p(address))
+
+    @contextlib.contextmanager
+    def _current(self) -> Iterator[None]:
+        self._call("cuCtxPushCurrent_v2", self._context)
+        try:
+            yield
+        finally:
+            self._call("cuCtxPopCurrent_v2", ctypes.byref(ctypes.c_void_p()))
+
+    def _call(self, name: str, *args: Any) -> None:
+        code = getattr(self._lib, name)(*args)
+        if code:
+            text = ctypes.c_char_p()
+            self._lib.cuGetErrorName(code, ctypes.byref(text))
+            raise CudaError(f"{name}: {(text.value or str(code).encode()).decode()}")
+
+
+def process_identity() -> dict[str, Any]:
+    """The machine's boot, this process and its pid namespace: ranks share the first, not the second."""
+    with open("/proc/sys/kernel/random/boot_id") as file:
+        boot = file.read().strip()
+    return {"boot": boot, "pid": os.getpid(), "pid_namespace": os.readlink("/proc/self/ns/pid")}

@@ -1,0 +1,124 @@
+"""A maker of symmetric memory for CPU ranks: one POSIX shared-memory segment a rank.
+
+A segment has a random name, belongs to its user alone, is really allocated (so a full /dev/shm is an error at
+open and not a SIGBUS in a kernel), and loses its name as soon as every rank has mapped it. Until then its
+creator holds a lock on it; a named segment without a lock was left by a run that crashed, and the next run
+removes it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import mmap
+import os
+import secrets
+import stat
+import time
+from pathlib import Path
+from typing import Any
+
+FOLDER = Path("/dev/shm")
+_PREFIX = "fd_fusion-"
+_YOUNG_S = 60  # a segment younger than this may still be on its way to being locked
+
+
+class PosixShm:
+    """Allocates, maps and unmaps segments of this process. Addresses are plain integers."""
+
+    handle_bytes = 16
+    free_waits_for_peers = False  # each process has its own mapping
+
+    def __init__(self) -> None:
+        self._maps: dict[int, mmap.mmap] = {}
+        self._names: list[tuple[Path, int]] = []  # own segments that still have a name, and their descriptors
+
+    def identity(self) -> dict[str, Any]:
+        return {"device": "cpu"}
+
+    def allocate(self, nbytes: int) -> tuple[int, bytes]:
+        """A new zeroed segment: its address here, and the handle by which peers map it. Raises OSError."""
+        _remove_stale()
+        token = secrets.token_bytes(self.handle_bytes)
+        path = _path(token)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        self._names.append((path, fd))
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            os.posix_fallocate(fd, 0, nbytes)
+            return self._map(fd, nbytes), token
+        except OSError:
+            self.opened_everywhere()
+            raise
+
+    def open(self, handle: bytes, nbytes: int) -> int:
+        """Map a peer's segment. Raises OSError."""
+        fd = os.open(_path(handle), os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            found = os.fstat(fd)
+            if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid() or found.st_size != nbytes:
+                raise OSError("the peer's segment is not the one that it announced")
+            return self._map(fd, nbytes)
+        finally:
+            os.close(fd)
+
+    def opened_everywhere(self) -> None:
+        """Nobody needs the names any more: remove them, so that nothing is left whatever happens next."""
+        for path, fd in self._names:
+            with contextlib.suppress(FileNotFoundError):
+                path.unlink()
+            os.close(fd)
+        self._names.clear()
+
+    def close(self, address: int) -> None:
+        self._maps.pop(address).close()
+
+    def free(self, address: int) -> None:
+        self.opened_everywhere()
+        self.close(address)
+
+    def read(self, address: int, nbytes: int) -> bytes:
+        return ctypes.string_at(address, nbytes)
+
+    def write(self, address: int, data: bytes) -> None:
+        ctypes.memmove(address, data, len(data))
+
+    def fill(self, address: int, nbytes: int, byte: int = 0) -> None:
+        ctypes.memset(address, byte, nbytes)
+
+    def synchronize(self) -> None:
+        """Nothing runs in the background under the interpreter."""
+
+    def host_page(self, nbytes: int) -> tuple[int, int]:
+        """A page for errors: its address for the host and its address for the kernel, here the same."""
+        address = self._map(-1, nbytes)
+        return address, address
+
+    def free_host_page(self, address: int) -> None:
+        self.close(address)
+
+    def _map(self, fd: int, nbytes: int) -> int:
+        mapped = mmap.mmap(fd, nbytes)
+        address = ctypes.addressof(ctypes.c_char.from_buffer(mapped))
+        self._maps[address] = mapped
+        return address
+
+
+def _path(token: bytes) -> Path:
+    return FOLDER / f"{_PREFIX}{token.hex()}"
+
+
+def _remove_stale() -> None:
+    """Remove segments of this user that still have a name and whose creator is gone."""
+    for path in FOLDER.glob(f"{_PREFIX}*"):
+        with contextlib.suppress(OSError):  # another rank removes it too, or it is somebody else's
+            found = path.lstat()
+            if found.st_uid != os.geteuid() or time.time() - found.st_ctime < _YOUNG_S:
+                continue
+            fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink()
+            finally:
+                os.close(fd)

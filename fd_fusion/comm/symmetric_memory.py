@@ -1,0 +1,224 @@
+"""One buffer a rank that every rank of the group can address: opened together, proven, closed in order.
+
+`open_symmetric_memory` is collective and ends the same way on all ranks: everybody has it, or everybody
+raises the same reason. What a driver says about reachability is not believed; before the memory is handed
+out, every rank has stored words into every peer with the kernel's own store, and every peer has found them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+import time
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from fd_fusion.comm.cuda_ipc import process_identity
+from fd_fusion.comm.group import Group, Verdict, Vote, agree
+from fd_fusion.reasons import FusionError, Reason, because
+
+CLOSE_TIMEOUT_S = 5.0  # how long an orderly close waits for the other ranks
+_PROOF_BYTES = 16  # what one rank stores into each peer in the proof
+
+Push = Callable[[tuple[int, ...], int], None]
+"""Store an int64 value, twice, at each of these 16-byte aligned addresses, as the kernel stores its words."""
+
+
+class Maker(Protocol):
+    """Where the memory comes from: `cuda_ipc.CudaIpc` or `posix_shm.PosixShm`."""
+
+    handle_bytes: int
+    free_waits_for_peers: bool  # memory that a peer has mapped must not be freed
+
+    def identity(self) -> dict[str, Any]: ...
+    def allocate(self, nbytes: int) -> tuple[int, bytes]: ...
+    def open(self, handle: bytes, nbytes: int) -> int: ...
+    def opened_everywhere(self) -> None: ...
+    def close(self, address: int) -> None: ...
+    def free(self, address: int) -> None: ...
+    def read(self, address: int, nbytes: int) -> bytes: ...
+    def write(self, address: int, data: bytes) -> None: ...
+    def fill(self, address: int, nbytes: int, byte: int = 0) -> None: ...
+    def synchronize(self) -> None: ...
+    def host_page(self, nbytes: int) -> tuple[int, int]: ...
+    def free_host_page(self, address: int) -> None: ...
+
+
+class SymmetricMemory:
+    """`addresses[p]` is where this process reaches rank p's buffer of `nbytes`; `own` is its own."""
+
+    def __init__(self, group: Group, maker: Maker, nbytes: int, nonce: str):
+        self.group, self.maker, self.nbytes, self.nonce = group, maker, nbytes, nonce
+        self._mapped: dict[int, int] = {}  # rank -> address, what is still to be given back
+        self.addresses: tuple[int, ...] = ()
+
+    @property
+    def own(self) -> int:
+        return self.addresses[self.group.rank]
+
+    def close(self, *, wait: bool = True) -> bool:
+        """Give everything back; may be repeated. Device memory goes in the driver's order: all ranks finish
+        their work, unmap their peers, and only then free what they own.
+
+        With `wait` false, or when a peer is gone, device memory is left to the end of the process:
+        nothing else can be waited for, and a running kernel may still reach it. Returns whether
+        everything was given back.
+        """
+        if not self._mapped:
+            return True
+        orderly = self.maker.free_waits_for_peers
+        own = self._mapped.pop(self.group.rank, None)
+        peers, self._mapped = list(self._mapped.values()), {}
+        if orderly and not (wait and self._barrier("closing") and _quietly(self.maker.synchronize)):
+            return False
+        failed = [address for address in peers if not _quietly(self.maker.close, address)]
+        if orderly and (failed or not self._barrier("unmapped")):
+            return False
+        return not failed and (own is None or _quietly(self.maker.free, own))
+
+    def _barrier(self, step: str) -> bool:
+        return barrier(self.group, f"{self.nonce}/{step}", CLOSE_TIMEOUT_S)
+
+
+def open_symmetric_memory(
+    group: Group, nbytes: int, maker: Maker, push: Push, *, timeout_s: float
+) -> SymmetricMemory:
+    """Collective: give every rank a zeroed buffer of `nbytes` that all ranks of the group can address.
+
+    Args:
+        push: launches the kernel's own store; used for the proof alone.
+        timeout_s: how long a silent rank is waited for at each step.
+    Raises: FusionError: on all ranks alike, with the reason of the first rank that refused.
+    """
+    identity = {**process_identity(), **maker.identity(), "nbytes": nbytes, "salt": secrets.token_hex(8)}
+    ranks = settle(group, "identity", None, identity, timeout_s)
+    if refusal := _unreachable(ranks, group):
+        raise FusionError(refusal)
+    nonce = hashlib.sha256("".join(r["salt"] for r in ranks).encode()).hexdigest()[:16]
+    memory = SymmetricMemory(group, maker, nbytes, nonce)
+    try:
+        handles = _allocate(memory, timeout_s)
+        _map(memory, handles, timeout_s)
+        _prove(memory, push, timeout_s)
+    except BaseException:
+        memory.close(wait=False)
+        raise
+    return memory
+
+
+def barrier(group: Group, name: str, timeout_s: float) -> bool:
+    """Wait for all ranks to arrive at `name`, used once. False when one did not, or the store is gone."""
+    key, deadline = f"fd_fusion/{group.name}/barrier/{name}", time.monotonic() + timeout_s
+    try:
+        here = group.store.add(key, 1)
+        while here < group.size:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.002)
+            here = group.store.add(key, 0)
+    except Exception:  # each store has its own errors; whatever it was, nobody can be waited for through it
+        return False
+    return True
+
+
+def attempt(action: Callable[[], Any]) -> tuple[Any, Reason | None]:
+    """Run a local step whose failure must be voted on, not raised: (result, None) or (None, reason)."""
+    try:
+        return action(), None
+    except FusionError as error:
+        return None, error.reason
+    except Exception as error:  # recorded: it becomes this rank's refusal, and every rank raises it
+        return None, because("open_failed", error=f"{type(error).__name__}: {error}")
+
+
+def settle(group: Group, topic: str, refusal: Reason | None, data: Any, timeout_s: float) -> tuple[Any, ...]:
+    """One vote of the opening: the data of all ranks, or the same FusionError on all."""
+    verdict: Verdict = agree(group, topic, Vote(refusal, data), timeout_s=timeout_s)
+    if not verdict.ok:
+        raise FusionError(verdict.reason)
+    return verdict.data
+
+
+def _unreachable(ranks: tuple[dict[str, Any], ...], group: Group) -> Reason | None:
+    """Why these processes cannot share memory. Computed from the same facts on every rank."""
+    for rank, one in enumerate(ranks):
+        if one["boot"] != ranks[0]["boot"]:
+            return because("other_machine", first=0, second=rank)
+        if one.get("mig"):
+            return because("mig", rank=rank)
+        if one["nbytes"] != ranks[0]["nbytes"]:
+            return because("structure_differs", rank=rank, detail=f"{one['nbytes']} bytes of workspace")
+        for other in range(rank):
+            if one["pid"] == ranks[other]["pid"]:  # the driver tells a process from its peers by pid
+                return because("same_pid", first=other, second=rank, pid=one["pid"])
+    return None
+
+
+def _allocate(memory: SymmetricMemory, timeout_s: float) -> list[bytes]:
+    """Allocate and clear the own buffer, gather everybody's handles."""
+    group, maker = memory.group, memory.maker
+
+    def allocate() -> str:
+        memory._mapped[group.rank], handle = maker.allocate(memory.nbytes)
+        maker.fill(memory._mapped[group.rank], memory.nbytes)
+        maker.synchronize()
+        return handle.hex()
+
+    handle, refusal = attempt(allocate)
+    ranks = settle(group, "handle", refusal, {"handle": handle, "nonce": memory.nonce}, timeout_s)
+    for rank, one in enumerate(ranks):
+        if one["nonce"] != memory.nonce:
+            raise FusionError(because("structure_differs", rank=rank, detail="its handle belongs to another opening"))
+    handles = [bytes.fromhex(one["handle"]) for one in ranks]
+    assert all(len(handle) == maker.handle_bytes for handle in handles)
+    return handles
+
+
+def _map(memory: SymmetricMemory, handles: list[bytes], timeout_s: float) -> None:
+    group = memory.group
+
+    def map_peers() -> None:
+        for rank, handle in enumerate(handles):
+            if rank != group.rank:
+                memory._mapped[rank] = memory.maker.open(handle, memory.nbytes)
+        memory.addresses = tuple(memory._mapped[rank] for rank in range(group.size))
+
+    _, refusal = attempt(map_peers)
+    if refusal and refusal.code == "open_failed":
+        refusal = because("no_peer_access", error=dict(refusal.facts)["error"])
+    settle(group, "mapped", refusal, None, timeout_s)
+    memory.maker.opened_everywhere()
+
+
+def _prove(memory: SymmetricMemory, push: Push, timeout_s: float) -> None:
+    """Every rank stores its word into every buffer at [rank]; every rank then finds all words in its own."""
+    group, maker = memory.group, memory.maker
+    base = int(memory.nonce, 16) >> 8
+
+    def store() -> None:
+        push(tuple(address + _PROOF_BYTES * group.rank for address in memory.addresses), base + group.rank)
+        maker.synchronize()
+
+    _, refusal = attempt(store)
+    settle(group, "pushed", refusal, None, timeout_s)
+
+    def verify() -> None:
+        found = maker.read(memory.own, _PROOF_BYTES * group.size)
+        for rank in range(group.size):
+            expected = 2 * (base + rank).to_bytes(8, "little")
+            if found[_PROOF_BYTES * rank : _PROOF_BYTES * (rank + 1)] != expected:
+                raise FusionError(because("probe_failed", rank=rank))
+        maker.fill(memory.own, len(found))
+        maker.synchronize()
+
+    _, refusal = attempt(verify)
+    settle(group, "proven", refusal, None, timeout_s)
+
+
+def _quietly(step: Callable[..., None], *args: int) -> bool:
+    """One step of a close; at exit the driver or the context may be gone already."""
+    try:
+        step(*args)
+    except (OSError, RuntimeError, BufferError):
+        return False
+    return True

@@ -1,0 +1,185 @@
+"""The memory of one fused op: opened together, watched, frozen before capture, reset and closed together.
+
+A workspace belongs to one (group, hidden size, dtype) and to one order of calls. What lies where in it is the
+kernel's business and comes as a `Layout`; this module knows when it is filled, looked at and given back.
+"""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import logging
+import os
+import signal
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from fd_fusion.comm import watcher
+from fd_fusion.comm.group import Group
+from fd_fusion.comm.symmetric_memory import (
+    Maker,
+    Push,
+    SymmetricMemory,
+    attempt,
+    open_symmetric_memory,
+    settle,
+)
+from fd_fusion.reasons import FusionError, FusionTimeout, Reason, because
+
+log = logging.getLogger("fd_fusion")
+WARM_UP = 10  # the limit on waiting before freeze(), in timeouts: a rank may still be compiling
+_open: list[Workspace] = []
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What the kernel wants in memory. All sizes are of one rank."""
+
+    control_bytes: int  # zeroed, at the start of the symmetric memory
+    symmetric_bytes: int  # control page and slots
+    fill: int  # the byte that fills the slots before the first call
+    local_bytes: int  # memory that only the own kernel touches
+    local_words: Callable[
+        [int, int, list[int]], list[int]
+    ]  # (limit in ns, error page, addresses) -> its first content
+    page_bytes: int
+    read_error: Callable[[list[int]], Reason | None]  # what the words of the error page say
+
+
+class Workspace:
+    """Symmetric memory, local memory and an error page. `local` is the address that the kernel takes."""
+
+    def __init__(self, memory: SymmetricMemory, layout: Layout, timeout_s: float):
+        self.memory, self.layout, self.timeout_s = memory, layout, timeout_s
+        self.local = memory.own + _line(layout.symmetric_bytes)
+        self.generation = 0
+        self.frozen = False
+        self.failed = threading.Event()  # set by the watcher; a host may wait for it
+        self.on_timeout: Callable[[Reason], None] | None = None  # called once by the watcher's thread
+        self._pid = os.getpid()
+        self._page, self._page_of_kernel = memory.maker.host_page(layout.page_bytes)
+        self._words = (ctypes.c_int64 * (layout.page_bytes // 8)).from_address(self._page)
+        self._closed = False
+
+    @property
+    def bytes(self) -> int:
+        return self.memory.nbytes
+
+    def error(self) -> Reason | None:
+        """What kernels of this rank wrote on the error page, or None. Cheap: reads host memory."""
+        return self.layout.read_error(self._words[:]) if any(self._words) else None
+
+    def check(self) -> None:
+        """To be called before results leave the process, when the calls that made them have ended.
+
+        Raises: FusionTimeout: a call ran out of time, here or on another rank. A rank that was merely late, and
+        started no call since, has nothing on its page; there the abort word tells.
+        """
+        if self._closed:
+            raise FusionError(because("closed"))
+        reason = self.error()
+        if reason is None and any(self.memory.maker.read(self.memory.own, 4)):
+            reason = self.error() or because("aborted")
+        if reason is not None:
+            raise FusionTimeout(reason)
+
+    def freeze(self) -> None:
+        """From now on a call waits `timeout_s`, and nothing allocates."""
+        self.frozen = True
+        self.memory.maker.write(self.local, self._limit().to_bytes(8, "little"))
+
+    def reset(self) -> None:
+        """Collective: make the workspace usable again after an error, on all ranks or on none.
+
+        Raises: FusionError: a rank is missing; the workspace stays dead.
+        """
+        group, patience = self.memory.group, (1 if self.frozen else WARM_UP) * self.timeout_s
+        _, refusal = attempt(self.memory.maker.synchronize)  # nobody clears what a kernel may still write
+        settle(group, "reset", refusal, None, 2 * patience)
+        _, refusal = attempt(self._fill)
+        settle(group, "cleared", refusal, None, patience)
+        self.generation += 1
+        self._watch()
+
+    def close(self, *, wait: bool = True) -> None:
+        """Give everything back; may be repeated. Waits a few seconds for the other ranks, never longer."""
+        if self._closed or os.getpid() != self._pid:  # a forked child owns nothing of this
+            return
+        self._closed = True
+        watcher.unwatch(self)
+        if self in _open:
+            _open.remove(self)
+        if self.memory.close(wait=wait):  # otherwise a kernel may still write its error
+            self.memory.maker.free_host_page(self._page)
+
+    def _limit(self) -> int:
+        return int((1 if self.frozen else WARM_UP) * self.timeout_s * 1e9)
+
+    def _fill(self) -> None:
+        memory, layout = self.memory, self.layout
+        memory.maker.fill(memory.own, layout.control_bytes)
+        slots = layout.symmetric_bytes - layout.control_bytes
+        memory.maker.fill(memory.own + layout.control_bytes, slots, layout.fill)
+        words = layout.local_words(self._limit(), self._page_of_kernel, list(memory.addresses))
+        memory.maker.write(self.local, b"".join(word.to_bytes(8, "little") for word in words))
+        memory.maker.synchronize()
+        ctypes.memset(self._page, 0, layout.page_bytes)
+        self.failed.clear()
+
+    def _watch(self) -> None:
+        watcher.watch(self, self.error, self._on_error)
+
+    def _on_error(self, reason: Reason) -> None:
+        log.error("rank %d of group %s: %s", self.memory.group.rank, self.memory.group.name, reason)
+        self.failed.set()
+        if self.on_timeout is not None:
+            self.on_timeout(reason)
+
+
+def open_workspace(group: Group, layout: Layout, maker: Maker, push: Push, *, timeout_s: float) -> Workspace:
+    """Collective: allocate, exchange, prove and fill. Before capture; afterwards no address of it moves.
+
+    Raises: FusionError: on all ranks alike.
+    """
+    nbytes = _line(layout.symmetric_bytes) + layout.local_bytes
+    memory = open_symmetric_memory(group, nbytes, maker, push, timeout_s=timeout_s)
+    made, refusal = attempt(lambda: Workspace(memory, layout, timeout_s))
+    if made is not None:
+        _, refusal = attempt(made._fill)
+    try:
+        settle(group, "filled", refusal, None, timeout_s)
+    except FusionError:
+        (made or memory).close()
+        raise
+    _open.append(made)
+    made._watch()
+    return made
+
+
+@atexit.register
+def close_all(*, wait: bool = True) -> None:
+    """Close every workspace of this process, oldest first: the same order on all ranks."""
+    for workspace in list(_open):
+        workspace.close(wait=wait)
+
+
+def close_on_sigterm() -> None:
+    """Close without waiting when the process is told to end, then do what would have been done without us."""
+    before: Any = signal.getsignal(signal.SIGTERM)
+
+    def handle(number: int, frame: Any) -> None:
+        close_all(wait=False)
+        if callable(before):
+            before(number, frame)
+        elif before is not signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+
+    signal.signal(signal.SIGTERM, handle)
+
+
+def _line(nbytes: int) -> int:
+    """Rounded up to whole 128-byte lines."""
+    return -(-nbytes // 128) * 128

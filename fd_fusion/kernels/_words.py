@@ -1,0 +1,80 @@
+"""Rows as 4-byte words: a word holds two halves or one float and travels as it is.
+
+Everything is elementwise on 1-D tensors of one shape, so no layout is ever converted. `ONES`, the word that the
+slots are filled with, means "not yet"; as payload it is a NaN or a pair of them.
+"""
+
+import triton
+import triton.language as tl
+
+ONES = tl.constexpr(0xFFFFFFFF)
+NAN = tl.constexpr(0x7FFF7FFF)  # a word of NaN in bf16, fp16 and fp32 alike
+
+
+@triton.jit
+def at(address, TYPE: tl.constexpr):
+    """A pointer that is known to be 16-byte aligned; the hint counts only after the cast."""
+    return tl.multiple_of(address.to(tl.pointer_type(TYPE)), 16)
+
+
+@triton.jit
+def sendable(word):
+    """The one pattern that cannot be sent becomes another NaN or pair of them."""
+    return tl.where(word == ONES, 0x7FFFFFFF, word)
+
+
+@triton.jit
+def unpack(word, DTYPE: tl.constexpr):
+    """The elements of a word as two fp32 tensors; for fp32 the second is zero and vanishes."""
+    if DTYPE == "float32":
+        a = word.to(tl.float32, bitcast=True)
+        b = tl.zeros_like(a)
+    elif DTYPE == "bfloat16":
+        a = (word << 16).to(tl.float32, bitcast=True)
+        b = (word & 0xFFFF0000).to(tl.float32, bitcast=True)
+    else:
+        a = (word & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+        b = (word >> 16).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+    return a, b
+
+
+@triton.jit
+def _rounded(value, DTYPE: tl.constexpr):
+    """For the interpreter, which truncates to bf16 and keeps the payload of a NaN: the hardware does neither."""
+    bits = value.to(tl.uint32, bitcast=True)
+    if DTYPE == "bfloat16":
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    elif DTYPE == "float16":
+        bits = value.to(tl.float16).to(tl.uint16, bitcast=True).to(tl.uint32)
+    return tl.where(value == value, bits, 0x7FFFFFFF if DTYPE == "float32" else 0x7FFF)
+
+
+@triton.jit
+def pack(a, b, DTYPE: tl.constexpr, INTERPRETED: tl.constexpr):
+    """Two fp32 tensors rounded to nearest even, as words. For halves one instruction, which Triton itself misses."""
+    if INTERPRETED:
+        word = _rounded(a, DTYPE)
+        if DTYPE != "float32":
+            word = word | (_rounded(b, DTYPE) << 16)
+    elif DTYPE == "float32":
+        word = a.to(tl.uint32, bitcast=True)
+    elif DTYPE == "bfloat16":
+        word = tl.inline_asm_elementwise("cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [a, b], tl.uint32, True, 1)
+    else:
+        word = tl.inline_asm_elementwise("cvt.rn.f16x2.f32 $0, $2, $1;", "=r,r,r", [a, b], tl.uint32, True, 1)
+    return word
+
+
+@triton.jit
+def load_weight(address, words, mask, DTYPE: tl.constexpr, WEIGHT_DTYPE: tl.constexpr):
+    """The weights of the elements in these words, whose own dtype is DTYPE, as two fp32 tensors."""
+    if (DTYPE == "float32") == (WEIGHT_DTYPE == "float32"):
+        a, b = unpack(tl.load(at(address, tl.uint32) + words, mask=mask, other=0), WEIGHT_DTYPE)
+    elif DTYPE == "float32":
+        half = tl.load(at(address, tl.uint16) + words, mask=mask, other=0).to(tl.uint32)
+        a, b = unpack(half, WEIGHT_DTYPE)
+    else:
+        both = tl.load(at(address, tl.uint64) + words, mask=mask, other=0)
+        a = both.to(tl.uint32).to(tl.float32, bitcast=True)
+        b = (both >> 32).to(tl.uint32).to(tl.float32, bitcast=True)
+    return a, b

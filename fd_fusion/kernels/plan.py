@@ -1,0 +1,196 @@
+"""The shape of the fused all-reduce kernel's work and memory: plain arithmetic, no Triton.
+
+Everything here is a function of (N, H, dtype) and, for the memory, of the number of programs G: equal on all
+ranks, for every T and on both paths, because the bits of the result depend on it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+SIZES = range(2, 9)
+SLOT_FILL = 0xFF  # the byte that all slots are filled with before the first call and at a reset
+CONTROL_BYTES = 256  # the control page, at the start of every rank's symmetric memory
+PROGRAM_WORDS = 16  # 8-byte words of local memory before the epochs: limit, error page, the addresses of N ranks
+ERROR_PAGE_BYTES = 64
+
+# What the error page says, in its word 0 (bits 0..3). See all_reduce_rms_norm.py.
+TIMED_OUT, TOLD, TWO_STREAMS = 1, 2, 3
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a row of H elements is worked on. `split` programs share a row; each holds one slice of it."""
+
+    size: int
+    hidden_size: int
+    dtype: str
+    split: int
+    num_warps: int
+    two_shot_rows: int | None  # calls of at least so many rows are better served by two-shot; None = never
+    interpreted: bool
+
+    @property
+    def words(self) -> int:
+        """4-byte words in a row."""
+        return self.hidden_size * DTYPE_BYTES[self.dtype] // 4
+
+    @property
+    def slice_words(self) -> int:
+        """Words of a slice, in whole 128-byte lines. The last slice of a row may be shorter."""
+        return -(-self.words // (self.split * 32)) * 32
+
+    @property
+    def units(self) -> int:
+        """16-byte units of a slice that a thread works on, a power of two; masked where the slice is shorter."""
+        return 1 << max(0, -(-self.slice_words // (128 * self.num_warps)) - 1).bit_length()
+
+    @property
+    def program_bytes(self) -> int:
+        """Symmetric memory of one program: two parities of N rows of words, and of the two rows of results."""
+        return 2 * (self.size + 2) * self.slice_words * 4
+
+
+def plan_for(size: int, hidden_size: int, dtype: str, *, interpreted: bool = False) -> Plan:
+    """The plan for N ranks and rows of H elements. Under the interpreter programs run one after another, so
+    there a row is never split.
+
+    Raises: ValueError: N is not in 2..8, the dtype is unknown, or a row is not a whole number of 16-byte units.
+    """
+    if size not in SIZES:
+        raise ValueError(f"the all-reduce kernel takes 2 to 8 ranks, got {size}")
+    if dtype not in DTYPE_BYTES:
+        raise ValueError(f"the all-reduce kernel takes {sorted(DTYPE_BYTES)}, got {dtype!r}")
+    if hidden_size <= 0 or hidden_size * DTYPE_BYTES[dtype] % 16:
+        raise ValueError(f"H={hidden_size} of {dtype} is not a whole number of 16-byte units")
+    words = hidden_size * DTYPE_BYTES[dtype] // 4
+    split = 1 if interpreted else (1 if words <= 3072 else 2) if size == 2 else 4 if size <= 4 else 8
+    while split > 1 and words < 256 * split:
+        split //= 2
+    while split < 8 and words > 4096 * split and not interpreted:
+        split *= 2
+    # At least one 16-byte unit a thread: with fewer, warps would hold copies and could see different words.
+    num_warps = 1
+    while num_warps < 16 and words // split >= 512 * num_warps:
+        num_warps *= 2
+    return Plan(size, hidden_size, dtype, split, num_warps, 16 if size > 2 else None, interpreted)
+
+
+def slot_bytes(plan: Plan) -> int:
+    """Symmetric bytes that one row in flight takes: what G programs need is `symmetric_bytes`."""
+    return plan.split * plan.program_bytes
+
+
+def symmetric_bytes(plan: Plan, programs: int) -> int:
+    """Symmetric memory of each rank: the control page, then `programs` slots."""
+    return CONTROL_BYTES + programs * slot_bytes(plan)
+
+
+def local_bytes(plan: Plan, programs: int) -> int:
+    """Local memory of each rank: the head, then an epoch and two words of exchange for each program."""
+    return 8 * (PROGRAM_WORDS + 3 * programs * plan.split)
+
+
+def local_words(plan: Plan, programs: int, *, limit: int, error_page: int, addresses: list[int]) -> list[int]:
+    """The whole local memory before the first call, as int64 words.
+
+    Args:
+        limit: how long a program waits, in nanoseconds.
+        error_page: address of the pinned error page, as the device sees it.
+        addresses: of the ranks' symmetric memory as mapped in this process, in rank order.
+    """
+    assert len(addresses) == plan.size
+    words = [0] * (local_bytes(plan, programs) // 8)
+    words[: 2 + plan.size] = [limit, error_page, *addresses]
+    return words
+
+
+def most_programs(plan: Plan, *, workspace_bytes: int, multiprocessors: int) -> int:
+    """G, the most rows in flight: what the memory allows, and up to four warps a multiprocessor, which is less than
+    half of what fits, so that all programs of a call run at once and other streams find room. 0: too little memory.
+    """
+    programs = multiprocessors * max(1, 4 // plan.num_warps)
+    return min((workspace_bytes - CONTROL_BYTES) // slot_bytes(plan), max(1, programs // plan.split))
+
+
+def grid(plan: Plan, programs: int, rows: int) -> tuple[int]:
+    """The launch grid of a call of `rows` rows, G = `programs`."""
+    return (min(rows, programs) * plan.split,)
+
+
+def constants(plan: Plan, *, weight_dtype: str, has_residual: bool, two_shot: bool) -> dict[str, Any]:
+    """The kernel's constexpr arguments and launch options, by name."""
+    units = plan.units
+    return {
+        "N": plan.size,
+        "WORDS": plan.words,
+        "SLICE": plan.slice_words,
+        "BLOCK": 128 * plan.num_warps * units,
+        "C": plan.split,
+        "DTYPE": plan.dtype,
+        "WEIGHT_DTYPE": weight_dtype,
+        "HAS_RESIDUAL": has_residual,
+        "TWO_SHOT": two_shot,
+        "OPERANDS": ",".join(["=&r"] * 36 * units + ["r"] * 4 * units + ["l"] * 4 * units + ["r"] * 4 * units),
+        "UNITS": units,
+        "POLL": None if plan.interpreted else poll(plan.size, plan.slice_words, units),
+        "POLL_RESULTS": None if plan.interpreted else poll(2, plan.slice_words, units),
+        "INTERPRETED": plan.interpreted,
+        "num_warps": plan.num_warps,
+        "num_stages": 1,
+        "enable_fp_fusion": False,
+    }
+
+
+def poll(rows: int, slice_words: int, units: int, tries: int = 2048) -> str:
+    """PTX that looks at a thread's words in each of `rows` rows, until all have come or after so many tries.
+
+    Triton can only loop over all threads together, with two barriers a turn; this loop is each thread's own.
+    A thread has `units` times 16 bytes of a row, so an operand is 4 * units words. Operands: 8 rows out; 1 for
+    each word that is late, out; the thread's own row; the addresses of its words in row 0; and which row is not
+    read but is its own (8: read none).
+    """
+    count = 4 * units
+    *out, late, own, address, absent = [[f"${count * k + word}" for word in range(count)] for k in range(12)]
+    text = [
+        "{",
+        f".reg .pred again, has<{8 * count}>;",
+        ".reg .u32 top;",
+        ".reg .s32 left;",
+        f"mov.s32 left, {tries};",
+    ]
+    text += [f"mov.u32 {to}, {word};" for row in out for to, word in zip(row, own)]
+    for unit in range(0, count, 4):
+        text += [f"setp.ne.s32 again, {absent[unit]}, 8;"]
+        text += [f"setp.ne.and.s32 has{count * row + unit}, {absent[unit]}, {row}, again;" for row in range(rows)]
+    text += ["look:"]
+    for row in range(rows):
+        for unit in range(0, count, 4):
+            to, place = ", ".join(out[row][unit : unit + 4]), f"[{address[unit]} + {4 * slice_words * row}]"
+            text += [f"@has{count * row + unit} ld.volatile.global.v4.u32 {{{to}}}, {place};"]
+    text += [f"mov.u32 top, {out[0][0]};"]
+    text += [f"max.u32 top, top, {word};" for row in out[:rows] for word in row]
+    text += ["sub.s32 left, left, 1;", "setp.eq.u32 again, top, 0xffffffff;"]
+    text += [f"selp.u32 {word}, 1, 0, again;" for word in late]
+    text += ["setp.gt.and.s32 again, left, 0, again;", "@again bra look;", "}"]
+    return "\n".join(text)
+
+
+def read_error_page(words: list[int]) -> dict[str, Any] | None:
+    """What the int64 words of the error page say, or None if nothing has gone wrong.
+
+    Returns: code (TIMED_OUT, TOLD: another rank ran out of time, TWO_STREAMS), op, row, epoch, missing (ranks).
+    """
+    for first, epoch in ((words[0], words[1]), (words[2], words[3])):
+        if first:
+            missing = [rank for rank in range(8) if first >> (4 + rank) & 1]
+            return {
+                "code": first & 15,
+                "op": first >> 16 & 0xFFFFFF,
+                "row": first >> 40 & 0x7FFFFF,
+                "epoch": epoch,
+                "missing": missing,
+            }
+    return None

@@ -1,0 +1,145 @@
+"""How Triton runs here: compiled on an NVIDIA GPU for Paddle or torch, or interpreted on CPU memory.
+
+Triton finds devices and streams through torch. Where Paddle is the framework it gets a driver object that
+asks Paddle instead, for the moment of compiling and loading alone: a loaded kernel is launched with its
+stream passed in, so nothing of the host's own Triton is changed while it runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import importlib.util
+import os
+import sys
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
+
+from fd_fusion.reasons import FusionError, because
+
+_INTERPRET = "TRITON_INTERPRET"
+
+
+@contextlib.contextmanager
+def interpreting(device: str) -> Iterator[None]:
+    """Have Triton's decorators make interpreted functions inside this block when `device` is "cpu".
+
+    Triton decides at decoration, and imports parts of itself at the first launch: both belong inside.
+    """
+    before = os.environ.get(_INTERPRET)
+    os.environ[_INTERPRET] = "1" if device == "cpu" else "0"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_INTERPRET]
+        else:
+            os.environ[_INTERPRET] = before
+
+
+def require_mode(device: str) -> None:
+    """Import Triton in the mode that `device` needs. Raises FusionError where it is missing, or was imported before
+    in the other mode: its own functions are decorated at import too, and cannot be had twice in a process.
+    """
+    try:
+        standard = importlib.import_module("triton.language.standard")
+    except ImportError as error:
+        raise FusionError(because("no_triton", detail=str(error))) from error
+    if (type(standard.sum).__name__ == "InterpretedFunction") != (device == "cpu"):
+        raise FusionError(because("triton_mode", need=int(device == "cpu")))
+
+
+def framework() -> ModuleType:
+    """Paddle, or torch where there is no Paddle."""
+    name = next((n for n in ("paddle", "torch") if n in sys.modules), None)
+    if name is None:
+        name = "paddle" if importlib.util.find_spec("paddle") else "torch"
+    return importlib.import_module(name)
+
+
+@contextlib.contextmanager
+def triton_driver() -> Iterator[None]:
+    """Let Triton compile and load for the framework's current device; its own driver comes back after."""
+    if framework().__name__ == "torch":
+        yield  # Triton's own driver
+        return
+    from triton.runtime.driver import driver
+
+    before = driver._active  # not reset_active(): without torch that raises "0 active drivers"
+    driver.set_active(_paddle_driver())
+    try:
+        yield
+    finally:
+        driver._active = before
+
+
+@functools.cache
+def _paddle_driver() -> Any:
+    import paddle
+
+    return make_driver(
+        paddle.cuda.current_device,
+        paddle.cuda.set_device,
+        paddle.cuda.get_device_capability,
+        paddle._C._cuda_getCurrentRawStream,
+    )
+
+
+def make_driver(current_device: Callable, set_device: Callable, capability: Callable, raw_stream: Callable) -> Any:
+    """Triton's CUDA driver object with a framework's four functions in the place of torch's."""
+    from triton.backends.nvidia.driver import CudaDriver, CudaLauncher, CudaUtils
+
+    class FrameworkDriver(CudaDriver):
+        def __init__(self) -> None:  # in the place of CudaDriver's, which imports torch
+            self.utils, self.launcher_cls = CudaUtils(), CudaLauncher
+            self.get_current_device, self.set_current_device = current_device, set_device
+            self.get_device_capability, self.get_current_stream = capability, raw_stream
+
+    return FrameworkDriver()
+
+
+def current_stream() -> Callable[[], int]:
+    """A function that gives the raw current stream of the current device, made once and cheap to call."""
+    here = framework()
+    device = here.cuda.current_device()
+    return functools.partial(here._C._cuda_getCurrentRawStream, device)
+
+
+def load_kernel(module: str, name: str) -> Any:
+    """The kernel `name` of `fd_fusion.kernels.<module>`, compiled or interpreted as `interpreting` says.
+
+    An interpreted function that calls another patches the whole Triton language again each time, which is most of
+    its time. Only a kernel has to; helpers, which have a leading underscore or live in a module that has one, are
+    put back as plain functions.
+    """
+    kernel = getattr(importlib.import_module(f"fd_fusion.kernels.{module}"), name)
+    if type(kernel).__name__ == "InterpretedFunction":
+        for scope in [vars(sys.modules[key]) for key in sys.modules if key.startswith("fd_fusion.kernels.")]:
+            for key, value in list(scope.items()):
+                home = getattr(getattr(value, "fn", None), "__module__", "")
+                if type(value) is type(kernel) and (key[0] == "_" or home.startswith("fd_fusion.kernels._")):
+                    scope[key] = value.rewrite()
+    return kernel
+
+
+def prepare(kernel: Any, like: tuple, constants: dict[str, Any], device: str) -> Callable[..., None]:
+    """Compile and load a kernel now; returns `launch(programs, *args)`, for the current stream.
+
+    Args:
+        like: arguments of the types that all calls will have. The kernel must not specialize on their values.
+        constants: its constexpr arguments, which come last, and launch options.
+
+    A launch goes to the loaded function at once, by the entry point that Triton 3.3 to 3.8 share: looking the
+    kernel up by its arguments, as `kernel[grid](...)` does, takes most of the host time of a launch.
+    """
+    if device == "cpu":
+        return lambda programs, *args: kernel[(programs,)](*args, **constants)
+    with triton_driver():
+        made = kernel.warmup(*like, grid=(1,), **constants)
+        made._init_handles()
+    run, stream = made.run, current_stream()
+    loaded = (made.function, made.packed_metadata, None, None, None)  # launch metadata, hooks
+    tail = tuple(constants[name] for name in kernel.arg_names if name in constants)
+    return lambda programs, *args: run(programs, 1, 1, stream(), *loaded, *args, *tail)

@@ -1,0 +1,276 @@
+"""Rank script: speed of the fused all-reduce on several GPUs, one process a GPU, on torch tensors.
+
+Contenders are captured in CUDA graphs and replayed in turn; a figure is the median over the rounds of the slowest
+rank's time for a call. Started by tests/gpu/bench_processes.py.
+
+`--flashinfer FILE`: a compiled `trtllm_allreduce_fusion`; it runs in a workspace on our symmetric memory.
+"""
+
+import argparse
+import ctypes
+import datetime
+import json
+import os
+import statistics
+import sys
+import time
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
+
+import torch
+import torch.distributed as dist
+import triton
+import triton.language as tl
+
+from fd_fusion.backends import triton as backend
+from fd_fusion.comm.cuda_ipc import CudaIpc
+from fd_fusion.comm.group import Vote, agree
+from fd_fusion.comm.symmetric_memory import attempt, open_symmetric_memory
+from fd_fusion.tuning import Facts
+from tests.dist.compile_only import both_paths
+from tests.support import tensors
+from tests.support.all_reduce_cases import Case, judge
+from tests.support.ranks import this_group, this_rank
+
+EPS = 1e-5
+NEVER = 1 << 62
+
+
+@triton.jit
+def add_rms_norm(x, residual, weight, eps, H: tl.constexpr, BLOCK: tl.constexpr):
+    """The norm after a plain all-reduce: residual += x; x = norm(residual). One program a row."""
+    lanes = tl.arange(0, BLOCK)
+    at = tl.program_id(0).to(tl.int64) * H + lanes
+    total = tl.load(x + at, mask=lanes < H, other=0).to(tl.float32)
+    total += tl.load(residual + at, mask=lanes < H, other=0).to(tl.float32)
+    scale = tl.rsqrt(tl.sum(total * total, axis=0) / H + eps)
+    w = tl.load(weight + lanes, mask=lanes < H, other=0).to(tl.float32)
+    tl.store(residual + at, total.to(tl.bfloat16), mask=lanes < H)
+    tl.store(x + at, (total * scale * w).to(tl.bfloat16), mask=lanes < H)
+
+
+def facts_for(size, rank, hidden, workspace_mb):
+    weights = {"dtype": "bfloat16", "weight_dtype": "bfloat16", "weight_offset": 0.0, "eps": EPS}
+    limits = {"deterministic": False, "max_token_num": None, "workspace_bytes": workspace_mb << 20, "timeout_s": 20}
+    major, minor = torch.cuda.get_device_capability()
+    return Facts(rank=rank, size=size, hidden_size=hidden, device="gpu", arch=10 * major + minor, **weights, **limits)
+
+
+class Triton:
+    def __init__(self, facts, group):
+        self.opened = backend.open(facts, group)
+        self.opened.freeze()
+
+    def contenders(self, case, x, residual, weight):
+        def one_shot():
+            self.opened._two_shot_rows = NEVER
+            return self.opened.finish(x, residual, weight, EPS, 0.0)
+
+        def two_shot():
+            self.opened._two_shot_rows = 1
+            return self.opened.finish(x, residual, weight, EPS, 0.0)
+
+        return {"triton one-shot": one_shot, "triton two-shot": two_shot}
+
+
+class FlashInfer:
+    """The C entry of FlashInfer, 23 arguments (0.6.12 to 0.7.2), in a workspace laid out as it expects."""
+
+    def __init__(self, file, group, hidden, rows, push):
+        import tvm_ffi
+
+        self.call = tvm_ffi.load_module(file).trtllm_allreduce_fusion
+        self.group, self.hidden = group, hidden
+        maker, size = CudaIpc(), group.size
+        comm = size * rows * hidden * 2
+        lamport = size * min(rows, 256) * hidden * 2  # one-shot alone uses these buffers
+        flags = size * 256 * 4
+        self.one_shot_rows, starts = min(rows, 256), (0, comm, comm + flags)
+        self.memory = open_symmetric_memory(group, comm + flags + 3 * lamport, maker, push, timeout_s=30)
+        minus_zero = (ctypes.c_uint64(self.memory.own + starts[2]), ctypes.c_ushort(0x8000))
+        with maker._current():
+            maker._call("cuMemsetD16_v2", *minus_zero, ctypes.c_size_t(3 * lamport // 2))
+        self.control = torch.tensor([0, 0, 0, lamport, 0], dtype=torch.int32, device="cuda")
+        table = [address + start for start in starts for address in self.memory.addresses]
+        self.table = torch.tensor([*table, self.control.data_ptr()], dtype=torch.int64, device="cuda")
+        torch.cuda.synchronize()
+        assert agree(group, "flashinfer filled", Vote(), timeout_s=30).ok
+
+    def contenders(self, case, x, residual, weight):
+        norm_out, residual_out = torch.empty_like(x), torch.empty_like(x)
+
+        def run(one_shot):
+            self.call(x, self.group.size, self.group.rank, case.rows, self.hidden, self.table, False, one_shot, True,
+                      True, 1, None, residual, residual_out, norm_out, None, None, weight, EPS, None, None, None,
+                      0.0)  # fmt: skip
+            return norm_out, residual_out
+
+        found = {}
+        if case.rows <= 128:
+            found["flashinfer one-shot"] = lambda: run(True)
+        if case.rows > case.size:
+            found["flashinfer two-shot"] = lambda: run(False)
+        return found
+
+
+class Nccl:
+    """all_reduce, then the norm. It works in place, so each call feeds the next one; only its speed is used."""
+
+    def __init__(self, group):
+        store = dist.FileStore(os.path.join(os.environ["FD_TEST_STORE"], "nccl"), group.size)
+        limit = datetime.timedelta(seconds=60)
+        device = torch.device("cuda", torch.cuda.current_device())
+        options = {"rank": group.rank, "world_size": group.size, "timeout": limit, "device_id": device}
+        dist.init_process_group("nccl", store=store, **options)
+        x = torch.ones(1, 4096, device="cuda", dtype=torch.bfloat16)
+        capture(self.contenders(Case(group.size, 1, 4096), x, x, x[0])["nccl + norm"], 2).replay()
+        torch.cuda.synchronize()
+
+    def contenders(self, case, x, residual, weight):
+        x, residual = x.clone(), residual.clone()
+        block = triton.next_power_of_2(case.hidden)
+        warps = 4 if case.hidden <= 4096 else 8
+
+        def run():
+            dist.all_reduce(x)
+            add_rms_norm[(case.rows,)](x, residual, weight, EPS, H=case.hidden, BLOCK=block, num_warps=warps)
+
+        return {"nccl + norm": run}
+
+
+def capture(call, calls):
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        call()
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):  # NCCL has threads
+        for _ in range(calls):
+            call()
+    return graph
+
+
+def measure(contenders, rounds, calls):
+    """us a call of each contender in each round, on this rank."""
+    graphs = {name: capture(call, calls) for name, call in contenders.items()}
+    times = {name: [] for name in graphs}
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    for number in range(rounds + 1):
+        for name, graph in graphs.items():
+            graph.replay()  # brings the ranks together
+            start.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            if number:
+                times[name].append(start.elapsed_time(end) * 1e3 / calls)
+    return times
+
+
+def bytes_pushed(size, case, name):
+    """What a rank sends for one call, in bytes, and its time at 400 GB/s."""
+    row = case.rows * case.hidden * 2
+    sent = {"one-shot": (size - 1) * row, "two-shot": (size - 1) * row * 3 // size}
+    return next((count for kind, count in sent.items() if kind in name), 2 * (size - 1) * row // size)
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--hidden", type=int, nargs="+")
+    parser.add_argument("--rows", type=int, nargs="+")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--flashinfer")
+    parser.add_argument("--nccl", action="store_true")
+    parser.add_argument("--workspace_mb", type=int, default=32)
+    parser.add_argument("--seconds", type=float, default=200)
+    options = parser.parse_args()
+    began = time.monotonic()
+    torch.cuda.set_device(this_rank() % torch.cuda.device_count())
+    torch.zeros(1, device="cuda")
+    both_paths()
+    group = this_group()
+    nccl = None
+    if options.nccl:
+        nccl, refusal = attempt(lambda: Nccl(group))
+        if not agree(group, "nccl", Vote(refusal), timeout_s=90).ok:
+            print("without NCCL:", refusal, flush=True)
+            nccl = None
+    rows_of = {}
+    for hidden in options.hidden:
+        libraries = [Triton(facts_for(group.size, group.rank, hidden, options.workspace_mb), group)]
+        if options.flashinfer:
+            push = libraries[0].opened._push
+            libraries.append(FlashInfer(options.flashinfer, group, hidden, max(options.rows), push))
+        if nccl:
+            libraries.append(nccl)
+        for rows in options.rows:
+            spent = agree(group, "time", Vote(data=time.monotonic() - began), timeout_s=60).data
+            if max(spent) > options.seconds:
+                break
+            cell(group, libraries, Case(group.size, rows, hidden), options, rows_of)
+        libraries[0].opened.check()
+        if group.rank == 0:
+            print(f"H={hidden} done at {time.monotonic() - began:.0f} s", flush=True)
+        torch.cuda.synchronize()
+        libraries[0].opened.close()
+        if options.flashinfer:
+            libraries[1].memory.close()
+    if group.rank == 0:
+        print("RESULT", json.dumps(list(rows_of.values())), flush=True)
+    agree(group, "end", Vote(), timeout_s=30)
+    os._exit(0)  # NCCL waits for graphs that it was captured in
+
+
+def cell(group, libraries, case, options, found):
+    """One (T, H): every contender is judged for small T, then all are timed in turn."""
+    residual, weight = common(case)
+    x = partial(case, group.rank)
+    contenders = {}
+    for library in libraries:
+        contenders.update(library.contenders(case, x, residual, weight))
+    errors = {}
+    if case.rows in (1, 8) or (case.rows == 128 and case.hidden == 4096):
+        for name, call in contenders.items():
+            if "nccl" not in name:
+                bits = [tensors.bits_of(out, "bfloat16") for out in call()]
+                errors[name] = judge_torch(case, residual, weight, bits)
+    times = measure(contenders, options.rounds, 20 if case.rows <= 128 else 6)
+    everybody = agree(group, "times", Vote(data={"times": times, "errors": errors}), timeout_s=60).data
+    for name in times:
+        slowest = [max(rank["times"][name][i] for rank in everybody) for i in range(options.rounds)]
+        found[(case.hidden, case.rows, name)] = {
+            "N": case.size,
+            "H": case.hidden,
+            "T": case.rows,
+            "name": name,
+            "us": round(statistics.median(slowest), 3),
+            "min_us": round(min(slowest), 3),
+            "max_us": round(max(slowest), 3),
+            "bytes_pushed": bytes_pushed(case.size, case, name),
+            "error_over_budget": max(rank["errors"].get(name, 0.0) for rank in everybody) if errors else None,
+        }
+
+
+def partial(case, rank):
+    generator = torch.Generator("cuda").manual_seed(1000 * case.rows + rank)
+    return torch.randn(case.rows, case.hidden, device="cuda", generator=generator).to(torch.bfloat16)
+
+
+def common(case):
+    generator = torch.Generator("cuda").manual_seed(7)
+    residual = torch.randn(case.rows, case.hidden, device="cuda", generator=generator).to(torch.bfloat16)
+    weight = torch.randn(case.hidden, device="cuda", generator=generator).to(torch.bfloat16)
+    return residual, weight
+
+
+def judge_torch(case, residual, weight, bits):
+    """`judge` with the partial sums that were made on the GPU."""
+    made = Case(case.size, case.rows, case.hidden)
+    object.__setattr__(made, "partial", lambda rank: tensors.bits_of(partial(case, rank), "bfloat16"))
+    common_bits = tensors.bits_of(residual, "bfloat16"), tensors.bits_of(weight, "bfloat16")
+    object.__setattr__(made, "common", lambda: common_bits)
+    return judge(made, *bits)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+"""Fill Triton's cache for a list of kernels, so that ranks only load them: no group, one process.
+
+compile_only.py [--both-paths] N,H,DTYPE,WEIGHT_DTYPE ...
+"""
+
+import dataclasses
+import os
+import subprocess
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
+
+from fd_fusion.backends import triton as backend
+from fd_fusion.comm.group import Group
+from fd_fusion.tuning import Facts
+
+
+def both_paths():
+    """Have one-shot and two-shot compiled for every N, whatever the plan says."""
+    chosen = backend._plan
+    backend._plan = lambda facts: dataclasses.replace(chosen(facts), two_shot_rows=1)
+
+
+def compile_all(kernels, *flags):
+    """One process for each of these (N, H, dtype, weight dtype), all at once."""
+    command = [sys.executable, "-W", "ignore", os.path.abspath(__file__), *flags]
+    for process in [subprocess.Popen([*command, ",".join(map(str, kernel))]) for kernel in kernels]:
+        process.wait(timeout=150)
+
+
+def main(kernels):
+    import torch
+
+    torch.zeros(1, device="cuda")
+    major, minor = torch.cuda.get_device_capability()
+    limits = {"deterministic": False, "max_token_num": None, "workspace_bytes": 1 << 25, "timeout_s": 1.0}
+    for kernel in kernels:
+        size, hidden, dtype, weight_dtype = kernel.split(",")
+        size = int(size)
+        facts = Facts(0, size, int(hidden), dtype, weight_dtype, 0.0, 1e-5, "gpu", 10 * major + minor, **limits)
+        backend.Opened(facts, Group("compile", 0, size, tuple(range(size)), None))
+
+
+if __name__ == "__main__":
+    if "--both-paths" in sys.argv:
+        sys.argv.remove("--both-paths")
+        both_paths()
+    main(sys.argv[1:])

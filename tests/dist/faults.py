@@ -1,0 +1,175 @@
+"""Rank script: what goes wrong in a running job, and how every rank must learn of it.
+
+faults.py WHAT [--device gpu] [--timeout_s S] ...     WHAT: a function below; the last rank is the faulty one
+"""
+
+import os
+import signal
+import sys
+import threading
+import time
+
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+
+import triton_calls as calls
+
+from fd_fusion.comm import posix_shm
+from fd_fusion.comm.symmetric_memory import barrier
+from fd_fusion.reasons import FusionError, FusionTimeout
+from tests.support import tensors
+from tests.support.all_reduce_cases import Case
+
+
+def _case(group, options, seed=0):
+    return Case(group.size, 3, options.hidden, seed=seed)
+
+
+def _faulty(group):
+    return group.rank == group.size - 1
+
+
+def _must_raise(opened, case, group, options):
+    """A call that must not return numbers: it raises, or it returns NaN and `check` raises. Returns the error."""
+    try:
+        outputs = calls.call(opened, case, group.rank, options.device)
+        tensors.synchronize(options.device)
+        for bits in outputs:
+            values = tensors.from_bits(bits, case.dtype)
+            assert (values != values).all(), "finite numbers after the error"
+        opened.check()
+    except FusionTimeout as error:
+        return str(error)
+    raise AssertionError("no FusionTimeout")
+
+
+def late(group, options):
+    """The last rank comes late to a call that the others gave up: all raise, reset together, and go on."""
+    opened = calls.open_for(group, _case(group, options), options)
+    calls.check(opened, _case(group, options), group.rank, options.device)
+    opened.freeze()
+    for generation in (1, 2):
+        if _faulty(group):
+            time.sleep(options.timeout_s + 1.5)
+        start = time.monotonic()
+        text = _must_raise(opened, _case(group, options, 1), group, options)
+        assert time.monotonic() - start < options.timeout_s + 8, "the wait is not bounded"
+        if not _faulty(group):
+            assert f"missing rank {group.size - 1}" in text or "another rank" in text, text
+        assert opened._workspace.failed.wait(3), "the watcher has not noticed"
+        print(_must_raise(opened, _case(group, options, 2), group, options))  # dead until the reset
+        opened.reset()
+        for seed in range(3):
+            calls.check(opened, _case(group, options, seed), group.rank, options.device)
+        assert opened.stats()["generation"] == generation
+    opened.close()
+    opened.close()
+
+
+def early(group, options):
+    """A rank that only checks, and calls nothing, learns of the others' error too."""
+    opened = calls.open_for(group, _case(group, options), options)
+    opened.freeze()
+    if not _faulty(group):
+        _must_raise(opened, _case(group, options), group, options)
+    assert barrier(group, "given up", 30)
+    try:
+        opened.check()
+    except FusionTimeout as error:
+        assert not _faulty(group) or "another rank" in str(error), error
+    else:
+        raise AssertionError("check said nothing")
+    opened.close()
+
+
+def _killed(group, options, *, after):
+    opened = calls.open_for(group, _case(group, options), options)
+    opened.freeze()
+    if after:
+        calls.check(opened, _case(group, options), group.rank, options.device)
+    if _faulty(group):
+        os.kill(os.getpid(), signal.SIGKILL)
+    print(_must_raise(opened, _case(group, options, 1), group, options))
+    start = time.monotonic()
+    opened.close()
+    assert time.monotonic() - start < 12, "close waits for a dead rank"
+
+
+def killed_before(group, options):
+    _killed(group, options, after=False)
+
+
+def killed_after(group, options):
+    _killed(group, options, after=True)
+
+
+def killed_in(group, options):
+    """Killed while it waits inside a call. What it had pushed arrives; what it had not is missed, in this call or
+    in the next."""
+    opened = calls.open_for(group, _case(group, options), options)
+    opened.freeze()
+    if _faulty(group):
+        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGKILL)).start()
+        calls.call(opened, _case(group, options), group.rank, options.device)
+        tensors.synchronize(options.device)
+        raise AssertionError("nobody else called, yet it returned")
+    time.sleep(1)
+    try:
+        calls.check(opened, _case(group, options), group.rank, options.device)
+    except FusionTimeout as error:
+        print(error)
+    else:
+        print(_must_raise(opened, _case(group, options), group, options))
+    opened.close()
+
+
+def no_triton(group, options):
+    """The last rank cannot import Triton: all ranks refuse, and say which one and why."""
+    if _faulty(group):
+        sys.modules["triton"] = None
+        calls.backend.supports = lambda facts: None  # as if it had been there when bind asked
+    _refused(group, options, "Triton cannot be imported")
+
+
+def full_memory(group, options):
+    """There is no room for the last rank's segment."""
+    if _faulty(group):
+
+        def full(*args):
+            raise OSError(28, "No space left on device")
+
+        os.posix_fallocate = full
+    _refused(group, options, "No space left on device")
+
+
+def imported_before(group, options):
+    """The last rank's process has imported Triton in the other mode."""
+    if _faulty(group):
+        import triton.language  # noqa: F401
+    _refused(group, options, "TRITON_INTERPRET=1")
+
+
+def _refused(group, options, expected):
+    before = set(posix_shm.FOLDER.glob("fd_fusion-*"))
+    try:
+        calls.open_for(group, _case(group, options), options)
+    except FusionError as error:
+        assert expected in str(error) and f"rank {group.size - 1}" in str(error), error
+    else:
+        raise AssertionError("it opened")
+    assert barrier(group, "refused", 30)
+    assert set(posix_shm.FOLDER.glob("fd_fusion-*")) <= before
+
+
+def exit_in_step(group, options):
+    """The last rank ends, in order, while the others wait for it."""
+    opened = calls.open_for(group, _case(group, options), options)
+    opened.freeze()
+    calls.check(opened, _case(group, options), group.rank, options.device)
+    if _faulty(group):
+        sys.exit(0)
+    print(_must_raise(opened, _case(group, options, 1), group, options))
+
+
+if __name__ == "__main__":
+    calls.__dict__.update({name: value for name, value in globals().items() if callable(value) and name[0] != "_"})
+    calls.main()

@@ -1,0 +1,116 @@
+"""Rank script, GPU with torch: many CUDA-graph replays of calls with changing T, each fed by the one before.
+
+    replays.py WHAT ... [--calls 100000]: replays, host_time
+
+What a rank sends depends on what it received, so a word taken from another call makes the ranks' bits differ.
+"""
+
+import hashlib
+import os
+import sys
+import time
+
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+
+import triton_calls as calls
+
+from fd_fusion import runtime_triton
+from fd_fusion.kernels import plan as plans
+from tests.support import tensors
+from tests.support.all_reduce_cases import Case
+
+_ROWS = (1, 8, 3, 16, 2, 5, 1, 33, 4, 1)
+
+
+class Chain:
+    """Steps of changing T over one state: x_{i+1} = norm_i * (rank + 1) / N, residual_{i+1} = residual_i / 2."""
+
+    def __init__(self, group, case, opened, options):
+        self.group, self.case, self.opened = group, case, opened
+        residual, weight = case.common()
+        self.x = tensors.tensor(case.partial(group.rank), case.dtype, options.device)
+        self.residual = tensors.tensor(residual, case.dtype, options.device)
+        self.weight = tensors.tensor(weight, case.weight_dtype, options.device)
+
+    def round(self):
+        for T in _ROWS:
+            norm, summed = self.opened.finish(self.x[:T], self.residual[:T], self.weight, self.case.eps, 0.0)
+            self.x[:T] = norm * ((self.group.rank + 1) / self.group.size)
+            self.residual[:T] = summed * 0.5
+
+    def digest(self):
+        bits = tensors.bits_of(self.residual, self.case.dtype)
+        assert abs(tensors.from_bits(bits, self.case.dtype)).max() < 1e3
+        return hashlib.sha256(bits.tobytes()).hexdigest()
+
+
+def replays(group, options):
+    import torch
+
+    case = Case(group.size, max(_ROWS), options.hidden)
+    opened = calls.open_for(group, case, options)
+    eager = Chain(group, case, opened, options)
+    for _ in range(3):
+        eager.round()
+    graphed = Chain(group, case, opened, options)
+    torch.cuda.synchronize()
+    opened.freeze()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        graphed.round()
+    rounds = options.calls // len(_ROWS)
+    start = time.monotonic()
+    for number in range(rounds):
+        graph.replay()
+        if number == 2:
+            torch.cuda.synchronize()
+            assert graphed.digest() == eager.digest(), "three replays differ from three eager rounds"
+        if number % 500 == 0:
+            torch.cuda.synchronize()
+            opened.check()
+    torch.cuda.synchronize()
+    opened.check()
+    us = (time.monotonic() - start) / (rounds * len(_ROWS)) * 1e6
+    print(f"{rounds * len(_ROWS)} calls by replay, {us:.1f} us a call with the work between them")
+    calls.digest.update(graphed.digest().encode())
+    del graph
+    opened.close()
+
+
+def host_time(group, options):
+    """Host time of a call, and of its parts; the GPU keeps up, so nothing waits for it."""
+    import torch
+
+    case = Case(group.size, 1, options.hidden)
+    opened = calls.open_for(group, case, options)
+    residual, weight = (tensors.tensor(bits, case.dtype, options.device) for bits in case.common())
+    x = tensors.tensor(case.partial(group.rank), case.dtype, options.device)
+    out = torch.empty_like(x), torch.empty_like(x)
+    addresses = [t.data_ptr() for t in (x, residual, weight, *out)]
+    run, kernel = opened._kernels[False, False], runtime_triton.load_kernel(*2 * ["all_reduce_rms_norm"])
+    constants = plans.constants(opened._plan, weight_dtype=case.dtype, has_residual=True, two_shot=False)
+    args = (*addresses, *opened._own, 1, group.rank, 0, case.eps, 0.0)
+    parts = {
+        "finish": lambda: opened.finish(x, residual, weight, case.eps, 0.0),
+        "two empty_like": lambda: (torch.empty_like(x), torch.empty_like(x)),
+        "prepared launch": lambda: run(opened._plan.split, *args),
+        "triton's own launch": lambda: kernel[(opened._plan.split,)](*args, **constants),
+    }
+    for name, part in parts.items():
+        times = []
+        for _ in range(12):
+            part()
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            for _ in range(50):
+                part()
+            times.append((time.perf_counter() - start) / 50 * 1e6)
+            torch.cuda.synchronize()
+        print(f"host time, {name}: {sorted(times)[6]:.2f} us")
+    opened.check()
+    opened.close()
+
+
+if __name__ == "__main__":
+    calls.replays, calls.host_time = replays, host_time
+    calls.main()

@@ -1,0 +1,200 @@
+"""Rank script: the triton backend as real processes: interpreted on CPU memory, or on a GPU with `--device gpu`.
+
+    triton_calls.py WHAT [--device gpu] [--hidden H] [--rows T ...]     WHAT: a function below
+
+Each function prints a digest of the bits of all outputs: the test compares the ranks' digests.
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import os
+import sys
+import time
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
+
+from fd_fusion.backends import triton as backend
+from fd_fusion.tuning import Facts
+from tests.support import tensors
+from tests.support.all_reduce_cases import Case, judge
+from tests.support.ranks import this_group, this_rank
+
+digest = hashlib.sha256()
+
+
+def facts_for(group, case, options, **changes):
+    made = Facts(
+        rank=group.rank,
+        size=group.size,
+        hidden_size=case.hidden,
+        dtype=case.dtype,
+        weight_dtype=case.weight_dtype,
+        weight_offset=case.weight_offset,
+        eps=case.eps,
+        device=options.device,
+        arch=90 if options.device == "gpu" else None,
+        deterministic=False,
+        max_token_num=None,
+        workspace_bytes=options.workspace_mb << 20,
+        timeout_s=options.timeout_s,
+    )
+    made = dataclasses.replace(made, **changes)
+    refusal = backend.supports(made)
+    assert refusal is None, refusal
+    return made
+
+
+def open_for(group, case, options, **changes):
+    opened = backend.open(facts_for(group, case, options, **changes), group)
+    if options.two_shot_rows and options.device == "cpu":  # on a GPU the plan decides
+        opened._two_shot_rows = options.two_shot_rows
+    return opened
+
+
+def call(opened, case, rank, device):
+    """One call; the bits of both outputs."""
+    residual, weight = case.common()
+    x = tensors.tensor(case.partial(rank), case.dtype, device)
+    residual = None if residual is None else tensors.tensor(residual, case.dtype, device)
+    weight = tensors.tensor(weight, case.weight_dtype, device)
+    outputs = opened.finish(x, residual, weight, case.eps, case.weight_offset)
+    return tuple(tensors.bits_of(out, case.dtype) for out in outputs)
+
+
+def check(opened, case, rank, device):
+    """One call, judged and added to the digest."""
+    norm, summed = call(opened, case, rank, device)
+    opened.check()
+    worst = judge(case, norm, summed)
+    assert worst <= 1, f"{case}: error {worst:.2f} times the budget"
+    digest.update(norm.tobytes())
+    digest.update(summed.tobytes())
+    return norm, summed
+
+
+def numbers(group, options):
+    """Every dtype, weight dtype, with and without residual and offset; T changing from call to call."""
+    kinds = [
+        ("float32", "float32", True, 0.0),
+        ("bfloat16", "bfloat16", True, 0.0),
+        ("bfloat16", "float32", False, 1.0),
+        ("float16", "float16", True, 1.0),
+    ]
+    for dtype, weight_dtype, residual, offset in kinds:
+        case = Case(group.size, 1, options.hidden, dtype, weight_dtype, residual, offset)
+        opened = open_for(group, case, options)
+        rows = {}
+        for step, T in enumerate(options.rows):
+            norm, summed = check(opened, dataclasses.replace(case, rows=T), group.rank, options.device)
+            for t in range(T):
+                bits = norm[t].tobytes() + summed[t].tobytes()
+                assert rows.setdefault(t, bits) == bits, f"row {t} differs at T={T}, step {step}"
+            if step == len(options.rows) // 2:
+                opened.freeze()
+        print(opened.stats())
+        opened.close()
+
+
+def payload(group, options):
+    """-0.0, subnormals, Inf, NaN and the patterns that the words themselves use: all arrive, nobody waits."""
+    for dtype in ("bfloat16", "float16", "float32"):
+        case = Case(group.size, 1, options.hidden, dtype, dtype, False, payload="special")
+        opened = open_for(group, case, options)
+        for T in options.rows:
+            if T:
+                _, summed = check(opened, dataclasses.replace(case, rows=T), group.rank, options.device)
+                assert (summed[-1] == -(1 << (8 * summed.itemsize - 1))).all(), "a sum of -0.0 is -0.0"
+        opened.close()
+
+
+def delayed(group, options):
+    """Ranks that take turns in being late change nothing."""
+    case = Case(group.size, 3, options.hidden)
+    opened = open_for(group, case, options)
+    for step in range(2 * group.size):
+        if step % group.size == group.rank:
+            time.sleep(0.3)
+        check(opened, dataclasses.replace(case, rows=1 + step % 4, seed=step), group.rank, options.device)
+    opened.close()
+
+
+def together(group, options):
+    """Two hidden sizes and two dtypes open at once and used in turn; one closed and opened again."""
+    cases = [
+        Case(group.size, 2, options.hidden),
+        Case(group.size, 2, 2 * options.hidden),
+        Case(group.size, 2, options.hidden, "float32", "float32"),
+    ]
+    opened = [open_for(group, case, options) for case in cases]
+    for seed in range(3):
+        for number, case in enumerate(cases):
+            check(opened[number], dataclasses.replace(case, seed=seed), group.rank, options.device)
+        opened[seed].close()
+        opened[seed] = open_for(group, cases[seed], options)
+    for one in opened:
+        one.close()
+
+
+def subgroups(group, options):
+    """Groups of two ranks beside a group of all, each with a workspace of its own."""
+    pair = this_rank() // 2
+    half = this_group(f"pair{pair}", (2 * pair, 2 * pair + 1))
+    case, small = Case(group.size, 3, options.hidden, seed=1), Case(2, 3, options.hidden, seed=10 + pair)
+    inner, outer = open_for(half, small, options), open_for(group, case, options)
+    for _ in range(3):
+        check(inner, small, half.rank, options.device)
+        check(outer, case, group.rank, options.device)
+    outer.close()
+    inner.close()
+    global digest
+    digest = hashlib.sha256()  # the pairs hold different numbers; each rank has judged its own
+
+
+def strange_inputs(group, options):
+    """Inputs that are not contiguous, or not on a 16-byte boundary; wrong shapes are refused."""
+    case = Case(group.size, 2, options.hidden)
+    opened = open_for(group, case, options)
+    residual, weight = case.common()
+    wide = tensors.tensor(case.partial(group.rank).repeat(2, axis=1), case.dtype, options.device)
+    weight = tensors.tensor(weight, case.weight_dtype, options.device)
+    residual = tensors.tensor(residual, case.dtype, options.device)
+    x = wide[:, ::2]
+    outputs = opened.finish(x, residual, weight, case.eps, 0.0)
+    assert judge(case, *(tensors.bits_of(out, case.dtype) for out in outputs)) <= 1
+    for wrong in (wide, residual[:1]):
+        try:
+            opened.finish(residual, wrong, weight, case.eps, 0.0)
+        except ValueError as error:
+            assert str(options.hidden) in str(error)
+        else:
+            raise AssertionError("a wrong shape was taken")
+    opened.close()
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("what", nargs="+")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--hidden", type=int, default=72)
+    parser.add_argument("--rows", type=int, nargs="*", default=[1, 3, 0, 9, 2, 17])
+    parser.add_argument("--timeout_s", type=float, default=20)
+    parser.add_argument("--calls", type=int, default=100_000)
+    parser.add_argument("--two_shot_rows", type=int)
+    parser.add_argument("--workspace_mb", type=int, default=4)
+    options = parser.parse_args()
+    group = this_group()
+    if options.device == "gpu" and not tensors.HAS_PADDLE:
+        import torch
+
+        torch.cuda.set_device(this_rank() % torch.cuda.device_count())
+        torch.zeros(1, device="cuda")
+    for what in options.what:
+        start = time.monotonic()
+        globals()[what](group, options)
+        print(f"{what}: {time.monotonic() - start:.1f} s", flush=True)
+    print("digest", digest.hexdigest(), flush=True)
+
+
+if __name__ == "__main__":
+    main()

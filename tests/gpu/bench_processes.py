@@ -1,0 +1,81 @@
+"""Speed of the fused all-reduce with one process a GPU: compiles everything at once, runs the ranks, writes JSON.
+
+python tests/gpu/bench_processes.py --size 4 --out FILE.json [--flashinfer trtllm_comm.so]
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from datetime import datetime, timezone
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+
+from tests.dist.compile_only import compile_all  # noqa: E402
+from tests.support.ranks import run_ranks  # noqa: E402
+
+HIDDEN = (4096, 5120, 6144, 7168, 8192)
+ROWS = (1, 2, 4, 6, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--size", type=int, required=True)
+    parser.add_argument("--out", required=True)
+    parser.add_argument("--hidden", type=int, nargs="+", default=HIDDEN)
+    parser.add_argument("--rows", type=int, nargs="+", default=ROWS)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--flashinfer")
+    parser.add_argument("--no-nccl", action="store_true", help="NCCL refuses two ranks on one GPU")
+    parser.add_argument("--seconds", type=float, default=150)
+    options = parser.parse_args()
+    start = time.monotonic()
+    compile_all([(options.size, hidden, "bfloat16", "bfloat16") for hidden in options.hidden], "--both-paths")
+    print(f"compiled in {time.monotonic() - start:.0f} s", flush=True)
+    args = ["--hidden", *options.hidden, "--rows", *options.rows, "--rounds", options.rounds]
+    args += ["--seconds", options.seconds] + (["--flashinfer", options.flashinfer] if options.flashinfer else [])
+    args += [] if options.no_nccl else ["--nccl"]
+    ended = run_ranks("bench_rank.py", options.size, *args, timeout_s=options.seconds + 60)
+    failed = [rank for rank in ended if rank.status]
+    for number, rank in enumerate(ended):
+        if failed:
+            print(f"--- rank {number}, status {rank.status}\n{rank.text[-3000:]}")
+    rows = [json.loads(line[7:]) for line in ended[0].text.splitlines() if line.startswith("RESULT ")]
+    Path(options.out).write_text(json.dumps({**circumstances(options), "rows": rows[0] if rows else []}, indent=1))
+    if rows:
+        show(rows[0])
+    sys.exit(1 if failed else 0)
+
+
+def circumstances(options):
+    import torch
+    import triton
+
+    commit = os.environ.get("FD_FUSION_COMMIT", "unknown")
+    return {
+        "device": torch.cuda.get_device_name(),
+        "gpus": torch.cuda.device_count(),
+        "ranks": options.size,
+        "versions": {"torch": torch.__version__, "triton": triton.__version__, "cuda": torch.version.cuda},
+        "commit": commit,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": " ".join(sys.argv),
+        "flashinfer": os.path.basename(options.flashinfer or "") or None,
+        "method": "CUDA-graph replays in turn; median over rounds of the slowest rank's time for a call",
+    }
+
+
+def show(rows):
+    names = sorted({row["name"] for row in rows})
+    print("H T | " + " | ".join(names))
+    cells = {(row["H"], row["T"]) for row in rows}
+    for hidden, count in sorted(cells):
+        by_name = {row["name"]: row["us"] for row in rows if (row["H"], row["T"]) == (hidden, count)}
+        print(hidden, count, "|", " | ".join(f"{by_name[name]:.2f}" if name in by_name else "-" for name in names))
+
+
+if __name__ == "__main__":
+    main()

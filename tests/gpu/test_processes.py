@@ -1,0 +1,108 @@
+"""The triton backend as real processes over CUDA IPC: several on one GPU, one a GPU where there are several.
+
+On one GPU the processes share it through MPS, with pipe and log folders of their own; a rank that is to be killed
+runs without it, since killing a client of MPS ends the others too.
+"""
+
+import os
+import re
+import signal
+import subprocess
+import tempfile
+
+import pytest
+
+from tests.dist.compile_only import compile_all
+from tests.support.ranks import run_ranks
+
+torch = pytest.importorskip("torch", reason="needs torch on a GPU")
+GPUS = torch.cuda.device_count()
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(GPUS == 0, reason="needs a CUDA GPU")]
+SIZES = [2, 4] if GPUS == 1 or GPUS >= 4 else [2]
+# Programs of all ranks must run at once, on one GPU too: a small workspace keeps them few.
+ROOM = ("--workspace_mb", 1 if GPUS == 1 else 32)
+KINDS = [("float32",) * 2, ("bfloat16",) * 2, ("bfloat16", "float32"), ("float16",) * 2]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled():
+    """Every kernel of this file, compiled at once: otherwise the ranks do little else."""
+    kernels = [(size, 1024, *kind) for size in SIZES for kind in KINDS]
+    kernels += [(size, hidden, "bfloat16", "bfloat16") for size in SIZES for hidden in (2048, 4096)]
+    kernels += [(max(SIZES), hidden, "bfloat16", "bfloat16") for hidden in (2880, 7168)]
+    compile_all(kernels)
+
+
+@pytest.fixture(scope="module")
+def shared():
+    """The environment in which several processes use one GPU at the same time."""
+    if GPUS > 1:
+        yield {}
+        return
+    with tempfile.TemporaryDirectory(prefix="fd_fusion_mps_") as folder:
+        env = {"CUDA_MPS_PIPE_DIRECTORY": f"{folder}/pipe", "CUDA_MPS_LOG_DIRECTORY": f"{folder}/log"}
+        for path in env.values():
+            os.mkdir(path)
+        control = ["nvidia-cuda-mps-control"]
+        subprocess.run([*control, "-d"], env={**os.environ, **env}, check=True, timeout=30)
+        yield env
+        subprocess.run(control, input="quit\n", text=True, env={**os.environ, **env}, timeout=60)
+
+
+def agreed(script, size, *args, env, timeout_s=120):
+    ended = run_ranks(script, size, *args, "--device", "gpu", *ROOM, env=env, timeout_s=timeout_s)
+    text = "\n".join(rank.text for rank in ended)
+    assert [rank.status for rank in ended] == [0] * size, text
+    assert len({re.search("digest (.*)", rank.text)[1] for rank in ended}) == 1, text
+    print(ended[0].text)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_numbers_payloads_delays_and_several_workspaces(size, shared):
+    what = ["numbers", "payload", "delayed", "together", "strange_inputs"]
+    rows = (1, 3, 0, 15, 17, 150, 2)
+    agreed("triton_calls.py", size, *what, "--hidden", 1024, "--rows", *rows, env=shared)
+
+
+@pytest.mark.parametrize("hidden", [2880, 7168])
+def test_other_hidden_sizes(hidden, shared):
+    agreed("triton_calls.py", max(SIZES), "delayed", "--hidden", hidden, env=shared)
+
+
+@pytest.mark.skipif(4 not in SIZES, reason="needs one or four GPUs")
+def test_subgroups(shared):
+    agreed("triton_calls.py", 4, "subgroups", "--hidden", 4096, env=shared)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_hundred_thousand_calls_by_replay(size, shared):
+    agreed("replays.py", size, "replays", "--hidden", 4096, env=shared)
+
+
+def test_paddle_s_driver_object_with_no_torch_to_import(shared):
+    agreed("without_torch.py", 2, "without_torch", "--hidden", 1024, env=shared)
+
+
+def test_host_time(shared):
+    agreed("replays.py", 2, "host_time", "--hidden", 4096, env=shared)
+
+
+@pytest.mark.parametrize("what", ["late", "early", "full_memory"])
+def test_faults(what):
+    size = 2 if GPUS == 1 else max(SIZES)
+    agreed("faults.py", size, what, "--hidden", 4096, "--timeout_s", 2, env={})
+
+
+@pytest.mark.parametrize("when", ["before", "in", "after"])
+def test_survivors_name_a_killed_rank(when):
+    args = ("--device", "gpu", "--hidden", 4096, "--timeout_s", 2, *ROOM)
+    *survivors, killed = run_ranks("faults.py", 2, f"killed_{when}", *args, timeout_s=90)
+    assert killed.status == -signal.SIGKILL, killed.text
+    for rank in survivors:
+        assert rank.status == 0 and "missing rank 1" in rank.text, rank.text
+
+
+def test_a_rank_that_exits_in_the_middle_of_a_step():
+    args = ("--device", "gpu", "--hidden", 4096, "--timeout_s", 2, *ROOM)
+    for rank in run_ranks("faults.py", 2, "exit_in_step", *args, timeout_s=90):
+        assert rank.status == 0, rank.text

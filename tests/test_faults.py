@@ -1,0 +1,73 @@
+"""The fault matrix, as real processes under the interpreter: see tests/dist/faults.py. Nothing may hang or leak."""
+
+import concurrent.futures
+import signal
+
+import pytest
+
+from fd_fusion.comm import posix_shm
+from tests.support.ranks import run_ranks
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left():
+    before = set(posix_shm.FOLDER.glob("fd_fusion-*"))
+    yield
+    assert set(posix_shm.FOLDER.glob("fd_fusion-*")) <= before
+
+
+def run(what, size=2):
+    return run_ranks("faults.py", size, what, "--timeout_s", 1.5, timeout_s=90)
+
+
+def ended_well(ranks):
+    for rank in ranks:
+        assert rank.status == 0, rank.text
+
+
+def test_a_late_rank_ends_the_call_for_all_and_a_reset_goes_on():
+    ended_well(run("late"))
+
+
+def test_a_rank_that_calls_nothing_more_learns_of_the_error():
+    ended_well(run("early"))
+
+
+@pytest.mark.parametrize("when", ["before", "in", "after"])
+def test_survivors_name_a_killed_rank(when):
+    *survivors, killed = run(f"killed_{when}")
+    assert killed.status == -signal.SIGKILL, killed.text
+    ended_well(survivors)
+    assert "missing rank 1" in survivors[0].text
+
+
+@pytest.mark.parametrize("what", ["no_triton", "full_memory", "imported_before"])
+def test_one_rank_that_cannot_open_is_named_by_all(what):
+    ended_well(run(what))
+
+
+def test_a_rank_that_exits_in_the_middle_of_a_step():
+    ended = run("exit_in_step")
+    ended_well(ended)
+    assert "missing rank 1" in ended[0].text
+
+
+def test_two_jobs_at_once():
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        for job in [pool.submit(run_ranks, "triton_calls.py", 2, "together", timeout_s=90) for _ in range(2)]:
+            ended_well(job.result())
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("what", ["late", "early", "no_triton", "full_memory", "exit_in_step"])
+def test_the_same_with_four_ranks(what):
+    ended_well(run(what, 4))
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("when", ["before", "in", "after"])
+def test_three_survivors_name_a_killed_rank(when):
+    *survivors, killed = run(f"killed_{when}", 4)
+    assert killed.status == -signal.SIGKILL, killed.text
+    ended_well(survivors)
+    assert any("missing rank 3" in rank.text for rank in survivors)

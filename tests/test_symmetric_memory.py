@@ -1,0 +1,113 @@
+"""Symmetric memory between real processes, over POSIX shared memory; tests/gpu tests the CUDA maker."""
+
+import ctypes
+import subprocess
+import sys
+
+import pytest
+
+from fd_fusion.comm import cuda_ipc, posix_shm
+from fd_fusion.comm.group import Group
+from fd_fusion.comm.symmetric_memory import _unreachable
+from tests.support.ranks import run_ranks
+
+
+def segments():
+    return {path.name for path in posix_shm.FOLDER.glob("fd_fusion-*")}
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_every_rank_reaches_every_buffer(size):
+    for ended in run_ranks("memory.py", size, "plain"):
+        assert ended.status == 0, ended.text
+        assert "opened" in ended.text
+
+
+@pytest.mark.parametrize(
+    "what, expected",
+    [
+        (
+            "full",
+            "rank 1 refused: the workspace could not be opened: OSError: [Errno 28] No space left on device",
+        ),
+        ("lossy", "what rank 1 stored into this rank's memory did not arrive"),
+        ("killed", "rank 1 never voted"),
+    ],
+)
+def test_all_ranks_end_alike_and_leave_nothing(what, expected):
+    before = segments()
+    ended = run_ranks("memory.py", 2, what)
+    alive = ended[:1] if what == "killed" else ended
+    for rank in alive:
+        assert rank.status == 0, rank.text
+        assert expected in rank.text
+    assert segments() <= before
+
+
+def test_a_segment_of_a_crashed_run_disturbs_nobody_and_is_removed(monkeypatch):
+    before = segments()
+    ended = run_ranks("memory.py", 2, "killed_named")
+    assert "rank 1 never voted" in ended[0].text, ended[0].text
+    left = segments() - before
+    assert len(left) == 1, "rank 1 died with its segment's name in place"
+    assert all(rank.status == 0 for rank in run_ranks("memory.py", 2, "plain"))
+    monkeypatch.setattr(posix_shm, "_YOUNG_S", 0)
+    maker = posix_shm.PosixShm()
+    own, _ = maker.allocate(4096)
+    assert not left & segments()
+    posix_shm._remove_stale()
+    assert segments() - before, "a segment whose creator is alive stays"
+    maker.free(own)
+    assert segments() <= before
+
+
+def test_a_full_shared_memory_is_an_error_at_allocation():
+    maker, before = posix_shm.PosixShm(), segments()
+    with pytest.raises(OSError):
+        maker.allocate(1 << 50)
+    assert segments() == before
+
+
+def test_a_foreign_or_shorter_segment_is_not_mapped(tmp_path, monkeypatch):
+    monkeypatch.setattr(posix_shm, "FOLDER", tmp_path)
+    maker = posix_shm.PosixShm()
+    address, token = maker.allocate(8192)
+    with pytest.raises(OSError, match="announced"):
+        posix_shm.PosixShm().open(token, 4096)
+    link = bytes(16)
+    posix_shm._path(link).symlink_to(posix_shm._path(token))
+    with pytest.raises(OSError):
+        posix_shm.PosixShm().open(link, 8192)
+    assert oct(posix_shm._path(token).stat().st_mode)[-3:] == "600"
+    maker.free(address)
+
+
+def test_ranks_that_cannot_share_memory_are_told_why():
+    group = Group("g", 0, 2, (0, 1), None)
+    one = {"boot": "a", "pid": 1, "nbytes": 64, "mig": False}
+
+    def reason(**changes):
+        refusal = _unreachable(({**one}, {**one, "pid": 2, **changes}), group)
+        return refusal.code if refusal else None
+
+    assert reason() is None
+    assert reason(boot="b") == "other_machine"
+    assert reason(mig=True) == "mig"
+    assert reason(pid=1) == "same_pid"
+    assert reason(nbytes=65) == "structure_differs"
+
+
+def test_no_driver_or_no_context_is_a_reason_not_a_crash():
+    code = "from fd_fusion.comm.cuda_ipc import *\ntry: CudaIpc()\nexcept CudaError as e: print(e)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
+    assert done.returncode == 0 and done.stdout.strip(), done.stderr
+    assert cuda_ipc.CudaIpc.handle_bytes == 64
+
+
+def test_the_host_page_is_cleared_and_writable():
+    maker = posix_shm.PosixShm()
+    host, kernel = maker.host_page(4096)
+    assert ctypes.string_at(kernel, 4096) == bytes(4096)
+    maker.write(kernel, b"x")
+    assert maker.read(host, 1) == b"x"
+    maker.free_host_page(host)

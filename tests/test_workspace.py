@@ -1,0 +1,45 @@
+"""A workspace from open to close, in real processes and with no kernel: see tests/dist/workspace.py."""
+
+import signal
+import threading
+
+import pytest
+
+from fd_fusion.comm import posix_shm, watcher
+from tests.support.ranks import run_ranks
+
+
+def segments():
+    return {path.name for path in posix_shm.FOLDER.glob("fd_fusion-*")}
+
+
+@pytest.mark.parametrize("what", ["life", "several", "sigterm", "fork", "left_open"])
+def test_a_workspace(what):
+    before = segments()
+    for rank in run_ranks("workspace.py", 2, what, timeout_s=40):
+        assert rank.status == 0 and rank.text.endswith("end\n"), rank.text
+        assert what != "sigterm" or "the host's handler" in rank.text
+    assert segments() <= before
+
+
+def test_a_lost_rank_is_named_by_reset():
+    ended = run_ranks("workspace.py", 2, "lost", timeout_s=40)
+    assert ended[0].status == 0 and ended[1].status == -signal.SIGKILL, ended[0].text
+
+
+def test_sigterm_still_ends_a_process_that_had_no_handler():
+    for rank in run_ranks("workspace.py", 2, "default_sigterm", timeout_s=40):
+        assert rank.status == -signal.SIGTERM, rank.text
+
+
+@pytest.mark.parametrize("attempt", [1, 2])
+def test_the_watcher_tells_once_and_starts_again(attempt):
+    heard, pages, pause = [], {"fine": None, "broken": None}, threading.Event()
+    for name in pages:
+        watcher.watch(name, lambda name=name: pages[name], lambda error, name=name: heard.append((name, error)))
+    pages["broken"] = "late"
+    assert any(heard or pause.wait(0.01) for _ in range(300))
+    pause.wait(0.05)
+    assert heard == [("broken", "late")]
+    watcher.unwatch("fine")
+    assert any(watcher._thread is None or pause.wait(0.01) for _ in range(300))
