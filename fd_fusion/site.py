@@ -94,7 +94,7 @@ class Site:
 
         Raises: HandOverError: one is still unfinished. A second try after the error starts afresh.
         """
-        if not self.checked:
+        if not self.checked or not _rows(partial):  # a host may skip its norm where there are no rows
             return partial
         user = self._user()
         if self._pending is not None:
@@ -121,7 +121,7 @@ class Site:
         return self.stock(partial, residual, norm)
 
     def _take(self, partial: Tensor) -> None:
-        if not self.checked:
+        if not self.checked or not _rows(partial):
             return
         pending, self._pending = self._pending, None
         if pending is None:
@@ -137,7 +137,7 @@ class Site:
 
         A failure inside the fused call is raised, never retried: the other ranks are already waiting.
         """
-        rows = math.prod(partial.shape[:-1])
+        rows = _rows(partial)
         if self.fuses(rows):
             self.calls["fused"] += 1
             return self._fused(partial, residual)
@@ -148,7 +148,7 @@ class Site:
 
     def stock(self, partial: Tensor, residual: Tensor | None, norm: Norm) -> Finished:
         """All-reduce, then the host's norm: what the host does without us, bit for bit."""
-        return norm(self._reduce(partial) if math.prod(partial.shape[:-1]) else partial, residual)
+        return norm(self._reduce(partial) if _rows(partial) else partial, residual)
 
     def start_proof(self, prove: Callable[[Site, Tensor, Tensor, Norm], Finished]) -> None:
         """Until `end_proof`, nothing is fused and every finish goes through `prove`."""
@@ -160,3 +160,8 @@ class Site:
     def fused(self, partial: Tensor, residual: Tensor | None) -> Finished:
         """The fused call by itself, for the proving pass."""
         return self._fused(partial, residual)
+
+
+def _rows(tensor: Tensor) -> int:
+    """T of [..., H]."""
+    return math.prod(tensor.shape[:-1])

@@ -67,6 +67,7 @@ def compare(folder, architecture):
     model = bound.model_runner.model
     (report,) = [r for r in fd_fusion.report() if r.sites]
     assert report.proven and not report.rejected, report.lines()
+    assert hidden_states(bound, []).shape[0] == 0, "no rows, and nothing left pending"
     calls = {line.name: line.calls["fused"] for line in report.sites}
     got = hidden_states(bound, FEW).numpy()
     for line in report.sites:

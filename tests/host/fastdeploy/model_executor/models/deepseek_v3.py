@@ -44,6 +44,17 @@ class DeepseekV3MLAAttention(decoder.Attention):
 class DeepSeekV3DecoderLayer(decoder.DecoderLayer):
     attention, mlp_class, moe_class = DeepseekV3MLAAttention, DeepSeekV3MLP, DeepSeekV3MoE
 
+    def forward(self, forward_meta, hidden_states, residual):
+        if hidden_states.shape[0] > 0:
+            hidden_states, residual = self.input_layernorm(
+                hidden_states, residual_input=residual, forward_meta=forward_meta
+            )
+            hidden_states = self.attend(forward_meta, hidden_states)
+            hidden_states, residual = self.post_attention_layernorm(hidden_states, residual)
+        else:
+            residual = hidden_states  # no rows: its norms do not run
+        return self.mlp(hidden_states, forward_meta), residual
+
 
 class DeepSeekV3Model(decoder.DecoderModel):
     layer_class = DeepSeekV3DecoderLayer
