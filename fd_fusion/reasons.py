@@ -106,6 +106,29 @@ TABLE: dict[str, Entry] = {
     "too_many_rows": Entry("T={rows} is above the limit of {limit} rows", "raise max_token_num, or tune the limit"),
     "no_rows": Entry("T=0: there is nothing to compute", "nothing to do"),
     "tracing": Entry("the proving pass runs in eager mode only", "run one eager forward before capture"),
+    # fastdeploy
+    "draft_model": Entry("{model} is a draft model: its layers are used in another way", "nothing to do"),
+    "sequence_parallel": Entry("sequence-parallel MoE splits the rows over the ranks", "nothing to do"),
+    "expert_parallel": Entry("expert parallel: the experts are not split over the group", "nothing to do"),
+    "proxy_rmsnorm": Entry("FD_USE_PHI_RMSNORM asks for another norm", "unset FD_USE_PHI_RMSNORM to fuse"),
+    "two_batch_overlap": Entry("{model} runs two batches at once, from two threads", "nothing to do"),
+    "read_between_layers": Entry(
+        "the model reads a sum between its layers: `{line}`", "nothing to do: fused, that sum would be partial"
+    ),
+    "split_token": Entry("the linear splits its rows over the ranks", "nothing to do"),
+    "unknown_block": Entry("{block} reduces in a way that is not known", "report it with the version of FastDeploy"),
+    "pipeline_boundary": Entry("layer {layer} is not on this rank", "nothing to do"),
+    "quantised_norm": Entry("the norm quantises its output", "nothing to do"),
+    "norm_bias": Entry("the norm has a bias", "nothing to do"),
+    "wide_residual": Entry(
+        "the host keeps the residual in {got} beside activations in {dtype}",
+        "nothing to do: one kernel reads both in one dtype",
+    ),
+    "unknown_norm": Entry("{norm} is not a plain RMSNorm over the last dimension", "nothing to do"),
+    "symbol_moved": Entry(
+        "{path} is not where this version of fd_fusion expects it",
+        "install an fd_fusion made for this FastDeploy, or report its version",
+    ),
     # Backends.
     "no_paddle": Entry("Paddle cannot be imported: {detail}", 'pip install "paddlepaddle>=3.3"'),
     "old_paddle": Entry("Paddle {got} is older than {need}", "install Paddle {need} or newer"),

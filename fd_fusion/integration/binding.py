@@ -104,6 +104,13 @@ def check() -> None:
     metrics.tick(report)
 
 
+def freeze() -> None:
+    """After graph capture: nothing allocates any more, and a rank is waited for `timeout_s`, not ten times that."""
+    for state in _bound.values():
+        for opening in state.openings:
+            opening.opened.freeze()
+
+
 def _resolve(model: Any, config: Any, source: str) -> Resolved:
     """The config that wins; the layers' own one where none is given."""
     if config is None:

@@ -1,0 +1,160 @@
+"""Biases, dtypes, call forms, cleared and reloaded parameters, a traced model: bound as stock."""
+
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "host")]
+
+import os
+
+import numpy as np
+import paddle
+import paddle.distributed as dist
+from support.rank import record, start
+
+from hosting import fd_config_of, hidden_states, worker_of, write_checkpoint
+
+rank, size = start()
+import fd_fusion
+from fd_fusion.integration.fastdeploy import register
+
+register()
+from fastdeploy.model_executor.forward_meta import ForwardMeta
+from fastdeploy.model_executor.models import decoder
+
+FEW, MANY = [1, 2, 3], [i % 60 for i in range(40)]
+
+
+def bring_up(folder, asked, do_profile=True, **arguments):
+    os.environ.pop("FD_FUSION_CONFIG", None)
+    if asked:
+        os.environ["FD_FUSION_CONFIG"] = '{"max_token_num": 32, "timeout_s": 20}'
+    fd_config = fd_config_of(folder, size, rank, tp_group=dist.get_group(0), **arguments)
+    return worker_of(fd_config, rank, do_profile)
+
+
+def numbers(worker, rows):
+    return hidden_states(worker, rows).astype("float32").numpy()
+
+
+def pair(folder, roundings, do_profile=True, **arguments):
+    """(bound worker, its report), once its outputs are those of the stock model."""
+    stock = bring_up(folder, asked=False)
+    bound = bring_up(folder, asked=True, do_profile=do_profile, **arguments)
+    (report,) = [r for r in fd_fusion.report() if r.model == type(bound.model_runner.model).__name__]
+    error = np.linalg.norm(numbers(bound, FEW) - numbers(stock, FEW)) / np.linalg.norm(numbers(stock, FEW))
+    assert error <= roundings, f"{folder}: {error:.1e}"
+    assert np.array_equal(numbers(bound, MANY), numbers(stock, MANY)), folder
+    return bound, report
+
+
+def biases(scratch):
+    """Divided by the number of ranks when loaded, so that the partial sums hold them once."""
+    folder = write_checkpoint(f"{scratch}/bias", "Qwen2ForCausalLM", o_proj_bias=True, mlp_bias=True)
+    bound, report = pair(folder, 2e-5)
+    assert report.proven and len(report.sites) == 6
+    fd_fusion.unbind(bound.model_runner.model)
+
+
+def half_precision(scratch):
+    """A float32 norm weight beside bfloat16: fused where the residual stays bfloat16, stock where it does not."""
+    config = {"dtype": "bfloat16", "attention_bias": False}
+    folder = write_checkpoint(f"{scratch}/post", "Qwen2ForCausalLM", post_norm_dtype="float32", **config)
+    bound, report = pair(folder, 4 * 2.0**-8)
+    assert report.proven and len(report.sites) == 6, report.lines()
+    norm = bound.model_runner.model.model.layers[0].post_attention_layernorm
+    assert norm.weight.dtype == paddle.float32
+    fd_fusion.unbind(bound.model_runner.model)
+    folder = write_checkpoint(f"{scratch}/all", "Qwen2ForCausalLM", norm_dtype="float32", **config)
+    bound, report = pair(folder, 0.0)
+    assert not report.sites and {r.reason.code for r in report.rejected} == {"wide_residual"}
+    fd_fusion.unbind(bound.model_runner.model)
+
+
+def call_forms(scratch):
+    """Positional and keyword residual, with and without forward_meta, and another norm for one call."""
+    folder = write_checkpoint(f"{scratch}/forms", "Qwen2ForCausalLM")
+    bound, report = pair(folder, 2e-5, do_profile=False)  # the host skipped its profile run
+    assert report.proven
+    layer = bound.model_runner.model.model.layers[0]
+    linear, norm = layer.self_attn.o_proj, layer.post_attention_layernorm
+    paddle.seed(3 + rank)
+    x = paddle.randn([3, linear.weight.shape[0]])
+    paddle.seed(9)
+    residual = paddle.randn([3, linear.weight.shape[1]])
+    meta = ForwardMeta(paddle.to_tensor([1]))
+    results = [norm(linear(x), residual), norm(linear(x), residual, forward_meta=meta)]
+    results.append(norm(linear(x), residual_input=residual, forward_meta=meta))
+    assert all(len(r) == 2 for r in results)
+    for out, total in results[1:]:
+        assert np.array_equal(out.numpy(), results[0][0].numpy())
+        assert np.array_equal(total.numpy(), results[0][1].numpy())
+    seen = []
+
+    def proxy(value, weight, eps):
+        seen.append(value.numpy())
+        return value * 2
+
+    out, total = norm(linear(x), residual, proxy_rmsnorm=proxy)
+    assert len(seen) == 1, "the host's proxy runs, on the reduced sum"
+    assert np.allclose(total.numpy(), results[0][1].numpy(), atol=1e-5)
+    assert np.allclose(out.numpy(), 2 * total.numpy())
+    assert numbers(bound, []).shape[0] == 0, "no rows"
+    fd_fusion.unbind(bound.model_runner.model)
+
+
+def cleared_and_reloaded(scratch):
+    """No weight is kept: after the parameters were cleared and loaded anew the numbers are those of the new ones."""
+    folder = write_checkpoint(f"{scratch}/a", "Glm4MoeForCausalLM")
+    other = write_checkpoint(f"{scratch}/b", "Glm4MoeForCausalLM", seed=8)
+    bound, _ = pair(folder, 2e-5)
+    stock = bring_up(other, asked=False)
+    checkpoint = {name: param.numpy() for name, param in stock.model_runner.model.named_parameters()}
+    bound.model_runner.clear_parameters()
+    bound.model_runner.update_parameters(checkpoint)
+    assert np.allclose(numbers(bound, FEW), numbers(stock, FEW), atol=1e-5)
+    assert np.array_equal(numbers(bound, MANY), numbers(stock, MANY))
+    (report,) = fd_fusion.report()
+    assert all(line.calls["fused"] for line in report.sites)
+    fd_fusion.unbind(bound.model_runner.model)
+
+
+def traced(scratch):
+    """The inner model as a static graph, by AST and by SOT: `finish` is one op in it, and decides when it runs."""
+    folder = write_checkpoint(f"{scratch}/traced", "Glm4MoeForCausalLM", num_hidden_layers=1, first_k_dense_replace=0)
+    bound, report = pair(folder, 2e-5, graph_optimization_config={"graph_opt_level": 1})
+    inner = bound.model_runner.model.model
+    ids, many = paddle.to_tensor(FEW), paddle.to_tensor(MANY)
+    wanted = [inner(ids, ForwardMeta(ids)).numpy(), inner(many, ForwardMeta(many)).numpy()]
+
+    def forward(rows):
+        return inner(rows, None)
+
+    for full_graph in (True, False):
+        run = paddle.jit.to_static(forward, full_graph=full_graph)
+        calls = [line.calls["fused"] for line in report.sites]
+        got = [run(ids).numpy(), run(many).numpy()]
+        assert all(np.allclose(g, w, atol=1e-5) for g, w in zip(got, wanted)), f"{full_graph=}"
+        assert all(line.calls["fused"] > before for line, before in zip(report.sites, calls)), f"{full_graph=}"
+    # A host that breaks the graph between a linear and its norm: one end is traced, the other runs in Python.
+    stock = decoder.Attention.forward
+
+    def breaking(self, forward_meta, hidden_states):
+        out = stock(self, forward_meta, hidden_states)
+        paddle.jit.sot.psdb.breakgraph()
+        return out
+
+    decoder.Attention.forward = breaking
+    got = paddle.jit.to_static(forward, full_graph=False)(ids).numpy()
+    decoder.Attention.forward = stock
+    assert np.allclose(got, wanted[0], atol=1e-5)
+    fd_fusion.unbind(bound.model_runner.model)
+
+
+CASES = (biases, half_precision, call_forms, cleared_and_reloaded, traced)
+with tempfile.TemporaryDirectory() as scratch:
+    for case in CASES:
+        if not sys.argv[1:] or case.__name__ in sys.argv[1:]:
+            case(scratch)
+record(done=True)
