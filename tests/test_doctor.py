@@ -165,11 +165,20 @@ def test_a_framework_that_does_not_import(on_path):
     )
 
 
-def test_fastdeploy_whose_loading_does_not_find_us(on_path):
-    fake(on_path, "fastdeploy", "__version__ = '2.6'\n")
-    (on_path / "fastdeploy/plugins.py").write_text("def load_model_register_plugins(): pass\n")
-    found = doctor_child.ask("fastdeploy")
-    assert of(found, "plugin").state == "off" and "FD_PLUGINS=fd_fusion" in of(found, "plugin").remedy
+@pytest.mark.parametrize("found", [True, False])
+def test_whether_fastdeploys_own_loading_finds_us(on_path, monkeypatch, found):
+    """The host is the tests' own, with FastDeploy's way of loading plugins."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(on_path), str(ROOT / "tests/host")]))
+    monkeypatch.setenv("FD_PLUGINS", "fd_fusion" if found else "another")
+    info = on_path / "fd_fusion-9.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: fd_fusion\nVersion: 9\n")
+    plugin = "fd_fusion = fd_fusion.integration.fastdeploy:register"
+    (info / "entry_points.txt").write_text(f"[fastdeploy.model_register_plugins]\n{plugin}\n")
+    told = doctor_child.ask("fastdeploy")
+    assert of(told, "plugin").state == ("ok" if found else "off"), told
+    assert found or "FD_PLUGINS=fd_fusion" in of(told, "plugin").remedy
+    assert "Glm4MoeDecoderLayer" in of(told, "decoders").data["decoders"]
 
 
 def command(*args, env=None, timeout_s=120):
