@@ -204,7 +204,7 @@ class Opened:
     def _run_once(self) -> None:
         """Run every kernel that can be chosen: a first launch may allocate."""
         facts, here = self._facts, self._framework
-        place = {"device": "cuda"} if here.__name__ == "torch" else {}
+        place = {"device": "cuda"} if here.__name__ == "torch" and facts.device == "gpu" else {}
         weight = here.ones([facts.hidden_size], dtype=getattr(here, facts.weight_dtype), **place)
         for rows in sorted({1, self._plan.two_shot_rows or 1}) if facts.device == "gpu" else [1]:
             x = here.ones([rows, facts.hidden_size], dtype=getattr(here, facts.dtype), **place)

@@ -16,7 +16,7 @@ import numpy as np
 
 from fd_fusion.cli.doctor_rank import one_call, place, tensor
 from fd_fusion.cli.ranks import rank_main
-from fd_fusion.comm.group import Group, working
+from fd_fusion.comm.group import Group, Vote, agree, working
 from fd_fusion.reasons import FusionError, Reason, because
 from fd_fusion.tuning import NEVER, Facts
 
@@ -42,6 +42,7 @@ def run(job: dict[str, Any], group: Group) -> dict[str, Any]:
         times["unfused"] = {rows: _time(here, facts, partial(call, rows), job["rounds"]) for rows in job["rows"]}
     except (RuntimeError, ImportError) as error:
         skipped["unfused"] = f"{type(error).__name__}: {error}".splitlines()[0]
+    agree(group, "end", Vote(), timeout_s=job["timeout_s"])  # the framework's store lives on rank 0
     gpu = here.cuda.get_device_name() if device == "gpu" else None
     return {"times": times, "skipped": skipped, "gpu": gpu, "framework": here.__name__}
 
@@ -133,7 +134,8 @@ def _graph(here: Any, call: Callable[[], Any]) -> Callable[[], Any]:
         graph.capture_end()
     else:
         graph = here.cuda.CUDAGraph()
-        with here.cuda.graph(graph):
+        # Other threads may do as they like meanwhile: NCCL has one that looks at events.
+        with here.cuda.graph(graph, capture_error_mode="thread_local"):
             kept = [call() for _ in range(_CALLS)]
 
     def replay(_kept: Any = kept) -> None:  # the graph writes into these outputs
@@ -203,4 +205,7 @@ def _torch_ops(torch: Any, facts: Facts, port: int) -> tuple[Callable, Callable]
 
 
 if __name__ == "__main__":
-    sys.exit(rank_main(run))
+    # At once: a framework that takes its process group apart while another rank is gone may abort.
+    code = rank_main(run)
+    sys.stdout.flush()
+    os._exit(code)
