@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
 import subprocess
 import sys
@@ -69,7 +70,8 @@ def framework(size: str) -> Iterator[Finding]:
     try:
         here = runtime_triton.framework()
     except ImportError as error:
-        yield of_reason("framework", "import", "broken", because("no_paddle", detail=str(error)))
+        detail = str(error) if importlib.util.find_spec("paddle") else "neither Paddle nor torch is installed"
+        yield of_reason("framework", "import", "broken", because("no_paddle", detail=detail))
         return
     device, arch, count = devices(here)
     name = f"{here.__name__} {here.__version__}"
