@@ -202,7 +202,7 @@ def test_the_whole_command_on_this_machine():
     launch = next(one for one in outcome["findings"] if one["topic"] == "launch")
     assert launch["state"] == "ok" and launch["data"]["bit_equal"] and launch["data"]["error_over_budget"] <= 1
     assert launch["data"]["counted_on_device"]
-    assert shared_memory() == before
+    assert shared_memory() <= before
 
 
 def test_without_the_launch_and_disabled():

@@ -16,7 +16,7 @@ from fd_fusion.config import FusionConfig
 from fd_fusion.integration import metrics
 from fd_fusion.integration.opening import Opening
 from fd_fusion.integration.report import Report, SiteLine
-from fd_fusion.reasons import because
+from fd_fusion.reasons import FusionTimeout, because
 
 ROOT = Path(__file__).parents[1]
 
@@ -101,6 +101,28 @@ def test_one_line_of_json_a_minute(caplog, monkeypatch):
     now[0] += metrics.EVERY_S
     metrics.tick(lambda: [report_of(Opened())])
     assert len(caplog.records) == 2
+
+
+def test_a_timeout_is_told_at_once(caplog, monkeypatch):
+    from fd_fusion.integration import binding
+
+    caplog.set_level(logging.INFO, "fd_fusion")
+    opened = Opened(timeouts=1)
+    state = types.SimpleNamespace(openings=[types.SimpleNamespace(opened=opened)], report=report_of(opened))
+    monkeypatch.setattr(binding, "_bound", {"model": state})
+    opened.check = lambda: None
+    binding.check()
+
+    def check():
+        raise FusionTimeout(because("aborted"))
+
+    opened.check = check
+    now = metrics.time.monotonic() + 1.5
+    monkeypatch.setattr(metrics, "time", types.SimpleNamespace(monotonic=lambda: now))
+    for _ in range(3):
+        with pytest.raises(FusionTimeout):
+            binding.check()
+    assert len(caplog.records) == 2 and '"timeouts": 1' in caplog.records[1].getMessage()
 
 
 def test_nothing_bound_tells_nothing(caplog):

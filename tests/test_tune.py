@@ -137,7 +137,7 @@ def test_a_rank_that_dies_in_the_middle(cache, monkeypatch, capsys, tmp_path):
     before = set(Path("/dev/shm").glob("fd_fusion-*"))
     assert tune.main(["--hidden-size", "64", "--rows", "1", "--rounds", "1"]) == 1
     assert capsys.readouterr().err.startswith("fd_fusion tune: rank 1 died of SIGKILL; nothing was stored")
-    assert set(Path("/dev/shm").glob("fd_fusion-*")) == before and not table_path().exists()
+    assert set(Path("/dev/shm").glob("fd_fusion-*")) <= before and not table_path().exists()
 
 
 def test_the_whole_command_under_the_interpreter(cache):

@@ -50,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
 def find(size: int, *, launch: bool) -> list[Finding]:
     """Everything that is to be found, topic by topic. Imports run in children, at the same time."""
     found = guarded("packages", packages)
-    present = {one.name: one.state == "ok" for one in found}
+    present = {one.name: one.state in ("ok", "warn") for one in found}
     children = ["framework", *(name for name in ("flashinfer", "fastdeploy") if present.get(name))]
     with ThreadPoolExecutor() as pool:
         asked = [pool.submit(doctor_child.ask, name, *([size] if name == "framework" else [])) for name in children]

@@ -117,7 +117,7 @@ def rank_main(run: Callable[[dict[str, Any], Group], dict[str, Any]]) -> int:
 
 
 def end_with_parent(parent: int) -> None:
-    """Have the kernel kill this process when its parent is gone."""
+    """Have the kernel kill this process when its parent is gone, or the thread of the parent that started it."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it went before we asked
         os._exit(1)

@@ -21,7 +21,7 @@ from fd_fusion.integration.pairs import Pair
 from fd_fusion.integration.qk import QKNorm, settle_qk_norms
 from fd_fusion.integration.report import Report
 from fd_fusion.integration.settling import Bound, attach_and_prove, logger, refuse, undo_all
-from fd_fusion.reasons import BindError, Reason, because
+from fd_fusion.reasons import BindError, FusionTimeout, Reason, because
 from fd_fusion.site import Rejected, Site
 
 _bound: weakref.WeakKeyDictionary[Any, Bound] = weakref.WeakKeyDictionary()
@@ -98,9 +98,13 @@ def report() -> list[Report]:
 
 def check() -> None:
     """Raise FusionTimeout if a fused call of any bound model ran out of time. For use before tokens are published."""
-    for state in _bound.values():
-        for opening in state.openings:
-            opening.opened.check()
+    try:
+        for state in _bound.values():
+            for opening in state.openings:
+                opening.opened.check()
+    except FusionTimeout:
+        metrics.tick(report, every_s=1.0)  # this process may end before the minute is over
+        raise
     metrics.tick(report)
 
 

@@ -40,10 +40,10 @@ _next = 0.0
 _exporter: Callable[[list[Report]], None] | None = None
 
 
-def tick(reports: Callable[[], list[Report]]) -> None:
-    """Tell the numbers if the last time is a minute ago."""
+def tick(reports: Callable[[], list[Report]], *, every_s: float = EVERY_S) -> None:
+    """Tell the numbers if the last time is `every_s` ago."""
     global _next, _exporter
-    if (now := time.monotonic()) < _next:
+    if (now := time.monotonic()) < _next - EVERY_S + every_s:
         return
     _next = now + EVERY_S
     told = reports()

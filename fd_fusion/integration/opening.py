@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -44,7 +45,10 @@ def open_for(
         return None, because("never_wins", **shape), ()
     first: tuple[Reason, tuple[int, ...]] | None = None
     for name in _candidates(config.backend, device, tuned):
-        facts = [_facts(group, pair, config, deterministic, device, arch, spaces, name, tuned) for pair in pairs]
+        facts = [_facts(group, pair, config, deterministic, device, arch, spaces) for pair in pairs]
+        if tuned:
+            found = {"tuned_rows": tuned.rows.get(name) or None, "two_shot_rows": tuned.two_shot_rows or NEVER}
+            facts = [dataclasses.replace(one, **found) for one in facts]
         opened, reason, ranks = _try(name, facts, group, config.timeout_s)
         if opened is not None:
             return Opening(name, opened, limit_source(facts[0]), note), None, ()
@@ -107,15 +111,7 @@ def _load(name: str, facts: list[Facts]) -> tuple[Any, Reason | None]:
 
 
 def _facts(
-    group: Group,
-    pair: Any,
-    config: FusionConfig,
-    deterministic: bool,
-    device: str,
-    arch: int | None,
-    spaces: int,
-    backend: str,
-    tuned: Limits | None,
+    group: Group, pair: Any, config: FusionConfig, deterministic: bool, device: str, arch: int | None, spaces: int
 ) -> Facts:
     return Facts(
         rank=group.rank,
@@ -131,6 +127,4 @@ def _facts(
         max_token_num=config.max_token_num,
         workspace_bytes=(config.workspace_mb << 20) // spaces,
         timeout_s=config.timeout_s,
-        tuned_rows=(tuned.rows.get(backend) or None) if tuned else None,
-        two_shot_rows=(tuned.two_shot_rows or NEVER) if tuned else None,
     )
