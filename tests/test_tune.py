@@ -84,8 +84,15 @@ def test_what_is_measured_on_gpus_is_stored_for_bind(cache, monkeypatch, capsys)
     ids=["no rival", "one GPU", "CPU"],
 )
 def test_what_is_not_stored(cache, monkeypatch, capsys, here, result):
+    monkeypatch.setattr(tune.importlib.util, "find_spec", lambda name: name)
     assert run(monkeypatch, here=here, measure=lambda *_: [result, result]) == 0
     assert not table_path().exists() and "not stored: " in capsys.readouterr().out
+
+
+def test_one_gpu_without_torch(cache, monkeypatch, capsys):
+    monkeypatch.setattr(tune.importlib.util, "find_spec", lambda name: None)
+    assert run(monkeypatch, here={**TWO_GPUS, "gpus": 1}, measure=None) == 1
+    assert "1 GPU for 2 ranks: virtual ranks need torch" in told(capsys)
 
 
 def test_nothing_measured_is_a_failure(cache, monkeypatch):
@@ -134,6 +141,7 @@ sys.exit(rank_main(tune_rank.run))
 def test_a_rank_that_dies_in_the_middle(cache, monkeypatch, capsys, tmp_path):
     (script := tmp_path / "dying.py").write_text(DYING)
     monkeypatch.setattr(ranks, "_command", lambda module, folder, rank: [sys.executable, script, folder, str(rank)])
+    monkeypatch.setattr(tune, "_framework", lambda: {"device": "cpu", "arch": None, "gpus": 0})
     before = set(Path("/dev/shm").glob("fd_fusion-*"))
     assert tune.main(["--hidden-size", "64", "--rows", "1", "--rounds", "1"]) == 1
     assert capsys.readouterr().err.startswith("fd_fusion tune: rank 1 died of SIGKILL; nothing was stored")

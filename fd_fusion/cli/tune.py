@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import json
 import socket
 import sys
@@ -74,6 +75,10 @@ def tune(args: argparse.Namespace) -> dict[str, Any]:
     """
     here = _framework()
     mode = "cpu" if here["device"] == "cpu" else "gpu" if here["gpus"] >= args.nproc else "virtual"
+    if mode == "virtual" and importlib.util.find_spec("torch") is None:
+        raise RanksFailed(
+            f"{here['gpus']} GPU for {args.nproc} ranks: virtual ranks need torch, which is not installed"
+        )
     rows = _rows(args.rows or _ROWS["cpu" if mode == "cpu" else "gpu"])
     path = table_path()
     # Held while measuring, so that no two disturb each other; and a folder that cannot be written shows at once.
