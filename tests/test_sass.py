@@ -46,7 +46,7 @@ def compile_case(arch, size, hidden, dtype, weight_dtype, two_shot):
 
     plan = plans.plan_for(size, hidden, dtype)
     constants = plans.constants(plan, weight_dtype=weight_dtype, has_residual=True, two_shot=two_shot)
-    options = {key: constants.pop(key) for key in ("num_warps", "num_stages", "enable_fp_fusion")}
+    options = {key: constants.pop(key) for key in ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")}
     types = {"rows": "i32", "rank": "i32", "op": "i32", "eps": "fp32", "weight_offset": "fp32"}
     signature = {n: "constexpr" if n in constants else types.get(n, "i64") for n in kernel.arg_names}
     source, target = ASTSource(kernel, signature, constants), GPUTarget("cuda", arch, 32)

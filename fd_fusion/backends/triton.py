@@ -41,7 +41,7 @@ def supports(facts: Facts) -> Reason | None:
     if facts.device == "gpu" and (facts.arch or 0) < 80:
         return because("old_gpu", got=facts.arch, need=80)
     plan = _plan(facts)
-    if plans.most_programs(plan, workspace_bytes=facts.workspace_bytes - _LOCAL_BYTES, multiprocessors=1) < 1:
+    if plans.most_programs(plan, workspace_bytes=facts.workspace_bytes - _LOCAL_BYTES, at_once=1) < 1:
         need = plans.symmetric_bytes(plan, 1) + _LOCAL_BYTES
         return because("workspace_small", need=need, got=facts.workspace_bytes)
     return None
@@ -78,7 +78,7 @@ class Opened:
         half = max(1, min(kernel.resident for kernel in kernels.values()) // 2)
         room = _CPU_PROGRAMS if facts.device == "cpu" else half * self._maker.multiprocessors()
         slots = facts.workspace_bytes - _LOCAL_BYTES
-        most = plans.most_programs(self._plan, workspace_bytes=slots, multiprocessors=room)
+        most = plans.most_programs(self._plan, workspace_bytes=slots, at_once=room)
         self.programs = most if self.limit is None else min(most, self.limit)
         word = _ANY_ADDRESS, _ANY_ADDRESS
         store = runtime_triton.load_kernel("probe", "store_word")
