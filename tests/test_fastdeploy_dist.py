@@ -49,6 +49,13 @@ def test_seeded_bugs_are_caught_before_anything_is_fused(tmp_path):
     assert all(set(result) == set(found[0]) and len(result) == 5 for result in found)
 
 
-@pytest.mark.parametrize("case", ["biases half_precision call_forms", "cleared_and_reloaded traced"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        "biases half_precision call_forms",
+        "upstream_flag deterministic named_backend",
+        "cleared_and_reloaded traced",
+    ],
+)
 def test_layers(case, tmp_path):
     assert all(result["done"] for result in run("fastdeploy_layers.py", 2, tmp_path, *case.split()))

@@ -13,9 +13,8 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / 
 
 import numpy as np
 import paddle.distributed as dist
-from support.rank import record, start
-
 from hosting import ARCHITECTURES, fd_config_of, hidden_states, worker_of, write_checkpoint
+from support.rank import record, start
 
 rank, size = start()
 import fd_fusion

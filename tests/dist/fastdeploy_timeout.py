@@ -10,9 +10,8 @@ import os
 import time
 
 import paddle.distributed as dist
-from support.rank import record, start
-
 from hosting import fd_config_of, worker_of, write_checkpoint
+from support.rank import record, start
 
 rank, size = start()
 from fd_fusion import FusionTimeout

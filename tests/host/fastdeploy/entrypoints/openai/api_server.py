@@ -1,9 +1,9 @@
 """The server: its parser is built and run when the module is imported, before any model config exists."""
 
-import os
 import sys
 import threading
 import time
+from pathlib import Path
 
 from fastdeploy import envs
 from fastdeploy.engine.args_utils import EngineArgs
@@ -24,8 +24,8 @@ def main():
 
 
 def stop_after(engine, steps):
-    tokens = os.path.join(envs.FD_LOG_DIR, "tokens.jsonl")
-    while not os.path.exists(tokens) or len(open(tokens).readlines()) < steps:
+    tokens = Path(envs.FD_LOG_DIR, "tokens.jsonl")
+    while not tokens.exists() or len(tokens.read_text().splitlines()) < steps:
         time.sleep(0.1)
     engine.exit_sub_services()
 
