@@ -11,6 +11,7 @@ from fd_fusion import __version__
 # Each module has `main(argv) -> exit code` and is imported only when its command is given.
 COMMANDS = {
     "serve": ("fd_fusion.cli.serve", "run FastDeploy's api server with fusion on"),
+    "bench": ("fd_fusion.cli.bench", "measure the kernels on a GPU"),
     "demo": ("fd_fusion.cli.demo", "run a small tensor-parallel decoder, stock and fused, and compare"),
 }
 

@@ -8,9 +8,6 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-import pytest
-
-pytest.importorskip("triton")
 from kernel_rank import fill, from_bits, inputs, region_bytes
 
 from fd_fusion.kernels import plan as plans
@@ -46,7 +43,14 @@ def run(cases, timeout_s=100):
 
 def case(size, hidden_size, dtype="bfloat16", **more):
     rows = more.pop("rows", [1, 3, 5, 2])
-    base = dict(size=size, hidden_size=hidden_size, dtype=dtype, weight_dtype=dtype, rows=rows, programs=3)
+    base = {
+        "size": size,
+        "hidden_size": hidden_size,
+        "dtype": dtype,
+        "weight_dtype": dtype,
+        "rows": rows,
+        "programs": 3,
+    }
     base["two_shot"] = [False, True, False, True] if size == 2 else [True, False, True, True]
     return {**base, **more}
 

@@ -26,7 +26,7 @@ MAY = {  # which framework may stand where; "lazy" is inside a function
     "paddle": {"runtime", "runtime_triton", "runtime_flashinfer", "backends", "layers", "integration", "cli"},
     "triton": {"runtime", "runtime_triton", "kernels", "backends", "cli"},
     "flashinfer": {"runtime_flashinfer", "backends"},
-    "tvm_ffi": {"runtime_flashinfer", "backends"},
+    "tvm_ffi": {"runtime_flashinfer", "backends", "cli"},
     "torch": {"runtime", "runtime_triton", "runtime_flashinfer", "backends", "cli"},
     "fastdeploy": {"integration", "cli"},
 }

@@ -22,6 +22,7 @@ register()
 from fastdeploy.model_executor.forward_meta import ForwardMeta
 from fastdeploy.model_executor.layers import normalization
 from fastdeploy.model_executor.models import decoder
+from fastdeploy.worker.gpu_model_runner import GPUModelRunner
 
 FEW, MANY = [1, 2, 3], [i % 60 for i in range(40)]
 
@@ -197,7 +198,33 @@ def named_backend(scratch):
     assert not fd_fusion.report()
 
 
+def order(scratch):
+    """Proven before the cache blocks are counted; where the host does not profile, before graphs are captured."""
+    folder = write_checkpoint(f"{scratch}/order", "Qwen2ForCausalLM", num_hidden_layers=1)
+    seen = []
+
+    def watched(owner, name):
+        stock = getattr(owner, name)
+
+        def call(*args, **kwargs):
+            seen.append((name, any(report.proven for report in fd_fusion.report())))
+            return stock(*args, **kwargs)
+
+        setattr(owner, name, call)
+        return lambda: setattr(owner, name, stock)
+
+    undo = [watched(GPUModelRunner, "initialize_kv_cache"), watched(GPUModelRunner, "capture_model")]
+    for do_profile in (True, False):
+        bound = bring_up(folder, asked=True, do_profile=do_profile)
+        fd_fusion.unbind(bound.model_runner.model)
+    for one in undo:
+        one()
+    cache, capture = "initialize_kv_cache", "capture_model"
+    assert seen == [(cache, True), (capture, True), (cache, False), (capture, True)], seen
+
+
 CASES = (
+    order,
     biases,
     half_precision,
     call_forms,
