@@ -128,6 +128,7 @@ TABLE: dict[str, Entry] = {
     "symbol_moved": Entry(
         "{path} is not where this version of fd_fusion expects it",
         "install an fd_fusion made for this FastDeploy, or report its version",
+    ),
     # The command line.
     "no_gpu": Entry(
         "the benchmarks launch on torch tensors on a GPU: {detail}",
