@@ -115,7 +115,11 @@ def test_killed_ranks_leave_nothing(site, checkpoint, tmp_path):
     command = ["-m", serve.SERVER, "--model", checkpoint / "small", "--tensor-parallel-size", "2"]
     command += ["--stop-after-steps", "3"]
     shm = shared_memory()
-    variables = {"HOST_LINGER": "1", "FD_FUSION_CONFIG": '{"backend": "triton"}', "TRITON_INTERPRET": "1"}
+    variables = {
+        "HOST_LINGER": "1",
+        "FD_FUSION_CONFIG": '{"backend": "triton", "max_token_num": 4}',
+        "TRITON_INTERPRET": "1",
+    }
     run(command, site, tmp_path, FD_PLUGINS="fd_fusion", **variables)  # its own time limit says that nothing hangs
     assert "2 sites, triton" in (tmp_path / "fd_fusion.log").read_text() and len(tokens_of(tmp_path)) == 3
     pids = [int(file.read_text()) for file in tmp_path.glob("pid.*")]

@@ -23,7 +23,7 @@ from fd_fusion.integration.fastdeploy import register, unregister
 FEW, MANY = [1, 2, 3], [i % 60 for i in range(40)]
 ROUNDINGS = 2e-5  # float32, over the few sites of these models
 BACKEND = os.environ.get("TEST_BACKEND", "auto")
-CONFIG = f'{{"max_token_num": 32, "timeout_s": 20, "backend": "{BACKEND}"}}'
+CONFIG = f'{{"max_token_num": 8, "timeout_s": 20, "backend": "{BACKEND}"}}'
 
 
 def config_of(folder, asked, **arguments):

@@ -19,7 +19,7 @@ from fd_fusion.integration.fastdeploy import register
 
 register()
 os.environ["FD_FUSION_CONFIG"] = '{"backend": "triton", "timeout_s": 1, "max_token_num": 8}'
-tokens = Path(os.environ["FD_LOG_DIR"]) / "tokens.jsonl"
+tokens, noticed = (Path(os.environ["FD_LOG_DIR"]) / name for name in ("tokens.jsonl", "noticed"))
 with tempfile.TemporaryDirectory() as scratch:
     folder = write_checkpoint(scratch, "Qwen2ForCausalLM", num_hidden_layers=1)
     worker = worker_of(fd_config_of(folder, size, rank, tp_group=dist.get_group(0)), rank)
@@ -36,7 +36,11 @@ if rank == 0:
         waited = time.monotonic() - begin
         said = str(error)
     assert "1" in said and len(tokens.read_text().splitlines()) == 1, "only the first step was published"
+    noticed.touch()
 else:
-    time.sleep(8)
+    for _ in range(300):  # silent, but alive, until the other one has noticed
+        if noticed.exists():
+            break
+        time.sleep(0.1)
 record(waited=waited)
 os._exit(0)  # nothing collective is left to do with a dead workspace

@@ -5,7 +5,12 @@ from paddle import nn
 
 from fastdeploy.distributed.communication import tensor_model_parallel_all_reduce
 
-upstream_fused = 0  # how often the host's own fusion ran
+upstream_fused = []  # the layers whose own fusion ran, call by call
+
+
+@paddle.jit.not_to_static
+def _count(layer):
+    upstream_fused.append(layer.prefix)
 
 
 def fused_rms_norm(x, norm_weight, epsilon, residual=None):
@@ -69,8 +74,7 @@ class RMSNorm(nn.Layer):
             norm_out = proxy_rmsnorm(x, self.weight, self.eps), x
         else:
             if self._fuses_itself(x, residual_input):
-                global upstream_fused
-                upstream_fused += 1
+                _count(self)
                 x = tensor_model_parallel_all_reduce(x, self.tp_group)
             norm_out = self.norm_func(x, self.weight, self.eps, residual=residual_input)
         if residual_input is not None:
