@@ -12,8 +12,8 @@ needs_the_contract_host = pytest.mark.skipif(
 pytestmark = needs_the_contract_host
 
 
-def run(script, nproc, folder, *args):
-    return launch(script, nproc, folder, *args, env={"FD_LOG_DIR": str(folder / "fd")})
+def run(script, nproc, folder, *args, **variables):
+    return launch(script, nproc, folder, *args, env={"FD_LOG_DIR": str(folder / "fd"), **variables})
 
 
 def test_every_decoder_on_two_ranks(tmp_path):
@@ -24,6 +24,18 @@ def test_every_decoder_on_two_ranks(tmp_path):
 def test_four_ranks(tmp_path):
     results = run("fastdeploy_models.py", 4, tmp_path, "Glm4MoeForCausalLM", "Ernie4_5_MoeForCausalLM")
     assert all(result == results[0] for result in results)
+
+
+def test_the_kernels_under_the_interpreter(tmp_path):
+    """All-reduce + residual + RMSNorm and the norms of q and k by the real kernels, as two processes on a CPU."""
+    variables = {"TEST_BACKEND": "triton", "TRITON_INTERPRET": "1"}
+    first, second = run("fastdeploy_models.py", 2, tmp_path, "Glm4MoeForCausalLM", **variables)
+    assert first == second
+
+
+def test_a_silent_rank_is_an_error_before_its_step_is_published(tmp_path):
+    first, _ = run("fastdeploy_timeout.py", 2, tmp_path, TRITON_INTERPRET="1")
+    assert 0.9 < first["waited"] < 15, "after timeout_s = 1 and not much later"
 
 
 def test_two_replicas_of_two_ranks_never_meet(tmp_path):
@@ -37,6 +49,13 @@ def test_seeded_bugs_are_caught_before_anything_is_fused(tmp_path):
     assert all(set(result) == set(found[0]) and len(result) == 5 for result in found)
 
 
-@pytest.mark.parametrize("case", ["biases half_precision call_forms", "cleared_and_reloaded traced"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        "biases half_precision call_forms",
+        "order upstream_flag deterministic named_backend",
+        "cleared_and_reloaded traced",
+    ],
+)
 def test_layers(case, tmp_path):
     assert all(result["done"] for result in run("fastdeploy_layers.py", 2, tmp_path, *case.split()))

@@ -238,6 +238,20 @@ class Blocks:
                 out = tensor_model_parallel_all_reduce(out, self.tp_group)
         return out
 
+    def one_condition(self, x):
+        out = self.experts(x)
+        if self.merge and not (self.fused and out.shape[0] <= 2048):
+            out = tensor_model_parallel_all_reduce(out, self.tp_group)
+        return out
+
+    def returns_early(self, x):
+        out = self.experts(x)
+        if self.merge:
+            if self.fused and out.shape[0] <= 2048:
+                return out
+            out = tensor_model_parallel_all_reduce(out, self.tp_group)
+        return out
+
     def expert_parallel_first(self, x):
         shared = self.shared_experts(x)
         if self.attn_tp_size > 1 and self.ep_size > 1:
@@ -287,6 +301,20 @@ class Blocks:
             more = tensor_model_parallel_all_reduce(x)
         return out + more
 
+    def otherwise(self, x):
+        out = self.experts(x)
+        if self.merge:
+            out = tensor_model_parallel_all_reduce(out)
+        else:
+            out = out + x
+        return out
+
+    def either(self, x):
+        out = self.experts(x)
+        if self.merge or self.more:
+            out = tensor_model_parallel_all_reduce(out)
+        return out
+
     def loops(self, x):
         for part in self.parts:
             x = part(x)
@@ -295,7 +323,14 @@ class Blocks:
 
 @pytest.mark.parametrize(
     "name, flag",
-    [("plain", None), ("guarded", "tp_size"), ("nested", "merge"), ("expert_parallel_first", "tp_size")],
+    [
+        ("plain", None),
+        ("guarded", "tp_size"),
+        ("nested", "merge"),
+        ("one_condition", "merge"),
+        ("returns_early", "merge"),
+        ("expert_parallel_first", "tp_size"),
+    ],
 )
 def test_known_shapes_of_a_block(name, flag):
     assert read_block(getattr(Blocks, name)) == BlockSource(flag)
@@ -303,7 +338,17 @@ def test_known_shapes_of_a_block(name, flag):
 
 @pytest.mark.parametrize(
     "name",
-    ["always", "flag_has_another_reader", "something_follows", "twice", "scaled", "other_tensor", "loops"],
+    [
+        "always",
+        "flag_has_another_reader",
+        "something_follows",
+        "twice",
+        "scaled",
+        "other_tensor",
+        "otherwise",
+        "either",
+        "loops",
+    ],
 )
 def test_unknown_shapes_of_a_block(name):
     assert read_block(getattr(Blocks, name)) is None

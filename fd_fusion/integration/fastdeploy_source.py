@@ -123,23 +123,33 @@ def _is_under(node: ast.stmt, attributes: set[str]) -> bool:
 
 
 def _flag_of(node: ast.stmt, returned: ast.Return) -> str | None:
-    """The attribute of `if self.flag [> 1]:` that holds nothing but `x = reduce(x)`, x being what is returned."""
-    if not isinstance(node, ast.If):
+    """The attribute of `if self.flag [> 1] [and ...]:` that holds nothing but reductions of what is returned."""
+    if not isinstance(node, ast.If) or node.orelse or not isinstance(returned.value, ast.Name):
         return None
-    inner: ast.stmt = node
-    while isinstance(inner, ast.If) and len(inner.body) == 1 and not inner.orelse:
-        inner = inner.body[0]  # a second condition may stand inside, such as upstream's own fusion
-    reduces = isinstance(inner, ast.Assign) and _is_reduction(inner.value) and bool(inner.value.args)
-    if not reduces or not isinstance(returned.value, ast.Name):
+    if not _only_reduces(node.body, returned.value.id):
         return None
-    if not ast.unparse(inner.targets[0]) == ast.unparse(inner.value.args[0]) == returned.value.id:
-        return None
-    test = node.test
-    if isinstance(test, ast.Compare):
-        if not (isinstance(test.ops[0], ast.Gt) and ast.unparse(test.comparators[0]) == "1"):
-            return None
-        test = test.left
-    return _attribute(test)
+    is_all = isinstance(node.test, ast.BoolOp) and isinstance(node.test.op, ast.And)
+    for test in node.test.values if is_all else [node.test]:
+        if isinstance(test, ast.Compare) and ast.unparse(test).endswith(" > 1"):
+            test = test.left
+        if _attribute(test) is not None:
+            return _attribute(test)
+    return None
+
+
+def _only_reduces(body: list[ast.stmt], name: str) -> bool:
+    """Whether nothing stands here but `name = reduce(name)` and `return name`, under further conditions or none."""
+    for node in body:
+        if isinstance(node, ast.If):
+            known = _only_reduces(node.body + node.orelse, name)
+        elif isinstance(node, ast.Assign):
+            reduces = _is_reduction(node.value) and bool(node.value.args)
+            known = reduces and ast.unparse(node.targets[0]) == ast.unparse(node.value.args[0]) == name
+        else:
+            known = isinstance(node, ast.Return) and ast.unparse(node.value) == name
+        if not known:
+            return False
+    return True
 
 
 def _attribute(node: ast.AST) -> str | None:

@@ -10,9 +10,8 @@ import os
 
 import numpy as np
 import paddle.distributed as dist
-from support.rank import record, start
-
 from hosting import fd_config_of, hidden_states, worker_of, write_checkpoint
+from support.rank import record, start
 
 rank, size = start()
 import fd_fusion

@@ -1,4 +1,4 @@
-"""DP=2 x TP=2: each replica binds over its own two ranks, runs other rows and another number of steps, and stops alone."""
+"""DP=2 x TP=2: each replica binds over its own two ranks, runs other rows and other steps, and stops alone."""
 
 import sys
 import tempfile
@@ -10,9 +10,8 @@ import os
 
 import numpy as np
 import paddle.distributed as dist
-from support.rank import record, start
-
 from hosting import fd_config_of, hidden_states, worker_of, write_checkpoint
+from support.rank import record, start
 
 rank, size = start()
 assert size == 4

@@ -11,9 +11,8 @@ import os
 import numpy as np
 import paddle
 import paddle.distributed as dist
-from support.rank import record, start
-
 from hosting import fd_config_of, hidden_states, worker_of, write_checkpoint
+from support.rank import record, start
 
 rank, size = start()
 import fd_fusion
@@ -21,7 +20,9 @@ from fd_fusion.integration.fastdeploy import register
 
 register()
 from fastdeploy.model_executor.forward_meta import ForwardMeta
+from fastdeploy.model_executor.layers import normalization
 from fastdeploy.model_executor.models import decoder
+from fastdeploy.worker.gpu_model_runner import GPUModelRunner
 
 FEW, MANY = [1, 2, 3], [i % 60 for i in range(40)]
 
@@ -152,7 +153,87 @@ def traced(scratch):
     fd_fusion.unbind(bound.model_runner.model)
 
 
-CASES = (biases, half_precision, call_forms, cleared_and_reloaded, traced)
+def upstream_flag(scratch):
+    """Upstream's own fusion is off on both ends of every site while it is bound, and back afterwards."""
+    folder = write_checkpoint(f"{scratch}/upstream", "Glm4MoeForCausalLM")
+    flag = {"enable_flashinfer_allreduce_fusion": True}
+    stock = bring_up(folder, asked=False)
+    os.environ["FD_FUSION_DISABLE"] = "1"
+    upstream = bring_up(folder, asked=False, **flag)
+    before = len(normalization.upstream_fused)
+    wanted = numbers(upstream, FEW)
+    assert len(normalization.upstream_fused) == before + 4, "three attentions and one block of experts"
+    assert np.allclose(wanted, numbers(stock, FEW), atol=1e-5)
+    del os.environ["FD_FUSION_DISABLE"]
+    bound = bring_up(folder, asked=False, **flag)  # the flag alone asks for the defaults
+    (report,) = fd_fusion.report()
+    assert report.proven and len(report.sites) == 6 and report.source == "--enable-flashinfer-allreduce-fusion"
+    before = len(normalization.upstream_fused)
+    assert np.allclose(numbers(bound, FEW), wanted, atol=1e-5)
+    assert len(normalization.upstream_fused) == before
+    fd_fusion.unbind(bound.model_runner.model)
+    assert np.array_equal(numbers(bound, FEW), wanted) and len(normalization.upstream_fused) == before + 4
+
+
+def deterministic(scratch):
+    """In the host's batch-invariant mode a backend that is not leaves every pair stock, for any number of rows."""
+    folder = write_checkpoint(f"{scratch}/deterministic", "Qwen2ForCausalLM", num_hidden_layers=1)
+    os.environ["FD_DETERMINISTIC_MODE"] = "1"
+    bound, report = pair(folder, 0.0)
+    del os.environ["FD_DETERMINISTIC_MODE"]
+    assert not report.sites and "not batch invariant" in str(report.rejected[0].reason)
+    fd_fusion.unbind(bound.model_runner.model)
+
+
+def named_backend(scratch):
+    """What cannot be had is an error for a named backend, on all ranks; and the model is left as it was."""
+    folder = write_checkpoint(f"{scratch}/named", "Qwen2ForCausalLM", num_hidden_layers=1)
+    os.environ["FD_FUSION_CONFIG"] = '{"backend": "flashinfer", "timeout_s": 20}'
+    fd_config = fd_config_of(folder, size, rank, tp_group=dist.get_group(0))
+    try:
+        worker_of(fd_config, rank)
+        raise AssertionError("flashinfer ran on a CPU")
+    except fd_fusion.reasons.BindError as error:
+        assert "flashinfer" in str(error)
+    assert not fd_fusion.report()
+
+
+def order(scratch):
+    """Proven before the cache blocks are counted; where the host does not profile, before graphs are captured."""
+    folder = write_checkpoint(f"{scratch}/order", "Qwen2ForCausalLM", num_hidden_layers=1)
+    seen = []
+
+    def watched(owner, name):
+        stock = getattr(owner, name)
+
+        def call(*args, **kwargs):
+            seen.append((name, any(report.proven for report in fd_fusion.report())))
+            return stock(*args, **kwargs)
+
+        setattr(owner, name, call)
+        return lambda: setattr(owner, name, stock)
+
+    undo = [watched(GPUModelRunner, "initialize_kv_cache"), watched(GPUModelRunner, "capture_model")]
+    for do_profile in (True, False):
+        bound = bring_up(folder, asked=True, do_profile=do_profile)
+        fd_fusion.unbind(bound.model_runner.model)
+    for one in undo:
+        one()
+    cache, capture = "initialize_kv_cache", "capture_model"
+    assert seen == [(cache, True), (capture, True), (cache, False), (capture, True)], seen
+
+
+CASES = (
+    order,
+    biases,
+    half_precision,
+    call_forms,
+    upstream_flag,
+    deterministic,
+    named_backend,
+    cleared_and_reloaded,
+    traced,
+)
 with tempfile.TemporaryDirectory() as scratch:
     for case in CASES:
         if not sys.argv[1:] or case.__name__ in sys.argv[1:]:

@@ -13,9 +13,8 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / 
 
 import numpy as np
 import paddle.distributed as dist
-from support.rank import record, start
-
 from hosting import ARCHITECTURES, fd_config_of, hidden_states, worker_of, write_checkpoint
+from support.rank import record, start
 
 rank, size = start()
 import fd_fusion
@@ -23,7 +22,8 @@ from fd_fusion.integration.fastdeploy import register, unregister
 
 FEW, MANY = [1, 2, 3], [i % 60 for i in range(40)]
 ROUNDINGS = 2e-5  # float32, over the few sites of these models
-CONFIG = '{"max_token_num": 32, "timeout_s": 20}'
+BACKEND = os.environ.get("TEST_BACKEND", "auto")
+CONFIG = f'{{"max_token_num": 8, "timeout_s": 20, "backend": "{BACKEND}"}}'
 
 
 def config_of(folder, asked, **arguments):
@@ -77,7 +77,9 @@ def compare(folder, architecture):
     error = np.linalg.norm(got - wanted[len(FEW)]) / np.linalg.norm(wanted[len(FEW)])
     assert stateful or error < ROUNDINGS, f"{architecture}: fused differs by {error:.1e}"
     many = hidden_states(bound, MANY).numpy()
-    assert not exact or np.array_equal(many, wanted[len(MANY)]), f"{architecture}: the stock path differs"
+    stock_path = np.array_equal(many, wanted[len(MANY)])
+    # With the triton backend q and k are normalised by its kernel, whatever the number of rows.
+    assert stock_path or not exact or BACKEND != "auto", f"{architecture}: the stock path differs"
     fd_fusion.unbind(model)
     after = traces_of(model)
     after.update({key: value for key, value in before.items() if key[1] == "steps"})

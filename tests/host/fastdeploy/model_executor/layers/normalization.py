@@ -3,6 +3,15 @@
 import paddle
 from paddle import nn
 
+from fastdeploy.distributed.communication import tensor_model_parallel_all_reduce
+
+upstream_fused = []  # the layers whose own fusion ran, call by call
+
+
+@paddle.jit.not_to_static
+def _count(layer):
+    upstream_fused.append(layer.prefix)
+
 
 def fused_rms_norm(x, norm_weight, epsilon, residual=None):
     # A CPU has no half-precision sum, so it is taken in float32; what is given on has the dtype of x.
@@ -38,7 +47,7 @@ class RMSNorm(nn.Layer):
         self.tp_group = parallel.tp_group
         self.enable_all_reduce_fusion = (
             parallel.enable_flashinfer_allreduce_fusion and "post_attention_layernorm" in prefix
-        )
+        )  # a GLM decoder layer switches its input norm on too, behind experts
         self.is_last_norm = prefix.endswith(".norm")
         self.split_x = self.allgather_out = False
         self.weight = self.create_parameter(
@@ -63,13 +72,17 @@ class RMSNorm(nn.Layer):
         if proxy_rmsnorm is not None:
             x = x if residual_input is None else x + residual_input
             norm_out = proxy_rmsnorm(x, self.weight, self.eps), x
-        elif self.enable_all_reduce_fusion and self.tp_size > 1 and residual_input is not None:
-            raise AssertionError("upstream's own fusion ran in the contract host")
         else:
+            if self._fuses_itself(x, residual_input):
+                _count(self)
+                x = tensor_model_parallel_all_reduce(x, self.tp_group)
             norm_out = self.norm_func(x, self.weight, self.eps, residual=residual_input)
         if residual_input is not None:
             residual_out = norm_out[1].astype(residual_dtype)
         return norm_out[0].astype(x_dtype), residual_out
+
+    def _fuses_itself(self, x, residual):
+        return self.enable_all_reduce_fusion and self.tp_size > 1 and residual is not None and x.shape[0] <= 2048
 
 
 class QKRMSNorm(nn.Layer):

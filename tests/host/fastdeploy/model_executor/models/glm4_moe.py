@@ -44,6 +44,13 @@ class Glm4MoeAttention(decoder.QKNormAttention):
 class Glm4MoeDecoderLayer(decoder.DecoderLayer):
     attention, mlp_class, moe_class = Glm4MoeAttention, Glm4MoeMLP, Glm4Moe
 
+    def __init__(self, fd_config, prefix=""):
+        super().__init__(fd_config, prefix)
+        behind_experts = int(prefix.split(".")[-1]) > fd_config.model_config.first_k_dense_replace
+        self.input_layernorm.enable_all_reduce_fusion = (
+            behind_experts and fd_config.parallel_config.enable_flashinfer_allreduce_fusion
+        )
+
 
 class Glm4MoeModel(decoder.DecoderModel):
     layer_class = Glm4MoeDecoderLayer
