@@ -108,9 +108,12 @@ def refused():
     """Rank 1 differs; every rank gets one reason."""
     odd = {"missing": {}, "version": {"version": "0.6.12"}, "signature": {"version": "0.7.2", "base": ("x",)}}
     how = CASE.partition(":")[2]
-    pretend(**(odd[how] if this_rank() == 1 else {"version": "0.7.2", "extra": NOW}))
+    if how in odd:
+        pretend(**(odd[how] if this_rank() == 1 else {"version": "0.7.2", "extra": NOW}))
+    if how == "offset":  # 0.6.12 by name, without its parameter
+        pretend(version="0.6.12", extra=NOW[:2])
     try:
-        open_backend(this_group("tp"))
+        open_backend(this_group("tp"), weight_offset=float(how == "offset"))
     except FusionError as error:
         print("reason:", error.reason)
 
