@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from fd_fusion.cli import ranks, tune, tune_limits
+from fd_fusion.tuning import built_in_limit
 from fd_fusion.tuning_table import Fingerprint, read_limits, table_lock, table_path, versions_here
 
 ROOT = Path(__file__).parents[1]
@@ -36,6 +37,31 @@ def test_a_limit_lies_below_the_first_loss_and_the_fastest_comes_first():
     )
     assert found.rows == {"triton": 64, "flashinfer": 8}, "a win beyond a loss does not count"
     assert found.two_shot_rows == 64 and found.order == ("flashinfer", "triton")
+
+
+NAMES = {
+    "triton one-shot": "one_shot",
+    "triton two-shot": "two_shot",
+    "flashinfer one-shot": "flashinfer",
+    "nccl + norm": "unfused",
+}
+
+
+@pytest.mark.parametrize(
+    "file", sorted((ROOT / "examples/results").glob("all_reduce_nvlink_n*.json")), ids=lambda f: f.stem
+)
+def test_the_built_in_limits_lie_where_fusing_won(file):
+    """Over NVLink, at no measured T up to the built-in limit is fusing slower than NCCL and a norm."""
+    result = json.loads(file.read_text())
+    measured = {}
+    for row in result["rows"]:
+        if row["name"] in NAMES and row["us"]:
+            measured.setdefault(row["H"], {}).setdefault(NAMES[row["name"]], {})[row["T"]] = row["us"]
+    assert len(measured) >= 5
+    for hidden_size, columns in measured.items():
+        found = tune_limits.find_limits(columns)
+        assert found.order[0] == "triton" and found.rows["triton"] >= 64, (hidden_size, found)
+        assert built_in_limit("gpu", result["ranks"], hidden_size) <= found.rows["triton"], (hidden_size, found)
 
 
 def test_never_winning_and_a_missing_rival():

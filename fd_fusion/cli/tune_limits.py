@@ -51,16 +51,17 @@ def find_limits(times: Times) -> Limits | None:
 
     A limit is the last measured number of rows before the first at which fusing does not win: below it fusing won at
     every size that was measured. Backends that win somewhere are ordered by their mean logarithm of time over the
-    sizes at which any wins.
+    sizes at which all of them were measured, up to the largest limit.
     """
     rival = times.get("unfused")
     fused = by_backend(times)
     if not rival or not fused:
         return None
     limits = {name: _limit(mine, rival) for name, mine in fused.items()}
-    top = max(limits.values())
     winners = [name for name, limit in limits.items() if limit]
-    order = sorted(winners, key=lambda name: _mean_log([t for r, t in fused[name].items() if r <= top]))
+    common = set.intersection(*(set(fused[name]) for name in winners)) if winners else set()
+    common = {rows for rows in common if rows <= max(limits.values())}
+    order = sorted(winners, key=lambda name: _mean_log([fused[name][rows] for rows in common]))
     return Limits(limits, tuple(order), two_shot_rows(times))
 
 
