@@ -1,4 +1,4 @@
-"""Print the README's tables of figures from the JSON files beside this script. A test keeps the README equal to them."""
+"""Print the README's tables of figures from the JSON files beside this script; a test keeps the README equal."""
 
 import json
 import math
