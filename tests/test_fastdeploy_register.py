@@ -266,6 +266,18 @@ def test_a_waiting_model_is_proven_before_capture_and_frozen_after(monkeypatch, 
     assert order == ["capture", "freeze", "dummy 2", "capture", "freeze"]
 
 
+def test_a_loader_given_something_unforeseen_still_returns_its_model(monkeypatch, caplog):
+    """A config without parallel_config, and a host whose logger has gone."""
+    import fastdeploy.utils
+
+    plugin._after_load("model", object())
+    assert not caplog.text
+    monkeypatch.setenv(ENV_CONFIG, "{}")
+    monkeypatch.delattr(fastdeploy.utils, "get_logger")
+    plugin._after_load("model", object())
+    assert "fastdeploy.utils.get_logger" in caplog.text and "off" in caplog.text
+
+
 def test_a_loader_that_calls_another_binds_once(monkeypatch):
     from fastdeploy.model_executor.model_loader.base_loader import BaseModelLoader
 
