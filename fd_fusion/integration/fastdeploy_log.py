@@ -34,7 +34,8 @@ def log_to_host() -> None:
         path = f"fastdeploy.utils.get_logger ({type(error).__name__}: {error})"
         logger.warning("fd_fusion: this log goes to stderr: %s", because("symbol_moved", path=path))
         return
-    logger.addHandler(_ToHost(target))
+    if target is not logger:  # an older version gives out the logger of that very name
+        logger.addHandler(_ToHost(target))
     logger.setLevel(logging.INFO)
 
 
