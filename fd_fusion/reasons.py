@@ -189,6 +189,55 @@ TABLE: dict[str, Entry] = {
         "a fused call ran out of time: op {op}, row {row}, epoch {epoch}, missing rank {missing}",
         "restart the ranks, or call reset() on every rank",
     ),
+    # flashinfer: the FlashInfer backend and its loader.
+    "flashinfer_missing": Entry("FlashInfer is not installed", "install FlashInfer, or name the triton backend"),
+    "flashinfer_import": Entry(
+        "FlashInfer {version} does not import under {framework}: {error}",
+        "install flashinfer-python-paddle, compile the kernel beforehand where torch is, or name the triton backend",
+    ),
+    "flashinfer_foreign": Entry(
+        "{module} was imported before and is bound to another framework than {framework}",
+        "import FlashInfer with torch in another process, or name the triton backend",
+    ),
+    "no_torch_proxy": Entry("this Paddle has no torch proxy: {error}", "install Paddle 3.3 or newer"),
+    "flashinfer_no_kernel": Entry(
+        "FlashInfer {version} has no trtllm_allreduce_fusion", "install a version that the README names"
+    ),
+    "flashinfer_signature": Entry(
+        "FlashInfer {version} wants {names}, which is unknown here", "install a version that the README names"
+    ),
+    "flashinfer_build": Entry("FlashInfer {version} did not build its kernel: {error}", "see the log of this rank"),
+    "flashinfer_no_compiler": Entry(
+        "the kernel of FlashInfer {version} must be compiled and {tool} is not found", "install {tool}"
+    ),
+    "flashinfer_no_gpu": Entry("FlashInfer's kernel runs on a GPU only", "name the triton or paddle backend"),
+    "flashinfer_arch": Entry(
+        "FlashInfer {version} has no kernel for sm_{arch}", "use {allowed}, or name the triton backend"
+    ),
+    "flashinfer_weight_dtype": Entry(
+        "FlashInfer reads the norm's weight as {need}, and it is {got}", "name the triton backend"
+    ),
+    "flashinfer_weight_offset": Entry(
+        "FlashInfer {version} cannot add {offset} to the norm's weight", "install FlashInfer 0.6.12 or newer"
+    ),
+    "flashinfer_partial_warp": Entry(
+        "FlashInfer {version} runs H={hidden_size} in blocks of {threads} threads, not whole warps, and sums wrongly",
+        "install FlashInfer 0.6.15 or newer, or name the triton backend",
+    ),
+    "flashinfer_multicast": Entry(
+        "FlashInfer {version} opens its workspace by multicast, which this GPU lacks: {error}",
+        "install a version whose kernel takes our workspace (see the README), or name the triton backend",
+    ),
+    "flashinfer_no_progress": Entry(
+        "FlashInfer {version} does not show its control block, so nobody could tell that a call hangs",
+        "install a version that the README names",
+    ),
+    "flashinfer_differs": Entry(
+        "rank {rank} has FlashInfer {got}, rank 0 has {need}", "install the same FlashInfer on every rank"
+    ),
+    "flashinfer_wrong": Entry(
+        "the first call gave {got} where {need} was due", "report it with the output of `python -m fd_fusion doctor`"
+    ),
 }
 
 

@@ -14,12 +14,14 @@ import importlib.util
 import os
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
 from fd_fusion.reasons import FusionError, because
 
 _INTERPRET = "TRITON_INTERPRET"
+_REGISTERS, _WARPS = 65536, 48  # of a multiprocessor, sm_80 and newer; some hold 64 warps
 
 
 @contextlib.contextmanager
@@ -124,8 +126,17 @@ def load_kernel(module: str, name: str) -> Any:
     return kernel
 
 
-def prepare(kernel: Any, like: tuple, constants: dict[str, Any], device: str) -> Callable[..., None]:
-    """Compile and load a kernel now; returns `launch(programs, *args)`, for the current stream.
+@dataclass(frozen=True)
+class Loaded:
+    """A kernel that is ready: `launch(programs, *args)` on the current stream. `resident`: how many programs one
+    multiprocessor holds at once (1 under the interpreter)."""
+
+    launch: Callable[..., None]
+    resident: int
+
+
+def prepare(kernel: Any, like: tuple, constants: dict[str, Any], device: str) -> Loaded:
+    """Compile and load a kernel now.
 
     Args:
         like: arguments of the types that all calls will have. The kernel must not specialize on their values.
@@ -135,11 +146,14 @@ def prepare(kernel: Any, like: tuple, constants: dict[str, Any], device: str) ->
     kernel up by its arguments, as `kernel[grid](...)` does, takes most of the host time of a launch.
     """
     if device == "cpu":
-        return lambda programs, *args: kernel[(programs,)](*args, **constants)
+        return Loaded(lambda programs, *args: kernel[(programs,)](*args, **constants), 1)
     with triton_driver():
         made = kernel.warmup(*like, grid=(1,), **constants)
         made._init_handles()
     run, stream = made.run, current_stream()
     loaded = (made.function, made.packed_metadata, None, None, None)  # launch metadata, hooks
     tail = tuple(constants[name] for name in kernel.arg_names if name in constants)
-    return lambda programs, *args: run(programs, 1, 1, stream(), *loaded, *args, *tail)
+    warps = made.metadata.num_warps
+    by_registers = _REGISTERS // (warps * 32 * (-(-made.n_regs // 8) * 8))
+    resident = max(1, min(by_registers, _WARPS // warps))
+    return Loaded(lambda programs, *args: run(programs, 1, 1, stream(), *loaded, *args, *tail), resident)

@@ -8,6 +8,7 @@ import json
 import mmap
 import os
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -37,10 +38,11 @@ def from_bits(bits, dtype):
 def inputs(case, rank, step):
     """x of this rank, and residual and weight, which are the same on all ranks; as bits."""
     rows, hidden, dtype = case["rows"][step], case["hidden_size"], case["dtype"]
-    x = np.random.default_rng([step, rank]).standard_normal((rows, hidden)).astype(np.float32)
-    common = np.random.default_rng([step, 99])
-    residual = common.standard_normal((rows, hidden)).astype(np.float32)
+    seed = 0 if case.get("same_rows") else step  # then a call of fewer rows has the first ones of a call of more
+    x = np.random.default_rng([seed, rank]).standard_normal((rows, hidden)).astype(np.float32)
+    common = np.random.default_rng([seed, 99])
     weight = common.standard_normal(hidden).astype(np.float32)
+    residual = common.standard_normal((rows, hidden)).astype(np.float32)
     x = to_bits(x, dtype)
     if case.get("payload") == "special":  # -0.0, subnormals, Inf, NaN and the patterns that words use themselves
         ones = np.iinfo(x.dtype).max
@@ -126,6 +128,8 @@ def main(folder, rank):
                 break
             if case.get("late") == [rank, step]:
                 time.sleep(case["late_s"])
+            if case.get("other_stream") == [rank, step]:
+                threading.Timer(1, member.local.__setitem__, (16, 7)).start()
             x, residual, weight = (aligned(bits) for bits in inputs(case, rank, step))
             outputs = member.call(step, rows, x, residual, weight, two_shot=case["two_shot"][step])
             results[f"{number}.{step}.norm"], results[f"{number}.{step}.residual"] = outputs

@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+import pytest
 from kernel_rank import fill, from_bits, inputs, region_bytes
 
 from fd_fusion.kernels import plan as plans
@@ -42,23 +43,16 @@ def run(cases, timeout_s=100):
 
 
 def case(size, hidden_size, dtype="bfloat16", **more):
-    rows = more.pop("rows", [1, 3, 5, 2])
-    base = {
-        "size": size,
-        "hidden_size": hidden_size,
-        "dtype": dtype,
-        "weight_dtype": dtype,
-        "rows": rows,
-        "programs": 3,
-    }
-    base["two_shot"] = [False, True, False, True] if size == 2 else [True, False, True, True]
-    return {**base, **more}
+    base = {"size": size, "hidden_size": hidden_size, "dtype": dtype, "weight_dtype": dtype, "programs": 3}
+    base |= {"rows": [1, 3, 5, 2], "two_shot": [False, True, False, True]}
+    return base | more
 
 
 def exact(case, step):
     """norm_out and residual_out in fp64, and how far off a plain computation of the contract may be."""
     dtype, size = case["dtype"], case["size"]
-    parts = [from_bits(inputs(case, rank, step)[0], dtype).astype(np.float64) for rank in range(size)]
+    with np.errstate(invalid="ignore"):  # the payload holds NaN on purpose
+        parts = [from_bits(inputs(case, rank, step)[0], dtype).astype(np.float64) for rank in range(size)]
     _, residual, weight = inputs(case, 0, step)
     total = sum(parts)
     if case.get("residual", True):
@@ -81,9 +75,8 @@ def check_values(case, step, results, number):
         assert (np.isnan(got) == np.isnan(want)).all() and (np.isinf(got) == np.isinf(want)).all()
 
 
-def check(cases):
-    with np.errstate(all="ignore"):
-        results = run(cases)
+def check(cases, timeout_s=100):
+    results = run(cases, timeout_s)
     for number, one in enumerate(cases):
         for step in range(len(one["rows"])):
             for name in ("norm", "residual"):
@@ -94,8 +87,26 @@ def check(cases):
     return results
 
 
+WRAPS = [  # parities and tags across the two places where a 32-bit epoch could go wrong
+    case(2, 64, epoch=2**31 - 2, rows=[2] * 5, two_shot=[False, True, False, False, True]),
+    case(2, 64, epoch=2**32 - 3, rows=[4] * 5, two_shot=[True, False, False, True, True]),
+]
+
+
+def check_bits(cases):
+    """`check`, and of the last case, all of whose calls begin with the same rows: T and path change no bit."""
+    one = case(
+        cases[0]["size"], 264, rows=[6, 1, 4, 6, 1], two_shot=[False, False, False, True, True], same_rows=True
+    )
+    results = check([*cases, one])[0]
+    for name in ("norm", "residual"):
+        for step, rows in enumerate(one["rows"]):
+            got, whole = (results[f"{len(cases)}.{number}.{name}"] for number in (step, 0))
+            assert (got == whole[:rows]).all(), (name, step)
+
+
 def test_two_ranks():
-    check(
+    check_bits(
         [
             case(2, 64),
             case(2, 2880, "bfloat16", weight_dtype="float32", weight_offset=1.0),
@@ -105,7 +116,86 @@ def test_two_ranks():
             case(2, 72, "bfloat16", payload="special"),
             case(2, 64, "float16", payload="special", aliased=True),
             case(2, 64, "float32", payload="special"),
-            case(2, 64, epoch=2**31 - 2, rows=[2] * 5, two_shot=[False, True, False, False, True]),
-            case(2, 64, epoch=2**32 - 3, rows=[4] * 5, two_shot=[True, False, False, True, True]),
+            *WRAPS,
         ]
     )
+
+
+def test_three_ranks():
+    check_bits([case(3, 72, payload="special", two_shot=[True, False, True, True])])
+
+
+def test_four_ranks():
+    check_bits([case(4, 64, "float32", weight_offset=1.0, rows=[3, 5], two_shot=[True, False])])
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("size", range(2, 9))
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_every_size(size, dtype):
+    """All weights, with and without residual, aliased or not, at hidden sizes of real models."""
+    check(
+        [
+            case(size, hidden, dtype, weight_dtype=weight, residual=residual, aliased=residual, payload=payload)
+            for hidden, weight, residual, payload in (
+                (2880, dtype, True, "special"),
+                (4096, "float32", False, "random"),
+                (5120, "bfloat16", True, "random"),
+                (8, "float16", True, "random"),
+            )
+        ],
+        timeout_s=600,
+    )
+
+
+def is_nan(results, number, step):
+    outputs = [results[f"{number}.{step}.{name}"] for name in ("norm", "residual")]
+    return all(np.isnan(from_bits(bits, "bfloat16")).all() for bits in outputs)
+
+
+@pytest.mark.parametrize("two_shot", [False, True])
+def test_a_missing_rank(two_shot):
+    """The last rank never comes to call 1: the others write NaN, go on writing NaN at once, and one names it (by
+    two-shot another may name the owner of the row, which waits itself)."""
+    results = run([case(3, 64, rows=[2] * 3, two_shot=[two_shot] * 3, limit_s=2, absent=[2, 1])])
+    pages = [plans.read_error_page(rank["0.page"].tolist()) for rank in results]
+    for rank, page in enumerate(pages[:2]):
+        assert page["op"] >= 1, (rank, page)
+        assert np.isfinite(from_bits(results[rank]["0.0.norm"], "bfloat16")).all()
+        assert is_nan(results[rank], 0, 1) and is_nan(results[rank], 0, 2)
+    assert any(page["code"] == plans.TIMED_OUT for page in pages[:2]), pages
+    assert any(2 in page["missing"] for page in pages[:2]), pages
+
+
+def test_a_late_rank_and_a_second_stream():
+    """Rank 1 comes after rank 0 has given up: it must not return finite numbers, though all words have come. And
+    while rank 0 waits, its epoch moves, as if a second stream had finished a call meanwhile."""
+    one = case(2, 64, rows=[1], two_shot=[False], late=[1, 0], late_s=2)
+    results = run([one | {"limit_s": 0.5}, one | {"other_stream": [0, 0]}])
+    pages = [[plans.read_error_page(rank[f"{number}.page"].tolist()) for rank in results] for number in (0, 1)]
+    assert pages[0][0]["code"] == plans.TIMED_OUT and pages[0][0]["missing"] == [1], pages
+    assert pages[0][1]["code"] == plans.TOLD, pages
+    assert pages[1][0]["code"] == plans.TWO_STREAMS, pages
+    assert is_nan(results[0], 0, 0) and is_nan(results[1], 0, 0) and is_nan(results[0], 1, 0)
+
+
+@pytest.mark.parametrize(
+    "bad", [(1, 64, "float32"), (9, 64, "float32"), (2, 63, "float32"), (2, 0, "float32"), (2, 64, "int8")]
+)
+def test_what_has_no_plan(bad):
+    with pytest.raises(ValueError):
+        plans.plan_for(*bad)
+
+
+@pytest.mark.parametrize("size", range(2, 9))
+@pytest.mark.parametrize("dtype", plans.DTYPE_BYTES)
+def test_plans(size, dtype):
+    """Slices cover the row, none is empty, and every thread has words of its own."""
+    for hidden in (8, 24, 64, 1000, 2880, 4096, 5120, 6144, 7168, 8192, 12288, 16384, 65536):
+        plan = plans.plan_for(size, hidden, dtype)
+        rest = plan.words - (plan.split - 1) * plan.slice_words
+        assert 0 < rest <= plan.slice_words and plan.slice_words % 32 == 0
+        block = plans.constants(plan, weight_dtype=dtype, has_residual=True, two_shot=False)["BLOCK"]
+        assert block >= plan.slice_words and block & (block - 1) == 0 and plan.units in (1, 2, 4)
+        assert plan.num_warps & (plan.num_warps - 1) == 0 and plan.num_warps <= 32
+        assert plans.most_programs(plan, workspace_bytes=32 << 20, at_once=132) >= 1

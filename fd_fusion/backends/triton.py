@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
-from collections.abc import Callable
 from typing import Any
 
 from fd_fusion import runtime_triton
@@ -40,7 +39,7 @@ def supports(facts: Facts) -> Reason | None:
     if facts.device == "gpu" and (facts.arch or 0) < 80:
         return because("old_gpu", got=facts.arch, need=80)
     plan = _plan(facts)
-    if plans.most_programs(plan, workspace_bytes=facts.workspace_bytes - _LOCAL_BYTES, multiprocessors=1) < 1:
+    if plans.most_programs(plan, workspace_bytes=facts.workspace_bytes - _LOCAL_BYTES, at_once=1) < 1:
         need = plans.symmetric_bytes(plan, 1) + _LOCAL_BYTES
         return because("workspace_small", need=need, got=facts.workspace_bytes)
     return None
@@ -71,13 +70,17 @@ class Opened:
         self._facts, self._group, self._plan = facts, group, _plan(facts)
         runtime_triton.require_mode(facts.device)
         self._maker: Maker = CudaIpc() if facts.device == "gpu" else PosixShm()
-        room = _CPU_PROGRAMS if facts.device == "cpu" else self._maker.multiprocessors()
+        kernels = self._compile()
+        self._launches = {variant: kernel.launch for variant, kernel in kernels.items()}
+        # All programs of a call must run at once; half of what fits leaves room for other streams and for ours.
+        half = max(1, min(kernel.resident for kernel in kernels.values()) // 2)
+        room = _CPU_PROGRAMS if facts.device == "cpu" else half * self._maker.multiprocessors()
         slots = facts.workspace_bytes - _LOCAL_BYTES
-        self.programs = plans.most_programs(self._plan, workspace_bytes=slots, multiprocessors=room)
-        self._kernels = self._compile()
+        most = plans.most_programs(self._plan, workspace_bytes=slots, at_once=room)
+        self.programs = most if self.limit is None else min(most, self.limit)
         word = _ANY_ADDRESS, _ANY_ADDRESS
         store = runtime_triton.load_kernel("probe", "store_word")
-        self._store_word = runtime_triton.prepare(store, word, {}, facts.device)
+        self._store_word = runtime_triton.prepare(store, word, {}, facts.device).launch
         self._framework = runtime_triton.framework()
         self._empty_like = self._framework.empty_like
         self._two_shot_rows = self._plan.two_shot_rows or 1 << 62
@@ -140,7 +143,7 @@ class Opened:
         bare = residual is None
         residual = partial if bare else _ready(residual)  # without one its address is not read
         programs = (rows if rows < self.programs else self.programs) * self._plan.split
-        self._kernels[rows >= self._two_shot_rows, bare](
+        self._launches[rows >= self._two_shot_rows, bare](
             programs,
             partial.data_ptr(),
             residual.data_ptr(),
@@ -157,7 +160,7 @@ class Opened:
         if self._facts.device == "cpu" and (reason := self._workspace.error()) is not None:
             raise FusionTimeout(reason)
 
-    def _compile(self) -> dict[tuple[bool, bool], Callable[..., None]]:
+    def _compile(self) -> dict[tuple[bool, bool], runtime_triton.Loaded]:
         """By (two-shot, without residual). Nothing is specialized on a value, so each is right for all calls."""
         kernel = runtime_triton.load_kernel("all_reduce_rms_norm", "all_reduce_rms_norm")
         like = (*(_ANY_ADDRESS,) * 7, 2, 0, 0, 1e-5, 0.0)

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+
+from fd_fusion.cli.bench_all_reduce_report import draw, tables
 
 HIDDEN = (2880, 4096, 5120, 6144, 7168, 8192)
 WIRE_GBPS = 400
@@ -30,6 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rows", default="1,2,4,8,16", help="T, comma separated")
     parser.add_argument("--flashinfer", nargs="*", default=[], help="builds of FlashInfer's trtllm_comm.so")
     parser.add_argument("--output", type=Path, help="write the measured numbers to this JSON file")
+    parser.add_argument("--render", type=Path, help="measure nothing: print the tables of this JSON file")
+    parser.add_argument("--plot", type=Path, help="draw to this file")
     parser.add_argument("--limit_s", type=int, default=120, help="time for one N")
     parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
 
@@ -38,50 +41,34 @@ def run(args: argparse.Namespace) -> int:
     if args.child:
         _measure(args)
         return 0
+    result = json.loads(args.render.read_text()) if args.render else _by_children(args)
+    if args.output:
+        args.output.write_text(json.dumps(result, indent=1) + "\n")
+    print(tables(result))
+    if args.plot:
+        draw(result, args.plot)
+    return 1 if "failed" in result else 0
+
+
+def _by_children(args: argparse.Namespace) -> dict[str, Any]:
+    """Each N in a process of its own: a mistake in a spinning kernel is a hang."""
     env = {**os.environ, "CUDA_MODULE_LOADING": "EAGER", "CUDA_DEVICE_MAX_CONNECTIONS": "32"}
-    result: dict[str, Any] = {"command": "python -m fd_fusion " + " ".join(sys.argv[1:]), "cells": []}
+    libraries = "".join(f" {Path(library).name}" for library in args.flashinfer)
+    command = f"python -m fd_fusion bench all-reduce --sizes {args.sizes} --rows {args.rows}"
+    result: dict[str, Any] = {"command": command + (f" --flashinfer{libraries}" if libraries else ""), "cells": []}
     for size in args.sizes.split(","):
         with tempfile.NamedTemporaryFile("r") as lines:
-            command = [sys.executable, "-m", "fd_fusion.cli.bench_all_reduce", "--child", size, "--rows", args.rows]
-            command += ["--output", lines.name, "--flashinfer", *args.flashinfer]
+            child = [sys.executable, "-m", "fd_fusion.cli.bench_all_reduce", "--child", size, "--rows", args.rows]
+            child += ["--output", lines.name, "--flashinfer", *args.flashinfer]
             try:
-                status = subprocess.run(command, env=env, timeout=args.limit_s).returncode
+                status = subprocess.run(child, env=env, timeout=args.limit_s).returncode
             except subprocess.TimeoutExpired:
                 status = "killed: it ran out of time"
             if status:
                 result.setdefault("failed", {})[size] = status
             for line in map(json.loads, lines):
-                result.update(line) if "device" in line else result["cells"].append(line)
-    result["geomean_ratio"] = {size: geomean(result["cells"], int(size)) for size in args.sizes.split(",")}
-    if args.output:
-        args.output.write_text(json.dumps(result, indent=1) + "\n")
-    print(table(result))
-    return 1 if "failed" in result else 0
-
-
-def geomean(cells: list[dict], size: int) -> float | None:
-    """Of the ratio to FlashInfer's one-shot, over the one-shot cells of N = size."""
-    logs = [math.log(c["ratio"]) for c in cells if c["N"] == size and "ratio" in c]
-    return round(math.exp(sum(logs) / len(logs)), 3) if logs else None
-
-
-def table(result: dict[str, Any]) -> str:
-    """The cells as a Markdown table."""
-    lines = ["| N | T | H | kernel | us | flushed us | wire us | ratio |", "|---|---|---|---|---|---|---|---|"]
-    for cell in result["cells"]:
-        for name, got in cell["kernels"].items():
-            ratio = cell.get("ratio", "") if name == "triton" else ""
-            row = [
-                cell["N"],
-                cell["T"],
-                cell["H"],
-                name,
-                got.get("us", "-"),
-                got.get("flushed_us", "-"),
-                got["wire_us"],
-            ]
-            lines.append("| " + " | ".join(map(str, [*row, ratio])) + " |")
-    return "\n".join([*lines, f"geometric means of the ratio by N: {result['geomean_ratio']}"])
+                result |= line if "device" in line else {"cells": [*result["cells"], line]}
+    return result
 
 
 def pushed_bytes(size: int, rows: int, hidden_size: int, two_shot: bool, flashinfer: bool) -> int:

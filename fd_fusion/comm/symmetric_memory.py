@@ -20,6 +20,8 @@ from fd_fusion.reasons import FusionError, Reason, because
 CLOSE_TIMEOUT_S = 5.0  # how long an orderly close waits for the other ranks
 _PROOF_BYTES = 16  # what one rank stores into each peer in the proof
 
+_lost: set[str] = set()  # names of groups with a rank that did not come to a close
+
 Push = Callable[[tuple[int, ...], int], None]
 """Store an int64 value, twice, at each of these 16-byte aligned addresses, as the kernel stores its words."""
 
@@ -77,7 +79,12 @@ class SymmetricMemory:
         return not failed and (own is None or _quietly(self.maker.free, own))
 
     def _barrier(self, step: str) -> bool:
-        return barrier(self.group, f"{self.nonce}/{step}", CLOSE_TIMEOUT_S)
+        """Wait for the other ranks; once in vain is enough, whatever else this process has to close."""
+        name = self.group.name
+        here = name not in _lost and barrier(self.group, f"{self.nonce}/{step}", CLOSE_TIMEOUT_S)
+        if not here:
+            _lost.add(name)
+        return here
 
 
 def open_symmetric_memory(
@@ -103,6 +110,7 @@ def open_symmetric_memory(
     except BaseException:
         memory.close(wait=False)
         raise
+    _lost.discard(group.name)
     return memory
 
 

@@ -18,6 +18,12 @@ def at(address, TYPE: tl.constexpr):
 
 
 @triton.jit
+def both(mask, condition):
+    """mask & condition, for a scalar condition: its broadcast is no mask in the interpreter of Triton 3.9."""
+    return tl.where(condition, mask, mask ^ mask)
+
+
+@triton.jit
 def sendable(word):
     """The one pattern that cannot be sent becomes another NaN or pair of them."""
     return tl.where(word == ONES, 0x7FFFFFFF, word)

@@ -39,7 +39,7 @@ import time
 import triton
 import triton.language as tl
 
-from fd_fusion.kernels._words import NAN, ONES, at, load_weight, pack, sendable, unpack
+from fd_fusion.kernels._words import NAN, ONES, at, both, load_weight, pack, sendable, unpack
 
 _TOLD, _TIMED_OUT, _MOVED = tl.constexpr(2), tl.constexpr(4), tl.constexpr(8)
 _RESULTS = tl.constexpr((tl.uint32,) * 8 + (tl.int32,))
@@ -109,14 +109,14 @@ def _look(slot, own, me, words, mask, N: tl.constexpr, SLICE: tl.constexpr, POLL
     no barrier: `poll` in plan.py. Returns eight rows, and 1 for each word that has not come.
     """
     if POLL is None:
-        a = tl.load(slot + words, mask=mask & (me != 0), other=own, volatile=True)
-        b = tl.load(slot + SLICE + words, mask=mask & (me != 1), other=own, volatile=True)
-        c = tl.load(slot + 2 * SLICE + words, mask=mask & (me != 2), other=own, volatile=True) if N > 2 else a
-        d = tl.load(slot + 3 * SLICE + words, mask=mask & (me != 3), other=own, volatile=True) if N > 3 else a
-        e = tl.load(slot + 4 * SLICE + words, mask=mask & (me != 4), other=own, volatile=True) if N > 4 else a
-        f = tl.load(slot + 5 * SLICE + words, mask=mask & (me != 5), other=own, volatile=True) if N > 5 else a
-        g = tl.load(slot + 6 * SLICE + words, mask=mask & (me != 6), other=own, volatile=True) if N > 6 else a
-        h = tl.load(slot + 7 * SLICE + words, mask=mask & (me != 7), other=own, volatile=True) if N > 7 else a
+        a = tl.load(slot + words, mask=both(mask, me != 0), other=own, volatile=True)
+        b = tl.load(slot + SLICE + words, mask=both(mask, me != 1), other=own, volatile=True)
+        c = tl.load(slot + 2 * SLICE + words, mask=both(mask, me != 2), other=own, volatile=True) if N > 2 else a
+        d = tl.load(slot + 3 * SLICE + words, mask=both(mask, me != 3), other=own, volatile=True) if N > 3 else a
+        e = tl.load(slot + 4 * SLICE + words, mask=both(mask, me != 4), other=own, volatile=True) if N > 4 else a
+        f = tl.load(slot + 5 * SLICE + words, mask=both(mask, me != 5), other=own, volatile=True) if N > 5 else a
+        g = tl.load(slot + 6 * SLICE + words, mask=both(mask, me != 6), other=own, volatile=True) if N > 6 else a
+        h = tl.load(slot + 7 * SLICE + words, mask=both(mask, me != 7), other=own, volatile=True) if N > 7 else a
         late = (a == ONES) | (b == ONES) | (c == ONES) | (d == ONES)
         late = (late | (e == ONES) | (f == ONES) | (g == ONES) | (h == ONES)).to(tl.int32)
     else:
@@ -131,7 +131,7 @@ def _clear(slot, me, words, mask, N: tl.constexpr, SLICE: tl.constexpr):
     """Make the words of a slot unsent again."""
     for p in tl.static_range(N):
         unsent = tl.full(words.shape, ONES, tl.uint32)
-        tl.store(slot + p * SLICE + words, unsent, mask=mask & (me != p), cache_modifier=".wt")
+        tl.store(slot + p * SLICE + words, unsent, mask=both(mask, me != p), cache_modifier=".wt")
 
 
 @triton.jit
@@ -146,7 +146,7 @@ def _results(slot, own, words, mask, dead, local, home, epochs, before, SLICE: t
         state = tl.max(late | dead, axis=0)  # one for all threads, each of which has looked by itself
         if state == 1:
             dead, since = _look_up(local, home, epochs, before, since, INTERPRETED)
-    _clear(slot, -1, words, mask & (state == 0), 2, SLICE)
+    _clear(slot, -1, words, both(mask, state == 0), 2, SLICE)
     return norm, summed, state, tl.load(epochs, volatile=True)
 
 
@@ -216,7 +216,7 @@ def _finish(slot, own, residual, weight, words, mask, dead, local, home, epochs,
             if state == 1:
                 dead, since = _look_up(local, home, epochs, before, since, INTERPRETED)
     seen = tl.load(epochs, volatile=True)
-    _clear(slot, rank, words, mask & (state == 0), N, SLICE)
+    _clear(slot, rank, words, both(mask, state == 0), N, SLICE)
     if C > 1:
         total = _sum_slices(
             total, state, local, home, epochs, pid, op, row, before, epoch, N, C, INTERPRETED)  # fmt: skip
@@ -269,7 +269,7 @@ def all_reduce_rms_norm(x, residual, weight, norm_out, residual_out, local, home
         owner = row % N
         for i in tl.static_range(1, N):
             wanted = (dead == 0) & ((rank + i) % N == owner) if TWO_SHOT else dead == 0
-            tl.store(peers[i - 1] + first + rank * SLICE + words, own, mask=mask & wanted, cache_modifier=".wt")
+            tl.store(peers[i - 1] + first + rank * SLICE + words, own, mask=both(mask, wanted), cache_modifier=".wt")
         if TWO_SHOT and owner != rank:
             norm, summed, state, seen = _results(
                 home + second, own, words, mask, dead, local, home, epochs, before, SLICE, POLL_RESULTS, OPERANDS,
@@ -282,8 +282,8 @@ def all_reduce_rms_norm(x, residual, weight, norm_out, residual_out, local, home
             if TWO_SHOT:
                 for i in tl.static_range(1, N):
                     to = peers[i - 1] + second + words
-                    tl.store(to, sendable(norm), mask=mask & (state == 0), cache_modifier=".wt")
-                    tl.store(to + SLICE, sendable(summed), mask=mask & (state == 0), cache_modifier=".wt")
+                    tl.store(to, sendable(norm), mask=both(mask, state == 0), cache_modifier=".wt")
+                    tl.store(to + SLICE, sendable(summed), mask=both(mask, state == 0), cache_modifier=".wt")
         norm_out_row = at(norm_out, tl.uint32) + here + words
         residual_out_row = at(residual_out, tl.uint32) + here + words
         tl.store(norm_out_row, norm, mask=mask)
@@ -293,7 +293,9 @@ def all_reduce_rms_norm(x, residual, weight, norm_out, residual_out, local, home
             if not TWO_SHOT or owner == rank:
                 missing = 0
                 for p in tl.static_range(N):
-                    word = tl.load(home + first + p * SLICE + words, mask=mask & (p != rank), other=0, volatile=True)
+                    word = tl.load(
+                        home + first + p * SLICE + words, mask=both(mask, p != rank), other=0, volatile=True
+                    )
                     missing |= tl.max((word == ONES).to(tl.int32), axis=0) << p
             _report(local, state, missing, op, row, epoch, N)
             tl.store(norm_out_row, tl.full(words.shape, NAN, tl.uint32), mask=mask)

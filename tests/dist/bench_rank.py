@@ -51,7 +51,12 @@ def add_rms_norm(x, residual, weight, eps, H: tl.constexpr, BLOCK: tl.constexpr)
 
 def facts_for(size, rank, hidden, workspace_mb):
     weights = {"dtype": "bfloat16", "weight_dtype": "bfloat16", "weight_offset": 0.0, "eps": EPS}
-    limits = {"deterministic": False, "max_token_num": None, "workspace_bytes": workspace_mb << 20, "timeout_s": 20}
+    limits = {
+        "deterministic": False,
+        "max_token_num": 1 << 20,
+        "workspace_bytes": workspace_mb << 20,
+        "timeout_s": 20,
+    }
     major, minor = torch.cuda.get_device_capability()
     return Facts(rank=rank, size=size, hidden_size=hidden, device="gpu", arch=10 * major + minor, **weights, **limits)
 

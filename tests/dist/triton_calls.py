@@ -15,6 +15,7 @@ import time
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 
 from fd_fusion.backends import triton as backend
+from fd_fusion.comm.group import working
 from fd_fusion.tuning import Facts
 from tests.support import tensors
 from tests.support.all_reduce_cases import Case, judge
@@ -46,7 +47,8 @@ def facts_for(group, case, options, **changes):
 
 
 def open_for(group, case, options, **changes):
-    opened = backend.open(facts_for(group, case, options, **changes), group)
+    with working(group):
+        opened = backend.open(facts_for(group, case, options, **changes), group)
     if options.two_shot_rows and options.device == "cpu":  # on a GPU the plan decides
         opened._two_shot_rows = options.two_shot_rows
     return opened

@@ -23,17 +23,23 @@ ROWS = (1, 2, 4, 6, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--size", type=int, required=True)
-    parser.add_argument("--out", required=True)
+    parser.add_argument("--size", type=int)
+    parser.add_argument("--out")
+    parser.add_argument("--table", help="print the table of this result and run nothing")
+    parser.add_argument("--compile-only", action="store_true", help="fill Triton's cache, run nothing")
     parser.add_argument("--hidden", type=int, nargs="+", default=HIDDEN)
     parser.add_argument("--rows", type=int, nargs="+", default=ROWS)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--flashinfer")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--flashinfer", type=os.path.abspath, help="a compiled trtllm_allreduce_fusion")
     parser.add_argument("--no-nccl", action="store_true", help="NCCL refuses two ranks on one GPU")
     parser.add_argument("--seconds", type=float, default=150)
     options = parser.parse_args()
+    if options.table:
+        return show(json.loads(Path(options.table).read_text())["rows"])
     start = time.monotonic()
     compile_all([(options.size, hidden, "bfloat16", "bfloat16") for hidden in options.hidden], "--both-paths")
+    if options.compile_only:
+        return
     print(f"compiled in {time.monotonic() - start:.0f} s", flush=True)
     args = ["--hidden", *options.hidden, "--rows", *options.rows, "--rounds", options.rounds]
     args += ["--seconds", options.seconds] + (["--flashinfer", options.flashinfer] if options.flashinfer else [])
@@ -69,12 +75,14 @@ def circumstances(options):
 
 
 def show(rows):
+    """A markdown table, us a call: one line a cell."""
     names = sorted({row["name"] for row in rows})
-    print("H T | " + " | ".join(names))
-    cells = {(row["H"], row["T"]) for row in rows}
-    for hidden, count in sorted(cells):
+    print("| H | T | " + " | ".join(names) + " |")
+    print("|---" * (len(names) + 2) + "|")
+    for hidden, count in sorted({(row["H"], row["T"]) for row in rows}):
         by_name = {row["name"]: row["us"] for row in rows if (row["H"], row["T"]) == (hidden, count)}
-        print(hidden, count, "|", " | ".join(f"{by_name[name]:.2f}" if name in by_name else "-" for name in names))
+        figures = " | ".join(f"{by_name[name]:.2f}" if name in by_name else "" for name in names)
+        print(f"| {hidden} | {count} | {figures} |")
 
 
 if __name__ == "__main__":

@@ -13,9 +13,14 @@ export PYTHONUNBUFFERED=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" CUDA_MODU
 GPUS=$(nvidia-smi -L | wc -l)
 nvidia-smi topo -m >"$OUT/topology.txt" 2>&1
 
+SIZES=$([ "$GPUS" = 1 ] && echo 2 || for N in 2 4 8; do [ "$N" -le "$GPUS" ] && echo "$N"; done)
+for N in $SIZES; do
+    python3 tests/gpu/bench_processes.py --size "$N" --compile-only &
+done
 timeout -k 5 200 python3 -m pytest -q -rA -p no:cacheprovider -o addopts= tests/gpu/test_processes.py \
     --durations=0 ${ONLY:+-k "$ONLY"} >"$OUT/correctness.log" 2>&1
 STATUS=$?
+wait
 grep -E "passed|failed|^(PASSED|FAILED|ERROR)|us a call|host time" "$OUT/correctness.log"
 
 bench() {
@@ -31,8 +36,8 @@ if [ "$GPUS" = 1 ]; then
     bench 2 70 --no-nccl --hidden 4096 --rows 1 8 64 --rounds 5
     echo quit | nvidia-cuda-mps-control
 else
-    for N in 2 4 8; do
-        [ "$N" -le "$GPUS" ] && bench "$N" $((240 / (GPUS >= 8 ? 3 : GPUS >= 4 ? 2 : 1)))
+    for N in $SIZES; do
+        bench "$N" $((240 / $(wc -w <<<"$SIZES")))
     done
 fi
 exit $STATUS

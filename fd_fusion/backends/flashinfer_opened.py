@@ -1,0 +1,148 @@
+"""FlashInfer's kernel over one open workspace: the op, its checks, and the end of it."""
+
+from __future__ import annotations
+
+import atexit
+from collections.abc import Callable
+from typing import Any
+
+from fd_fusion.backends.flashinfer_call import Call, Tensor
+from fd_fusion.backends.flashinfer_versions import rules
+from fd_fusion.backends.flashinfer_watchdog import Watchdog
+from fd_fusion.comm.group import Group
+from fd_fusion.comm.symmetric_memory import CLOSE_TIMEOUT_S, attempt, settle
+from fd_fusion.reasons import FusionError, because
+from fd_fusion.tuning import Facts
+
+ELEMENT_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
+ALIGNMENT = 16
+WARM_UP = 10  # the limit on waiting before freeze(), in timeouts
+_ONE_SHOT_BYTES = {2: 512 << 20, 4: 64 << 20, 8: 42 << 20, 16: 42 << 20}  # 2*N*T*H*e up to which one-shot is taken
+
+
+class Opened:
+    """FlashInfer's kernel over one workspace, for one group, hidden size and dtype."""
+
+    def __init__(
+        self,
+        facts: Facts,
+        group: Group,
+        library: Any,
+        call: Call,
+        adds_bias: bool,
+        rows: int,
+        nbytes: int,
+        read: Any,
+        release: Callable[..., Any],
+    ):
+        self.limit, self.bytes = rows, nbytes
+        self._facts, self._group, self._library = facts, group, library
+        self._call, self._adds_bias, self._read, self._release = call, adds_bias, read, release
+        self._two_shot = rules(library.version).two_shot
+        op = f"flashinfer all_reduce_rms_norm (H={facts.hidden_size}, {facts.dtype})"
+        what = f"{op} of group {group.name!r}, rank {group.rank} of {group.size},"
+        self._watchdog = Watchdog(read, what, WARM_UP * facts.timeout_s)
+        self._closed = False
+        atexit.register(self.close)
+
+    def finish(
+        self, partial: Tensor, residual: Tensor | None, weight: Tensor, eps: float, weight_offset: float
+    ) -> tuple[Tensor, Tensor]:
+        """One kernel for what `reference.all_reduce_rms_norm` says, with FlashInfer's own roundings.
+
+        Args: partial, residual: [T, H]. weight: [H]. All of the opened dtype, contiguous, 16-byte aligned.
+        Returns: (norm_out, residual_out), [T, H] each.
+        Raises: ValueError: before the launch. RuntimeError: the launch failed; the other ranks are waiting then.
+        """
+        framework = self._library.framework
+        if residual is None:
+            residual = framework.zeros_like(partial)
+        self._require(partial, residual, weight, weight_offset)
+        norm_out, residual_out = framework.empty_like(partial), framework.empty_like(partial)
+        rows = partial.shape[0]
+        if rows:
+            self._call(partial, residual, norm_out, residual_out, weight, eps, weight_offset, self.one_shot(rows))
+        return norm_out, residual_out
+
+    def one_shot(self, rows: int) -> bool:
+        """Two-shot for big messages, where the version's two-shot is sound; it wants more rows than ranks."""
+        facts = self._facts
+        nbytes = 2 * facts.size * rows * facts.hidden_size * ELEMENT_BYTES[facts.dtype]
+        return not self._two_shot or rows <= facts.size or nbytes <= _ONE_SHOT_BYTES[facts.size]
+
+    def check(self) -> None:
+        """Nothing to raise: a call that runs out of time ends the process."""
+
+    def freeze(self) -> None:
+        """From now on a call may wait `timeout_s`. Nothing allocates but the outputs."""
+        self._watchdog.limit_s = self._facts.timeout_s
+
+    def stats(self) -> dict[str, Any]:
+        return {"version": self._library.version, "note": self._library.note, "limit_s": self._watchdog.limit_s}
+
+    def close(self) -> None:
+        """Give the workspace back, all ranks together, in bounded time; leave it to the exit if a call hangs."""
+        if self._closed:
+            return
+        self._closed = True
+        atexit.unregister(self.close)
+        idle = self._watchdog.idle_within(CLOSE_TIMEOUT_S)
+        if self._release(wait=idle):
+            self._watchdog.stop()
+            self._read.close()
+
+    def warm_up(self) -> None:
+        """Collective: call once with numbers that add up exactly, so the kernel is loaded and known to work."""
+        facts, framework = self._facts, self._library.framework
+        rows = [1, facts.size + 1] if not self.one_shot(self.limit) else [1]
+
+        def run() -> None:
+            for count in rows:
+                x = _full(framework, (count, facts.hidden_size), facts.dtype, facts.rank + 1.0)
+                weight = _full(framework, (facts.hidden_size,), facts.dtype, 1.0)
+                norm_out, total = self.finish(x, None, weight, facts.eps, 0.0)
+                need = facts.size * (facts.size + 1) / 2
+                total, norm_out = _wide(total), _wide(norm_out)
+                got = (float(total.min()), float(total.max()), round(float(norm_out.max()), 1))
+                if got != (need, need, 1.0):
+                    raise FusionError(because("flashinfer_wrong", got=str(got), need=str((need, need, 1.0))))
+
+        _, refusal = attempt(run)
+        try:
+            settle(self._group, "flashinfer_ran", refusal, None, WARM_UP * facts.timeout_s)
+        except FusionError:
+            self.close()
+            raise
+
+    def _require(self, partial: Tensor, residual: Tensor, weight: Tensor, weight_offset: float) -> None:
+        """The kernel checks none of this: it would read past the end, or one dtype as another."""
+        facts, rows = self._facts, partial.shape[0]
+        if rows > self.limit:
+            raise ValueError(f"flashinfer: T={rows}; the workspace holds {self.limit} rows")
+        if weight_offset and not self._adds_bias:
+            raise ValueError(f"flashinfer {self._library.version}: weight_offset {weight_offset}; it adds none")
+        row = [rows, facts.hidden_size]
+        for name, tensor, shape in (("x", partial, row), ("residual", residual, row), ("weight", weight, row[1:])):
+            dtype = str(tensor.dtype).rpartition(".")[2]
+            if [*tensor.shape] != shape or dtype != facts.dtype:
+                raise ValueError(f"flashinfer: {name} is {[*tensor.shape]} {dtype}; expected {shape} {facts.dtype}")
+            if not tensor.is_contiguous() or tensor.data_ptr() % ALIGNMENT:
+                raise ValueError(
+                    f"flashinfer: {name} is not contiguous, or not aligned to {ALIGNMENT} bytes; copy it"
+                )
+
+
+def _full(framework: Any, shape: tuple[int, ...], dtype: str, value: float) -> Tensor:
+    where = {} if framework.__name__ == "paddle" else {"device": "cuda"}
+    return framework.full(shape, value, dtype=getattr(framework, dtype), **where)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.float() if hasattr(tensor, "float") else tensor.astype("float32")
+
+
+def device_table(framework: Any, addresses: list[int]) -> Tensor:
+    """The addresses as an int64 tensor on the GPU."""
+    if framework.__name__ == "paddle":
+        return framework.to_tensor(addresses, dtype="int64")
+    return framework.tensor(addresses, dtype=framework.int64, device="cuda")

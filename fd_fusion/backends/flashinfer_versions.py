@@ -1,0 +1,113 @@
+"""What is known of FlashInfer's releases: who takes which arguments, and which faults were mended when.
+
+Features are found by signature where there is one. The compiled module has none, and a fault shows in no
+signature; for these the version decides, by the rules here.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+# The 21 parameters of every release, all without a default; always passed by name.
+BASE = (
+    "allreduce_in",
+    "world_size",
+    "world_rank",
+    "token_num",
+    "hidden_dim",
+    "workspace_ptrs",
+    "launch_with_pdl",
+    "trigger_completion_at_end",
+    "fp32_acc",
+    "pattern_code",
+    "use_oneshot",
+    "allreduce_out",
+    "residual_in",
+    "residual_out",
+    "norm_out",
+    "quant_out",
+    "scale_out",
+    "rms_gamma",
+    "rms_eps",
+    "scale_factor",
+    "layout_code",
+)
+
+
+@dataclass(frozen=True)
+class Release:
+    """The arguments of `trtllm_allreduce_fusion` in one release.
+
+    `extra` are the parameters after the 21 of `BASE`; `c_args` counts the arguments of the compiled entry.
+    `checked`: read from the released files; the others were announced but not published where we could look.
+    """
+
+    version: str
+    extra: tuple[str, ...]
+    c_args: int
+    distribution: str = "flashinfer-python"
+    checked: bool = True
+
+
+_NOW = ("metadata", "block_quant_group_size", "weight_bias")
+RELEASES = (
+    Release("0.2.9", (), 21),
+    Release("0.4.1", (), 21),
+    Release("0.4.1.1", (), 21, "flashinfer-python-paddle"),
+    Release("0.4.1.2", (), 21, "flashinfer-python-paddle", checked=False),
+    Release("0.4.1.3", (), 21, "flashinfer-python-paddle", checked=False),
+    Release("0.6.12", _NOW, 23),
+    Release("0.6.17", _NOW, 23),
+    Release("0.7.2.post1", _NOW, 23),
+)
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What a version can do. A launch with PDL reads a stale residual below 0.7.1; we never launch with it."""
+
+    c_args: int
+    weight_bias: bool  # adds a number to the weight
+    whole_warps: bool  # needs blocks of whole warps: the reduction over a partial warp is undefined
+    two_shot: bool  # a peer's stale barrier slot lets two-shot pass early below 0.7.2
+    arch_majors: tuple[int, ...]  # what its build accepts
+
+
+def parse(version: str) -> tuple[int, ...]:
+    """A version as numbers that compare: "0.7.2.post1" is (0, 7, 2); a release candidate comes before its release."""
+    numbers = re.match(r"\d+(\.\d+)*", version)
+    if not numbers:
+        return (0,)
+    early = re.search(r"(rc|dev|a|b)\d", version[numbers.end() :])
+    release = [int(n) for n in numbers.group().split(".")]
+    if early:  # 0.6.12rc1 -> (0, 6, 11, 2**31)
+        while release and release[-1] == 0:
+            release.pop()
+        release = [*release[:-1], release[-1] - 1, 2**31] if release else [0]
+    return tuple(release)
+
+
+def rules(version: str) -> Rules:
+    """The rules of a version; an unknown one follows the newest known release before it."""
+    v = parse(version)
+    return Rules(
+        c_args=23 if v >= (0, 6, 12) else 22 if v >= (0, 6, 11) else 21,
+        weight_bias=v >= (0, 6, 12),
+        whole_warps=v < (0, 6, 15),
+        two_shot=v >= (0, 7, 2),
+        arch_majors=(9, 10, 12) if v >= (0, 6, 17) else (9, 10),
+    )
+
+
+def block_threads(hidden_size: int, element_bytes: int) -> int:
+    """The smallest block that the kernel's launch chooses for a row; larger ones are powers of two times it.
+
+    A thread takes 16 bytes; a row is a cluster of up to 8 blocks, which are merged while below 128 threads.
+    """
+    threads, cluster = hidden_size * element_bytes // 16, 8
+    while threads % cluster:
+        cluster //= 2
+    while threads // cluster < 128 and cluster > 1:
+        cluster //= 2
+    return threads // cluster

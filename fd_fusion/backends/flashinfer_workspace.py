@@ -1,0 +1,168 @@
+"""The workspace of FlashInfer's kernel, laid out, filled and given back by us.
+
+FlashInfer's own creation leaves barrier flags uncleared, does not synchronise the device before its barrier, never
+frees the control block, or needs torch, each in some of its releases. The kernel only wants addresses:
+
+    comm_buf   N*T*H*e bytes        any content; two-shot copies through it
+    flags      N*256 int32          zero
+    lamport    3 * N*T*H*e bytes    three buffers in turn; -0.0 in every element means "nothing here yet"
+    control    5 int32 [CTAs of the running call, two-shot flag, lamport flag, N*T*H*e, elements to clear]
+
+and a device table of int64 with comm_buf, flags and lamport of every rank and the own control block. All four lie
+in one buffer of symmetric memory.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from fd_fusion.comm.group import Group, Vote, agree
+from fd_fusion.comm.symmetric_memory import Maker, SymmetricMemory, attempt, open_symmetric_memory, settle
+from fd_fusion.reasons import FusionError
+
+CONTROL_INTS = 5
+_FLAG_BYTES_A_RANK = 256 * 4
+_COMM_BYTES_END = 2**30  # the kernel multiplies the size of a lamport buffer by up to 2, in int32
+_PIECE = 1 << 20  # bytes of a fill that are copied at once
+NEGATIVE_ZERO = {2: b"\x00\x80", 4: b"\x00\x00\x00\x80"}  # by bytes an element
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Offsets in each rank's buffer, in bytes, for calls of up to `rows` rows."""
+
+    size: int
+    rows: int
+    hidden_size: int
+    element_bytes: int
+
+    @property
+    def comm_bytes(self) -> int:
+        return self.size * self.rows * self.hidden_size * self.element_bytes
+
+    @property
+    def flags(self) -> int:
+        return _line(self.comm_bytes)
+
+    @property
+    def lamport(self) -> int:
+        return self.flags + self.size * _FLAG_BYTES_A_RANK
+
+    @property
+    def control(self) -> int:
+        return _line(self.lamport + 3 * self.comm_bytes)
+
+    @property
+    def nbytes(self) -> int:
+        return self.control + 4 * CONTROL_INTS
+
+    def pointers(self, memory: SymmetricMemory) -> list[int]:
+        """The table that the kernel reads: 3N + 1 addresses, as this process maps them."""
+        parts = [address + offset for offset in (0, self.flags, self.lamport) for address in memory.addresses]
+        return [*parts, memory.own + self.control]
+
+
+def rows_that_fit(nbytes: int, size: int, hidden_size: int, element_bytes: int) -> int:
+    """The most rows T that a workspace of `nbytes` holds: N*T*H*e for two-shot, three times that for one-shot."""
+    row = size * hidden_size * element_bytes
+    overhead = Layout(size, 0, hidden_size, element_bytes).nbytes + 2 * 128  # two offsets are rounded up
+    return min(max(0, nbytes - overhead) // (4 * row), (_COMM_BYTES_END - 1) // row)
+
+
+def open_memory(group: Group, layout: Layout, maker: Maker, *, timeout_s: float) -> SymmetricMemory:
+    """Collective: allocate, exchange and fill, and let nobody start before everybody has filled.
+
+    Raises: FusionError: on all ranks alike.
+    """
+
+    def push(addresses: tuple[int, ...], value: int) -> None:
+        for address in addresses:
+            maker.write(address, 2 * value.to_bytes(8, "little"))
+
+    memory = open_symmetric_memory(group, layout.nbytes, maker, push, timeout_s=timeout_s)
+    # The device is synchronised before the vote: a late fill would erase what a peer has already pushed.
+    _, refusal = attempt(lambda: (fill(layout, memory), maker.synchronize()))
+    try:
+        settle(group, "flashinfer_filled", refusal, None, timeout_s)
+    except FusionError:
+        memory.close(wait=False)
+        raise
+    return memory
+
+
+def fill(layout: Layout, memory: SymmetricMemory) -> None:
+    """Put the initial content into the own buffer, which is zero."""
+    piece = NEGATIVE_ZERO[layout.element_bytes] * (_PIECE // layout.element_bytes)
+    start, end = layout.lamport, layout.lamport + 3 * layout.comm_bytes
+    for offset in range(start, end, _PIECE):
+        memory.maker.write(memory.own + offset, piece[: end - offset])
+    control = struct.pack(f"<{CONTROL_INTS}i", 0, 0, 0, layout.comm_bytes, 0)
+    memory.maker.write(memory.own + layout.control, control)
+
+
+def _line(nbytes: int) -> int:
+    return -(-nbytes // 128) * 128
+
+
+class StoreBackend:
+    """FlashInfer's `CommBackend` over our group: everything goes through the group's store, nothing through the GPU.
+
+    A root is a group rank, as FlashInfer means it. What may be sent: JSON types, bytes and tuples.
+    """
+
+    def __init__(self, group: Group, timeout_s: float):
+        self._group, self._timeout_s = group, timeout_s
+
+    def Get_rank(self) -> int:
+        return self._group.rank
+
+    def Get_size(self) -> int:
+        return self._group.size
+
+    def allgather(self, data: Any) -> tuple[Any, ...]:
+        return tuple(_decode(one) for one in self._exchange(_encode(data)))
+
+    def bcast(self, data: Any, root: int = 0) -> Any:
+        return _decode(self._exchange(_encode(data) if self._group.rank == root else None)[root])
+
+    def barrier(self) -> None:
+        self._exchange(None)
+
+    def Split(self, color: int, key: int) -> StoreBackend:
+        """A part of the group. Only the whole of it, in its order, is ever asked for on one machine."""
+        if [*self._exchange([color, key])] != [[color, rank] for rank in range(self._group.size)]:
+            raise NotImplementedError("only a split that keeps the whole group in its order")
+        return self
+
+    def _exchange(self, data: Any) -> tuple[Any, ...]:
+        verdict = agree(self._group, "flashinfer_exchange", Vote(data=data), timeout_s=self._timeout_s)
+        if not verdict.ok:
+            raise FusionError(verdict.reason)
+        return verdict.data
+
+
+def _encode(data: Any) -> Any:
+    if isinstance(data, bytes):
+        return {"bytes": data.hex()}
+    if isinstance(data, (tuple, list)):
+        return {type(data).__name__: [_encode(one) for one in data]}
+    if isinstance(data, dict):
+        return {"dict": [[_encode(key), _encode(value)] for key, value in data.items()]}
+    assert data is None or isinstance(data, (bool, int, float, str)), f"cannot send a {type(data).__name__}"
+    return data
+
+
+def _decode(data: Any) -> Any:
+    if not isinstance(data, dict):
+        return data
+    ((kind, value),) = data.items()
+    kinds: dict[str, Callable[[Any], Any]] = {
+        "bytes": bytes.fromhex,
+        "tuple": lambda items: tuple(map(_decode, items)),
+        "list": lambda items: [*map(_decode, items)],
+        "dict": lambda items: {_decode(key): _decode(one) for key, one in items},
+    }
+    return kinds[kind](value)

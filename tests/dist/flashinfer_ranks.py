@@ -1,0 +1,157 @@
+"""A rank of the FlashInfer backend on a CPU: the real vote, workspace, watchdog and calls, and a kernel in Python.
+
+usage: run_ranks("flashinfer_ranks.py", N, case, folder)
+"""
+
+import ctypes
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import paddle
+
+from fd_fusion import runtime_flashinfer
+from fd_fusion.backends import flashinfer, flashinfer_workspace
+from fd_fusion.comm.group import working
+from fd_fusion.comm.posix_shm import PosixShm
+from fd_fusion.reasons import FusionError
+from tests.support import fake_flashinfer
+from tests.support.flashinfer_facts import facts
+from tests.support.ranks import this_group, this_rank
+
+H, EPS = 128, 1e-6
+CASE, FOLDER = sys.argv[1], Path(sys.argv[2])
+NOW = ("metadata", "block_quant_group_size", "weight_bias")
+
+
+class Reader:
+    """Reads the control block where it lies in the memory of this process."""
+
+    def __init__(self, address):
+        self._words = (ctypes.c_int * 5).from_address(address)
+
+    def __call__(self):
+        return tuple(self._words)
+
+    def close(self):
+        del self._words
+
+
+def pretend(**release):
+    """The package of this rank on sys.path, and CPU memory in place of the GPU's."""
+    folder = FOLDER / f"rank{this_rank()}"
+    folder.mkdir(exist_ok=True)
+    if release:
+        sys.path.insert(0, str(fake_flashinfer.write(folder, runs=True, **release)))
+    flashinfer.CudaIpc, flashinfer.ControlReader = PosixShm, Reader
+
+
+def open_backend(group, **changed):
+    given = {"hidden_size": H, "dtype": "float32", "weight_dtype": "float32", "max_token_num": 5, "timeout_s": 20.0}
+    with working(group):
+        return flashinfer.open(facts(**{**given, "rank": group.rank, "size": group.size, **changed}), group)
+
+
+def call_and_compare(opened, group, rows, offset):
+    rng = np.random.default_rng(rows)
+    parts = rng.standard_normal((group.size, rows, H)).astype(np.float32)
+    parts[:, :1, :5] = [-0.0, 0.0, -1e-40, 1e-40, -3.0]
+    residual, weight = rng.standard_normal((rows, H)), rng.standard_normal(H)
+    tensors = [paddle.to_tensor(a.astype(np.float32)) for a in (parts[group.rank], residual, weight)]
+    norm_out, residual_out = opened.finish(*tensors, EPS, offset)
+    total = parts.astype(np.float64).sum(0) + residual
+    norm = total / np.sqrt((total**2).mean(-1, keepdims=True) + EPS) * (weight + offset)
+    for name, got, want in (("residual_out", residual_out, total), ("norm_out", norm_out, norm)):
+        error = np.abs(got.numpy() - want).max() if rows else 0.0
+        assert error < 1e-5 and got.shape == [rows, H], (name, rows, error)
+
+
+def kernel():
+    return sys.modules["flashinfer.comm.kernel"]
+
+
+def plain():
+    pretend(version="0.7.2", extra=NOW, build_s=0.5)
+    group = this_group("tp")
+    opened = open_backend(group)
+    assert opened.limit == 5 and opened.stats()["version"] == "0.7.2"
+    warm = kernel().CALLS[0]
+    assert warm["token_num"] == 1 and warm["weight_bias"] == 0.0
+    for index, rows in enumerate((1, 5, 2, 0, 4, 3, 5, 1)):
+        call_and_compare(opened, group, rows, offset=index % 2)
+        if index == 3:
+            opened.freeze()
+            assert opened.stats()["limit_s"] == 20.0
+    biases = [call["weight_bias"] for call in kernel().CALLS[1:]]
+    assert biases == [0, 1, 0, 0, 1, 0, 1] and len(kernel().BUILDS) == 1
+    opened.check()
+    opened.close()
+    opened.close()
+    times = FOLDER / f"built{group.rank}"
+    times.write_text(str(kernel().BUILDS[0]))
+
+
+def sub_groups():
+    pretend(version="0.4.1.1")
+    ranks = (0, 2) if this_rank() % 2 == 0 else (1, 3)
+    group = this_group("-".join(map(str, ranks)), ranks)
+    opened = open_backend(group)
+    for rows in (3, 1, 5):
+        call_and_compare(opened, group, rows, offset=0.0)
+    assert {call["world_rank"] for call in kernel().CALLS} == {group.rank}
+    assert {call["world_size"] for call in kernel().CALLS} == {2}
+    opened.close()
+
+
+def refused():
+    """Rank 1 differs; every rank gets one reason."""
+    odd = {"missing": {}, "version": {"version": "0.6.12"}, "signature": {"version": "0.7.2", "base": ("x",)}}
+    how = CASE.partition(":")[2]
+    if how in odd:
+        pretend(**(odd[how] if this_rank() == 1 else {"version": "0.7.2", "extra": NOW}))
+    if how == "offset":  # 0.6.12 by name, without its parameter
+        pretend(version="0.6.12", extra=NOW[:2])
+    try:
+        open_backend(this_group("tp"), weight_offset=float(how == "offset"))
+    except FusionError as error:
+        print("reason:", error.reason)
+
+
+def hang():
+    """Rank 1 does not come to the third call; the watchdog of rank 0 ends its process."""
+    pretend(version="0.7.2", extra=NOW)
+    group = this_group("tp")
+    opened = open_backend(group, timeout_s=1.0)
+    call_and_compare(opened, group, 2, 0.0)
+    opened.freeze()
+    if group.rank == 0:
+        call_and_compare(opened, group, 2, 0.0)
+        raise AssertionError("a call without its peer ended")
+    time.sleep(4)
+
+
+def exchange():
+    """FlashInfer's communication backend: JSON, bytes and tuples, and a root that is a group rank."""
+    ranks = (1, 3)
+    if this_rank() not in ranks:
+        return
+    group = this_group("1-3", ranks)
+    comm = flashinfer_workspace.StoreBackend(group, 10.0)
+    assert (comm.Get_rank(), comm.Get_size()) == (group.rank, 2)
+    mine = {"fd": (group.rank, b"\x00\xff"), 1: [None, True, 2.5, "text"]}
+    gathered = comm.allgather(mine)
+    assert gathered == tuple({**mine, "fd": (rank, b"\x00\xff")} for rank in range(2)), gathered
+    assert comm.bcast(f"from {group.rank}", root=1) == "from 1"
+    comm.barrier()
+    assert comm.Split(0, group.rank) is comm
+    try:
+        comm.Split(group.rank, 0)
+    except NotImplementedError:
+        print("no split")
+
+
+CASES = {"plain": plain, "sub_groups": sub_groups, "refused": refused, "hang": hang, "exchange": exchange}
+runtime_flashinfer.DISTRIBUTIONS = ()  # whatever is installed here is none of the test's business
+CASES[CASE.partition(":")[0]]()
+print("ended")
