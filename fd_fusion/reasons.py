@@ -147,6 +147,9 @@ TABLE: dict[str, Entry] = {
     "deterministic": Entry(
         "deterministic mode is on and the {backend} backend is not batch invariant", "name the triton backend"
     ),
+    "qk_stock": Entry(
+        "q and k are normalised by the stock formula: backend {backend} on a {device}", "name the triton backend"
+    ),
     # comm and the triton backend.
     "other_machine": Entry(
         "ranks {first} and {second} are on different machines", "use one machine for each tensor-parallel group"
@@ -181,8 +184,27 @@ TABLE: dict[str, Entry] = {
         "see the logs of the other ranks; restart the ranks, or call reset() on every rank",
     ),
     "closed": Entry("the workspace is closed", "bind the model again"),
-    "qk_stock": Entry(
-        "q and k are normalised by the stock formula: backend {backend} on a {device}", "name the triton backend"
+    # cli and the tuning table.
+    "two_paddles": Entry(
+        "two distributions of Paddle overwrite each other's files: paddlepaddle {first}, paddlepaddle-gpu {second}",
+        "uninstall both, then install the one that this machine needs",
+    ),
+    "flashinfer_mixed": Entry(
+        "FlashInfer's packages are of different versions, and its Python calls its kernels by position: {versions}",
+        "install one version of all of them",
+    ),
+    "table_unusable": Entry(
+        "the tuning table {path} cannot be used: {error}", "run `python -m fd_fusion tune` again, or remove the file"
+    ),
+    "table_stale": Entry(
+        "the tuning table was measured with {got}; here is {need}", "run `python -m fd_fusion tune` again"
+    ),
+    "table_differs": Entry(
+        "the ranks read different tuning tables, so none is used", "give all ranks one XDG_CACHE_HOME"
+    ),
+    "never_wins": Entry(
+        "the tuning table says that fusing never wins here for {size} ranks, H={hidden_size}, {dtype}",
+        "set max_token_num to fuse all the same",
     ),
     "open_failed": Entry("the workspace could not be opened: {error}", "see the log of this rank"),
     "dead_group": Entry(

@@ -104,14 +104,16 @@ def joint_refusal(dtypes: Mapping[str, str], samples: Sequence[dict[str, Any]]) 
 def outputs_refusal(got: Sequence[Any], want: Sequence[Any], sites: int) -> Reason | None:
     """Whether the model's outputs, auxiliary ones too, are those of the stock model.
 
-    Roundings of different sites are independent, so they add up as their square root; sixteen times that.
+    Roundings of different sites are independent, so they add up as their square root. Measured on the demo's decoder
+    (6 layers, 4 ranks, float32): 3 to 4.4 times that. Sixteen times is allowed, and never more than a third: a leaked
+    partial sum of N ranks misses sqrt((N - 1) / N) of the whole, 0.7 and more.
     """
     if len(got) != len(want):
         return because("outputs_differ", output="count", error=str(len(got)), budget=str(len(want)))
     for i, (ours, stock) in enumerate(zip(got, want)):
         if str(ours.dtype).rpartition(".")[2] not in UNIT_ROUNDOFF:
             continue  # token numbers and the like
-        allowed = 16 * UNIT_ROUNDOFF[str(ours.dtype).rpartition(".")[2]] * (sites + 1) ** 0.5
+        allowed = min(16 * UNIT_ROUNDOFF[str(ours.dtype).rpartition(".")[2]] * (sites + 1) ** 0.5, 1 / 3)
         flat = as_numpy(ours), as_numpy(stock)
         same_shape = flat[0].shape == flat[1].shape
         error = relative_errors(flat[0].reshape(1, -1), flat[1].reshape(1, -1))[0] if same_shape else np.inf
