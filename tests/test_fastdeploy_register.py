@@ -266,6 +266,28 @@ def test_a_waiting_model_is_proven_before_capture_and_frozen_after(monkeypatch, 
     assert order == ["capture", "freeze", "dummy 2", "capture", "freeze"]
 
 
+def test_a_host_that_gives_out_our_own_logger(monkeypatch):
+    """An older version returns the logger of that very name: then nothing is passed on in a circle."""
+    import fastdeploy.utils
+
+    monkeypatch.setattr(fastdeploy.utils, "get_logger", lambda name, file_name: logging.getLogger(name))
+    monkeypatch.setenv(ENV_CONFIG, "{}")
+    plugin._after_load("model", fd_config_of())
+    assert not plugin.logger.handlers
+
+
+def test_a_loader_given_something_unforeseen_still_returns_its_model(monkeypatch, caplog):
+    """A config without parallel_config, and a host whose logger has gone."""
+    import fastdeploy.utils
+
+    plugin._after_load("model", object())
+    assert not caplog.text
+    monkeypatch.setenv(ENV_CONFIG, "{}")
+    monkeypatch.delattr(fastdeploy.utils, "get_logger")
+    plugin._after_load("model", object())
+    assert "fastdeploy.utils.get_logger" in caplog.text and "off" in caplog.text
+
+
 def test_a_loader_that_calls_another_binds_once(monkeypatch):
     from fastdeploy.model_executor.model_loader.base_loader import BaseModelLoader
 

@@ -49,12 +49,14 @@ def _patch_loaders() -> None:
     """Patch `load_model` of each concrete loader in place, whether its class is there already or still to come."""
     base = importlib.import_module(_LOADERS).BaseModelLoader
 
+    own = base.__dict__.get("__init_subclass__")
+
     def patch_new_class(cls, **kwargs):
-        super(base, cls).__init_subclass__(**kwargs)
+        (own.__get__(None, cls) if own else super(base, cls).__init_subclass__)(**kwargs)
         _patch_loader(cls)
 
     base.__init_subclass__ = classmethod(patch_new_class)
-    _undo.append(lambda: delattr(base, "__init_subclass__"))
+    _undo.append(lambda: setattr(base, "__init_subclass__", own) if own else delattr(base, "__init_subclass__"))
     classes = [base]
     for cls in classes:
         classes += cls.__subclasses__()
@@ -106,7 +108,7 @@ def _after_load(model: Any, fd_config: Any) -> None:
 
 def _resolve(fd_config: Any) -> Resolved:
     """The sources of this host: its patched argument, the variable (perhaps from `serve`), upstream's own flag."""
-    parallel = fd_config.parallel_config
+    parallel = getattr(fd_config, "parallel_config", None)
     explicit, source = getattr(parallel, "fusion_config", None), "--fusion-config"
     if explicit is None and os.environ.get(ENV_SOURCE) and os.environ.get(ENV_CONFIG):
         explicit, source = os.environ[ENV_CONFIG], os.environ[ENV_SOURCE]

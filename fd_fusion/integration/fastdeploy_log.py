@@ -26,9 +26,16 @@ def log_to_host() -> None:
     """Send what this package says to the host's log too, once a process."""
     if any(isinstance(handler, _ToHost) for handler in logger.handlers):
         return
-    from fastdeploy.utils import get_logger
+    try:
+        from fastdeploy.utils import get_logger
 
-    logger.addHandler(_ToHost(get_logger("fd_fusion", "fd_fusion.log")))
+        target = get_logger("fd_fusion", "fd_fusion.log")
+    except Exception as error:  # only the place of the log is lost
+        path = f"fastdeploy.utils.get_logger ({type(error).__name__}: {error})"
+        logger.warning("fd_fusion: this log goes to stderr: %s", because("symbol_moved", path=path))
+        return
+    if target is not logger:  # an older version gives out the logger of that very name
+        logger.addHandler(_ToHost(target))
     logger.setLevel(logging.INFO)
 
 

@@ -19,7 +19,6 @@ def get_logger(name, file_name=None, without_formater=False, print_to_console=Fa
 
 
 llm_logger = get_logger("fastdeploy", "fastdeploy.log")
-console_logger = get_logger("console", "console.log")
 
 
 class FlexibleArgumentParser(argparse.ArgumentParser):

@@ -5,7 +5,7 @@ import paddle.distributed as dist
 
 from fastdeploy.utils import register_custom_python_op
 
-_OUT_OF_PLACE = False  # stands for the custom all-reduce kernel
+out_of_place = False  # as the custom all-reduce kernel is
 
 
 def _infer_meta(x, group_):
@@ -22,7 +22,7 @@ def _infer_meta(x, group_):
 def tensor_model_parallel_all_reduce(input_, group_=None):
     if input_.shape[0] == 0:
         return input_
-    if _OUT_OF_PLACE:
+    if out_of_place:
         input_ = input_.clone()
     dist.all_reduce(input_, group=group_)
     return input_
