@@ -59,7 +59,10 @@ def draw(result: dict[str, Any], path: Path) -> None:
             line = [(cell["T"], cell["ratio"]) for cell in cells if cell["H"] == hidden]
             panel.plot(*zip(*line), marker="o", markersize=3, label=f"H={hidden}")
         panel.axhline(1, color="grey", linewidth=0.8)
-        panel.set(title=f"N={size}", xlabel="T", xscale="log", ylim=(0.5, 1.1))
+        panel.set(title=f"N={size}", xlabel="T", ylim=(0.5, 1.1))
+        panel.set_xscale("log", base=2)
+        rows = sorted({cell["T"] for cell in cells})
+        panel.set_xticks(rows, rows)
     panels[0][0].set_ylabel("time / FlashInfer one-shot")
     panels[0][-1].legend(fontsize=7)
     figure.suptitle(f"Fused all-reduce + RMSNorm, virtual ranks on one {result['device']}, bf16", fontsize=9)

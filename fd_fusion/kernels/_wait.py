@@ -1,0 +1,133 @@
+"""How a program waits for words of other ranks and of its neighbours, and what it does when they do not come.
+
+The state of a wait is made of bits: 0 done, 1 words are missing, TOLD, TIMED_OUT, MOVED: 2, 4 and 8.
+"""
+
+import os
+import time
+
+import triton
+import triton.language as tl
+
+from fd_fusion.kernels._words import ONES, at, both
+
+TOLD, TIMED_OUT, MOVED = tl.constexpr(2), tl.constexpr(4), tl.constexpr(8)
+_RESULTS = tl.constexpr((tl.uint32,) * 8 + (tl.int32,))
+HEAD = tl.constexpr(16)  # 8-byte words of local memory before those of the programs
+CONTROL = tl.constexpr(64)  # 4-byte words of the control page
+
+
+def host_clock():
+    """The interpreter's clock, in nanoseconds, as `globaltimer` gives them; the rank that is waited for may need
+    this processor. Never compiled."""
+    os.sched_yield()
+    return time.time_ns()
+
+
+host_clock.__triton_builtin__ = True  # the compiler looks at every name, in branches that it drops too
+
+
+@triton.jit
+def look_up(local, home, epochs, before, since, INTERPRETED: tl.constexpr):
+    """When words stay missing: is the group dead, is the time over, did another stream come by?
+
+    Returns the bits to add to the state of the wait (0 done, 1 words are missing), and when it was first asked.
+    """
+    if INTERPRETED:
+        now = host_clock()
+    else:
+        now = tl.extra.cuda.globaltimer()
+    since = tl.where(since == 0, now, since)
+    over = now - since > tl.load(local, volatile=True).to(tl.int64)
+    aborted = tl.load(home, volatile=True) != 0
+    moved = tl.load(epochs, volatile=True) != before
+    return tl.where(over, TIMED_OUT, 0) | tl.where(aborted, TOLD, 0) | tl.where(moved, MOVED, 0), since
+
+
+@triton.jit
+def report(local, state, missing, op, row, epoch, N: tl.constexpr):
+    """Write the error page, once, and tell every rank unless told of it. Plain stores: threads may differ here."""
+    told = (state & TOLD) != 0
+    code = tl.where(told, 2, tl.where((state & MOVED) != 0, 3, 1))
+    page = at(tl.load(local + 1), tl.uint64) + tl.where(told, 2, 0)
+    record = (row.to(tl.uint64) << 40) | (op.to(tl.uint64) << 16) | (code | (missing << 4)).to(tl.uint64)
+    first = tl.load(page, volatile=True) == 0
+    tl.store(page + 1, epoch, mask=first, cache_modifier=".wt")
+    tl.store(page, record, mask=first, cache_modifier=".wt")
+    for p in tl.static_range(N):
+        tl.store(at(tl.load(local + 2 + p), tl.uint32), 1, mask=code != 2, cache_modifier=".wt")
+
+
+@triton.jit
+def peers_of(table, rank, N: tl.constexpr):
+    """The memories of the ranks after this one, cyclically. All are read before anything waits for one."""
+    a = at(tl.load(table + (rank + 1) % N, volatile=True), tl.uint32)
+    b = at(tl.load(table + (rank + 2) % N, volatile=True), tl.uint32) if N > 2 else a
+    c = at(tl.load(table + (rank + 3) % N, volatile=True), tl.uint32) if N > 3 else a
+    d = at(tl.load(table + (rank + 4) % N, volatile=True), tl.uint32) if N > 4 else a
+    e = at(tl.load(table + (rank + 5) % N, volatile=True), tl.uint32) if N > 5 else a
+    f = at(tl.load(table + (rank + 6) % N, volatile=True), tl.uint32) if N > 6 else a
+    g = at(tl.load(table + (rank + 7) % N, volatile=True), tl.uint32) if N > 7 else a
+    return a, b, c, d, e, f, g
+
+
+@triton.jit
+def look(slot, own, me, words, mask, N: tl.constexpr, SLICE: tl.constexpr, POLL: tl.constexpr,
+          OPERANDS: tl.constexpr, UNITS: tl.constexpr):  # fmt: skip
+    """The N rows of a slot; row `me` is `own`, which nobody sends. Rows from N on repeat an earlier one.
+
+    Under the interpreter one look. On a GPU each thread looks until its own words have come or it is tired, with
+    no barrier: _poll.py. Returns eight rows, and 1 for each word that has not come.
+    """
+    if POLL is None:
+        a = tl.load(slot + words, mask=both(mask, me != 0), other=own, volatile=True)
+        b = tl.load(slot + SLICE + words, mask=both(mask, me != 1), other=own, volatile=True)
+        c = tl.load(slot + 2 * SLICE + words, mask=both(mask, me != 2), other=own, volatile=True) if N > 2 else a
+        d = tl.load(slot + 3 * SLICE + words, mask=both(mask, me != 3), other=own, volatile=True) if N > 3 else a
+        e = tl.load(slot + 4 * SLICE + words, mask=both(mask, me != 4), other=own, volatile=True) if N > 4 else a
+        f = tl.load(slot + 5 * SLICE + words, mask=both(mask, me != 5), other=own, volatile=True) if N > 5 else a
+        g = tl.load(slot + 6 * SLICE + words, mask=both(mask, me != 6), other=own, volatile=True) if N > 6 else a
+        h = tl.load(slot + 7 * SLICE + words, mask=both(mask, me != 7), other=own, volatile=True) if N > 7 else a
+        late = (a == ONES) | (b == ONES) | (c == ONES) | (d == ONES)
+        late = (late | (e == ONES) | (f == ONES) | (g == ONES) | (h == ONES)).to(tl.int32)
+    else:
+        absent = tl.where(mask, me, 8)
+        a, b, c, d, e, f, g, h, late = tl.inline_asm_elementwise(
+            POLL, OPERANDS, [own, (slot + words).to(tl.int64), absent], _RESULTS, False, 4 * UNITS)  # fmt: skip
+    return a, b, c, d, e, f, g, h, late
+
+
+@triton.jit
+def clear(slot, me, words, mask, N: tl.constexpr, SLICE: tl.constexpr):
+    """Make the words of a slot unsent again."""
+    for p in tl.static_range(N):
+        unsent = tl.full(words.shape, ONES, tl.uint32)
+        tl.store(slot + p * SLICE + words, unsent, mask=both(mask, me != p), cache_modifier=".wt")
+
+
+@triton.jit
+def sum_slices(part, state, local, home, epochs, pid, op, row, before, epoch, N: tl.constexpr, C: tl.constexpr,
+                INTERPRETED: tl.constexpr):  # fmt: skip
+    """The sum over the C programs of a row, in slice order. A program that failed hands on NaN, so nobody waits
+    for it. Each thread polls by itself: words carry the epoch, so all see the same, and there is no barrier."""
+    sums = epochs - 3 * (pid % C) + 1 + (epoch & 1).to(tl.int32)
+    bits = tl.where(state == 0, part, float("nan")).to(tl.uint32, bitcast=True).to(tl.uint64)
+    tl.store(sums + 3 * (pid % C), (bits << 32) | epoch, cache_modifier=".wt")
+    total = 0.0
+    late = 1
+    looks = 0
+    since = tl.full((), 0, tl.int64)
+    while late == 1:
+        total = 0.0
+        late = 0
+        for c in tl.static_range(C):
+            word = tl.load(sums + 3 * c, volatile=True)
+            total += (word >> 32).to(tl.uint32).to(tl.float32, bitcast=True)
+            late |= (word.to(tl.uint32) != epoch.to(tl.uint32)).to(tl.int32)
+        looks += 1
+        if looks % 1024 == 0:
+            dead, since = look_up(local, home, epochs, before, since, INTERPRETED)
+            late |= dead
+    if late > 1:
+        report(local, late, 0, op, row, epoch, N)
+    return tl.where(late == 0, total, float("nan"))
