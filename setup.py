@@ -25,8 +25,11 @@ setup(
     install_requires=[],
     extras_require={
         "cpu": CPU,
-        "test": ["pytest>=8", "pytest-timeout", "pytest-cov", "ruff"],
+        "test": ["pytest>=8", "pytest-timeout", "pytest-cov", "ruff", "prometheus_client"],
         "bench": ["matplotlib"],
     },
-    entry_points={"console_scripts": ["fd-fusion = fd_fusion.__main__:main"]},
+    entry_points={
+        "console_scripts": ["fd-fusion = fd_fusion.__main__:main"],
+        "fastdeploy.model_register_plugins": ["fd_fusion = fd_fusion.integration.fastdeploy:register"],
+    },
 )

@@ -106,6 +106,29 @@ TABLE: dict[str, Entry] = {
     "too_many_rows": Entry("T={rows} is above the limit of {limit} rows", "raise max_token_num, or tune the limit"),
     "no_rows": Entry("T=0: there is nothing to compute", "nothing to do"),
     "tracing": Entry("the proving pass runs in eager mode only", "run one eager forward before capture"),
+    # fastdeploy
+    "draft_model": Entry("{model} is a draft model: its layers are used in another way", "nothing to do"),
+    "sequence_parallel": Entry("sequence-parallel MoE splits the rows over the ranks", "nothing to do"),
+    "expert_parallel": Entry("expert parallel: the experts are not split over the group", "nothing to do"),
+    "proxy_rmsnorm": Entry("FD_USE_PHI_RMSNORM asks for another norm", "unset FD_USE_PHI_RMSNORM to fuse"),
+    "two_batch_overlap": Entry("{model} runs two batches at once, from two threads", "nothing to do"),
+    "read_between_layers": Entry(
+        "the model reads a sum between its layers: `{line}`", "nothing to do: fused, that sum would be partial"
+    ),
+    "split_token": Entry("the linear splits its rows over the ranks", "nothing to do"),
+    "unknown_block": Entry("{block} reduces in a way that is not known", "report it with the version of FastDeploy"),
+    "pipeline_boundary": Entry("layer {layer} is not on this rank", "nothing to do"),
+    "quantised_norm": Entry("the norm quantises its output", "nothing to do"),
+    "norm_bias": Entry("the norm has a bias", "nothing to do"),
+    "wide_residual": Entry(
+        "the host keeps the residual in {got} beside activations in {dtype}",
+        "nothing to do: one kernel reads both in one dtype",
+    ),
+    "unknown_norm": Entry("{norm} is not a plain RMSNorm over the last dimension", "nothing to do"),
+    "symbol_moved": Entry(
+        "{path} is not where this version of fd_fusion expects it",
+        "install an fd_fusion made for this FastDeploy, or report its version",
+    ),
     # The command line.
     "no_gpu": Entry(
         "the benchmarks launch on torch tensors on a GPU: {detail}",
@@ -123,6 +146,9 @@ TABLE: dict[str, Entry] = {
     "hidden_size": Entry("hidden size {got} is not {need}", "pad the hidden size, or leave this pair unfused"),
     "deterministic": Entry(
         "deterministic mode is on and the {backend} backend is not batch invariant", "name the triton backend"
+    ),
+    "qk_stock": Entry(
+        "q and k are normalised by the stock formula: backend {backend} on a {device}", "name the triton backend"
     ),
     # comm and the triton backend.
     "other_machine": Entry(
@@ -158,8 +184,27 @@ TABLE: dict[str, Entry] = {
         "see the logs of the other ranks; restart the ranks, or call reset() on every rank",
     ),
     "closed": Entry("the workspace is closed", "bind the model again"),
-    "qk_stock": Entry(
-        "q and k are normalised by the stock formula: backend {backend} on a {device}", "name the triton backend"
+    # cli and the tuning table.
+    "two_paddles": Entry(
+        "two distributions of Paddle overwrite each other's files: paddlepaddle {first}, paddlepaddle-gpu {second}",
+        "uninstall both, then install the one that this machine needs",
+    ),
+    "flashinfer_mixed": Entry(
+        "FlashInfer's packages are of different versions, and its Python calls its kernels by position: {versions}",
+        "install one version of all of them",
+    ),
+    "table_unusable": Entry(
+        "the tuning table {path} cannot be used: {error}", "run `python -m fd_fusion tune` again, or remove the file"
+    ),
+    "table_stale": Entry(
+        "the tuning table was measured with {got}; here is {need}", "run `python -m fd_fusion tune` again"
+    ),
+    "table_differs": Entry(
+        "the ranks read different tuning tables, so none is used", "give all ranks one XDG_CACHE_HOME"
+    ),
+    "never_wins": Entry(
+        "the tuning table says that fusing never wins here for {size} ranks, H={hidden_size}, {dtype}",
+        "set max_token_num to fuse all the same",
     ),
     "open_failed": Entry("the workspace could not be opened: {error}", "see the log of this rank"),
     "dead_group": Entry(

@@ -26,7 +26,7 @@ Norm = Callable[[Tensor, Tensor], Finished]
 
 # A traced graph can hold no Python object: there a site goes by its number.
 _numbers = itertools.count(1)
-by_number: weakref.WeakValueDictionary[int, Site] = weakref.WeakValueDictionary()
+by_number: weakref.WeakValueDictionary[str, Site] = weakref.WeakValueDictionary()
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,10 @@ class Site:
     ):
         self.name = name
         self.limit = limit
-        self.number = next(_numbers)
+        self.number = str(next(_numbers))  # text, since SOT makes a tensor of an int that varies
         by_number[self.number] = self
         self.calls: Counter[str] = Counter()  # by "fused", or the code of the reason why not
+        self.checked = True  # off where a tracer may take a hand-over and its finish apart
         self.handed = 0  # partial sums handed over since the proving pass began
         self._fused, self._reduce, self._norm, self._user = fused, reduce, norm, user
         self._proven = False
@@ -93,6 +94,8 @@ class Site:
 
         Raises: HandOverError: one is still unfinished. A second try after the error starts afresh.
         """
+        if not self.checked or not _rows(partial):  # a host may skip its norm where there are no rows
+            return partial
         user = self._user()
         if self._pending is not None:
             first = self._pending[1]
@@ -109,6 +112,17 @@ class Site:
 
         Raises: HandOverError: nothing, or another tensor, was handed over, or by another user.
         """
+        self._take(partial)
+        return self.complete(partial, residual, norm)
+
+    def finish_stock(self, partial: Tensor, residual: Tensor | None, norm: Norm) -> Finished:
+        """The norm's end where the host asks for another norm in this call: never fused. Raises as `finish` does."""
+        self._take(partial)
+        return self.stock(partial, residual, norm)
+
+    def _take(self, partial: Tensor) -> None:
+        if not self.checked or not _rows(partial):
+            return
         pending, self._pending = self._pending, None
         if pending is None:
             raise HandOverError(because("nothing_handed_over", site=self.name))
@@ -117,14 +131,13 @@ class Site:
         if pending[1] != self._user():
             first, second = str(pending[1]), str(self._user())
             raise HandOverError(because("two_users", site=self.name, first=first, second=second))
-        return self.complete(partial, residual, norm)
 
     def complete(self, partial: Tensor, residual: Tensor | None, norm: Norm | None = None) -> Finished:
         """Finish a partial sum [..., H] of T rows: one kernel if `fuses(T)`, else all-reduce and the stock norm.
 
         A failure inside the fused call is raised, never retried: the other ranks are already waiting.
         """
-        rows = math.prod(partial.shape[:-1])
+        rows = _rows(partial)
         if self.fuses(rows):
             self.calls["fused"] += 1
             return self._fused(partial, residual)
@@ -135,7 +148,7 @@ class Site:
 
     def stock(self, partial: Tensor, residual: Tensor | None, norm: Norm) -> Finished:
         """All-reduce, then the host's norm: what the host does without us, bit for bit."""
-        return norm(self._reduce(partial) if math.prod(partial.shape[:-1]) else partial, residual)
+        return norm(self._reduce(partial) if _rows(partial) else partial, residual)
 
     def start_proof(self, prove: Callable[[Site, Tensor, Tensor, Norm], Finished]) -> None:
         """Until `end_proof`, nothing is fused and every finish goes through `prove`."""
@@ -147,3 +160,8 @@ class Site:
     def fused(self, partial: Tensor, residual: Tensor | None) -> Finished:
         """The fused call by itself, for the proving pass."""
         return self._fused(partial, residual)
+
+
+def _rows(tensor: Tensor) -> int:
+    """T of [..., H]."""
+    return math.prod(tensor.shape[:-1])

@@ -1,12 +1,14 @@
 """What a backend must know of a pair to say yes or no, and how many rows are worth fusing.
 
 The limits built in here are the ones below which fusing won on the machines named in examples/results; a table
-measured on the machine itself takes their place.
+measured on the machine itself (`python -m fd_fusion tune`, kept by `tuning_table`) takes their place.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+NEVER = 2**31 - 1  # as `two_shot_rows`: no call has so many rows
 
 
 @dataclass(frozen=True)
@@ -26,26 +28,43 @@ class Facts:
     max_token_num: int | None
     workspace_bytes: int
     timeout_s: float
+    tuned_rows: int | None = None  # the tuning table's limit for the backend that is asked, if it has one
+    two_shot_rows: int | None = None  # the tuning table's, NEVER for never; None leaves it to the backend
 
 
 def row_limit(facts: Facts) -> int | None:
     """The most rows T that a call may have to be fused; None means any number.
 
-    Deterministic mode fuses every T, so that no table chooses by T; then an explicit limit; then the built-in one.
+    Deterministic mode fuses every T, so that no table chooses by T; then an explicit limit; then the tuning table's;
+    then the built-in one.
     """
     if facts.deterministic:
         return None
     if facts.max_token_num is not None:
         return facts.max_token_num
+    if facts.tuned_rows is not None:
+        return facts.tuned_rows
     return built_in_limit(facts.device, facts.size, facts.hidden_size)
 
 
+def limit_source(facts: Facts) -> str:
+    """Where `row_limit` comes from, for the report."""
+    if facts.deterministic:
+        return "deterministic mode"
+    if facts.max_token_num is not None:
+        return "max_token_num"
+    return "tuning table" if facts.tuned_rows is not None else "built in"
+
+
 def built_in_limit(device: str, size: int, hidden_size: int) -> int:
-    """Rows below which fusing is expected to win: a fixed number of bytes a rank sends, by group size.
+    """Rows up to which fusing is expected to win: a fixed number of bytes a rank sends, by group size, and no more
+    than 64 rows where there are more than two ranks. Over NVLink no size below was slower than NCCL and a norm
+    (examples/results/all_reduce_nvlink_n*.json; groups of 2 and 4 were measured).
 
     On a CPU nothing is won in any case, and the number only bounds the memory of a gather.
     """
     if device == "cpu":
         return 512
-    elements = {2: 1 << 20, 3: 1 << 19, 4: 1 << 19}.get(size, 1 << 18)
-    return max(1, elements // hidden_size)
+    if size == 2:
+        return max(1, (1 << 20) // hidden_size)
+    return max(1, min(64, (1 << 19 if size <= 4 else 1 << 18) // hidden_size))

@@ -14,7 +14,7 @@ def blocks(text):
 def rows(text):
     """The table rows as the code spans and numbers that stand in them: what no translation changes."""
     lines = [line for line in text.splitlines() if line.startswith("|")]
-    return [(line.count("|"), tuple(sorted(re.findall(r"`[^`]+`|\d[\d.,]*", line)))) for line in lines]
+    return [(line.count("|"), tuple(sorted(re.findall(r"`[^`]+`|\d+(?:[.,]\d+)*", line)))) for line in lines]
 
 
 def headings(text):

@@ -6,8 +6,10 @@ interpreter, each rank a process. Everything that a call needs beside its tensor
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import itertools
+import struct
 from typing import Any
 
 from fd_fusion import runtime_triton
@@ -18,7 +20,7 @@ from fd_fusion.comm.symmetric_memory import Maker, attempt, settle
 from fd_fusion.comm.workspace import Layout, Workspace, open_workspace
 from fd_fusion.kernels import plan as plans
 from fd_fusion.reasons import FusionTimeout, Reason, because
-from fd_fusion.tuning import Facts, row_limit
+from fd_fusion.tuning import NEVER, Facts, row_limit
 
 _CPU_PROGRAMS = 4  # rows in flight under the interpreter, where programs run one after another anyway
 _LOCAL_BYTES = 4096  # of a workspace, more than its local memory takes beside the slots
@@ -130,7 +132,19 @@ class Opened:
             "two_shot_rows": plan.two_shot_rows,
             "generation": workspace.generation,
             "frozen": workspace.frozen,
+            "timeouts": workspace.generation + (not workspace.closed and workspace.error() is not None),
+            "device": None if workspace.closed else self._device_counts(),
         }
+
+    def _device_counts(self) -> dict[str, int]:
+        """What the kernel itself counted since open or reset, replays of graphs too.
+
+        rows: finished rows. calls: turns of program 0, which are calls where none has more rows than programs.
+        """
+        words = 3 * self.programs * self._plan.split
+        data = self._maker.read(self._workspace.local + 8 * plans.PROGRAM_WORDS, 8 * words)
+        epochs = struct.unpack(f"<{words}q", data)[:: 3 * self._plan.split]
+        return {"rows": sum(epochs), "calls": epochs[0]}
 
     def close(self) -> None:
         """Give the memory back; may be repeated, and waits no more than seconds for the other ranks."""
@@ -193,7 +207,7 @@ class Opened:
     def _run_once(self) -> None:
         """Run every kernel that can be chosen: a first launch may allocate."""
         facts, here = self._facts, self._framework
-        place = {"device": "cuda"} if here.__name__ == "torch" else {}
+        place = {"device": "cuda"} if here.__name__ == "torch" and facts.device == "gpu" else {}
         weight = here.ones([facts.hidden_size], dtype=getattr(here, facts.weight_dtype), **place)
         for rows in sorted({1, self._plan.two_shot_rows or 1}) if facts.device == "gpu" else [1]:
             x = here.ones([rows, facts.hidden_size], dtype=getattr(here, facts.dtype), **place)
@@ -204,7 +218,10 @@ class Opened:
 
 
 def _plan(facts: Facts) -> plans.Plan:
-    return plans.plan_for(facts.size, facts.hidden_size, facts.dtype, interpreted=facts.device == "cpu")
+    plan = plans.plan_for(facts.size, facts.hidden_size, facts.dtype, interpreted=facts.device == "cpu")
+    if facts.two_shot_rows is None:
+        return plan
+    return dataclasses.replace(plan, two_shot_rows=None if facts.two_shot_rows == NEVER else facts.two_shot_rows)
 
 
 def _layout(plan: plans.Plan, programs: int) -> Layout:

@@ -67,6 +67,10 @@ class Workspace:
     def bytes(self) -> int:
         return self.memory.nbytes
 
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
     def error(self) -> Reason | None:
         """What kernels of this rank wrote on the error page, or None. Cheap: reads host memory."""
         return self.layout.read_error(self._words[:]) if any(self._words) else None

@@ -15,13 +15,13 @@ from typing import Any
 from fd_fusion import __version__, runtime
 from fd_fusion.comm.group import Group, Vote, agree
 from fd_fusion.config import FusionConfig, Resolved, resolve
-from fd_fusion.integration import native
+from fd_fusion.integration import metrics, native
 from fd_fusion.integration.opening import Opening, open_for
 from fd_fusion.integration.pairs import Pair
 from fd_fusion.integration.qk import QKNorm, settle_qk_norms
 from fd_fusion.integration.report import Report
 from fd_fusion.integration.settling import Bound, attach_and_prove, logger, refuse, undo_all
-from fd_fusion.reasons import BindError, Reason, because
+from fd_fusion.reasons import BindError, FusionTimeout, Reason, because
 from fd_fusion.site import Rejected, Site
 
 _bound: weakref.WeakKeyDictionary[Any, Bound] = weakref.WeakKeyDictionary()
@@ -98,9 +98,21 @@ def report() -> list[Report]:
 
 def check() -> None:
     """Raise FusionTimeout if a fused call of any bound model ran out of time. For use before tokens are published."""
+    try:
+        for state in _bound.values():
+            for opening in state.openings:
+                opening.opened.check()
+    except FusionTimeout:
+        metrics.tick(report, every_s=1.0)  # this process may end before the minute is over
+        raise
+    metrics.tick(report)
+
+
+def freeze() -> None:
+    """After graph capture: nothing allocates any more, and a rank is waited for `timeout_s`, not ten times that."""
     for state in _bound.values():
         for opening in state.openings:
-            opening.opened.check()
+            opening.opened.freeze()
 
 
 def _resolve(model: Any, config: Any, source: str) -> Resolved:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fd_fusion import runtime
+from fd_fusion import runtime, runtime_triton, tuning_table
 from fd_fusion.comm.group import Group, Vote, agree, working
 from fd_fusion.config import FusionConfig
 from fd_fusion.reasons import FusionError, Reason, because
-from fd_fusion.tuning import Facts
+from fd_fusion.tuning import NEVER, Facts, limit_source
+from fd_fusion.tuning_table import Fingerprint, Limits
 
 _AUTO = {"cpu": ("paddle",), "gpu": ("triton", "flashinfer")}
 
@@ -22,6 +24,8 @@ class Opening:
 
     backend: str
     opened: Any
+    limit_source: str = "built in"
+    note: Reason | None = None  # why the tuning table of this machine is not used
 
 
 def open_for(
@@ -34,14 +38,42 @@ def open_for(
         of any rank moves all of them to the next candidate.
     """
     device, arch = runtime.device_of()
+    tuned, note = (None, None) if deterministic or device == "cpu" else _tuned(group, pairs[0], config.timeout_s)
+    wins = tuned is None or (tuned.order if config.backend == "auto" else tuned.rows.get(config.backend, True))
+    if not wins and config.max_token_num is None:
+        shape = {"size": group.size, "hidden_size": pairs[0].hidden_size, "dtype": pairs[0].dtype}
+        return None, because("never_wins", **shape), ()
     first: tuple[Reason, tuple[int, ...]] | None = None
-    for name in _AUTO[device] if config.backend == "auto" else (config.backend,):
+    for name in _candidates(config.backend, device, tuned):
         facts = [_facts(group, pair, config, deterministic, device, arch, spaces) for pair in pairs]
+        if tuned:
+            found = {"tuned_rows": tuned.rows.get(name) or None, "two_shot_rows": tuned.two_shot_rows or NEVER}
+            facts = [dataclasses.replace(one, **found) for one in facts]
         opened, reason, ranks = _try(name, facts, group, config.timeout_s)
         if opened is not None:
-            return Opening(name, opened), None, ()
+            return Opening(name, opened, limit_source(facts[0]), note), None, ()
         first = first or (reason, ranks)
     return None, *first
+
+
+def _candidates(named: str, device: str, tuned: Limits | None) -> tuple[str, ...]:
+    """What is tried, in turn. By the table the fastest first, and none that never wins."""
+    if named != "auto":
+        return (named,)
+    return tuned.order if tuned and tuned.order else _AUTO[device]
+
+
+def _tuned(group: Group, pair: Any, timeout_s: float) -> tuple[Limits | None, Reason | None]:
+    """Collective: what the tuning table says, if it says the same on all ranks, or why it is not used."""
+    gpu = runtime_triton.framework().cuda.get_device_name()
+    key = Fingerprint(gpu, group.size, pair.hidden_size, pair.dtype, tuning_table.versions_here())
+    limits, note = tuning_table.read_limits(key, tuning_table.table_path())
+    verdict = agree(group, "table", Vote(None, limits and limits.to_dict()), timeout_s=timeout_s)
+    if not verdict.ok:
+        return None, verdict.reason
+    if any(data != verdict.data[0] for data in verdict.data):
+        return None, because("table_differs")
+    return limits, note
 
 
 def _try(name: str, facts: list[Facts], group: Group, timeout_s: float) -> tuple[Any, Reason | None, tuple[int, ...]]:

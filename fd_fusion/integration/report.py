@@ -19,9 +19,16 @@ class SiteLine:
     """A Site in the report. `limit` None means any number of rows."""
 
     site: Site
-    backend: str
+    opening: Any
     ranks: tuple[int, ...]
-    workspace_bytes: int
+
+    @property
+    def backend(self) -> str:
+        return self.opening.backend
+
+    @property
+    def workspace_bytes(self) -> int:
+        return self.opening.opened.bytes
 
     @property
     def name(self) -> str:
@@ -52,7 +59,12 @@ class Report:
     _logged: bool = field(default=False, repr=False)
 
     def add_site(self, site: Site, opening: Any, group: Group) -> None:
-        self.sites.append(SiteLine(site, opening.backend, group.ranks, opening.opened.bytes))
+        self.sites.append(SiteLine(site, opening, group.ranks))
+
+    @property
+    def workspaces(self) -> list[SiteLine]:
+        """One of the lines of each workspace."""
+        return list({id(line.opening): line for line in reversed(self.sites)}.values())[::-1]
 
     @property
     def proven(self) -> bool:
@@ -63,6 +75,8 @@ class Report:
         lines = [self._headline()]
         for reason, count in Counter(str(line.reason) for line in self.rejected).items():
             lines.append(f"fd_fusion: {count} pair{'s' * (count != 1)} stock: {reason}")
+        for reason in dict.fromkeys(line.opening.note for line in self.workspaces if line.opening.note):
+            lines.append(f"fd_fusion: {reason}; {reason.remedy}")
         for reason, count in Counter(str(reason) for reason in self.qk_stock.values()).items():
             lines.append(f"fd_fusion: {count} q and k norm{'s' * (count != 1)} stock: {reason}")
         return lines
@@ -71,12 +85,7 @@ class Report:
         head = f"fd_fusion {__version__}: "
         if self.off is not None and not self.qk_fused:
             return f"{head}off: {self.off}"
-        spaces = {(line.backend, line.limit, line.ranks, line.workspace_bytes) for line in self.sites}
-        parts = [f"{len(self.sites)} sites"]
-        for backend, limit, ranks, size in sorted(spaces, key=str):
-            rows = "any number of rows" if limit is None else f"<= {limit} rows"
-            span = f"{ranks[0]}..{ranks[-1]}" if len(ranks) > 1 else str(ranks[0])
-            parts.append(f"{backend} {rows}, workspace {size / 2**20:.1f} MB, group [{span}]")
+        parts = [f"{len(self.sites)} sites", *dict.fromkeys(map(_space, self.workspaces))]
         if self.sites and not self.proven:
             parts.append("not proven yet")
         if self.qk_fused:
@@ -92,6 +101,10 @@ class Report:
             "config": self.config.to_dict() if self.config else None,
             "off": self.off.to_dict() if self.off else None,
             "proven": self.proven,
+            # Python counts calls when it runs: eager, or once while a graph is captured. What a graph replays is
+            # counted on the device alone: stats.device of a workspace.
+            "calls_counted": "eager or capture",
+            "workspaces": [_space_dict(line) for line in self.workspaces],
             "sites": [
                 {
                     "name": line.name,
@@ -111,12 +124,45 @@ class Report:
         }
 
     def log(self, logger: logging.Logger) -> None:
-        """Say it once the outcome is known: a warning if something that was asked for is off."""
+        """Say it once the outcome is known, the first line on rank 0; a warning if what was asked for is off."""
         waiting = bool(self.sites) and not self.proven
         if self._logged or waiting:
             return
         self._logged = True
         lines = self.lines()
-        logger.info(lines[0])
+        logger.log(logging.INFO if _global_rank() == 0 else logging.DEBUG, lines[0])
         for line in lines[1:]:
             logger.warning(line)
+
+
+def _space(line: SiteLine) -> str:
+    """A workspace in the headline: its paths and their limits, its size, its group."""
+    ranks, limit, two_shot = line.ranks, line.limit, line.opening.opened.stats().get("two_shot_rows")
+    span = f"{ranks[0]}..{ranks[-1]}" if len(ranks) > 1 else str(ranks[0])
+    most = "any number of rows" if limit is None else f"<= {limit} rows"
+    if line.backend == "triton" and two_shot is not None and (limit is None or two_shot <= limit):
+        rows = f"one-shot <= {two_shot - 1} rows, two-shot {most.removesuffix(' rows')}"
+    else:
+        rows = f"one-shot {most}" if line.backend == "triton" else most
+    source = line.opening.limit_source
+    size = f"{line.workspace_bytes / 2**20:.1f}".removesuffix(".0")
+    return f"{line.backend} {rows} ({source}), workspace {size} MB, group [{span}]"
+
+
+def _space_dict(line: SiteLine) -> dict[str, Any]:
+    opening = line.opening
+    return {
+        "backend": opening.backend,
+        "ranks": list(line.ranks),
+        "limit": line.limit,
+        "limit_source": opening.limit_source,
+        "note": opening.note.to_dict() if opening.note else None,
+        "workspace_bytes": line.workspace_bytes,
+        "stats": opening.opened.stats(),
+    }
+
+
+def _global_rank() -> int:
+    import paddle.distributed as dist
+
+    return dist.get_rank()

@@ -37,7 +37,7 @@ class Bound:
 def refuse(report: Report, pairs: list[Pair], reason: Reason, ranks: tuple[int, ...], config: FusionConfig) -> None:
     """Leave the pairs stock; an error instead if the user insisted. All ranks come here with the same verdict."""
     report.rejected += [Rejected(pair.name, reason, ranks) for pair in pairs]
-    if config.strict or config.backend != "auto":
+    if reason.code != "never_wins" and (config.strict or config.backend != "auto"):  # a rule is no failure
         raise BindError(reason)
 
 

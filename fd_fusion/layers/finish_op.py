@@ -45,7 +45,8 @@ def finish(site: Site, partial: paddle.Tensor, residual: paddle.Tensor | None):
     """`site.finish` in eager mode, with its checks; the opaque op while a graph is being traced."""
     if paddle.in_dynamic_mode() and not in_sot_simulation_mode():
         return site.finish(partial, residual)
-    if residual is None:
+    alone = residual is None  # SOT breaks the graph at `if <tensor> is None`, and takes the two apart
+    if alone:
         return _finish_without_residual(partial, site.number)
     return _finish(partial, residual, site.number)
 

@@ -1,0 +1,64 @@
+"""Print the README's tables of figures from the JSON files beside this script; a test keeps the README equal."""
+
+import json
+import math
+from pathlib import Path
+
+HERE = Path(__file__).parent
+NVLINK_ROWS = (1, 8, 32, 64, 128, 512)
+
+
+def load(name: str) -> dict:
+    return json.loads((HERE / name).read_text())
+
+
+def nvlink() -> list[str]:
+    """Processes over NVLink: time of a call, the better of one-shot and two-shot, and what is slower is shown too."""
+    lines = [
+        "| N | H | T | Triton us | FlashInfer us | NCCL + norm us | Triton / best other |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for size in (2, 4):
+        cells: dict[tuple[int, int], dict[str, float]] = {}
+        for row in load(f"all_reduce_nvlink_n{size}.json")["rows"]:
+            best = cells.setdefault((row["H"], row["T"]), {})
+            name = row["name"].split()[0]
+            best[name] = min(row["us"], best.get(name, math.inf))
+        for (hidden, rows), us in cells.items():
+            if hidden in (4096, 8192) and rows in NVLINK_ROWS:
+                ratio = us["triton"] / min(us["flashinfer"], us["nccl"])
+                times = " | ".join(f"{us[name]:.1f}" for name in ("triton", "flashinfer", "nccl"))
+                lines.append(f"| {size} | {hidden} | {rows} | {times} | {ratio:.2f} |")
+    return lines
+
+
+def one_gpu() -> list[str]:
+    """Virtual ranks on one H100: Triton / FlashInfer one-shot over all cells of an N."""
+    result = load("all_reduce_h100.json")
+    lines = ["| N | cells | Triton / FlashInfer, geometric mean | worst cell | best cell |", "|---|---|---|---|---|"]
+    for size in (2, 4, 8):
+        ratios = [cell["ratio"] for cell in result["cells"] if cell["N"] == size and cell.get("ratio")]
+        mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
+        lines.append(f"| {size} | {len(ratios)} | {mean:.3f} | {max(ratios):.3f} | {min(ratios):.3f} |")
+    return lines
+
+
+def qk_norm() -> list[str]:
+    """q and k norm on one H100, buffers beyond the L2 cache: against FastDeploy's kernel, and of the copy's rate."""
+    result = load("qk_norm_h100.json")
+    lines = ["| heads | T | us | FastDeploy's kernel us | times faster | % of copy |", "|---|---|---|---|---|---|"]
+    for cell in result["cells"]:
+        if cell["way"] == "cold" and cell["T"] in (1, 64, 512, 2048, 16384) and cell["q"] in (32, 16, 96):
+            share = 100 * cell["bytes"] / cell["us"] / 1e3 / result["copy_gbps"]
+            faster = cell["reference_us"] / cell["us"]
+            times = f"{cell['us']:.2f} | {cell['reference_us']:.2f} | {faster:.2f}"
+            lines.append(f"| {cell['q']}/{cell['kv']} | {cell['T']} | {times} | {share:.0f} |")
+    return lines
+
+
+TABLES = {"nvlink": nvlink, "one-gpu": one_gpu, "qk-norm": qk_norm}
+
+
+if __name__ == "__main__":
+    for title, table in TABLES.items():
+        print(f"\n{title}\n", *table(), sep="\n")

@@ -1,0 +1,46 @@
+"""What `doctor` finds: one sentence each, with what to do about it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from fd_fusion.reasons import Reason
+
+# What a finding means for the verdict. "off": fusion cannot run because of it. "broken": nothing can be trusted.
+STATES = ("ok", "note", "warn", "off", "broken")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """`topic` and `name` are stable, for programs; `text` is for people; `data` is plain."""
+
+    topic: str
+    name: str
+    state: str
+    text: str
+    remedy: str = ""
+    data: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        assert self.state in STATES, self.state
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def of_reason(topic: str, name: str, state: str, reason: Reason, **data: Any) -> Finding:
+    """A finding that says what a reason of the package says."""
+    return Finding(topic, name, state, str(reason), reason.remedy, {"code": reason.code, **data})
+
+
+def guarded(topic: str, probe: Callable[[], Iterable[Finding]]) -> list[Finding]:
+    """What `probe` finds. A probe that fails is a finding too: the others still run."""
+    found: list[Finding] = []
+    try:
+        found.extend(probe())
+    except Exception as error:  # becomes a sentence of the report
+        text = f"could not be looked at: {type(error).__name__}: {error}"
+        found.append(Finding(topic, probe.__name__.strip("_"), "warn", text))
+    return found

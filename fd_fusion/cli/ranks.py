@@ -1,0 +1,170 @@
+"""Ranks as plain processes of this machine, for `doctor` and `tune`: start them, hear them, leave nothing behind.
+
+No launcher and no port: the ranks vote through a folder of files, and tell their parent the same way. A rank ends
+with its parent, whatever ends that one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import fd_fusion
+from fd_fusion.comm.group import Group
+
+_POLL_S = 0.02
+_PR_SET_PDEATHSIG = 1
+
+
+class RanksFailed(RuntimeError):
+    """The ranks came to no result: one sentence that names a rank. `log` is the end of what it wrote."""
+
+    def __init__(self, sentence: str, log: str = ""):
+        super().__init__(sentence)
+        self.log = log
+
+
+class FolderStore:
+    """`set`, `get` and an atomic `add` on files of one folder, as a vote needs them."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def set(self, key: str, value: str) -> None:
+        write_whole(self.folder / quote(key, safe=""), value)
+
+    def get(self, key: str) -> str:
+        return (self.folder / quote(key, safe="")).read_text()
+
+    def add(self, key: str, amount: int) -> int:
+        with open(self.folder / f"{quote(key, safe='')}.count", "a+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            file.seek(0)
+            total = int(file.read() or 0) + amount
+            if amount:
+                file.truncate(0)
+                file.write(str(total))
+        return total
+
+
+def run_ranks(
+    module: str, size: int, job: dict[str, Any], *, timeout_s: float, env: dict[str, str] | None = None
+) -> list[dict[str, Any]]:
+    """Run `main` of `fd_fusion.cli.<module>` on `size` ranks. Returns what each gave to `rank_main`, in rank order.
+
+    Raises: RanksFailed: a rank died, failed, or was not done after `timeout_s`. No process and no file is left.
+    """
+    with tempfile.TemporaryDirectory(prefix="fd_fusion_") as name:
+        folder, processes = Path(name), []
+        (folder / "job.json").write_text(json.dumps({**job, "size": size, "parent": os.getpid()}))
+        try:
+            for rank in range(size):
+                processes.append(_start(module, folder, rank, env or {}))
+            _watch(processes, folder, timeout_s)
+            return [json.loads((folder / f"result.{rank}").read_text()) for rank in range(size)]
+        finally:
+            for process in processes:
+                process.kill()  # does nothing to one that has ended
+            for process in processes:
+                process.wait()
+
+
+@contextlib.contextmanager
+def ending_well() -> Iterator[None]:
+    """SIGTERM as an exit, so that `finally` runs."""
+    previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def child_environment() -> dict[str, str]:
+    """The environment of a child that imports this very package."""
+    home = str(Path(fd_fusion.__file__).parent.parent)
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [home, os.environ.get("PYTHONPATH")]))}
+
+
+def rank_main(run: Callable[[dict[str, Any], Group], dict[str, Any]]) -> int:
+    """The rank's side: read the job, run it, tell the result or one sentence of error. Returns the exit code."""
+    folder, rank = Path(sys.argv[1]), int(sys.argv[2])
+    job = json.loads((folder / "job.json").read_text())
+    end_with_parent(job["parent"])
+    group = Group("cli", rank, job["size"], tuple(range(job["size"])), FolderStore(folder / "store"))
+    try:
+        result = run(job, group)
+    except Exception as error:  # told to the parent in one sentence; the trace stays in the log
+        traceback.print_exc()
+        text = str(error) or type(error).__name__
+        write_whole(folder / f"error.{rank}", text.strip().splitlines()[0])
+        return 1
+    write_whole(folder / f"result.{rank}", json.dumps(result))
+    return 0
+
+
+def end_with_parent(parent: int) -> None:
+    """Have the kernel kill this process when its parent is gone, or the thread of the parent that started it."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it went before we asked
+        os._exit(1)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write so that a reader finds either nothing or all of it."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part.write_text(text)
+    part.replace(path)
+
+
+def _start(module: str, folder: Path, rank: int, env: dict[str, str]) -> subprocess.Popen:
+    with open(folder / f"log.{rank}", "wb") as log:
+        full = {**child_environment(), "OMP_NUM_THREADS": "1", **env}
+        pipes = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
+        return subprocess.Popen(_command(module, folder, rank), env=full, cwd=folder, **pipes)
+
+
+def _command(module: str, folder: Path, rank: int) -> list[Any]:
+    return [sys.executable, "-W", "ignore", "-m", f"fd_fusion.cli.{module}", folder, str(rank)]
+
+
+def _watch(processes: list[subprocess.Popen], folder: Path, timeout_s: float) -> None:
+    """Wait for all to end well. A rank that died without a word is named before those that told an error."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        codes = [process.poll() for process in processes]
+        told = {r: p for r in range(len(codes)) if (p := folder / f"error.{r}").exists()}
+        for rank, code in enumerate(codes):
+            if code and rank not in told:
+                raise RanksFailed(f"rank {rank} died {_cause(code)}", _tail(folder, rank))
+        if told:
+            rank = min(told, key=lambda r: told[r].stat().st_mtime_ns)
+            raise RanksFailed(f"rank {rank} failed: {told[rank].read_text()}", _tail(folder, rank))
+        if all(code == 0 for code in codes):
+            return
+        if time.monotonic() > deadline:
+            rank = next(r for r, code in enumerate(codes) if code is None)
+            raise RanksFailed(f"rank {rank} was not done within {timeout_s:g} s", _tail(folder, rank))
+        time.sleep(_POLL_S)
+
+
+def _cause(code: int) -> str:
+    return f"of {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
+
+
+def _tail(folder: Path, rank: int, lines: int = 8) -> str:
+    text = (folder / f"log.{rank}").read_text(errors="replace")
+    return "\n".join([line for line in text.splitlines() if line.strip()][-lines:])

@@ -1,0 +1,135 @@
+"""`python -m fd_fusion serve --fusion-config '<json>' <the api server's own arguments>`: FastDeploy with fusion on.
+
+No patch of the host is needed: our argument is taken out, put into the environment, which the host hands on to every
+rank, and the host's api server is run with the rest. A line of the ranks' log tells whether fusion is on; this
+command shows it, or warns when it does not come.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from importlib.metadata import distributions
+from pathlib import Path
+
+from fd_fusion.config import ENV_CONFIG, ENV_DISABLE, FusionConfig, resolve
+from fd_fusion.integration.fastdeploy import ENV_SOURCE
+
+SERVER = "fastdeploy.entrypoints.openai.api_server"
+PLUGIN = "fd_fusion"
+_OUTCOME = re.compile(r"fd_fusion \S+: (?:\w+: )?(?P<said>\d+ sites?\b.*|off: .*)")
+
+
+def main(argv: list[str]) -> int:
+    """Run the api server. Returns its exit code; 2 for a malformed config or a missing package."""
+    ours, rest = _parser().parse_known_args(argv)
+    try:
+        env = environment(os.environ, ours.fusion_config)
+    except ValueError as error:
+        return _fail(str(error))
+    if importlib.util.find_spec("fastdeploy") is None:
+        return _fail("FastDeploy is not installed here; install it first, then fd_fusion with pip install --no-deps")
+    if PLUGIN not in _plugin_names():
+        return _fail(
+            "fd_fusion is importable but not installed, so FastDeploy cannot see it: pip install --no-deps ."
+        )
+    log = Path(env.get("FD_LOG_DIR", "log")) / "fd_fusion.log"
+    start = log.stat().st_size if log.exists() else 0
+    server = subprocess.Popen([sys.executable, "-m", SERVER, *rest], env=env)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, lambda got, _: server.send_signal(got))
+    if resolve(environ=env).source == ENV_DISABLE:
+        _say(f"off: {ENV_DISABLE} is set")
+        return _code(server.wait())
+    watcher = threading.Thread(target=_watch, args=(log, start, server, ours.bound_within_s), daemon=True)
+    watcher.start()
+    code = server.wait()
+    watcher.join(timeout=1)
+    return _code(code)
+
+
+def _code(code: int) -> int:
+    return code if code >= 0 else 128 - code  # a shell's way to tell a signal
+
+
+def environment(environ: Mapping[str, str], fusion_config: str | None) -> dict[str, str]:
+    """The server's environment: the config and who gave it, and the plugins that FastDeploy may load.
+
+    One version of FastDeploy loads every plugin when FD_PLUGINS is unset, another loads none. So that nobody else's
+    plugin is lost, an unset one becomes the name of every installed plugin, and a set one gets ours.
+    Raises: ValueError: a malformed config.
+    """
+    env = dict(environ)
+    if fusion_config is not None:
+        FusionConfig.from_json(fusion_config)
+        env[ENV_CONFIG], env[ENV_SOURCE] = fusion_config, "--fusion-config"
+    allowed = env.get("FD_PLUGINS")
+    names = _plugin_names() if allowed is None else allowed.split(",")
+    env["FD_PLUGINS"] = ",".join(dict.fromkeys([*(name for name in names if name), PLUGIN]))
+    return env
+
+
+def outcome(lines: list[str]) -> str | None:
+    """What the ranks said of the outcome, from the lines of fd_fusion.log: the last thing that was said."""
+    said = [match["said"] for match in map(_OUTCOME.search, lines) if match]
+    return said[-1] if said else None
+
+
+def _plugin_names() -> list[str]:
+    points = (point for package in distributions() for point in package.entry_points)
+    return sorted({point.name for point in points if point.group.startswith("fastdeploy.")})
+
+
+def _watch(log: Path, start: int, server: subprocess.Popen, within_s: float) -> None:
+    deadline = time.monotonic() + within_s
+    while server.poll() is None:
+        if log.exists():
+            with open(log, errors="replace") as file:
+                file.seek(start)
+                said = outcome(file.read().splitlines())
+            if said:
+                return _say(said if said.startswith("off") else f"on: {said}")
+        if time.monotonic() > deadline:
+            return _say(
+                f"warning: no rank has said within {within_s:g} s whether fusion is on. Look for 'fd_fusion' in "
+                f"{log} and in workerlog.0 beside it; FD_PLUGINS must hold {PLUGIN!r} where the ranks run"
+            )
+        time.sleep(0.2)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fd-fusion serve",
+        description="Run FastDeploy's api server with fusion on. Every other argument is handed on to it.",
+        epilog=f"Without --fusion-config, {ENV_CONFIG} decides. Roll back: run the api server itself, without this "
+        "command, or set FD_FUSION_DISABLE=1.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--fusion-config", "--fusion_config", metavar="JSON", help="""for example '{}' or '{"backend": "triton"}'"""
+    )
+    parser.add_argument(
+        "--bound-within-s",
+        type=float,
+        default=1800,
+        metavar="S",
+        help="warn if no rank has said by then whether fusion is on (default: %(default)g)",
+    )
+    return parser
+
+
+def _say(text: str) -> None:
+    print(f"fd_fusion: {text}", file=sys.stderr, flush=True)
+
+
+def _fail(text: str) -> int:
+    _say(f"error: {text}")
+    return 2

@@ -1,0 +1,155 @@
+"""How the layers of a FastDeploy model take a Site, and how they are put back: by attributes of instances alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import paddle
+from paddle.base.dygraph.base import in_sot_simulation_mode
+
+from fd_fusion.backends import paddle as formulas
+from fd_fusion.integration.fastdeploy_pairs import HostPair, dtype_name
+from fd_fusion.integration.pairs import Pair
+from fd_fusion.integration.qk import QKNorm
+from fd_fusion.layers.finish_op import finish, hand_over, run_on_copy
+from fd_fusion.site import Site
+
+_ABSENT = object()
+
+
+def pair_of(found: HostPair, fd_config: Any) -> Pair:
+    """The pair with all that a Site needs of this host: its all-reduce, its norm, its group."""
+    from fastdeploy.distributed.communication import tensor_model_parallel_all_reduce
+
+    norm, tp_group = found.norm, fd_config.parallel_config.tp_group
+    stock_norm = norm.forward
+    return Pair(
+        name=found.name,
+        group=formulas.group_of(tp_group),
+        hidden_size=norm.weight.shape[-1],
+        dtype=activation_dtype(fd_config),
+        weight_dtype=dtype_name(norm),
+        eps=norm.eps,
+        weight_offset=0.0,  # the host adds Gemma's offset to the weight when it loads it
+        reduce=lambda partial: tensor_model_parallel_all_reduce(partial, tp_group),
+        norm=stock_norm,
+        weight=lambda: norm.weight,
+        attach=lambda site: _attach(found, site),
+    )
+
+
+def qk_norms_of(model: Any) -> list[QKNorm]:
+    """The host's layers that normalise q and k, as `bind` wants them."""
+    return [
+        _qk_norm(name, layer)
+        for name, layer in model.named_sublayers()
+        if type(layer).__name__ == "QKRMSNorm" and hasattr(layer, "q_norm")
+    ]
+
+
+def _qk_norm(name: str, layer: Any) -> QKNorm:
+    stock = layer.forward
+    return QKNorm(
+        name=name,
+        q_heads=layer.q_size // layer.head_dim,
+        kv_heads=layer.kv_size // layer.head_dim,
+        head_dim=layer.head_dim,
+        width=layer.q_size + 2 * layer.kv_size,
+        eps=layer.q_norm.eps,  # the host's own kernel takes layer.eps, which a caller may have left at its default
+        weight_offset=0.0,
+        weights=lambda: (layer.q_norm.weight, layer.k_norm.weight),
+        stock=lambda qkv: stock(qkv, _NoGraph),
+        attach=lambda kernel: _set(layer, "forward", _qk_forward(stock, kernel)),
+    )
+
+
+class _NoGraph:
+    """A forward_meta that says: not inside a graph."""
+
+    step_use_cudagraph = False
+
+
+def _qk_forward(stock: Callable, kernel: Callable) -> Callable:
+    """q and k by one kernel, in place, with or without `forward_meta`; another norm by the host's own forward."""
+
+    def forward(qkv_out, forward_meta=None, proxy_rmsnorm=None):
+        if proxy_rmsnorm is not None:
+            return stock(qkv_out, forward_meta, proxy_rmsnorm)
+        return kernel(qkv_out) if is_eager() else run_on_copy(qkv_out, kernel)
+
+    forward.__wrapped__ = stock
+    return forward
+
+
+def is_eager() -> bool:
+    """Not inside the tracing of a static graph, by AST or by SOT."""
+    return paddle.in_dynamic_mode() and not in_sot_simulation_mode()
+
+
+def _attach(found: HostPair, site: Site) -> Callable[[], None]:
+    """Switch the producer's reduction and upstream's own fusion off and give both ends the Site. Returns the undo.
+
+    The constructors are long past: a bias was divided by the number of ranks when it was loaded, so the sum of the
+    partial sums still holds it once.
+    """
+    undo = [_set(switch.layer, switch.attribute, switch.off) for switch in found.switches]
+    for layer in {
+        id(part): part for part in (found.producer, found.norm, *(s.layer for s in found.switches))
+    }.values():
+        if getattr(layer, "enable_all_reduce_fusion", False):
+            undo.append(_set(layer, "enable_all_reduce_fusion", False))
+    undo.append(_set(found.producer, "forward", _producer_forward(found.producer.forward, site)))
+    undo.append(_set(found.norm, "forward", _norm_forward(found.norm.forward, site)))
+
+    def detach() -> None:
+        while undo:
+            undo.pop()()
+
+    return detach
+
+
+def _producer_forward(stock: Callable, site: Site) -> Callable:
+    """What the producer's own forward returns is now a partial sum: hand it over."""
+
+    def forward(*args, **kwargs):
+        return hand_over(site, stock(*args, **kwargs))
+
+    forward.__wrapped__ = stock
+    return forward
+
+
+def _norm_forward(stock: Callable, site: Site) -> Callable:
+    """Finish the partial sum. `forward_meta` matters only to norms that gather rows, and those have no Site."""
+
+    def forward(x, residual_input=None, forward_meta=None, proxy_rmsnorm=None):
+        if proxy_rmsnorm is None:
+            return finish(site, x, residual_input)
+        return _finish_by_proxy(site, stock, x, residual_input, forward_meta, proxy_rmsnorm)
+
+    forward.__wrapped__ = stock
+    return forward
+
+
+def _finish_by_proxy(site: Site, stock: Callable, x, residual, forward_meta, proxy_rmsnorm):
+    """The host's all-reduce, then its own forward with the norm that it asked for. (SOT wants no closure above.)"""
+    return site.finish_stock(x, residual, lambda total, r: stock(total, r, forward_meta, proxy_rmsnorm))
+
+
+def _set(layer: Any, attribute: str, value: Any) -> Callable[[], None]:
+    """Set an attribute of one instance. Returns the undo, which leaves no trace."""
+    before = layer.__dict__.get(attribute, _ABSENT)
+    layer.__dict__[attribute] = value
+
+    def undo() -> None:
+        if before is _ABSENT:
+            del layer.__dict__[attribute]
+        else:
+            layer.__dict__[attribute] = before
+
+    return undo
+
+
+def activation_dtype(fd_config: Any) -> str:
+    """ "bfloat16", of the tensors between the layers; a quantised layer's weight does not tell it."""
+    return str(getattr(fd_config.model_config, "dtype", None) or paddle.get_default_dtype()).rpartition(".")[2]

@@ -1,0 +1,51 @@
+"""What is said of fusion in a FastDeploy process: in the host's own log, under FD_LOG_DIR, as fd_fusion.log."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from fd_fusion import __version__
+from fd_fusion.reasons import Reason, because
+
+logger = logging.getLogger("fd_fusion")
+
+
+class _ToHost(logging.Handler):
+    """Passes records on to the host's logger."""
+
+    def __init__(self, target: logging.Logger):
+        super().__init__()
+        self._target = target
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._target.handle(record)
+
+
+def log_to_host() -> None:
+    """Send what this package says to the host's log too, once a process."""
+    if any(isinstance(handler, _ToHost) for handler in logger.handlers):
+        return
+    try:
+        from fastdeploy.utils import get_logger
+
+        target = get_logger("fd_fusion", "fd_fusion.log")
+    except Exception as error:  # only the place of the log is lost
+        path = f"fastdeploy.utils.get_logger ({type(error).__name__}: {error})"
+        logger.warning("fd_fusion: this log goes to stderr: %s", because("symbol_moved", path=path))
+        return
+    if target is not logger:  # an older version gives out the logger of that very name
+        logger.addHandler(_ToHost(target))
+    logger.setLevel(logging.INFO)
+
+
+def say_off(model: Any, reason: Reason) -> None:
+    """One warning: this model runs as stock, and why."""
+    logger.warning("fd_fusion %s: %s: off: %s", __version__, type(model).__name__, reason)
+
+
+def say_unreadable(model: Any, error: Exception) -> None:
+    """The same for a model of a shape that nobody foresaw; the traceback at debug level."""
+    cls = type(model)
+    logger.debug("fd_fusion: %s could not be read", cls.__name__, exc_info=error)
+    say_off(model, because("symbol_moved", path=f"{cls.__module__}.{cls.__name__} ({type(error).__name__}: {error})"))

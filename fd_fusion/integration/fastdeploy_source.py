@@ -1,0 +1,181 @@
+"""Reading a host's `forward`, so that nothing of it need be copied or replaced.
+
+A mixture-of-experts block may reduce through a function that its module imported by name. That call cannot be
+patched away for one block alone; but it stands under an `if` on an attribute of the block, and an attribute of one
+instance can be set. Whether it may be set is read from the source: the `if` must be the last thing before the
+result is returned, hold nothing but the reduction, and the attribute must have no other reader. Any other shape of
+source is unknown, and an unknown block keeps its own reduction.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass
+
+REDUCE = "tensor_model_parallel_all_reduce"
+_EXPERT_PARALLEL = {"ep_size", "use_ep", "expert_parallel_size"}
+
+
+@dataclass(frozen=True)
+class BlockSource:
+    """What a block's forward says: the attribute under which it reduces, or None if it reduces nowhere itself."""
+
+    flag: str | None
+
+
+def read_block(forward: Callable | ast.FunctionDef) -> BlockSource | None:
+    """Read the forward of a block whose result is a sum of its parts. None means: of a shape that is not known.
+
+    Known is a body of assignments of calls and sums, of `if`s on attributes, and of one return of a name, a sum or
+    a call. It has at most one reduction, apart from those under an `if` on expert parallelism, which is excluded
+    before this is asked.
+    """
+    function = _parse(forward)
+    if function is None:
+        return None
+    body = [node for node in function.body if not _is_docstring(node)]
+    if not body or not isinstance(body[-1], ast.Return) or not all(map(_is_known, body)):
+        return None
+    live = [node for node in body if _holds_reduction(node) and not _is_under(node, _EXPERT_PARALLEL)]
+    if not live:
+        return BlockSource(None)
+    if len(live) > 1 or len(body) < 2 or live[0] is not body[-2]:
+        return None
+    flag = _flag_of(live[0], body[-1])
+    if flag is None or _times_read(function, flag) != 1:
+        return None
+    return BlockSource(flag)
+
+
+def reads_between_layers(forward: Callable | ast.FunctionDef) -> str | None:
+    """The line on which a model reads what passes between its layers other than in a layer or its last norm.
+
+    Such a line would see a partial sum. None: there is no such line, or the source is not of the shape
+    `for ...: h, r = self.layers[i](..., h, r)`, and then the proving pass has to find out.
+    """
+    function = _parse(forward)
+    for loop in (n for n in ast.walk(function) if isinstance(n, ast.For)) if function else ():
+        passed_on = [_targets(n) for n in loop.body if _calls(n, "layers") and len(_targets(n)) > 1]
+        if passed_on:
+            break
+    else:
+        return None
+    after = [n for n in ast.walk(function) if getattr(n, "lineno", 0) >= loop.lineno]
+    arguments, renamed = set(), set()
+    for node in after:
+        if isinstance(node, ast.Call) and _attribute(node.func) in ("layers", "norm"):
+            arguments |= {id(value) for value in [*node.args, *(keyword.value for keyword in node.keywords)]}
+        if _calls(node, "norm"):
+            renamed |= _targets(node)
+    for node in after:
+        read = isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) and node.id in passed_on[0] - renamed
+        if read and id(node) not in arguments:
+            return ast.unparse(_statement_of(function, node))
+    return None
+
+
+def _parse(forward: Callable | ast.FunctionDef) -> ast.FunctionDef | None:
+    if isinstance(forward, ast.FunctionDef):
+        return forward
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(forward))))
+    except (OSError, TypeError, SyntaxError):
+        return None  # built in an interpreter, or compiled: there is no source to read
+    return tree.body[0] if isinstance(tree.body[0], ast.FunctionDef) else None
+
+
+def _is_docstring(node: ast.stmt) -> bool:
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+
+
+def _is_known(node: ast.stmt) -> bool:
+    if isinstance(node, ast.Assign):
+        return len(node.targets) == 1 and isinstance(node.targets[0], ast.Name) and _is_sum(node.value)
+    if isinstance(node, ast.If):
+        return all(map(_is_known, node.body + node.orelse))
+    return isinstance(node, ast.Return) and node.value is not None and _is_sum(node.value)
+
+
+def _is_sum(node: ast.expr) -> bool:
+    """A name, a call of a layer of self or of the reduction, or a sum of these: linear in every partial sum."""
+    if isinstance(node, ast.BinOp):
+        return isinstance(node.op, ast.Add) and _is_sum(node.left) and _is_sum(node.right)
+    if isinstance(node, ast.Call):
+        return _is_reduction(node) or _attribute(node.func) is not None
+    return isinstance(node, ast.Name)
+
+
+def _is_reduction(node: ast.AST) -> bool:
+    return isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == REDUCE
+
+
+def _holds_reduction(node: ast.AST) -> bool:
+    return any(map(_is_reduction, ast.walk(node)))
+
+
+def _is_under(node: ast.stmt, attributes: set[str]) -> bool:
+    return isinstance(node, ast.If) and any(
+        isinstance(part, ast.Attribute) and part.attr in attributes for part in ast.walk(node.test)
+    )
+
+
+def _flag_of(node: ast.stmt, returned: ast.Return) -> str | None:
+    """The attribute of `if self.flag [> 1] [and ...]:` that holds nothing but reductions of what is returned."""
+    if not isinstance(node, ast.If) or node.orelse or not isinstance(returned.value, ast.Name):
+        return None
+    if not _only_reduces(node.body, returned.value.id):
+        return None
+    is_all = isinstance(node.test, ast.BoolOp) and isinstance(node.test.op, ast.And)
+    for test in node.test.values if is_all else [node.test]:
+        if isinstance(test, ast.Compare) and ast.unparse(test).endswith(" > 1"):
+            test = test.left
+        if _attribute(test) is not None:
+            return _attribute(test)
+    return None
+
+
+def _only_reduces(body: list[ast.stmt], name: str) -> bool:
+    """Whether nothing stands here but `name = reduce(name)` and `return name`, under further conditions or none."""
+    for node in body:
+        if isinstance(node, ast.If):
+            known = _only_reduces(node.body + node.orelse, name)
+        elif isinstance(node, ast.Assign):
+            reduces = _is_reduction(node.value) and bool(node.value.args)
+            known = reduces and ast.unparse(node.targets[0]) == ast.unparse(node.value.args[0]) == name
+        else:
+            known = isinstance(node, ast.Return) and ast.unparse(node.value) == name
+        if not known:
+            return False
+    return True
+
+
+def _attribute(node: ast.AST) -> str | None:
+    """ "norm" of `self.norm`, "layers" of `self.layers[i]`; None of anything else."""
+    node = node.value if isinstance(node, ast.Subscript) else node
+    if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self":
+        return node.attr
+    return None
+
+
+def _times_read(function: ast.FunctionDef, attribute: str) -> int:
+    return sum(isinstance(node, ast.Attribute) and node.attr == attribute for node in ast.walk(function))
+
+
+def _calls(node: ast.AST, attribute: str) -> bool:
+    """Whether `node` is an assignment whose value is a call of self.<attribute>, or an item of its result."""
+    if not isinstance(node, ast.Assign):
+        return False
+    value = node.value.value if isinstance(node.value, ast.Subscript) else node.value
+    return isinstance(value, ast.Call) and _attribute(value.func) == attribute
+
+
+def _targets(node: ast.Assign) -> set[str]:
+    return {name.id for name in ast.walk(node.targets[0]) if isinstance(name, ast.Name)}
+
+
+def _statement_of(function: ast.FunctionDef, target: ast.AST) -> ast.stmt:
+    """The innermost statement that holds `target`."""
+    return [n for n in ast.walk(function) if isinstance(n, ast.stmt) and target in ast.walk(n)][-1]

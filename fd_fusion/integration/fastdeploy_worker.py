@@ -1,0 +1,97 @@
+"""The three places of a FastDeploy worker that must know of fusion.
+
+before tokens leave the process    no token computed past a timeout is published
+before graphs are captured         a model whose first forward is still to come is proven first
+after graphs are captured          workspaces are frozen
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from fd_fusion.reasons import Reason, because
+
+_RUNNER = "fastdeploy.worker.gpu_model_runner"
+_WORKER = "fastdeploy.worker.gpu_worker"
+_undo: list[Callable[[], None]] = []
+
+
+def patch() -> Reason | None:
+    """Patch the worker of this process, once. Returns the reason, with the dotted path, if a symbol is not there."""
+    if _undo:
+        return None
+    runner, worker = sys.modules.get(_RUNNER), sys.modules.get(_WORKER)
+    runner_class = getattr(runner, "GPUModelRunner", None)
+    # A newer version publishes in _save_model_output, behind a wait for the step; an older one in post_process.
+    saves = hasattr(runner_class, "_save_model_output")
+    if not saves and not hasattr(runner, "post_process"):
+        return because("symbol_moved", path=f"{_RUNNER}.GPUModelRunner._save_model_output")
+    worker_class = getattr(worker, "GpuWorker", None)
+    if not hasattr(worker_class, "graph_optimize_and_warm_up_model") or not hasattr(runner_class, "_dummy_run"):
+        return because("symbol_moved", path=f"{_WORKER}.GpuWorker.graph_optimize_and_warm_up_model")
+    if saves:
+        _replace(runner_class, "_save_model_output", lambda stock: _checked(stock, waits=False))
+    if hasattr(runner, "post_process"):
+        _replace(runner, "post_process", lambda stock: _checked(stock, waits=not saves))
+    _replace(worker_class, "graph_optimize_and_warm_up_model", _proven_before_capture)
+    return None
+
+
+def unpatch() -> None:
+    while _undo:
+        _undo.pop()()
+
+
+def _replace(owner: Any, name: str, wrap: Callable[[Callable], Callable]) -> None:
+    stock = getattr(owner, name)
+    setattr(owner, name, functools.wraps(stock)(wrap(stock)))
+    _undo.append(lambda: setattr(owner, name, stock))
+
+
+def _checked(stock: Callable, waits: bool) -> Callable:
+    """`stock`, once the step that is to be published is known to be sound. `waits`: it may still be running."""
+
+    def publish(*args, **kwargs):
+        from fd_fusion.integration import binding
+
+        if waits and binding.report():
+            _wait_for_device()
+        binding.check()
+        return stock(*args, **kwargs)
+
+    return publish
+
+
+def _proven_before_capture(stock: Callable) -> Callable:
+    def graph_optimize_and_warm_up_model(self, *args, **kwargs):
+        from fd_fusion.integration import binding
+        from fd_fusion.integration.fastdeploy import is_waiting
+
+        runner = self.model_runner
+        if is_waiting(runner.model):  # the host did not profile
+            _eagerly(lambda: runner._dummy_run(num_tokens=2, batch_size=1))
+        result = stock(self, *args, **kwargs)
+        binding.freeze()
+        return result
+
+    return graph_optimize_and_warm_up_model
+
+
+def _eagerly(run: Callable[[], Any]) -> None:
+    """Run outside graph optimisation, by the guard that the host has for its profile run."""
+    try:
+        from fastdeploy.model_executor.graph_optimization.utils import profile_run_guard
+    except ImportError:
+        run()
+    else:
+        profile_run_guard(True)(run)()
+
+
+def _wait_for_device() -> None:
+    import paddle
+
+    if paddle.is_compiled_with_cuda():
+        paddle.device.synchronize()

@@ -1,0 +1,124 @@
+"""What the bound models of this process have done, for operators: once a minute, at most.
+
+A worker serves no /metrics; the host's API process does. Where PROMETHEUS_MULTIPROC_DIR is set and prometheus_client
+is there, the numbers go into that folder, and the process that serves /metrics adds those of all workers up.
+Elsewhere they are one line of JSON in the worker's log. `tick` runs in `fd_fusion.check()`, before tokens are
+published: never in a forward, never while a graph is captured, and in the thread that also closes workspaces.
+
+    fd_fusion_finished_total{path, reason}   finishes counted by Python: eager, or once while a graph is captured
+    fd_fusion_device_rows_total{backend}     rows that kernels finished, graph replays too (triton)
+    fd_fusion_timeouts_total                 workspaces that ran out of time
+    fd_fusion_workspace_bytes                memory of all workspaces
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from fd_fusion.integration.report import Report
+
+logger = logging.getLogger("fd_fusion")
+EVERY_S = 60.0
+_Key = tuple[str, ...]  # name of the metric, then the values of its labels
+_LABELS = {
+    "finished": ("path", "reason"),
+    "device_rows": ("backend",),
+    "timeouts": (),
+}
+_HELP = {
+    "finished": "Finished pairs by path and reason, counted by Python: eager, or once at capture",
+    "device_rows": "Rows finished by fused kernels, counted on the device",
+    "timeouts": "Fused calls that ran out of time",
+}
+_next = 0.0
+_exporter: Callable[[list[Report]], None] | None = None
+
+
+def tick(reports: Callable[[], list[Report]], *, every_s: float = EVERY_S) -> None:
+    """Tell the numbers if the last time is `every_s` ago."""
+    global _next, _exporter
+    if (now := time.monotonic()) < _next - EVERY_S + every_s:
+        return
+    _next = now + EVERY_S
+    told = reports()
+    if any(report.sites for report in told):
+        _exporter = _exporter or choose(os.environ)
+        try:
+            _exporter(told)
+        except (OSError, ValueError) as error:  # tokens are not held up by their statistics
+            logger.warning("fd_fusion: no metrics this minute: %s", error)
+
+
+def choose(environ: Mapping[str, str]) -> Callable[[list[Report]], None]:
+    """How the numbers leave this process: prometheus_client's folder, or the log."""
+    folder = environ.get("PROMETHEUS_MULTIPROC_DIR") or environ.get("prometheus_multiproc_dir")
+    if not folder:
+        return to_log
+    try:
+        return Prometheus()
+    except ImportError:
+        logger.warning("fd_fusion: metrics go to this log: prometheus_client is not installed")
+    except (OSError, ValueError) as error:  # a folder that cannot be written; names that are taken
+        logger.warning("fd_fusion: metrics go to this log: %s: %s", folder, error)
+    return to_log
+
+
+def totals(reports: Sequence[Report]) -> tuple[Counter[_Key], int]:
+    """(counters by metric and labels, bytes of all workspaces)."""
+    counted: Counter[_Key] = Counter()
+    nbytes = 0
+    for report in reports:
+        for line in report.sites:
+            for code, count in line.calls.items():
+                path = "fused" if code == "fused" else "stock"
+                counted["finished", path, "" if path == "fused" else code] += count
+        for line in report.workspaces:
+            stats = line.opening.opened.stats()
+            nbytes += line.workspace_bytes
+            counted["timeouts",] += stats.get("timeouts") or 0
+            if stats.get("device"):
+                counted["device_rows", line.backend] += stats["device"]["rows"]
+    return counted, nbytes
+
+
+def to_log(reports: list[Report]) -> None:
+    """One line of JSON."""
+    counted, nbytes = totals(reports)
+    data: dict[str, Any] = {"pid": os.getpid(), "workspace_bytes": nbytes}
+    for (name, *labels), value in counted.items():
+        if labels:
+            data.setdefault(name, {})["/".join(filter(None, labels))] = value
+        else:
+            data[name] = value
+    logger.info("fd_fusion metrics %s", json.dumps(data, sort_keys=True))
+
+
+class Prometheus:
+    """Our metrics in prometheus_client, which was imported with PROMETHEUS_MULTIPROC_DIR set. Made once a process."""
+
+    def __init__(self) -> None:
+        from prometheus_client import Counter as PrometheusCounter
+        from prometheus_client import Gauge
+
+        self._counters = {
+            name: PrometheusCounter(f"fd_fusion_{name}", _HELP[name], labels) for name, labels in _LABELS.items()
+        }
+        text = "Memory of all workspaces of fd_fusion"
+        self._bytes = Gauge("fd_fusion_workspace_bytes", text, multiprocess_mode="livesum")
+        self._told: Counter[_Key] = Counter()
+
+    def __call__(self, reports: list[Report]) -> None:
+        counted, nbytes = totals(reports)
+        self._bytes.set(nbytes)
+        for key, value in counted.items():
+            # A model that was bound anew, or a workspace that was reset, counts from zero.
+            grown = value - self._told[key] if value >= self._told[key] else value
+            metric = self._counters[key[0]]
+            (metric.labels(*key[1:]) if key[1:] else metric).inc(grown)
+            self._told[key] = value

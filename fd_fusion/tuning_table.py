@@ -1,0 +1,170 @@
+"""The table of limits that `python -m fd_fusion tune` measured: JSON in the user's cache directory, read by `bind`.
+
+An entry counts for one fingerprint: GPU, ranks, exact hidden size, dtype, versions. What does not match, or cannot be
+trusted (another owner, writable by others, out of range), is left unused, with a reason.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import importlib.metadata
+import json
+import os
+import stat
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from fd_fusion import __version__
+from fd_fusion.reasons import Reason, because
+
+_SCHEMA = 1
+_LARGEST = 1 << 20  # bytes of a file, and rows of a limit, that are believed
+_BACKENDS = ("triton", "flashinfer")
+_KEYS = ("gpu", "size", "hidden_size", "dtype")
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What an entry was measured for. `versions` as `versions_here` gives them."""
+
+    gpu: str
+    size: int
+    hidden_size: int
+    dtype: str
+    versions: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The outcome of a measurement.
+
+    rows: by backend, the most rows T for which it beat the unfused path; 0 for never.
+    order: the backends that win somewhere, best first.
+    two_shot_rows: from how many rows on triton's two-shot is the faster path; None for never.
+    """
+
+    rows: Mapping[str, int]
+    order: tuple[str, ...]
+    two_shot_rows: int | None = None
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for what cannot be a measurement."""
+        numbers = [*self.rows.values(), 1 if self.two_shot_rows is None else self.two_shot_rows]
+        if not all(isinstance(n, int) and not isinstance(n, bool) and 0 <= n <= _LARGEST for n in numbers):
+            raise ValueError(f"limits {dict(self.rows)}, two-shot {self.two_shot_rows}: expected 0 to {_LARGEST}")
+        if self.two_shot_rows == 0 or not set(self.rows) <= set(_BACKENDS):
+            raise ValueError(f"limits of {sorted(self.rows)}, two-shot {self.two_shot_rows}: expected {_BACKENDS}")
+        if sorted(self.order) != sorted(name for name, rows in self.rows.items() if rows):
+            raise ValueError(f"order {list(self.order)} is not that of the limits {dict(self.rows)}")
+
+    @classmethod
+    def from_dict(cls, data: Any) -> Limits:
+        """Raises ValueError."""
+        try:
+            return cls(dict(data["rows"]), tuple(data["order"]), data["two_shot_rows"])
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"not an entry of limits: {type(error).__name__}: {error}") from None
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"rows": dict(self.rows), "order": list(self.order), "two_shot_rows": self.two_shot_rows}
+
+
+def versions_here() -> dict[str, str]:
+    """Of this package, the framework, Triton and FlashInfer: whatever changes a time."""
+    found = {"fd_fusion": __version__}
+    for key, names in (
+        ("framework", ("paddlepaddle-gpu", "paddlepaddle", "torch")),
+        ("triton", ("triton",)),
+        ("flashinfer", ("flashinfer-python-paddle", "flashinfer-python")),
+    ):
+        for name in names:
+            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+                found.setdefault(key, f"{name} {importlib.metadata.version(name)}")
+    return found
+
+
+def table_path(environ: Mapping[str, str] = os.environ) -> Path:
+    """limits.json in the user's cache directory."""
+    base = environ.get("XDG_CACHE_HOME") or ""
+    root = Path(base) if os.path.isabs(base) else Path.home() / ".cache"
+    return root / "fd_fusion" / "limits.json"
+
+
+def read_limits(key: Fingerprint, path: Path) -> tuple[Limits | None, Reason | None]:
+    """The limits for this fingerprint, or why none are used. (None, None): nothing was measured for it."""
+    try:
+        entries = _read(path)
+        same = [one for one in entries if all(one["for"][name] == getattr(key, name) for name in _KEYS)]
+        for one in same:
+            if one["for"]["versions"] == dict(key.versions):
+                return Limits.from_dict(one["limits"]), None
+    except FileNotFoundError:
+        return None, None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        text = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        return None, because("table_unusable", path=str(path), error=text)
+    if not same:
+        return None, None
+    return None, because("table_stale", got=_told(same[-1]["for"]["versions"]), need=_told(key.versions))
+
+
+def store_limits(key: Fingerprint, limits: Limits, path: Path) -> None:
+    """Put one entry into the table; for the holder of `table_lock`. Raises OSError."""
+    try:
+        entries = [one for one in _read(path) if one["for"] != asdict(key)]
+    except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
+        entries = []  # none yet, or one that nobody could use
+    entry = {
+        "for": asdict(key),
+        "limits": limits.to_dict(),
+        "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+    }
+    text = json.dumps({"schema": _SCHEMA, "entries": [*entries, entry]}, indent=1)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part.unlink(missing_ok=True)
+    fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        with os.fdopen(fd, "w") as file:
+            file.write(text)
+        part.replace(path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def table_lock(path: Path) -> Iterator[None]:
+    """Hold the table for a measurement, and make its folder. A lock goes with its process, however that ends.
+
+    Raises: BlockingIOError: another process measures. OSError: the folder cannot be made or written.
+    """
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    fd = os.open(path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(fd)
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    """The entries of the file. Raises OSError, and ValueError for what is not to be believed."""
+    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+    with os.fdopen(fd) as file:
+        found = os.fstat(fd)
+        if not stat.S_ISREG(found.st_mode) or found.st_size > _LARGEST:
+            raise ValueError("it is not a small regular file")
+        if found.st_uid != os.geteuid() or found.st_mode & 0o022:
+            raise ValueError("others own it or may write to it")
+        data = json.load(file)
+    if not isinstance(data, dict) or data.get("schema") != _SCHEMA or not isinstance(data.get("entries"), list):
+        raise ValueError(f"it is not of schema {_SCHEMA}")
+    return data["entries"]
+
+
+def _told(versions: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} {version}" if name == "fd_fusion" else version for name, version in versions.items())

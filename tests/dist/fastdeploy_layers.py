@@ -1,0 +1,244 @@
+"""Biases, dtypes, call forms, cleared and reloaded parameters, a traced model: bound as stock."""
+
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "host")]
+
+import os
+
+import numpy as np
+import paddle
+import paddle.distributed as dist
+from hosting import fd_config_of, hidden_states, worker_of, write_checkpoint
+from support.rank import record, start
+
+rank, size = start()
+import fd_fusion
+from fd_fusion.integration.fastdeploy import register
+
+register()
+from fastdeploy.distributed import communication
+from fastdeploy.model_executor.forward_meta import ForwardMeta
+from fastdeploy.model_executor.layers import normalization
+from fastdeploy.model_executor.models import decoder
+from fastdeploy.worker.gpu_model_runner import GPUModelRunner
+
+FEW, MANY = [1, 2, 3], [i % 60 for i in range(40)]
+
+
+def bring_up(folder, asked, do_profile=True, **arguments):
+    os.environ.pop("FD_FUSION_CONFIG", None)
+    if asked:
+        os.environ["FD_FUSION_CONFIG"] = '{"max_token_num": 32, "timeout_s": 20}'
+    fd_config = fd_config_of(folder, size, rank, tp_group=dist.get_group(0), **arguments)
+    return worker_of(fd_config, rank, do_profile)
+
+
+def numbers(worker, rows):
+    return hidden_states(worker, rows).astype("float32").numpy()
+
+
+def pair(folder, roundings, do_profile=True, **arguments):
+    """(bound worker, its report), once its outputs are those of the stock model."""
+    stock = bring_up(folder, asked=False)
+    bound = bring_up(folder, asked=True, do_profile=do_profile, **arguments)
+    (report,) = [r for r in fd_fusion.report() if r.model == type(bound.model_runner.model).__name__]
+    error = np.linalg.norm(numbers(bound, FEW) - numbers(stock, FEW)) / np.linalg.norm(numbers(stock, FEW))
+    assert error <= roundings, f"{folder}: {error:.1e}"
+    assert np.array_equal(numbers(bound, MANY), numbers(stock, MANY)), folder
+    return bound, report
+
+
+def biases(scratch):
+    """Divided by the number of ranks when loaded, so that the partial sums hold them once. Reduced out of place."""
+    communication.out_of_place = True
+    folder = write_checkpoint(f"{scratch}/bias", "Qwen2ForCausalLM", o_proj_bias=True, mlp_bias=True)
+    bound, report = pair(folder, 2e-5)
+    assert report.proven and len(report.sites) == 6
+    fd_fusion.unbind(bound.model_runner.model)
+    communication.out_of_place = False
+
+
+def half_precision(scratch):
+    """A float32 norm weight beside bfloat16: fused where the residual stays bfloat16, stock where it does not."""
+    config = {"dtype": "bfloat16", "attention_bias": False}
+    folder = write_checkpoint(f"{scratch}/post", "Qwen2ForCausalLM", post_norm_dtype="float32", **config)
+    bound, report = pair(folder, 4 * 2.0**-8)
+    assert report.proven and len(report.sites) == 6, report.lines()
+    norm = bound.model_runner.model.model.layers[0].post_attention_layernorm
+    assert norm.weight.dtype == paddle.float32
+    fd_fusion.unbind(bound.model_runner.model)
+    folder = write_checkpoint(f"{scratch}/all", "Qwen2ForCausalLM", norm_dtype="float32", **config)
+    bound, report = pair(folder, 0.0)
+    assert not report.sites and {r.reason.code for r in report.rejected} == {"wide_residual"}
+    fd_fusion.unbind(bound.model_runner.model)
+
+
+def call_forms(scratch):
+    """Positional and keyword residual, with and without forward_meta, and another norm for one call."""
+    folder = write_checkpoint(f"{scratch}/forms", "Qwen2ForCausalLM")
+    bound, report = pair(folder, 2e-5, do_profile=False)  # the host skipped its profile run
+    assert report.proven
+    layer = bound.model_runner.model.model.layers[0]
+    linear, norm = layer.self_attn.o_proj, layer.post_attention_layernorm
+    paddle.seed(3 + rank)
+    x = paddle.randn([3, linear.weight.shape[0]])
+    paddle.seed(9)
+    residual = paddle.randn([3, linear.weight.shape[1]])
+    meta = ForwardMeta(paddle.to_tensor([1]))
+    results = [norm(linear(x), residual), norm(linear(x), residual, forward_meta=meta)]
+    results.append(norm(linear(x), residual_input=residual, forward_meta=meta))
+    assert all(len(r) == 2 for r in results)
+    for out, total in results[1:]:
+        assert np.array_equal(out.numpy(), results[0][0].numpy())
+        assert np.array_equal(total.numpy(), results[0][1].numpy())
+    seen = []
+
+    def proxy(value, weight, eps):
+        seen.append(value.numpy())
+        return value * 2
+
+    out, total = norm(linear(x), residual, proxy_rmsnorm=proxy)
+    assert len(seen) == 1, "the host's proxy runs, on the reduced sum"
+    assert np.allclose(total.numpy(), results[0][1].numpy(), atol=1e-5)
+    assert np.allclose(out.numpy(), 2 * total.numpy())
+    assert numbers(bound, []).shape[0] == 0, "no rows"
+    fd_fusion.unbind(bound.model_runner.model)
+
+
+def cleared_and_reloaded(scratch):
+    """No weight is kept: after the parameters were cleared and loaded anew the numbers are those of the new ones."""
+    folder = write_checkpoint(f"{scratch}/a", "Glm4MoeForCausalLM")
+    other = write_checkpoint(f"{scratch}/b", "Glm4MoeForCausalLM", seed=8)
+    bound, _ = pair(folder, 2e-5)
+    stock = bring_up(other, asked=False)
+    checkpoint = {name: param.numpy() for name, param in stock.model_runner.model.named_parameters()}
+    bound.model_runner.clear_parameters()
+    bound.model_runner.update_parameters(checkpoint)
+    assert np.allclose(numbers(bound, FEW), numbers(stock, FEW), atol=1e-5)
+    assert np.array_equal(numbers(bound, MANY), numbers(stock, MANY))
+    (report,) = fd_fusion.report()
+    assert all(line.calls["fused"] for line in report.sites)
+    fd_fusion.unbind(bound.model_runner.model)
+
+
+def traced(scratch):
+    """The inner model as a static graph, by AST and by SOT: `finish` is one op in it, and decides when it runs."""
+    folder = write_checkpoint(f"{scratch}/traced", "Glm4MoeForCausalLM", num_hidden_layers=1, first_k_dense_replace=0)
+    bound, report = pair(folder, 2e-5, graph_optimization_config={"graph_opt_level": 1})
+    inner = bound.model_runner.model.model
+    ids, many = paddle.to_tensor(FEW), paddle.to_tensor(MANY)
+    wanted = [inner(ids, ForwardMeta(ids)).numpy(), inner(many, ForwardMeta(many)).numpy()]
+
+    def forward(rows):
+        return inner(rows, None)
+
+    for full_graph in (True, False):
+        run = paddle.jit.to_static(forward, full_graph=full_graph)
+        calls = [line.calls["fused"] for line in report.sites]
+        got = [run(ids).numpy(), run(many).numpy()]
+        assert all(np.allclose(g, w, atol=1e-5) for g, w in zip(got, wanted)), f"{full_graph=}"
+        assert all(line.calls["fused"] > before for line, before in zip(report.sites, calls)), f"{full_graph=}"
+    # A host that breaks the graph between a linear and its norm: one end is traced, the other runs in Python.
+    stock = decoder.Attention.forward
+
+    def breaking(self, forward_meta, hidden_states):
+        out = stock(self, forward_meta, hidden_states)
+        paddle.jit.sot.psdb.breakgraph()
+        return out
+
+    decoder.Attention.forward = breaking
+    got = paddle.jit.to_static(forward, full_graph=False)(ids).numpy()
+    decoder.Attention.forward = stock
+    assert np.allclose(got, wanted[0], atol=1e-5)
+    fd_fusion.unbind(bound.model_runner.model)
+
+
+def upstream_flag(scratch):
+    """Upstream's own fusion is off on both ends of every site while it is bound, and back afterwards."""
+    folder = write_checkpoint(f"{scratch}/upstream", "Glm4MoeForCausalLM")
+    flag = {"enable_flashinfer_allreduce_fusion": True}
+    stock = bring_up(folder, asked=False)
+    os.environ["FD_FUSION_DISABLE"] = "1"
+    upstream = bring_up(folder, asked=False, **flag)
+    before = len(normalization.upstream_fused)
+    wanted = numbers(upstream, FEW)
+    assert len(normalization.upstream_fused) == before + 4, "three attentions and one block of experts"
+    assert np.allclose(wanted, numbers(stock, FEW), atol=1e-5)
+    del os.environ["FD_FUSION_DISABLE"]
+    bound = bring_up(folder, asked=False, **flag)  # the flag alone asks for the defaults
+    (report,) = fd_fusion.report()
+    assert report.proven and len(report.sites) == 6 and report.source == "--enable-flashinfer-allreduce-fusion"
+    before = len(normalization.upstream_fused)
+    assert np.allclose(numbers(bound, FEW), wanted, atol=1e-5)
+    assert len(normalization.upstream_fused) == before
+    fd_fusion.unbind(bound.model_runner.model)
+    assert np.array_equal(numbers(bound, FEW), wanted) and len(normalization.upstream_fused) == before + 4
+
+
+def deterministic(scratch):
+    """In the host's batch-invariant mode a backend that is not leaves every pair stock, for any number of rows."""
+    folder = write_checkpoint(f"{scratch}/deterministic", "Qwen2ForCausalLM", num_hidden_layers=1)
+    os.environ["FD_DETERMINISTIC_MODE"] = "1"
+    bound, report = pair(folder, 0.0)
+    del os.environ["FD_DETERMINISTIC_MODE"]
+    assert not report.sites and "not batch invariant" in str(report.rejected[0].reason)
+    fd_fusion.unbind(bound.model_runner.model)
+
+
+def named_backend(scratch):
+    """What cannot be had is an error for a named backend, on all ranks, and nothing is bound."""
+    folder = write_checkpoint(f"{scratch}/named", "Qwen2ForCausalLM", num_hidden_layers=1)
+    os.environ["FD_FUSION_CONFIG"] = '{"backend": "flashinfer", "timeout_s": 20}'
+    fd_config = fd_config_of(folder, size, rank, tp_group=dist.get_group(0))
+    try:
+        worker_of(fd_config, rank)
+        raise AssertionError("flashinfer ran on a CPU")
+    except fd_fusion.reasons.BindError as error:
+        said = str(error)
+    assert said and not fd_fusion.report(), said
+
+
+def order(scratch):
+    """Proven before the cache blocks are counted; where the host does not profile, before graphs are captured."""
+    folder = write_checkpoint(f"{scratch}/order", "Qwen2ForCausalLM", num_hidden_layers=1)
+    seen = []
+
+    def watched(owner, name):
+        stock = getattr(owner, name)
+
+        def call(*args, **kwargs):
+            seen.append((name, any(report.proven for report in fd_fusion.report())))
+            return stock(*args, **kwargs)
+
+        setattr(owner, name, call)
+        return lambda: setattr(owner, name, stock)
+
+    undo = [watched(GPUModelRunner, "initialize_kv_cache"), watched(GPUModelRunner, "capture_model")]
+    for do_profile in (True, False):
+        bound = bring_up(folder, asked=True, do_profile=do_profile)
+        fd_fusion.unbind(bound.model_runner.model)
+    for one in undo:
+        one()
+    cache, capture = "initialize_kv_cache", "capture_model"
+    assert seen == [(cache, True), (capture, True), (cache, False), (capture, True)], seen
+
+
+CASES = (
+    order,
+    biases,
+    half_precision,
+    call_forms,
+    upstream_flag,
+    deterministic,
+    named_backend,
+    cleared_and_reloaded,
+    traced,
+)
+with tempfile.TemporaryDirectory() as scratch:
+    for case in CASES:
+        if not sys.argv[1:] or case.__name__ in sys.argv[1:]:
+            case(scratch)
+record(done=True)

@@ -1,0 +1,79 @@
+"""A mixture of experts, cut over the tensor-parallel group; reduces inside unless told not to."""
+
+import paddle
+from paddle import nn
+
+from fastdeploy.distributed.communication import tensor_model_parallel_all_reduce
+from fastdeploy.model_executor.utils import rank_slice
+
+
+class FusedMoE(nn.Layer):
+    def __init__(
+        self,
+        fd_config,
+        hidden_size=-1,
+        reduce_results=True,
+        moe_intermediate_size=-1,
+        num_experts=-1,
+        top_k=-1,
+        layer_idx=-1,
+        weight_key_map=None,
+    ):
+        super().__init__()
+        parallel, hidden = fd_config.parallel_config, fd_config.model_config.hidden_size
+        self.fd_config, self.layer_idx, self.reduce_results = fd_config, layer_idx, reduce_results
+        self.tp_size, self.tp_rank = parallel.tensor_parallel_size, parallel.tensor_parallel_rank
+        self.tp_group, self.ep_size = parallel.tp_group, parallel.expert_parallel_size
+        self.num_experts, self.top_k, self.weight_key_map = num_experts, top_k, weight_key_map
+        width = moe_intermediate_size // self.tp_size
+        zero = nn.initializer.Constant(0)
+        dtype = self._helper.get_default_dtype()
+        self.up_gate_proj_weight = self.create_parameter(
+            [num_experts, hidden, 2 * width], dtype=dtype, default_initializer=zero
+        )
+        self.down_proj_weight = self.create_parameter(
+            [num_experts, width, hidden], dtype=dtype, default_initializer=zero
+        )
+        for param in (self.up_gate_proj_weight, self.down_proj_weight):
+            param.weight_loader = self.weight_loader
+
+    def weight_loader(self, param, loaded_weight, expert_id, shard_id=None):
+        full = paddle.to_tensor(loaded_weight).astype(param.dtype)
+        part = rank_slice(full, 0 if shard_id == "down" else -1, self.tp_rank, self.tp_size)
+        value = param.clone()
+        width = self.down_proj_weight.shape[1]
+        if shard_id == "down":
+            value[expert_id] = part
+        else:
+            start = 0 if shard_id == "gate" else width
+            value[expert_id, :, start : start + width] = part
+        param.copy_(value, False)
+
+    def load_state_dict(self, state_dict):
+        """Loader v0: the slices were cut before; names come from `weight_key_map`."""
+        key_map = self.weight_key_map
+        up_gate, down = [], []
+        for expert in range(self.num_experts):
+            key = key_map["up_gate_proj_expert_weight_key"].format(expert)
+            parts = [
+                paddle.to_tensor(state_dict.pop(key.replace("up_gate_proj", p))) for p in ("gate_proj", "up_proj")
+            ]
+            up_gate.append(paddle.concat(parts, axis=-1))
+            down.append(paddle.to_tensor(state_dict.pop(key_map["down_proj_expert_weight_key"].format(expert))))
+        self.up_gate_proj_weight.set_value(paddle.stack(up_gate).astype(self.up_gate_proj_weight.dtype))
+        self.down_proj_weight.set_value(paddle.stack(down).astype(self.down_proj_weight.dtype))
+
+    def forward(self, x, gate, forward_meta=None, shared_experts=None):
+        scores = paddle.nn.functional.softmax(gate(x.astype("float32")), axis=-1)
+        values, chosen = paddle.topk(scores, self.top_k, axis=-1)
+        weights = paddle.nn.functional.one_hot(chosen, self.num_experts) * values.unsqueeze(-1)
+        weights = weights.sum(1)  # [T, experts]
+        wide = x.astype("float32")
+        up_gate = paddle.einsum("th,ehw->tew", wide, self.up_gate_proj_weight.astype("float32"))
+        a, b = up_gate.chunk(2, axis=-1)
+        inner = paddle.nn.functional.silu(a) * b
+        out = paddle.einsum("tew,ewh,te->th", inner, self.down_proj_weight.astype("float32"), weights)
+        out = out.astype(x.dtype)
+        if self.reduce_results and self.tp_size > 1:
+            out = tensor_model_parallel_all_reduce(out, self.tp_group)
+        return out

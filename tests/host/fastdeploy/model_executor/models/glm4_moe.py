@@ -1,0 +1,68 @@
+"""GLM: dense layers first, then experts whose block reduces through a module-global function."""
+
+from fastdeploy.distributed.communication import tensor_model_parallel_all_reduce
+from fastdeploy.model_executor.models import decoder
+from fastdeploy.model_executor.models.model_base import ModelForCasualLM, ModelRegistry
+
+
+class Glm4MoeMLP(decoder.MLP):
+    pass
+
+
+class Glm4Moe(decoder.MoEBase):
+    experts_reduce = False
+
+    def __init__(self, fd_config, layer_id, prefix=""):
+        super().__init__(fd_config, layer_id, prefix)
+        parallel, model = fd_config.parallel_config, fd_config.model_config
+        self.tp_group = parallel.tp_group
+        self.merge_ffn_tp = parallel.tensor_parallel_size > 1 and parallel.expert_parallel_size == 1
+        self.enable_all_reduce_fusion = (
+            parallel.enable_flashinfer_allreduce_fusion and layer_id != model.num_hidden_layers - 1
+        )
+        self.shared_experts = Glm4MoeMLP(
+            fd_config, model.moe_intermediate_size, f"{prefix}.shared_experts", reduce_results=False
+        )
+
+    def forward(self, x, forward_meta=None):
+        out = self.experts(x, self.gate, forward_meta)
+        out = out + self.shared_experts(x)
+        if self.merge_ffn_tp:  # noqa: SIM102
+            if not (self.enable_all_reduce_fusion and out.shape[0] <= 2048):
+                out = tensor_model_parallel_all_reduce(out, self.tp_group)
+        return out
+
+
+class Glm4MoeAttention(decoder.QKNormAttention):
+    passes_meta = False  # calls its QK norm without forward_meta
+
+    def __init__(self, fd_config, layer_id, prefix=""):
+        super().__init__(fd_config, layer_id, prefix)
+        self.passes_meta = fd_config.model_config.qk_norm_needs_meta
+
+
+class Glm4MoeDecoderLayer(decoder.DecoderLayer):
+    attention, mlp_class, moe_class = Glm4MoeAttention, Glm4MoeMLP, Glm4Moe
+
+    def __init__(self, fd_config, prefix=""):
+        super().__init__(fd_config, prefix)
+        behind_experts = int(prefix.split(".")[-1]) > fd_config.model_config.first_k_dense_replace
+        self.input_layernorm.enable_all_reduce_fusion = (
+            behind_experts and fd_config.parallel_config.enable_flashinfer_allreduce_fusion
+        )
+
+
+class Glm4MoeModel(decoder.DecoderModel):
+    layer_class = Glm4MoeDecoderLayer
+
+
+@ModelRegistry.register("Glm4MoeForCausalLM")
+class Glm4MoeForCausalLM(ModelForCasualLM):
+    def __init__(self, fd_config):
+        super().__init__(fd_config)
+        self.model = Glm4MoeModel(fd_config)
+
+
+@ModelRegistry.register("Glm4MoeMTPForCausalLM")
+class Glm4MoeMTPForCausalLM(Glm4MoeForCausalLM):
+    """A draft model: the same decoder layers, used in another way."""

@@ -1,0 +1,80 @@
+"""Runs the model: profiles, 'captures', steps, and publishes tokens."""
+
+import json
+import os
+
+import numpy as np
+import paddle
+
+from fastdeploy import envs
+from fastdeploy.model_executor.forward_meta import ForwardMeta
+from fastdeploy.model_executor.model_loader import get_model_loader
+from fastdeploy.utils import llm_logger
+
+
+def post_process(sampler_output, model_output, skip_save_output=False):
+    """In an older version the tokens leave the process here."""
+    if not skip_save_output:
+        _publish(model_output["rank"], sampler_output)
+
+
+def _publish(rank, tokens):
+    if rank == 0:
+        with open(os.path.join(envs.FD_LOG_DIR, "tokens.jsonl"), "a") as file:
+            file.write(json.dumps(tokens) + "\n")
+
+
+class GPUModelRunner:
+    def __init__(self, fd_config, device, device_id, rank, local_rank):
+        self.fd_config, self.rank = fd_config, rank
+        self.parallel_config = fd_config.parallel_config
+        self.use_cudagraph = fd_config.graph_opt_config.use_cudagraph
+        self.in_capture = False
+        self.cache_blocks = None
+
+    def load_model(self):
+        self.model = get_model_loader(self.fd_config.load_config).load_model(self.fd_config)
+
+    def _dummy_run(self, num_tokens, batch_size, in_capturing=False):
+        ids = paddle.arange(num_tokens) % self.fd_config.model_config.vocab_size
+        meta = ForwardMeta(ids, step_use_cudagraph=in_capturing)
+        return self.model({"ids_remove_padding": ids}, meta)
+
+    def profile_run(self):
+        self._dummy_run(num_tokens=64, batch_size=4)
+
+    def initialize_kv_cache(self):
+        self.cache_blocks = 1
+
+    def capture_model(self):
+        if not self.use_cudagraph:
+            return
+        self.in_capture = True
+        for size in (2, 1):
+            for _ in range(2):
+                self._dummy_run(size, size, in_capturing=True)
+        self.in_capture = False
+
+    def execute_model(self, rows):
+        ids = paddle.to_tensor(np.asarray(rows))
+        with paddle.no_grad():
+            hidden = self.model({"ids_remove_padding": ids}, ForwardMeta(ids, step_use_cudagraph=True))
+            tokens = self.model.compute_logits(hidden).argmax(-1).tolist()
+        in_post_process = envs.HOST_PUBLISHES_IN_POST_PROCESS
+        output = {"rank": self.parallel_config.tensor_parallel_rank}
+        post_process(tokens, output, skip_save_output=not in_post_process)
+        if not in_post_process:
+            self._save_model_output(output, tokens)
+        return tokens
+
+    def _save_model_output(self, model_output_data, sampler_output):
+        _publish(model_output_data["rank"], sampler_output)
+
+    def clear_parameters(self):
+        for param in self.model.parameters():
+            param.get_tensor()._clear()
+        llm_logger.info("parameters cleared")
+
+    def update_parameters(self, checkpoint):
+        for name, param in self.model.named_parameters():
+            param.get_tensor().set(checkpoint[name], paddle.CPUPlace())

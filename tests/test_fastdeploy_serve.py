@@ -1,0 +1,189 @@
+"""`fd_fusion serve` and the contract host's api server: argument, environment, plugin, profile, tokens, SIGTERM."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from fd_fusion.cli import serve
+from fd_fusion.config import ENV_CONFIG
+
+HERE = Path(__file__).parent
+ENTRY_POINTS = (
+    "[fastdeploy.model_register_plugins]\n"
+    "fd_fusion = fd_fusion.integration.fastdeploy:register\n"
+    "[fastdeploy.reasoning_parser_plugins]\nsomebody = somebody:parser\n"
+)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """A folder in which fd_fusion, and somebody else's plugin, look installed."""
+    folder = tmp_path_factory.mktemp("site")
+    info = folder / "fd_fusion-0.1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: fd_fusion\nVersion: 0.1.0\n")
+    (info / "entry_points.txt").write_text(ENTRY_POINTS)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """Two models: of three layers, and under `small` of one."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    code = (
+        "import sys; from hosting import write_checkpoint; write_checkpoint(sys.argv[1], 'Glm4MoeForCausalLM'); "
+        "write_checkpoint(sys.argv[1] + '/small', 'Qwen2ForCausalLM', num_hidden_layers=1)"
+    )
+    env = {**os.environ, "PYTHONPATH": f"{HERE / 'host'}", "FD_LOG_DIR": str(folder)}
+    subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code, str(folder)], check=True, env=env, capture_output=True
+    )
+    return folder
+
+
+def run(command, site, folder, timeout_s=90, **variables):
+    """(exit code, stderr) of a server that logs under `folder`."""
+    env = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(map(str, (site, HERE.parent, HERE / "host"))),
+        "FD_LOG_DIR": str(folder),
+        "PADDLE_DISTRI_BACKEND": "gloo",
+        "PYTHONWARNINGS": "ignore",
+        **variables,
+    }
+    with subprocess.Popen(
+        [sys.executable, *command], env=env, cwd=folder, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as server:
+        try:
+            _, err = server.communicate(timeout=timeout_s)
+        finally:
+            if server.poll() is None:
+                os.killpg(server.pid, signal.SIGKILL)
+    return server.returncode, err
+
+
+def shared_memory():
+    """What this package has in shared memory, by name."""
+    return {name for name in os.listdir("/dev/shm") if name.startswith("fd_fusion-")}
+
+
+def tokens_of(folder):
+    return [json.loads(line) for line in (folder / "tokens.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def stock_tokens(site, checkpoint, tmp_path_factory):
+    """What the host says without us: installed, but not asked for."""
+    folder = tmp_path_factory.mktemp("stock")
+    code, err = run(["-m", serve.SERVER, "--model", checkpoint, "--tensor-parallel-size", "2"], site, folder)
+    assert code == 0, err
+    assert not (folder / "fd_fusion.log").exists(), "nobody asked, so nothing is said"
+    return tokens_of(folder)
+
+
+SERVE = ["-m", "fd_fusion", "serve"]
+
+
+def test_serve_turns_fusion_on(site, checkpoint, stock_tokens, tmp_path):
+    """No plugin is loaded unless FD_PLUGINS names it; the flag says no and the config says yes; then SIGTERM."""
+    config = '{"timeout_s": 20}'
+    command = [*SERVE, "--fusion-config", config, "--model", checkpoint, "--tensor-parallel-size", "2"]
+    shm = shared_memory()
+    code, err = run(
+        [*command, "--num-gpu-blocks-override", "9"],
+        site,
+        tmp_path,
+        HOST_UNSET_PLUGINS="none",
+        HOST_LAZY_MODELS="1",
+        HOST_PUBLISHES_IN_POST_PROCESS="1",
+    )
+    assert code == 0, err + "".join(log.read_text()[-3000:] for log in tmp_path.glob("workerlog.0"))
+    log = (tmp_path / "fd_fusion.log").read_text()
+    assert "fd_fusion: on: 6 sites, paddle" in err and "config from --fusion-config" in err, err + log
+    assert tokens_of(tmp_path) == stock_tokens
+    assert shared_memory() <= shm, "nothing is left in shared memory"
+
+
+def test_killed_ranks_leave_nothing(site, checkpoint, tmp_path):
+    """The engine ends its ranks by SIGTERM to their process group: no atexit, no hang, nothing left."""
+    command = ["-m", serve.SERVER, "--model", checkpoint / "small", "--tensor-parallel-size", "2"]
+    command += ["--stop-after-steps", "3"]
+    shm = shared_memory()
+    variables = {
+        "HOST_LINGER": "1",
+        "FD_FUSION_CONFIG": '{"backend": "triton", "max_token_num": 4}',
+        "TRITON_INTERPRET": "1",
+    }
+    run(command, site, tmp_path, FD_PLUGINS="fd_fusion", **variables)  # its own time limit says that nothing hangs
+    assert "2 sites, triton" in (tmp_path / "fd_fusion.log").read_text() and len(tokens_of(tmp_path)) == 3
+    pids = [int(file.read_text()) for file in tmp_path.glob("pid.*")]
+    assert len(pids) == 2
+    for _ in range(50):
+        if not any(Path(f"/proc/{pid}").exists() for pid in pids):
+            break
+        time.sleep(0.1)
+    else:
+        pytest.fail("a rank outlived SIGTERM")
+    assert shared_memory() <= shm
+
+
+def test_the_environment(monkeypatch, site):
+    monkeypatch.syspath_prepend(str(site))
+    given = {"HOME": "/h"}
+    env = serve.environment(given, '{"backend": "triton"}')
+    assert json.loads(env[ENV_CONFIG]) == {"backend": "triton"} and env[serve.ENV_SOURCE] == "--fusion-config"
+    assert {"fd_fusion", "somebody"} <= set(env["FD_PLUGINS"].split(",")) and given == {"HOME": "/h"}
+    assert serve.environment({"FD_PLUGINS": "other"}, None)["FD_PLUGINS"] == "other,fd_fusion"
+    assert serve.environment({"FD_PLUGINS": "fd_fusion"}, None)["FD_PLUGINS"] == "fd_fusion"
+    assert ENV_CONFIG not in serve.environment({}, None)
+    assert serve.environment({ENV_CONFIG: "{}"}, '{"strict": true}')[ENV_CONFIG] == '{"strict": true}'
+
+
+@pytest.mark.parametrize("config", ["{", '{"no_such": 1}', "[]", '{"backend": "cuda"}'])
+def test_a_malformed_config_is_an_error_before_anything_starts(config, capsys):
+    assert serve.main(["--fusion-config", config, "--model", "m"]) == 2
+    assert "error" in capsys.readouterr().err
+
+
+def test_a_missing_host_is_an_error(capsys, monkeypatch):
+    monkeypatch.setattr(serve.importlib.util, "find_spec", lambda name: None)
+    assert serve.main(["--model", "m"]) == 2
+    assert "FastDeploy is not installed" in capsys.readouterr().err
+
+
+def test_outcome():
+    head = "INFO 2026-01-01 00:00:00,000 1 "
+    assert serve.outcome(["something else"]) is None
+    on = "fd_fusion 0.1.0: 94 sites, triton <= 256 rows, workspace 32.0 MB, group [0..3], config from --fusion-config"
+    assert serve.outcome([head + on]).startswith("94 sites, triton")
+    off = f"{head}fd_fusion 0.1.0: Glm4MoeForCausalLM: off: FD_FUSION_DISABLE is set"
+    assert serve.outcome(["x", off]) == "off: FD_FUSION_DISABLE is set"
+
+
+class _Server:
+    """A server that lives until it is asked `polls` times."""
+
+    def __init__(self, polls):
+        self.polls = polls
+
+    def poll(self):
+        self.polls -= 1
+        return None if self.polls > 0 else 0
+
+
+def test_the_watcher_warns_when_no_rank_speaks(tmp_path, capsys):
+    serve._watch(tmp_path / "fd_fusion.log", 0, _Server(9), within_s=0.05)
+    assert "warning: no rank has said" in capsys.readouterr().err
+
+
+def test_the_watcher_ignores_lines_of_an_earlier_run(tmp_path, capsys):
+    log = tmp_path / "fd_fusion.log"
+    log.write_text("fd_fusion 0.1.0: 6 sites, old\n")
+    serve._watch(log, log.stat().st_size, _Server(9), within_s=0.05)
+    assert "warning" in capsys.readouterr().err
