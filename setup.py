@@ -25,7 +25,7 @@ setup(
     install_requires=[],
     extras_require={
         "cpu": CPU,
-        "test": ["pytest>=8", "pytest-timeout", "pytest-cov", "ruff", "prometheus_client"],
+        "test": ["pytest>=8", "pytest-timeout", "pytest-cov", "pytest-xdist", "ruff", "prometheus_client"],
         "bench": ["matplotlib"],
     },
     entry_points={

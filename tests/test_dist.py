@@ -4,9 +4,9 @@ import pytest
 from support.launch import launch
 
 
-@pytest.mark.parametrize("nproc", [1, 2, 4])
-def test_bind_model(nproc, tmp_path):
-    results = launch("bind_model.py", nproc, tmp_path)
+@pytest.mark.parametrize("nproc, args", [(1, []), (2, []), (4, ["auto", "eager"]), (2, ["triton", "eager"])])
+def test_bind_model(nproc, args, tmp_path):
+    results = launch("bind_model.py", nproc, tmp_path, *args)
     assert len({result.get("bits") for result in results}) == 1, "all ranks hold the same bits"
 
 
