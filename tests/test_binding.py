@@ -1,14 +1,17 @@
 """bind on one rank and in one process: what is left alone, and what it says."""
 
+from types import SimpleNamespace
+
 import paddle
 import pytest
 from support.tiny import DemoDecoder, hidden
 
 import fd_fusion
 from fd_fusion import FusionConfig
+from fd_fusion.integration import native
 from fd_fusion.integration.pairs import find_links
 from fd_fusion.integration.proof import Proof, joint_refusal, outputs_refusal, relative_errors
-from fd_fusion.site import Site
+from fd_fusion.site import Rejected, Site
 
 
 def test_pairs_are_read_off_the_structure():
@@ -143,3 +146,28 @@ def test_relative_errors_know_odd_values():
     want = np.array([[1.0, np.inf], [1.0, np.nan], [1.0, 2.0], [0.0, 0.0]])
     assert relative_errors(want, want).tolist() == [0, 0, 0, 0]
     assert np.isinf(relative_errors(np.ones((4, 2)), want)[:2]).all()
+
+
+def test_one_norm_fed_over_two_groups_has_no_site():
+    model = DemoDecoder(0, 1, layers=1)
+    attention = model.layers[0].self_attn
+    attention.o_proj.inner = paddle.nn.Identity()
+    attention.o_proj.group, attention.o_proj.inner.group = (
+        SimpleNamespace(ranks=ranks, rank=0) for ranks in ([0, 1], [0, 2])
+    )
+    first, *_ = native.find_pairs(model)
+    assert isinstance(first, Rejected) and first.reason.code == "groups_differ"
+    assert "[[0, 1], [0, 2]]" in str(first.reason)
+
+
+@pytest.mark.parametrize("inner", [False, True])
+def test_a_reduction_that_somebody_else_does_is_no_pair(inner):
+    model = DemoDecoder(0, 1, layers=1)
+    producer = model.layers[0].self_attn.o_proj
+    if inner:
+        producer.part = paddle.nn.Identity()
+        producer.part.reduce_results = True
+    else:
+        producer.reduce_results = False
+    first, *_ = native.find_pairs(model)
+    assert first.reason.code == ("reduced_inside" if inner else "not_reduced")
