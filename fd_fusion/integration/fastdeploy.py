@@ -141,12 +141,8 @@ def _bind_in_first_forward(model: Any, fd_config: Any, resolved: Resolved) -> No
 
     stock = model.forward
     forward.__wrapped__ = stock
+    forward.binds_at_first_call = True  # `worker` looks for it before graph capture
     model.__dict__["forward"] = forward
-
-
-def is_waiting(model: Any) -> bool:
-    """Whether the first forward of `model` is still to come."""
-    return getattr(model.__dict__.get("forward"), "__module__", None) == __name__
 
 
 def _bind(model: Any, fd_config: Any, resolved: Resolved, example: Callable) -> None:

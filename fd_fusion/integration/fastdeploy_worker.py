@@ -68,10 +68,10 @@ def _checked(stock: Callable, waits: bool) -> Callable:
 def _proven_before_capture(stock: Callable) -> Callable:
     def graph_optimize_and_warm_up_model(self, *args, **kwargs):
         from fd_fusion.integration import binding
-        from fd_fusion.integration.fastdeploy import is_waiting
 
         runner = self.model_runner
-        if is_waiting(runner.model):  # the host did not profile
+        forward = runner.model.__dict__.get("forward")
+        if getattr(forward, "binds_at_first_call", False):  # still to come: the host did not profile
             _eagerly(lambda: runner._dummy_run(num_tokens=2, batch_size=1))
         result = stock(self, *args, **kwargs)
         binding.freeze()
