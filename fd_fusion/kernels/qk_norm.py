@@ -86,7 +86,8 @@ def qk_rms_norm_kernel(
     row = row.to(tl.int64)  # rows * stride may pass 2^31
     place = qkv + row * qkv_stride + (head * D + d)
     stored = tl.load(place, mask=live, other=0.0)
-    # The stored weights are chosen by address (behind `+ d`: Triton 3.9 would forget the alignment otherwise): one load of the layout of `stored`, so nothing crosses threads.
+    # The stored weights are chosen by address: one load of the layout of `stored`, so nothing crosses threads.
+    # Chosen behind `+ d`: between the two bases Triton 3.9 forgets their alignment.
     w = tl.load(tl.where(is_q, q_weight + d, k_weight + d), mask=in_head, other=0.0).to(tl.float32)
     if WEIGHT_OFFSET != 0.0:
         w += WEIGHT_OFFSET
