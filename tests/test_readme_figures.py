@@ -17,3 +17,9 @@ def test_figures_come_from_the_results(name):
     text = (ROOT / name).read_text()
     found = dict(re.findall(r"<!-- figures: ([\w-]+) -->\n(.*?)\n<!-- figures: end -->", text, re.S))
     assert found == {key: "\n".join(table()) for key, table in readme_tables.TABLES.items()}
+
+
+@pytest.mark.parametrize("name", ["README.md", "README.zh.md"])
+def test_the_ratios_in_the_text_come_from_the_results(name):
+    text = (ROOT / name).read_text()
+    assert all(ratio in text for ratio in readme_tables.headline()), readme_tables.headline()

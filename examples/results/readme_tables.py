@@ -12,19 +12,34 @@ def load(name: str) -> dict:
     return json.loads((HERE / name).read_text())
 
 
+def over_nvlink(size: int) -> dict[tuple[int, int], dict[str, float]]:
+    """us a call by (H, T) and library, the better one of its one-shot and two-shot."""
+    cells: dict[tuple[int, int], dict[str, float]] = {}
+    for row in load(f"all_reduce_nvlink_n{size}.json")["rows"]:
+        best = cells.setdefault((row["H"], row["T"]), {})
+        name = row["name"].split()[0]
+        best[name] = min(row["us"], best.get(name, math.inf))
+    return cells
+
+
+def headline() -> set[str]:
+    """The ratios that the READMEs quote: Triton over FlashInfer and over NCCL + norm, geometric means up to T = 16."""
+    found = set()
+    for size in (2, 4):
+        for other in ("flashinfer", "nccl"):
+            ratios = [us["triton"] / us[other] for (_, rows), us in over_nvlink(size).items() if rows <= 16]
+            found.add(f"{math.exp(sum(map(math.log, ratios)) / len(ratios)):.2f}")
+    return found
+
+
 def nvlink() -> list[str]:
-    """Processes over NVLink: time of a call, the better of one-shot and two-shot, and what is slower is shown too."""
+    """Processes over NVLink: time of a call, and what is slower is shown too."""
     lines = [
         "| N | H | T | Triton us | FlashInfer us | NCCL + norm us | Triton / best other |",
         "|---|---|---|---|---|---|---|",
     ]
     for size in (2, 4):
-        cells: dict[tuple[int, int], dict[str, float]] = {}
-        for row in load(f"all_reduce_nvlink_n{size}.json")["rows"]:
-            best = cells.setdefault((row["H"], row["T"]), {})
-            name = row["name"].split()[0]
-            best[name] = min(row["us"], best.get(name, math.inf))
-        for (hidden, rows), us in cells.items():
+        for (hidden, rows), us in over_nvlink(size).items():
             if hidden in (4096, 8192) and rows in NVLINK_ROWS:
                 ratio = us["triton"] / min(us["flashinfer"], us["nccl"])
                 times = " | ".join(f"{us[name]:.1f}" for name in ("triton", "flashinfer", "nccl"))
