@@ -23,7 +23,7 @@ def over_nvlink(size: int) -> dict[tuple[int, int], dict[str, float]]:
 
 
 def headline() -> set[str]:
-    """The ratios that the READMEs quote: Triton over FlashInfer and over NCCL + norm, geometric means up to T = 16."""
+    """The ratios that the READMEs quote: Triton over FlashInfer and NCCL + norm, geometric means up to T = 16."""
     found = set()
     for size in (2, 4):
         for other in ("flashinfer", "nccl"):
