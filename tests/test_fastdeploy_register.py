@@ -260,7 +260,7 @@ def test_a_waiting_model_is_proven_before_capture_and_frozen_after(monkeypatch, 
     )
     gpu_worker.graph_optimize_and_warm_up_model()
     waiting = lambda: None  # noqa: E731
-    waiting.__module__ = plugin.__name__
+    waiting.binds_at_first_call = True
     model.__dict__["forward"] = waiting
     gpu_worker.graph_optimize_and_warm_up_model()
     assert order == ["capture", "freeze", "dummy 2", "capture", "freeze"]
