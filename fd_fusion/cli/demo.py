@@ -24,8 +24,9 @@ from fd_fusion.cli import demo_report
 from fd_fusion.cli.demo_checkpoint import Checkpoint, write_checkpoint
 from fd_fusion.cli.demo_config import DecoderConfig
 from fd_fusion.cli.demo_launch import RunFailed, launch, read_results, stop, undisturbed, watch
-from fd_fusion.cli.demo_rank import units, write_whole
+from fd_fusion.cli.demo_rank import units
 from fd_fusion.cli.demo_reference import Truth, make_truth
+from fd_fusion.cli.ranks import write_whole
 from fd_fusion.config import BACKENDS, FusionConfig
 from fd_fusion.reasons import FusionError, because
 from fd_fusion.runtime import MIN_PADDLE
@@ -132,14 +133,14 @@ def _check_packages(backend: str) -> None:
 def _run(folder: Path, checkpoint: Checkpoint, fusion: FusionConfig, args) -> tuple[Truth, list[dict]]:
     """Start the ranks; while they load, compute the truth and give them the tokens to feed in."""
     job = {"checkpoint": str(checkpoint.folder.resolve()), "nproc": args.nproc, "prompt_len": args.prompt_len}
-    write_whole(folder / "run.json", json.dumps({**job, "config": fusion.to_dict()}).encode())
+    write_whole(folder / "run.json", json.dumps({**job, "config": fusion.to_dict()}))
     prompt = np.random.default_rng(args.seed).integers(checkpoint.config.vocab_size, size=args.prompt_len).tolist()
     found: list[Truth | Exception] = []
 
     def find_truth() -> None:
         try:
             truth = make_truth(checkpoint, prompt, args.steps)
-            write_whole(folder / "tokens.json", json.dumps(truth.tokens).encode())
+            write_whole(folder / "tokens.json", json.dumps(truth.tokens))
             found.append(truth)
         except Exception as error:  # raised in the main thread, which looks for it
             found.append(error)

@@ -15,12 +15,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write so that a reader finds either nothing or all of it."""
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(content)
-    part.replace(path)
+from fd_fusion.cli.ranks import write_whole
 
 
 def units(steps: int) -> int:
@@ -36,12 +31,12 @@ class Progress:
 
     def step(self) -> None:
         self._done += 1
-        write_whole(self._path, str(self._done).encode())
+        write_whole(self._path, str(self._done))
 
 
 def main(folder: Path) -> int:
     rank = int(os.environ.get("PADDLE_TRAINER_ID", "0"))
-    write_whole(folder / f"pid.{rank}", str(os.getpid()).encode())
+    write_whole(folder / f"pid.{rank}", str(os.getpid()))
     if (folder / "stop").exists():  # the parent ended the run before it could see our pid
         return 1
     try:
@@ -49,7 +44,7 @@ def main(folder: Path) -> int:
     except Exception as error:  # told to the parent in one sentence; the trace stays in the log
         traceback.print_exc()
         text = str(error) if isinstance(error, (ValueError, RuntimeError)) else repr(error)
-        write_whole(folder / f"error.{rank}", (text.strip().splitlines() or [repr(error)])[-1].encode())
+        write_whole(folder / f"error.{rank}", (text.strip().splitlines() or [repr(error)])[-1])
         return 1
     return 0
 
@@ -74,7 +69,7 @@ def _run(folder: Path, rank: int) -> None:
         result = _compare_runs(model, job, _wait_for_tokens(folder), progress)
     if job["nproc"] > 1:
         dist.barrier()  # the store lives on rank 0: no rank may leave while another one needs it
-    write_whole(folder / f"result.{rank}", json.dumps(result).encode())
+    write_whole(folder / f"result.{rank}", json.dumps(result))
 
 
 def _wait_for_tokens(folder: Path) -> list[int]:

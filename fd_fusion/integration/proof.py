@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from fd_fusion.backends.paddle import dtype_name
 from fd_fusion.reasons import Reason, because
 from fd_fusion.reference import UNIT_ROUNDOFF
 from fd_fusion.site import Site
@@ -25,12 +26,16 @@ class Proof:
 
     def __init__(self, sites: Sequence[Site], sizes: dict[str, int]):
         self.sites, self._sizes = sites, sizes  # ranks of each site's group, by name
+        self._forget()
+
+    def _forget(self) -> None:
+        """Start afresh: a forward that raised may be followed by another."""
         self.finished: Counter[str] = Counter()
         self.samples: dict[str, dict[str, Any]] = {}
         self.failure: Reason | None = None
 
     def start(self) -> None:
-        self.__init__(self.sites, self._sizes)
+        self._forget()
         for site in self.sites:
             site.start_proof(self.prove)
 
@@ -61,7 +66,7 @@ class Proof:
         Each of the N + 2 roundings is relative to the terms of the sum, whose size over that of the sum itself is
         the cancellation; four times that, since both sides round.
         """
-        dtype = str(got.dtype).rpartition(".")[2]
+        dtype = dtype_name(got)
         cancellation = 1.0 + scale / np.maximum(_norms(total), np.finfo(np.float32).tiny)
         allowed = 4 * (self._sizes[site.name] + 2) * UNIT_ROUNDOFF[dtype] * cancellation
         error = relative_errors(as_numpy(got), as_numpy(want))
@@ -111,9 +116,9 @@ def outputs_refusal(got: Sequence[Any], want: Sequence[Any], sites: int) -> Reas
     if len(got) != len(want):
         return because("outputs_differ", output="count", error=str(len(got)), budget=str(len(want)))
     for i, (ours, stock) in enumerate(zip(got, want)):
-        if str(ours.dtype).rpartition(".")[2] not in UNIT_ROUNDOFF:
+        if dtype_name(ours) not in UNIT_ROUNDOFF:
             continue  # token numbers and the like
-        allowed = min(16 * UNIT_ROUNDOFF[str(ours.dtype).rpartition(".")[2]] * (sites + 1) ** 0.5, 1 / 3)
+        allowed = min(16 * UNIT_ROUNDOFF[dtype_name(ours)] * (sites + 1) ** 0.5, 1 / 3)
         flat = as_numpy(ours), as_numpy(stock)
         same_shape = flat[0].shape == flat[1].shape
         error = relative_errors(flat[0].reshape(1, -1), flat[1].reshape(1, -1))[0] if same_shape else np.inf

@@ -57,11 +57,11 @@ def run_ranks(script, size, *args, timeout_s=60, env=None):
 
 def this_group(name="test", ranks=None):
     """The group of this script: of `run_ranks`, or of paddle.distributed.launch. `ranks`: a sub-group."""
+    from fd_fusion.cli.ranks import FolderStore
     from fd_fusion.comm.group import Group
-    from tests.support.file_store import FileStore
 
     if _RANK in os.environ:
-        rank, size, store = int(os.environ[_RANK]), int(os.environ[_SIZE]), FileStore(os.environ[_STORE])
+        rank, size, store = int(os.environ[_RANK]), int(os.environ[_SIZE]), FolderStore(Path(os.environ[_STORE]))
     else:
         rank, size, store = _launched()
     ranks = tuple(range(size)) if ranks is None else tuple(ranks)
