@@ -17,7 +17,7 @@ def nothing_is_left():
 
 
 def run(what, size=2):
-    return run_ranks("faults.py", size, what, "--timeout_s", size, timeout_s=120)
+    return run_ranks("faults.py", size, what, timeout_s=120)
 
 
 def ended_well(ranks):

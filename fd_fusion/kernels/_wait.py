@@ -19,9 +19,9 @@ CONTROL = tl.constexpr(64)  # 4-byte words of the control page
 
 def host_clock():
     """The interpreter's clock, in nanoseconds, as `globaltimer` gives them; the rank that is waited for may need
-    this processor. Never compiled."""
+    this processor. Never compiled. Monotonic: a wall clock that is set while a rank waits would end its group."""
     os.sched_yield()
-    return time.time_ns()
+    return time.monotonic_ns()
 
 
 host_clock.__triton_builtin__ = True  # the compiler looks at every name, in branches that it drops too

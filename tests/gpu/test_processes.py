@@ -90,12 +90,12 @@ def test_host_time(shared):
 @pytest.mark.parametrize("what", ["late", "early", "full_memory"])
 def test_faults(what):
     size = 2 if GPUS == 1 else max(SIZES)
-    agreed("faults.py", size, what, "--hidden", 4096, "--timeout_s", 2, env={})
+    agreed("faults.py", size, what, "--hidden", 4096, env={})
 
 
 @pytest.mark.parametrize("when", ["before", "in", "after"])
 def test_survivors_name_a_killed_rank(when):
-    args = ("--device", "gpu", "--hidden", 4096, "--timeout_s", 2, *ROOM)
+    args = ("--device", "gpu", "--hidden", 4096, *ROOM)
     *survivors, killed = run_ranks("faults.py", 2, f"killed_{when}", *args, timeout_s=90)
     assert killed.status == -signal.SIGKILL, killed.text
     for rank in survivors:
@@ -103,6 +103,6 @@ def test_survivors_name_a_killed_rank(when):
 
 
 def test_a_rank_that_exits_in_the_middle_of_a_step():
-    args = ("--device", "gpu", "--hidden", 4096, "--timeout_s", 2, *ROOM)
+    args = ("--device", "gpu", "--hidden", 4096, *ROOM)
     for rank in run_ranks("faults.py", 2, "exit_in_step", *args, timeout_s=90):
         assert rank.status == 0, rank.text
