@@ -12,7 +12,6 @@ import importlib.metadata
 import importlib.util
 import json
 import shutil
-import signal
 import sys
 import tempfile
 import threading
@@ -23,10 +22,11 @@ import numpy as np
 from fd_fusion.cli import demo_report
 from fd_fusion.cli.demo_checkpoint import Checkpoint, write_checkpoint
 from fd_fusion.cli.demo_config import DecoderConfig
-from fd_fusion.cli.demo_launch import RunFailed, launch, read_results, stop, undisturbed, watch
+from fd_fusion.cli.demo_launch import RunFailed, launch, read_results, stop, watch
 from fd_fusion.cli.demo_rank import units
 from fd_fusion.cli.demo_reference import Truth, make_truth
 from fd_fusion.cli.ranks import write_whole
+from fd_fusion.cli.signals import ending_well, held_back, undisturbed
 from fd_fusion.config import BACKENDS, FusionConfig
 from fd_fusion.reasons import FusionError, because
 from fd_fusion.runtime import MIN_PADDLE
@@ -49,15 +49,13 @@ SIZES = {
 def main(argv: list[str]) -> int:
     """Run the command. Every error is one sentence on stderr; Ctrl-C goes on to the caller once all is clean."""
     args = _parser().parse_args(argv)
-    previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that `finally` runs
     try:
-        return _demo(args)
+        with ending_well():
+            return _demo(args)
     except ValueError as error:
         return _fail(error, 2)
     except (FusionError, RunFailed, OSError) as error:
         return _fail(error, 1)
-    finally:
-        signal.signal(signal.SIGTERM, previous)
 
 
 def _fail(error: object, code: int) -> int:
@@ -147,7 +145,8 @@ def _run(folder: Path, checkpoint: Checkpoint, fusion: FusionConfig, args) -> tu
 
     launcher = None
     try:
-        launcher = launch(folder, args.nproc, interpret=args.backend == "triton")
+        with held_back():
+            launcher = launch(folder, args.nproc, interpret=args.backend == "triton")
         threading.Thread(target=find_truth, daemon=True).start()
         with _progress_bar(units(args.steps)) as show:
 

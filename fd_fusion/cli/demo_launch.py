@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import fd_fusion
@@ -83,17 +83,6 @@ def _raise_if_failed(folder: Path, left: list[int]) -> None:
         raise RunFailed(f"rank {rank} failed: {_read(folder / f'error.{rank}').removeprefix('fd_fusion: ')}")
     if dead:
         raise RunFailed(f"rank {dead[0]} was ended from outside{_log_of(folder, dead[0])}")
-
-
-@contextlib.contextmanager
-def undisturbed() -> Iterator[None]:
-    """While cleaning up, a second Ctrl-C is ignored."""
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def stop(launcher: subprocess.Popen | None, folder: Path) -> None:

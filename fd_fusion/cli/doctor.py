@@ -17,7 +17,8 @@ from fd_fusion.cli import doctor_child
 from fd_fusion.cli.doctor_machine import machine
 from fd_fusion.cli.doctor_packages import packages
 from fd_fusion.cli.findings import Finding, guarded, of_reason
-from fd_fusion.cli.ranks import RanksFailed, ending_well, run_ranks
+from fd_fusion.cli.ranks import RanksFailed, run_ranks
+from fd_fusion.cli.signals import ending_well
 from fd_fusion.config import resolve
 
 VERDICTS = {"works": 0, "unfused": 1, "broken": 2}

@@ -6,7 +6,6 @@ with its parent, whatever ends that one.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import fcntl
 import json
@@ -17,7 +16,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -81,16 +80,6 @@ def run_ranks(
                 process.kill()  # does nothing to one that has ended
             for process in processes:
                 process.wait()
-
-
-@contextlib.contextmanager
-def ending_well() -> Iterator[None]:
-    """SIGTERM as an exit, so that `finally` runs."""
-    previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
 
 
 def child_environment() -> dict[str, str]:

@@ -25,6 +25,7 @@ from fd_fusion.integration.fastdeploy import ENV_SOURCE
 
 SERVER = "fastdeploy.entrypoints.openai.api_server"
 PLUGIN = "fd_fusion"
+_PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _OUTCOME = re.compile(r"fd_fusion \S+: (?:\w+: )?(?P<said>\d+ sites?\b.*|off: .*)")
 
 
@@ -43,9 +44,14 @@ def main(argv: list[str]) -> int:
         )
     log = Path(env.get("FD_LOG_DIR", "log")) / "fd_fusion.log"
     start = log.stat().st_size if log.exists() else 0
+    early: list[int] = []  # what came before there was a server
+    for number in _PASSED_ON:
+        signal.signal(number, lambda got, _: early.append(got))
     server = subprocess.Popen([sys.executable, "-m", SERVER, *rest], env=env)
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    for number in _PASSED_ON:
         signal.signal(number, lambda got, _: server.send_signal(got))
+    for number in early:
+        server.send_signal(number)
     if resolve(environ=env).source == ENV_DISABLE:
         _say(f"off: {ENV_DISABLE} is set")
         return _code(server.wait())

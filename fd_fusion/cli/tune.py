@@ -17,7 +17,8 @@ from typing import Any
 
 from fd_fusion import __version__
 from fd_fusion.cli import doctor_child, tune_limits
-from fd_fusion.cli.ranks import RanksFailed, ending_well, run_ranks
+from fd_fusion.cli.ranks import RanksFailed, run_ranks
+from fd_fusion.cli.signals import ending_well
 from fd_fusion.tuning_table import Fingerprint, Limits, store_limits, table_lock, table_path, versions_here
 
 _ROUNDS = {"cpu": 3, "gpu": 11, "virtual": 5}

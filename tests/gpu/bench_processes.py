@@ -1,6 +1,7 @@
 """Speed of the fused all-reduce with one process a GPU: compiles everything at once, runs the ranks, writes JSON.
 
 python tests/gpu/bench_processes.py --size 4 --out FILE.json [--flashinfer trtllm_comm.so]
+python tests/gpu/bench_processes.py --table FILE.json [--plot FILE.png]
 """
 
 import argparse
@@ -26,6 +27,7 @@ def main():
     parser.add_argument("--size", type=int)
     parser.add_argument("--out")
     parser.add_argument("--table", help="print the table of this result and run nothing")
+    parser.add_argument("--plot", help="with --table: draw it too; needs matplotlib")
     parser.add_argument("--compile-only", action="store_true", help="fill Triton's cache, run nothing")
     parser.add_argument("--hidden", type=int, nargs="+", default=HIDDEN)
     parser.add_argument("--rows", type=int, nargs="+", default=ROWS)
@@ -35,7 +37,10 @@ def main():
     parser.add_argument("--seconds", type=float, default=150)
     options = parser.parse_args()
     if options.table:
-        return show(json.loads(Path(options.table).read_text())["rows"])
+        result = json.loads(Path(options.table).read_text())
+        if options.plot:
+            draw(result, options.plot)
+        return show(result["rows"])
     start = time.monotonic()
     compile_all([(options.size, hidden, "bfloat16", "bfloat16") for hidden in options.hidden], "--both-paths")
     if options.compile_only:
@@ -83,6 +88,34 @@ def show(rows):
         by_name = {row["name"]: row["us"] for row in rows if (row["H"], row["T"]) == (hidden, count)}
         figures = " | ".join(f"{by_name[name]:.2f}" if name in by_name else "" for name in names)
         print(f"| {hidden} | {count} | {figures} |")
+
+
+def draw(result, path):
+    """us a call over T, both logarithmic; a panel for each H."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = result["rows"]
+    sizes = sorted({row["H"] for row in rows})
+    figure, panels = pyplot.subplots(1, len(sizes), figsize=(3.2 * len(sizes), 3.6), sharey=True, squeeze=False)
+    for hidden, panel in zip(sizes, panels[0]):
+        for name in sorted({row["name"] for row in rows}):
+            line = sorted((row["T"], row["us"]) for row in rows if (row["H"], row["name"]) == (hidden, name))
+            if line:
+                panel.plot(*zip(*line), marker="o", markersize=3, label=name, ls="-" if "triton" in name else "--")
+        panel.set(title=f"H={hidden}", xlabel="T")
+        panel.set_xscale("log", base=2)
+        panel.set_yscale("log", base=2)
+        panel.yaxis.set_major_formatter("{x:g}")
+        panel.grid(alpha=0.3)
+    panels[0][0].set_ylabel("us a call, slowest rank")
+    panels[0][0].legend(fontsize=7)
+    title = f"{result['ranks']} x {result['device']}, NVLink, bf16, commit {result['commit']}, {result['date'][:10]}"
+    figure.suptitle(title, fontsize=9)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
 
 
 if __name__ == "__main__":
