@@ -179,6 +179,14 @@ def test_a_late_rank_and_a_second_stream():
     assert is_nan(results[0], 0, 0) and is_nan(results[1], 0, 0) and is_nan(results[0], 1, 0)
 
 
+def test_a_thread_that_waits_for_a_neighbour_when_another_thread_is_done_already():
+    """The epoch that has moved then is that of its own program, and no sign of a second stream."""
+    command = [sys.executable, "-W", "ignore", str(HERE / "neighbour_sums.py")]
+    env = {**os.environ, "PYTHONPATH": str(HERE.parent)}
+    done = subprocess.run(command, env=env, timeout=60, capture_output=True, text=True)
+    assert done.stdout == "3.0 None\n", done.stdout + done.stderr
+
+
 @pytest.mark.parametrize(
     "bad", [(1, 64, "float32"), (9, 64, "float32"), (2, 63, "float32"), (2, 0, "float32"), (2, 64, "int8")]
 )

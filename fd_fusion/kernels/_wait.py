@@ -127,7 +127,8 @@ def sum_slices(part, state, local, home, epochs, pid, op, row, before, epoch, N:
         looks += 1
         if looks % 1024 == 0:
             dead, since = look_up(local, home, epochs, before, since, INTERPRETED)
-            late |= dead
+            # Not MOVED: with no barrier here, thread 0 may be done by now, and have stored this epoch itself.
+            late |= tl.where(late == 1, dead & (TOLD | TIMED_OUT), 0)
     if late > 1:
         report(local, late, 0, op, row, epoch, N)
     return tl.where(late == 0, total, float("nan"))
