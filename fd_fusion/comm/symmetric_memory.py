@@ -62,16 +62,17 @@ class SymmetricMemory:
         """Give everything back; may be repeated. Device memory goes in the driver's order: all ranks finish
         their work, unmap their peers, and only then free what they own.
 
-        With `wait` false, or when a peer is gone, device memory is left to the end of the process:
-        nothing else can be waited for, and a running kernel may still reach it. Returns whether
-        everything was given back.
+        With `wait` false all memory, and when a peer is gone device memory, is left to the end of the
+        process: nothing else can be waited for, and a running kernel may still reach it. Names go in any
+        case. Returns whether everything was given back.
         """
         if not self._mapped:
             return True
         orderly = self.maker.free_waits_for_peers
         own = self._mapped.pop(self.group.rank, None)
         peers, self._mapped = list(self._mapped.values()), {}
-        if orderly and not (wait and self._barrier("closing") and _quietly(self.maker.synchronize)):
+        if not wait or (orderly and not (self._barrier("closing") and _quietly(self.maker.synchronize))):
+            _quietly(self.maker.opened_everywhere)
             return False
         failed = [address for address in peers if not _quietly(self.maker.close, address)]
         if orderly and (failed or not self._barrier("unmapped")):
@@ -107,6 +108,9 @@ def open_symmetric_memory(
         handles = _allocate(memory, timeout_s)
         _map(memory, handles, timeout_s)
         _prove(memory, push, timeout_s)
+    except FusionError:
+        memory.close()  # all ranks are here, or one is missing for good
+        raise
     except BaseException:
         memory.close(wait=False)
         raise

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 _EVERY_S = 0.01
-_lock = threading.Lock()
+_lock = threading.RLock()  # a SIGTERM handler may close a workspace while its thread is in here
 _watched: dict[Any, tuple[Callable[[], Any], Callable[[Any], None]]] = {}
 _thread: threading.Thread | None = None
 

@@ -57,7 +57,6 @@ class Workspace:
         self.generation = 0
         self.frozen = False
         self.failed = threading.Event()  # set by the watcher; a host may wait for it
-        self.on_timeout: Callable[[Reason], None] | None = None  # called once by the watcher's thread
         self._pid = os.getpid()
         self._page, self._page_of_kernel = memory.maker.host_page(layout.page_bytes)
         self._words = (ctypes.c_int64 * (layout.page_bytes // 8)).from_address(self._page)
@@ -138,8 +137,6 @@ class Workspace:
     def _on_error(self, reason: Reason) -> None:
         log.error("rank %d of group %s: %s", self.memory.group.rank, self.memory.group.name, reason)
         self.failed.set()
-        if self.on_timeout is not None:
-            self.on_timeout(reason)
 
 
 def open_workspace(group: Group, layout: Layout, maker: Maker, push: Push, *, timeout_s: float) -> Workspace:

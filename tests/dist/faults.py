@@ -13,7 +13,7 @@ sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
 import triton_calls as calls
 
-from fd_fusion.comm import posix_shm
+from fd_fusion.comm import posix_shm, workspace
 from fd_fusion.comm.symmetric_memory import barrier
 from fd_fusion.reasons import FusionError, FusionTimeout
 from tests.support import tensors
@@ -178,6 +178,18 @@ def exit_in_step(group, options):
         sys.exit(0)
     _patience(opened, SHORT_S)
     print(_must_raise(opened, _case(group, options, 1), group, options))
+
+
+def sigterm_in_call(group, options):
+    """SIGTERM comes while a rank waits in a call, and the host's handler lets it go on: it must live to say so."""
+    signal.signal(signal.SIGTERM, lambda number, frame: print("the host's handler", flush=True))
+    opened = calls.open_for(group, _case(group, options), options)
+    _patience(opened, SHORT_S)
+    if not _faulty(group):
+        workspace.close_on_sigterm()
+        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        _must_raise(opened, _case(group, options), group, options)
+    assert barrier(group, "over", 30)
 
 
 if __name__ == "__main__":

@@ -21,13 +21,20 @@ def lose(addresses, value):
     """A link that drops everything."""
 
 
+class DeviceLike(posix_shm.PosixShm):
+    """Closed in the order of device memory."""
+
+    free_waits_for_peers = True
+
+
 def full(*args):
     raise OSError(28, "No space left on device")
 
 
 def main(what):
     group, push = this_group(), store
-    if what == "lossy" and group.rank == 1:
+    maker = DeviceLike() if what == "lossy_device" else posix_shm.PosixShm()
+    if what.startswith("lossy") and group.rank == 1:
         push = lose
     if what == "full" and group.rank == 1:
         os.posix_fallocate = full
@@ -36,9 +43,10 @@ def main(what):
     if what == "killed_named" and group.rank == 1:  # dies while its segment still has a name
         posix_shm.PosixShm.open = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
     try:
-        memory = symmetric_memory.open_symmetric_memory(group, NBYTES, posix_shm.PosixShm(), push, timeout_s=2)
+        memory = symmetric_memory.open_symmetric_memory(group, NBYTES, maker, push, timeout_s=2)
     except FusionError as error:
         print("refused:", error)
+        assert not maker._maps, "what could not be opened is not given back"
         return
     named = [path.name for path in posix_shm.FOLDER.glob("fd_fusion-*") if os.stat(path).st_uid == os.geteuid()]
     for peer, address in enumerate(memory.addresses):
