@@ -22,8 +22,9 @@ def test_a_workspace(what):
     assert segments() <= before
 
 
-def test_a_lost_rank_is_named_by_reset():
-    ended = run_ranks("workspace.py", 2, "lost", timeout_s=40)
+@pytest.mark.parametrize("what", ["lost", "lost_in_reset"])
+def test_a_lost_rank_is_named_by_reset(what):
+    ended = run_ranks("workspace.py", 2, what, timeout_s=40)
     assert ended[0].status == 0 and ended[1].status == -signal.SIGKILL, ended[0].text
 
 

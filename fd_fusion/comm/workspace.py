@@ -80,8 +80,7 @@ class Workspace:
         Raises: FusionTimeout: a call ran out of time, here or on another rank. A rank that was merely late, and
         started no call since, has nothing on its page; there the abort word tells.
         """
-        if self._closed:
-            raise FusionError(because("closed"))
+        self._need_open()
         reason = self.error()
         if reason is None and any(self.memory.maker.read(self.memory.own, 4)):
             reason = self.error() or because("aborted")
@@ -90,6 +89,7 @@ class Workspace:
 
     def freeze(self) -> None:
         """From now on a call waits `timeout_s`, and nothing allocates."""
+        self._need_open()
         self.frozen = True
         self.memory.maker.write(self.local, self._limit().to_bytes(8, "little"))
 
@@ -98,11 +98,16 @@ class Workspace:
 
         Raises: FusionError: a rank is missing; the workspace stays dead.
         """
+        self._need_open()
         group, patience = self.memory.group, (1 if self.frozen else WARM_UP) * self.timeout_s
         _, refusal = attempt(self.memory.maker.synchronize)  # nobody clears what a kernel may still write
         settle(group, "reset", refusal, None, 2 * patience)
         _, refusal = attempt(self._fill)
-        settle(group, "cleared", refusal, None, patience)
+        try:
+            settle(group, "cleared", refusal, None, patience)
+        except FusionError:
+            self.memory.maker.write(self.memory.own, (1).to_bytes(4, "little"))  # the abort word, cleared too early
+            raise
         self.generation += 1
         self._watch()
 
@@ -116,6 +121,10 @@ class Workspace:
             _open.remove(self)
         if self.memory.close(wait=wait):  # otherwise a kernel may still write its error
             self.memory.maker.free_host_page(self._page)
+
+    def _need_open(self) -> None:
+        if self._closed:
+            raise FusionError(because("closed"))
 
     def _limit(self) -> int:
         return int((1 if self.frozen else WARM_UP) * self.timeout_s * 1e9)

@@ -94,6 +94,20 @@ def lost(group):
     assert "rank 1 never voted" in raises(FusionError, made.reset)
 
 
+def lost_in_reset(group):
+    """A rank dies between the two votes of a reset: the others have cleared their memory, and must not look well."""
+    made = open_one(group, timeout_s=1)
+    made.freeze()
+    if group.rank == 1:
+        made._fill = lambda: os.kill(os.getpid(), signal.SIGKILL)
+        made.reset()
+    assert "rank 1 never voted" in raises(FusionError, made.reset)
+    assert "another rank ran out of time" in raises(FusionTimeout, made.check)
+    made.close()
+    for action in (made.freeze, made.reset, made.check):
+        assert "closed" in raises(FusionError, action)
+
+
 def sigterm(group):
     """SIGTERM closes, then does what the host had asked for."""
     signal.signal(signal.SIGTERM, lambda number, frame: print("the host's handler", flush=True))
