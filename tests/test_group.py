@@ -6,7 +6,7 @@ import time
 import pytest
 
 from fd_fusion.comm.group import Group, Vote, agree, working
-from fd_fusion.reasons import because
+from fd_fusion.reasons import FusionError, because
 
 LIMIT = 0.3
 
@@ -105,6 +105,18 @@ def test_one_rank_and_no_store():
     assert agree(alone, "t", Vote(refusal), timeout_s=LIMIT).refusals == ((0, refusal),)
     pair = Group("g", 1, 2, (0, 1), None)
     assert agree(pair, "t", Vote(), timeout_s=LIMIT).refusals[0][1].code == "no_store"
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_store_that_is_gone_is_an_error_of_this_package(rank):
+    """As when the process that serves it was killed: the client's own error, here a ValueError, says too little."""
+
+    class Gone(DictStore):
+        def add(self, key, amount):
+            raise ValueError("TCP send error. Details: Broken pipe.")
+
+    with pytest.raises(FusionError, match="Broken pipe"):
+        agree(Group("g", rank, 2, (0, 1), Gone()), "t", Vote(), timeout_s=LIMIT)
 
 
 def test_votes_follow_each_other_without_mixing():

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from fd_fusion.reasons import Reason, because
+from fd_fusion.reasons import FusionError, Reason, because
 
 _SEAL = 1 << 20  # a waiter's mark on the ballot; rank 0's own mark is 1, so both fit into one counter
 _PATIENCE = 10  # a rank that shows progress is waited for this many times the limit
@@ -86,13 +86,14 @@ class Verdict:
 
 
 def agree(group: Group, topic: str, vote: Vote, *, timeout_s: float) -> Verdict:
-    """Collective: state `vote`, get the verdict of the whole group. Bounded in time, never raises for a peer.
+    """Collective: state `vote`, get the verdict of the whole group. Bounded in time, never raises for a silent peer.
 
     Args:
         timeout_s: how long a silent rank is waited for, in seconds. A rank inside `working` is waited for up to
             ten times as long, as long as it shows progress.
     Returns: the verdict, equal on all ranks. A rank that never voted is a refusal that names it. If rank 0 itself
         is missing, the others agree on that.
+    Raises: FusionError: the store is gone, as it is with the process that serves it.
     """
     if group.size == 1:
         return Verdict((vote.data,), () if vote.refusal is None else ((0, vote.refusal),))
@@ -100,10 +101,11 @@ def agree(group: Group, topic: str, vote: Vote, *, timeout_s: float) -> Verdict:
         return Verdict((None,) * group.size, ((group.rank, because("no_store", detail="none was given")),))
     ballot = group.next_ballot(topic)
     text = {"refusal": vote.refusal.to_dict() if vote.refusal else None, "data": vote.data}
-    _publish(group.store, f"{ballot}/vote/{group.rank}", json.dumps(text))
-    if group.rank == 0:
-        return _gather(group, ballot, timeout_s)
-    return _await_verdict(group, ballot, timeout_s)
+    try:
+        _publish(group.store, f"{ballot}/vote/{group.rank}", json.dumps(text))
+        return (_gather if group.rank == 0 else _await_verdict)(group, ballot, timeout_s)
+    except Exception as error:  # each store has its own
+        raise FusionError(because("no_store", detail=f"{type(error).__name__}: {error}")) from error
 
 
 @contextlib.contextmanager

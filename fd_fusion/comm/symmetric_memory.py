@@ -98,8 +98,9 @@ def open_symmetric_memory(
         timeout_s: how long a silent rank is waited for at each step.
     Raises: FusionError: on all ranks alike, with the reason of the first rank that refused.
     """
-    identity = {**process_identity(), **maker.identity(), "nbytes": nbytes, "salt": secrets.token_hex(8)}
-    ranks = settle(group, "identity", None, identity, timeout_s)
+    identity, refusal = attempt(lambda: {**process_identity(), **maker.identity()})
+    identity = {**(identity or {}), "nbytes": nbytes, "salt": secrets.token_hex(8)}
+    ranks = settle(group, "identity", refusal, identity, timeout_s)
     if refusal := _unreachable(ranks, group):
         raise FusionError(refusal)
     nonce = hashlib.sha256("".join(r["salt"] for r in ranks).encode()).hexdigest()[:16]

@@ -36,6 +36,8 @@ def main(what):
     maker = DeviceLike() if what == "lossy_device" else posix_shm.PosixShm()
     if what.startswith("lossy") and group.rank == 1:
         push = lose
+    if what == "nameless" and group.rank == 1:
+        maker.identity = lambda: open("/proc/not/there")
     if what == "full" and group.rank == 1:
         os.posix_fallocate = full
     if what == "killed" and group.rank == 1:
