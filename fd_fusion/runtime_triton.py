@@ -21,7 +21,7 @@ from typing import Any
 from fd_fusion.reasons import FusionError, because
 
 _INTERPRET = "TRITON_INTERPRET"
-_REGISTERS, _WARPS = 65536, 48  # of a multiprocessor, sm_80 and newer; some hold 64 warps
+_REGISTERS, _WARPS, _PROGRAMS = 65536, 48, 16  # of a multiprocessor: the least that any from sm_80 on holds
 
 
 @contextlib.contextmanager
@@ -153,7 +153,12 @@ def prepare(kernel: Any, like: tuple, constants: dict[str, Any], device: str) ->
     run, stream = made.run, current_stream()
     loaded = (made.function, made.packed_metadata, None, None, None)  # launch metadata, hooks
     tail = tuple(constants[name] for name in kernel.arg_names if name in constants)
-    warps = made.metadata.num_warps
-    by_registers = _REGISTERS // (warps * 32 * (-(-made.n_regs // 8) * 8))
-    resident = max(1, min(by_registers, _WARPS // warps))
+    resident = programs_at_once(made.metadata.num_warps, made.n_regs)
     return Loaded(lambda programs, *args: run(programs, 1, 1, stream(), *loaded, *args, *tail), resident)
+
+
+def programs_at_once(num_warps: int, registers: int) -> int:
+    """How many programs of so many warps and registers a thread a multiprocessor holds at least, from sm_80 on."""
+    a_warp = 32 * (-(-registers // 8) * 8)
+    warps = _REGISTERS // 4 // a_warp * 4  # each quarter of a multiprocessor has its own registers
+    return max(1, min(warps // num_warps, _WARPS // num_warps, _PROGRAMS))

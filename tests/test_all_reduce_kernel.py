@@ -206,4 +206,6 @@ def test_plans(size, dtype):
         block = plans.constants(plan, weight_dtype=dtype, has_residual=True, two_shot=False)["BLOCK"]
         assert block >= plan.slice_words and block & (block - 1) == 0 and plan.units in (1, 2, 4)
         assert plan.num_warps & (plan.num_warps - 1) == 0 and plan.num_warps <= 32
-        assert plans.most_programs(plan, workspace_bytes=32 << 20, at_once=132) >= 1
+        for room in (1 << 20, 4 << 20, 11184810, 32 << 20):  # no more than a workspace may have, and no less
+            most = plans.most_programs(plan, workspace_bytes=room, at_once=1 << 20)
+            assert plans.total_bytes(plan, most) <= room < plans.total_bytes(plan, most + 1)

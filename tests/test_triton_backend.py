@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from fd_fusion import runtime_triton
 from fd_fusion.backends import triton as backend
 from fd_fusion.tuning import Facts
 from tests.support.ranks import ROOT, run_ranks
@@ -86,6 +87,15 @@ def test_through_the_launcher_of_paddle(tmp_path):
 def test_supports(changes, code):
     refusal = backend.supports(Facts(**{**FACTS, **changes}))
     assert (refusal.code if refusal else None) == code
+
+
+@pytest.mark.parametrize(
+    "num_warps, registers, most",
+    [(1, 24, 16), (1, 136, 12), (2, 32, 16), (2, 168, 6), (4, 121, 4), (8, 128, 2), (32, 64, 1)],
+)
+def test_programs_that_a_multiprocessor_holds(num_warps, registers, most):
+    """An sm_86 takes 16 blocks, and warps of 136 registers three a quarter: more would never run at the same time."""
+    assert runtime_triton.programs_at_once(num_warps, registers) == most
 
 
 def test_importing_the_backend_loads_neither_triton_nor_a_framework():

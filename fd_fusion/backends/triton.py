@@ -23,7 +23,6 @@ from fd_fusion.reasons import FusionTimeout, Reason, because
 from fd_fusion.tuning import NEVER, Facts, row_limit
 
 _CPU_PROGRAMS = 4  # rows in flight under the interpreter, where programs run one after another anyway
-_LOCAL_BYTES = 4096  # of a workspace, more than its local memory takes beside the slots
 _ANY_ADDRESS = 1 << 40  # what a kernel is compiled for: an int64; nothing is specialized on its value
 
 
@@ -41,8 +40,7 @@ def supports(facts: Facts) -> Reason | None:
     if facts.device == "gpu" and (facts.arch or 0) < 80:
         return because("old_gpu", got=facts.arch, need=80)
     plan = _plan(facts)
-    if plans.most_programs(plan, workspace_bytes=facts.workspace_bytes - _LOCAL_BYTES, at_once=1) < 1:
-        need = plans.symmetric_bytes(plan, 1) + _LOCAL_BYTES
+    if (need := plans.total_bytes(plan, 1)) > facts.workspace_bytes:
         return because("workspace_small", need=need, got=facts.workspace_bytes)
     return None
 
@@ -77,8 +75,7 @@ class Opened:
         # All programs of a call must run at once; half of what fits leaves room for other streams and for ours.
         half = max(1, min(kernel.resident for kernel in kernels.values()) // 2)
         room = _CPU_PROGRAMS if facts.device == "cpu" else half * self._maker.multiprocessors()
-        slots = facts.workspace_bytes - _LOCAL_BYTES
-        most = plans.most_programs(self._plan, workspace_bytes=slots, at_once=room)
+        most = plans.most_programs(self._plan, workspace_bytes=facts.workspace_bytes, at_once=room)
         self.programs = most if self.limit is None else min(most, self.limit)
         word = _ANY_ADDRESS, _ANY_ADDRESS
         store = runtime_triton.load_kernel("probe", "store_word")

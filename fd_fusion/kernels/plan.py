@@ -102,19 +102,19 @@ def _two_shot_rows(size: int, row_bytes: int) -> int | None:
     return math.ceil(1.5 / saved_us) if saved_us > 0 else None
 
 
-def slot_bytes(plan: Plan) -> int:
-    """Symmetric bytes that one row in flight takes: what G programs need is `symmetric_bytes`."""
-    return plan.split * plan.program_bytes
-
-
 def symmetric_bytes(plan: Plan, programs: int) -> int:
-    """Symmetric memory of each rank: the control page, then `programs` slots."""
-    return CONTROL_BYTES + programs * slot_bytes(plan)
+    """Symmetric memory of each rank: the control page, then a slot for each of `programs` rows in flight."""
+    return CONTROL_BYTES + programs * plan.split * plan.program_bytes
 
 
 def local_bytes(plan: Plan, programs: int) -> int:
     """Local memory of each rank: the head, then an epoch and two words of exchange for each program."""
     return 8 * (PROGRAM_WORDS + 3 * programs * plan.split)
+
+
+def total_bytes(plan: Plan, programs: int) -> int:
+    """All memory of each rank for G = `programs`."""
+    return symmetric_bytes(plan, programs) + local_bytes(plan, programs)
 
 
 def local_words(plan: Plan, programs: int, *, limit: int, error_page: int, addresses: list[int]) -> list[int]:
@@ -135,7 +135,9 @@ def most_programs(plan: Plan, *, workspace_bytes: int, at_once: int) -> int:
     """G, the most rows in flight: what the memory allows, and `at_once` programs, which must be sure to run at the
     same time and leave room for other streams (half of what the device holds). 0: too little memory.
     """
-    return min((workspace_bytes - CONTROL_BYTES) // slot_bytes(plan), max(1, at_once // plan.split))
+    fixed = total_bytes(plan, 0)
+    in_memory = (workspace_bytes - fixed) // (total_bytes(plan, 1) - fixed)
+    return min(in_memory, max(1, at_once // plan.split))
 
 
 def grid(plan: Plan, programs: int, rows: int) -> tuple[int]:
