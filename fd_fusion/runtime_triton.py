@@ -142,7 +142,7 @@ def prepare(kernel: Any, like: tuple, constants: dict[str, Any], device: str) ->
         like: arguments of the types that all calls will have. The kernel must not specialize on their values.
         constants: its constexpr arguments, which come last, and launch options.
 
-    A launch goes to the loaded function at once, by the entry point that Triton 3.3 to 3.8 share: looking the
+    A launch goes to the loaded function at once, by the entry point that Triton 3.3 to 3.9 share: looking the
     kernel up by its arguments, as `kernel[grid](...)` does, takes most of the host time of a launch.
     """
     if device == "cpu":

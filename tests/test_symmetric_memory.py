@@ -3,6 +3,7 @@
 import ctypes
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 
@@ -104,6 +105,38 @@ def test_no_driver_or_no_context_is_a_reason_not_a_crash():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
     assert done.returncode == 0 and done.stdout.strip(), done.stderr
     assert cuda_ipc.CudaIpc.handle_bytes == 64
+
+
+def test_the_cuda_maker_gives_back_what_it_took(monkeypatch):
+    """Over a driver that only counts: what is made, opened or pushed, and what is undone."""
+    calls = Counter()
+
+    class Driver:
+        def __getattr__(self, name):
+            def call(*args):
+                calls[name] += 1
+                if name in ("cuCtxGetCurrent", "cuStreamCreate"):
+                    args[0]._obj.value = 1
+                return 0
+
+            return call
+
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: Driver())
+    maker = cuda_ipc.CudaIpc()
+    for _ in range(2):
+        address, handle = maker.allocate(5)
+        peer = maker.open(handle, 5)
+        assert maker.read(address, 4) == maker.read(address, 4) == bytes(4)
+        maker.close(peer)
+        maker.free(address)
+    assert calls["cuStreamCreate"] == 2
+    for made, undone in (
+        ("cuMemAlloc_v2", "cuMemFree_v2"),
+        ("cuIpcOpenMemHandle_v2", "cuIpcCloseMemHandle"),
+        ("cuStreamCreate", "cuStreamDestroy_v2"),
+        ("cuCtxPushCurrent_v2", "cuCtxPopCurrent_v2"),
+    ):
+        assert calls[made] == calls[undone] > 0, calls
 
 
 def test_the_host_page_is_cleared_and_writable():

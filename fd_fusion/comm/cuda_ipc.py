@@ -93,6 +93,9 @@ class CudaIpc:
     def free(self, address: int) -> None:
         with self._current():
             self._call("cuMemFree_v2", ctypes.c_uint64(address))
+            if self._stream:
+                self._call("cuStreamDestroy_v2", self._stream)
+                self._stream = ctypes.c_void_p()
 
     def read(self, address: int, nbytes: int) -> bytes:
         """On a stream of its own, so that it waits for nobody's kernels."""
