@@ -102,6 +102,7 @@ class Opened:
         if hidden != self._facts.hidden_size or (residual is not None and residual.shape != partial.shape):
             got = [None if tensor is None else list(tensor.shape) for tensor in (partial, residual)]
             raise ValueError(f"opened for rows of {self._facts.hidden_size}, got partial {got[0]}, residual {got[1]}")
+        partial = _ready(partial)  # before it is copied: torch's empty_like keeps the order of a transposed tensor
         norm_out, residual_out = self._empty_like(partial), self._empty_like(partial)
         if rows:
             self._launch(partial, residual, weight, norm_out, residual_out, rows, eps, weight_offset)
@@ -150,8 +151,7 @@ class Opened:
 
     def _launch(self, partial, residual, weight, norm_out, residual_out, rows, eps, weight_offset):
         """One launch on the current stream. `op` on the error page is the number of the call, or of its capture."""
-        partial, weight = _ready(partial), _ready(weight)
-        bare = residual is None
+        weight, bare = _ready(weight), residual is None
         residual = partial if bare else _ready(residual)  # without one its address is not read
         programs = (rows if rows < self.programs else self.programs) * self._plan.split
         self._launches[rows >= self._two_shot_rows, bare](
@@ -250,6 +250,5 @@ def _read_error(words: list[int]) -> Reason | None:
 
 def _ready(tensor: Any) -> Any:
     """The tensor as the kernel reads it: contiguous and on a 16-byte boundary. A copy where it is not."""
-    if tensor.is_contiguous() and not tensor.data_ptr() & 15:
-        return tensor
-    return tensor.contiguous().clone()
+    tensor = tensor if tensor.is_contiguous() else tensor.contiguous()
+    return tensor.clone() if tensor.data_ptr() & 15 else tensor
