@@ -82,6 +82,7 @@ class Opened:
         self._store_word = runtime_triton.prepare(store, word, {}, facts.device).launch
         self._framework = runtime_triton.framework()
         self._empty_like = self._framework.empty_like
+        self._dtype = getattr(self._framework, facts.dtype)
         self._two_shot_rows = self._plan.two_shot_rows or 1 << 62
         self._calls = itertools.count()
         self._workspace: Workspace | None = None
@@ -96,12 +97,14 @@ class Opened:
         Args:
             partial: this rank's partial sums, [T, H]. residual: [T, H] or None. weight: [H].
         Returns: (norm_out, residual_out), [T, H], new tensors. If a rank is missing: NaN, and `check` raises.
-        Raises: ValueError: another shape than the one this was opened for. FusionTimeout: on a CPU, at once.
+        Raises: ValueError: another shape or dtype than this was opened for. FusionTimeout: on a CPU, at once.
         """
         rows, hidden = partial.shape
-        if hidden != self._facts.hidden_size or (residual is not None and residual.shape != partial.shape):
-            got = [None if tensor is None else list(tensor.shape) for tensor in (partial, residual)]
-            raise ValueError(f"opened for rows of {self._facts.hidden_size}, got partial {got[0]}, residual {got[1]}")
+        alike = residual is None or (residual.shape == partial.shape and self._is_of_dtype(residual))
+        if hidden != self._facts.hidden_size or not alike or not self._is_of_dtype(partial):
+            got = [None if tensor is None else (list(tensor.shape), tensor.dtype) for tensor in (partial, residual)]
+            expected = f"{self._facts.hidden_size} {self._facts.dtype}"
+            raise ValueError(f"opened for rows of {expected}, got partial {got[0]}, residual {got[1]}")
         partial = _ready(partial)  # before it is copied: torch's empty_like keeps the order of a transposed tensor
         norm_out, residual_out = self._empty_like(partial), self._empty_like(partial)
         if rows:
@@ -148,6 +151,9 @@ class Opened:
         """Give the memory back; may be repeated, and waits no more than seconds for the other ranks."""
         if self._workspace is not None:
             self._workspace.close()
+
+    def _is_of_dtype(self, tensor) -> bool:
+        return tensor.dtype is self._dtype or tensor.dtype == self._dtype  # to compare takes a microsecond
 
     def _launch(self, partial, residual, weight, norm_out, residual_out, rows, eps, weight_offset):
         """One launch on the current stream. `op` on the error page is the number of the call, or of its capture."""

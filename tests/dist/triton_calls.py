@@ -165,9 +165,10 @@ def strange_inputs(group, options):
     for strange in (x, x.t().contiguous().t()):
         outputs = opened.finish(strange, residual, weight, case.eps, 0.0)
         assert judge(case, *(tensors.bits_of(out, case.dtype) for out in outputs)) <= 1
-    for wrong in (wide, residual[:1]):
+    longer = tensors.tensor(case.partial(group.rank).astype("int32"), "float32", options.device)
+    for partial, wrong in ((residual, wide), (residual, residual[:1]), (residual, longer), (longer, None)):
         try:
-            opened.finish(residual, wrong, weight, case.eps, 0.0)
+            opened.finish(partial, wrong, weight, case.eps, 0.0)
         except ValueError as error:
             assert str(options.hidden) in str(error)
         else:
