@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -187,8 +186,8 @@ def _site_of(pair: Pair, opening: Opening) -> Site:
         norm_out, residual_out = run(partial.reshape(flat), residual, weight(), eps, offset)
         return norm_out.reshape(shape), residual_out.reshape(shape)
 
-    user = threading.get_ident if runtime.device_of()[0] == "cpu" else runtime.current_user
-    return Site(pair.name, fused=fused, reduce=pair.reduce, norm=pair.norm, limit=opening.opened.limit, user=user)
+    limit, user = opening.opened.limit, runtime.how_to_tell_users()
+    return Site(pair.name, fused=fused, reduce=pair.reduce, norm=pair.norm, limit=limit, user=user)
 
 
 def _structure_refusal(
