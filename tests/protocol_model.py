@@ -3,7 +3,8 @@ arrive, time runs out and aborts become known.
 
 A row is one word, whose value is the number of the call that it belongs to; None is "not sent". A store to another
 rank is a message that arrives at any later time, in any order. Clearing is local, and done when the call is: the end
-of a kernel, or the fence between two rows, puts it before anything that the rank sends next.
+of a kernel, or the fence between two rows, puts it before anything that the rank sends next. How the programs of one
+rank that share a row exchange their sums is a model of its own, sums_model.py.
 
 `explore` returns what is wrong with the protocol as `Rules` describe it: an empty set, unless a bug is planted.
 """

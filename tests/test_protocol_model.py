@@ -3,6 +3,7 @@
 import itertools
 
 import pytest
+import sums_model
 from protocol_model import Rules, explore
 
 PATHS = {2: (None, 0, 1), 3: (None, 0, 2)}  # one-shot, or two-shot with this owner
@@ -54,3 +55,27 @@ def test_clearing_out_of_order_is_found():
 @pytest.mark.parametrize("size", [2, 3])
 def test_two_streams_are_found(size):
     assert explore(Rules(size, (None, None), streams=2))
+
+
+@pytest.mark.parametrize("epoch", BEFORE_WRAP)
+@pytest.mark.parametrize("split, calls", [(2, 5), (3, 3)])
+def test_programs_of_a_row_exchange_their_sums(split, calls, epoch):
+    assert sums_model.explore(sums_model.Rules(split, calls, epoch=epoch)) == set()
+
+
+@pytest.mark.parametrize("split, calls", [(2, 4), (3, 2)])
+def test_any_program_of_a_row_may_fail(split, calls):
+    assert sums_model.explore(sums_model.Rules(split, calls, failures=True)) == set()
+
+
+@pytest.mark.parametrize(
+    "bug, found",
+    [
+        ("one_buffer", "a program waits for ever"),
+        ("words_without_epoch", "sums of another call are added"),
+        ("failure_kept_back", "a program waits for ever"),
+        ("own_epoch_taken_for_another_stream_s", "a good row is NaN in part"),
+    ],
+)
+def test_bugs_in_the_exchange_of_sums_are_found(bug, found):
+    assert sums_model.explore(sums_model.Rules(2, 4, failures=True, **{bug: True})) == {found}

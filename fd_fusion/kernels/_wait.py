@@ -109,7 +109,8 @@ def clear(slot, me, words, mask, N: tl.constexpr, SLICE: tl.constexpr):
 def sum_slices(part, state, local, home, epochs, pid, op, row, before, epoch, N: tl.constexpr, C: tl.constexpr,
                 INTERPRETED: tl.constexpr):  # fmt: skip
     """The sum over the C programs of a row, in slice order. A program that failed hands on NaN, so nobody waits
-    for it. Each thread polls by itself: words carry the epoch, so all see the same, and there is no barrier."""
+    for it. Each thread polls by itself: words carry the epoch, so all see the same, and there is no barrier
+    (tests/sums_model.py)."""
     sums = epochs - 3 * (pid % C) + 1 + (epoch & 1).to(tl.int32)
     bits = tl.where(state == 0, part, float("nan")).to(tl.uint32, bitcast=True).to(tl.uint64)
     tl.store(sums + 3 * (pid % C), (bits << 32) | epoch, cache_modifier=".wt")
