@@ -9,6 +9,7 @@ wait for another while a rank already spins is a deadlock. Torch tensors; needs 
 from __future__ import annotations
 
 import copy
+import functools
 import importlib
 import statistics
 from collections.abc import Callable
@@ -122,13 +123,19 @@ class FlashInferRanks:
         return launch
 
 
+@functools.cache
+def _streams() -> list[torch.cuda.Stream]:
+    """One to capture on and one for each rank, made once: torch has 32 and hands them out in turn. A rank that got
+    the capturing stream again would hold up all ranks behind it until the others had run out of time."""
+    return [torch.cuda.Stream() for _ in range(1 + max(plans.SIZES))]
+
+
 def capture(size: int, launches: list[Callable[[int], Any]], flush: torch.Tensor | None = None):
     """A CUDA graph of the launches, one after another on every rank. With `flush`, all ranks wait before each of
     them until that tensor has been written, which throws everything else out of L2."""
-    streams = [torch.cuda.Stream() for _ in range(size)]
+    root, *streams = _streams()[: 1 + size]
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        root = torch.cuda.current_stream()
+    with torch.cuda.graph(graph, stream=root):
         for batch in [launches] if flush is None else [[launch] for launch in launches]:
             if flush is not None:
                 flush.add_(1)
