@@ -31,6 +31,7 @@ def test_every_rank_reaches_every_buffer(size):
             "full",
             "rank 1 refused: the workspace could not be opened: OSError: [Errno 28] No space left on device",
         ),
+        ("full_device", "rank 1 refused: the workspace could not be opened: OSError: [Errno 28]"),
         ("nameless", "rank 1 refused: the workspace could not be opened: FileNotFoundError"),
         ("lossy", "what rank 1 stored into this rank's memory did not arrive"),
         ("lossy_device", "what rank 1 stored into this rank's memory did not arrive"),

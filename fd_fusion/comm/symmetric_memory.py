@@ -53,6 +53,7 @@ class SymmetricMemory:
         self.group, self.maker, self.nbytes, self.nonce = group, maker, nbytes, nonce
         self._mapped: dict[int, int] = {}  # rank -> address, what is still to be given back
         self.addresses: tuple[int, ...] = ()
+        self._closed = False
 
     @property
     def own(self) -> int:
@@ -66,8 +67,9 @@ class SymmetricMemory:
         process: nothing else can be waited for, and a running kernel may still reach it. Names go in any
         case. Returns whether everything was given back.
         """
-        if not self._mapped:
+        if self._closed:
             return True
+        self._closed = True  # a rank that has mapped nothing goes through the steps too: the others wait for it
         orderly = self.maker.free_waits_for_peers
         own = self._mapped.pop(self.group.rank, None)
         peers, self._mapped = list(self._mapped.values()), {}

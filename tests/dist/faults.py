@@ -13,7 +13,7 @@ sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
 import triton_calls as calls
 
-from fd_fusion.comm import posix_shm, workspace
+from fd_fusion.comm import cuda_ipc, posix_shm, workspace
 from fd_fusion.comm.symmetric_memory import barrier
 from fd_fusion.reasons import FusionError, FusionTimeout
 from tests.support import tensors
@@ -141,14 +141,17 @@ def no_triton(group, options):
 
 
 def full_memory(group, options):
-    """There is no room for the last rank's segment."""
+    """There is no room for the last rank's memory."""
+    on_gpu = options.device == "gpu"
     if _faulty(group):
 
         def full(*args):
             raise OSError(28, "No space left on device")
 
         os.posix_fallocate = full
-    _refused(group, options, "No space left on device")
+        allocate = cuda_ipc.CudaIpc.allocate
+        cuda_ipc.CudaIpc.allocate = lambda maker, nbytes: allocate(maker, 1 << 50)
+    _refused(group, options, "CUDA_ERROR_OUT_OF_MEMORY" if on_gpu else "No space left on device")
 
 
 def imported_before(group, options):

@@ -33,12 +33,12 @@ def full(*args):
 
 def main(what):
     group, push = this_group(), store
-    maker = DeviceLike() if what == "lossy_device" else posix_shm.PosixShm()
+    maker = DeviceLike() if what.endswith("_device") else posix_shm.PosixShm()
     if what.startswith("lossy") and group.rank == 1:
         push = lose
     if what == "nameless" and group.rank == 1:
         maker.identity = lambda: open("/proc/not/there")
-    if what == "full" and group.rank == 1:
+    if what.startswith("full") and group.rank == 1:
         os.posix_fallocate = full
     if what == "killed" and group.rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -49,6 +49,7 @@ def main(what):
     except FusionError as error:
         print("refused:", error)
         assert not maker._maps, "what could not be opened is not given back"
+        assert not symmetric_memory._lost, "a rank that was there was not seen at the close"
         return
     named = [path.name for path in posix_shm.FOLDER.glob("fd_fusion-*") if os.stat(path).st_uid == os.geteuid()]
     for peer, address in enumerate(memory.addresses):
