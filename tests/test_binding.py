@@ -8,9 +8,13 @@ from support.tiny import DemoDecoder, hidden
 
 import fd_fusion
 from fd_fusion import FusionConfig
-from fd_fusion.integration import native
+from fd_fusion.comm.group import Group, Verdict
+from fd_fusion.integration import binding, native
 from fd_fusion.integration.pairs import find_links
 from fd_fusion.integration.proof import Proof, joint_refusal, outputs_refusal, relative_errors
+from fd_fusion.integration.report import Report
+from fd_fusion.integration.settling import Bound
+from fd_fusion.reasons import because
 from fd_fusion.site import Rejected, Site
 
 
@@ -171,3 +175,26 @@ def test_a_reduction_that_somebody_else_does_is_no_pair(inner):
         producer.reduce_results = False
     first, *_ = native.find_pairs(model)
     assert first.reason.code == ("reduced_inside" if inner else "not_reduced")
+
+
+def test_workspace_mb_is_shared_by_the_workspaces_of_all_groups(monkeypatch):
+    """Two sizes in one group and one in another; a peer in the second has a fourth elsewhere."""
+    groups = [Group(name, 0, 2, (0, 1 + number), None) for number, name in enumerate("ab")]
+    kinds = [(groups[0], 64), (groups[0], 128), (groups[0], 64), (groups[1], 64)]
+    fields = {"dtype": "float32", "weight_dtype": "float32", "weight_offset": 0.0}
+    pairs = [SimpleNamespace(name=str(n), group=g, hidden_size=h, **fields) for n, (g, h) in enumerate(kinds)]
+    given = []
+
+    def agree(group, topic, vote, timeout_s):
+        digest, spaces = vote.data
+        return Verdict((vote.data, [digest, spaces + (group is groups[1])]), ())
+
+    def open_for(group, pairs, config, deterministic, spaces):
+        given.append((group.name, pairs[0].hidden_size, spaces))
+        return None, because("no_paddle", detail=""), ()
+
+    monkeypatch.setattr(binding, "agree", agree)
+    monkeypatch.setattr(binding, "open_for", open_for)
+    state = Bound(Report(FusionConfig(), "a test", "none"))
+    binding._open(state, pairs, FusionConfig(), False, None)
+    assert given == [("a", 64, 3), ("a", 128, 3), ("b", 64, 4)]
