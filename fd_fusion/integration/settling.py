@@ -109,7 +109,9 @@ def _settle(state: Bound, refusal: Reason | None, ranks: tuple[int, ...]) -> boo
     if refusal is None:
         return True
     report = state.report
-    _undo_sites(state)
+    undo_all(state)  # the norms of q and k too: they took part in what the pass showed
+    report.qk_stock.update(dict.fromkeys(report.qk_fused, refusal))
+    report.qk_fused = []
     report.sites.clear()
     refuse(report, [pair for pair, _ in state.sites], refusal, ranks, report.config)
     return False

@@ -24,6 +24,7 @@ from fastdeploy.model_executor.forward_meta import ForwardMeta
 from fastdeploy.model_executor.layers import normalization
 from fastdeploy.model_executor.models import decoder
 from fastdeploy.worker.gpu_model_runner import GPUModelRunner
+from paddle.jit import sot
 
 UPSTREAM = "enable_all_reduce_fusion"
 FEW, MANY = [1, 2, 3], [i % 60 for i in range(40)]
@@ -136,6 +137,11 @@ def traced(scratch):
     def forward(rows):
         return inner(rows, None)
 
+    # As the host does it: one graph, and a broken one is an error there.
+    code = type(inner).forward
+    sot.symbolic_translate(code, training=False)(inner, ids, ForwardMeta(ids))
+    ((found, _), *_), _ = sot.opcode_translator.executor.executor_cache.OpcodeExecutorCache().cache[code.__code__]
+    assert not [name for name in found[0].co_names if name.startswith("$")], "the graph is broken"
     for full_graph in (True, False):
         run = paddle.jit.to_static(forward, full_graph=full_graph)
         calls = [line.calls["fused"] for line in report.sites]
