@@ -1,5 +1,6 @@
 """What is read from the structure and the source of a built host model, and every reason why a pair stays stock."""
 
+import copy
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -148,6 +149,22 @@ def test_an_unknown_block_class_and_missing_attributes(monkeypatch):
     for name in ("quant_scale", "bias", "split_x", "allgather_out", "begin_norm_axis"):
         del norm.__dict__[name]
     assert "model.layers.1.self_attn.o_proj" in str(names(find_pairs(model, "float32")))
+
+
+def test_a_bound_layer_cannot_be_copied():
+    """A copy would run the forward, and so the weights, of the layer that it was copied from."""
+    from fd_fusion.integration.fastdeploy_adapters import _attach
+
+    model, _ = build()
+    found = find_pairs(model, "float32")[0][0]
+    before = [dict(vars(part)) for part in (found.producer, found.norm)]
+    detach = _attach(found, site=None)
+    for part in (found.producer, found.norm):
+        with pytest.raises(TypeError, match="unbind"):
+            copy.deepcopy(part)
+    detach()
+    assert [dict(vars(part)) for part in (found.producer, found.norm)] == before
+    copy.deepcopy(found.norm)
 
 
 def test_a_layer_of_another_pipeline_rank():

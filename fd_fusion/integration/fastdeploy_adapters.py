@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import paddle
 from paddle.base.dygraph.base import in_sot_simulation_mode
@@ -103,12 +103,20 @@ def _attach(found: HostPair, site: Site) -> Callable[[], None]:
             undo.append(_set(layer, _UPSTREAM, False))
     undo.append(_set(found.producer, "forward", _producer_forward(found.producer.forward, site)))
     undo.append(_set(found.norm, "forward", _norm_forward(found.norm.forward, site)))
+    undo += [_set(layer, "_fd_fusion_bound", _NoCopy()) for layer in (found.producer, found.norm)]
 
     def detach() -> None:
         while undo:
             undo.pop()()
 
     return detach
+
+
+class _NoCopy:
+    """In a bound layer: a copy of it would run the forward of the layer that it was copied from."""
+
+    def __reduce_ex__(self, protocol: int) -> NoReturn:
+        raise TypeError("fd_fusion: a bound layer cannot be copied; call fd_fusion.unbind(model) first")
 
 
 @contextlib.contextmanager

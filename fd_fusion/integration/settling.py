@@ -13,7 +13,7 @@ from fd_fusion.config import FusionConfig
 from fd_fusion.integration.opening import Opening
 from fd_fusion.integration.pairs import Pair
 from fd_fusion.integration.proof import Proof, joint_refusal, outputs_refusal
-from fd_fusion.integration.qk import QKNorm, kernel_of
+from fd_fusion.integration.qk import Kernel, QKNorm
 from fd_fusion.integration.report import Report
 from fd_fusion.reasons import BindError, Reason, because
 from fd_fusion.site import Rejected, Site
@@ -44,7 +44,7 @@ def refuse(report: Report, pairs: list[Pair], reason: Reason, ranks: tuple[int, 
 def attach_and_prove(model: Any, state: Bound, example: Callable[[], Sequence[Any]] | None) -> None:
     """Install the kernels and Sites, and run the proving pass here or leave it to the first forward."""
     stock = list(example()) if example and state.sites else []
-    state.undo_qk += [norm.attach(kernel_of(norm)) for norm in state.qk_norms]
+    state.undo_qk += [norm.attach(Kernel(norm)) for norm in state.qk_norms]
     if not state.sites:
         return
     sites = [site for _, site in state.sites]
