@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from support.launch import launch
 
-from fd_fusion.cli import demo, demo_launch, demo_report
+from fd_fusion.cli import demo, demo_launch, demo_report, ranks
 from fd_fusion.cli.demo_config import DecoderConfig
 from fd_fusion.cli.demo_reference import Truth
 
@@ -201,13 +201,36 @@ def test_segments_of_a_rank_that_died_are_removed():
             path.touch()
         with locked.open("rb") as stream:
             fcntl.flock(stream, fcntl.LOCK_EX)
-            demo_launch._remove_segments(time.time() + 60)
+            ranks.remove_segments(time.time() + 60)
             assert all(path.exists() for path in paths)
-            demo_launch._remove_segments(left.stat().st_ctime)
+            ranks.remove_segments(left.stat().st_ctime)
         assert locked.exists() and not left.exists()
     finally:
         for path in paths:
             path.unlink(missing_ok=True)
+
+
+DYING = """
+import ctypes, threading, time
+threading.Thread(target=time.sleep, args=(60,)).start()
+ctypes.CDLL(None).pthread_exit(None)
+"""
+
+
+def test_a_process_lives_until_its_last_thread_has_gone():
+    """Its locks are held until then, so a look at its segments before would leave them."""
+    process = subprocess.Popen([sys.executable, "-c", DYING])
+    try:
+        while demo_launch._state(process.pid) != "Z":
+            assert process.poll() is None
+            time.sleep(0.02)
+        assert demo_launch._alive(process.pid)
+        process.kill()
+        while demo_launch._alive(process.pid):
+            time.sleep(0.02)
+    finally:
+        process.kill()
+        process.wait()
 
 
 @pytest.mark.timeout(120)

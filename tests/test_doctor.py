@@ -262,6 +262,19 @@ def test_a_rank_that_dies_is_named(faulty, fault, sentence):
     assert str(caught.value) == sentence and time.monotonic() - start < 5
 
 
+SEGMENT = (
+    "from fd_fusion.comm import posix_shm; handle = posix_shm.PosixShm().allocate(4096)[1]; "
+    "pathlib.Path(job['segment']).write_text(str(posix_shm._path(handle))); os._exit(3)"
+)
+
+
+def test_the_shared_memory_of_a_rank_that_dies_is_removed(faulty, tmp_path):
+    """It still has its name: the other ranks had not mapped it yet."""
+    with pytest.raises(ranks.RanksFailed):
+        faulty(SEGMENT, segment=str(tmp_path / "segment"))
+    assert not Path((tmp_path / "segment").read_text()).exists()
+
+
 def test_ranks_that_are_not_done_in_time(faulty):
     with pytest.raises(ranks.RanksFailed, match=r"rank 0 was not done within 1.5 s"):
         faulty("pass", timeout_s=1.5, sleep=1)
