@@ -115,7 +115,7 @@ def test_a_probe_that_fails_is_a_sentence():
 
     first, second = guarded("t", probe)
     assert first.name == "first" and second.name == "probe" and second.state == "warn"
-    assert second.text == "could not be looked at: OSError: no such thing"
+    assert second.text == "t could not be looked at: OSError: no such thing"
 
 
 @pytest.mark.parametrize("states, code", [(["ok", "warn"], 0), (["ok", "off"], 1), (["off", "broken"], 2)], ids=str)
@@ -163,6 +163,43 @@ def test_a_framework_that_does_not_import(on_path):
         doctor_child.ask("framework", 2)[0].text
         == "Paddle cannot be imported: libfoo.so: cannot open shared object file"
     )
+
+
+def test_a_framework_whose_gpu_does_not_answer_is_broken(on_path):
+    fake(on_path, "paddle", "__version__ = '3.3.1'\ndef is_compiled_with_cuda():\n    raise OSError('error 719')")
+    (found,) = told = doctor_child.ask("framework", 2)
+    assert found.state == "broken" and "OSError: error 719" in found.text
+    told += doctor._launch(2, told)
+    assert told[1].text == "not tried: the framework does not work" and doctor.judge(told)["exit_code"] == 2
+
+
+def test_a_framework_that_does_not_come_to_an_end_is_broken(on_path):
+    fake(on_path, "paddle", "import time; time.sleep(60)")
+    (found,) = doctor_child.ask("framework", 2, timeout_s=1)
+    assert found.state == "broken" and "was not done within 1 s" in found.text
+
+
+def test_a_launch_that_cannot_be_started_is_broken(monkeypatch):
+    monkeypatch.setattr(doctor_child, "ask", lambda *_: [])
+    monkeypatch.setattr(doctor, "_launch", lambda *_: 1 / 0)
+    launch = doctor.find(2, launch=True)[-1]
+    assert launch.topic == "launch" and launch.state == "broken" and launch.remedy
+
+
+def test_a_build_for_cpus_among_gpus(on_path, monkeypatch):
+    smi = on_path / "nvidia-smi"
+    smi.write_text("#!/bin/sh\necho GPU 0: GPU X\necho GPU 1: GPU X")
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", str(on_path), prepend=os.pathsep)
+    fake(on_path, "paddle", "__version__ = '3.3.1'\ndef is_compiled_with_cuda(): return False")
+    told = doctor_child.ask("framework", 2)
+    assert of(told, "gpus").state == "off" and "sees none of the 2 GPUs" in of(told, "gpus").text
+
+
+def test_without_triton_nothing_fuses_on_a_cpu(monkeypatch):
+    monkeypatch.setattr(doctor_child.importlib.util, "find_spec", lambda name: None)
+    found = of(list(doctor_child._backends(doctor_child.facts_for(2, "cpu", None))), "any")
+    assert found.state == "off" and found.remedy == 'pip install "triton>=3.3"'
 
 
 @pytest.mark.parametrize("found", [True, False])

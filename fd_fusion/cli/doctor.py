@@ -60,7 +60,7 @@ def find(size: int, *, launch: bool) -> list[Finding]:
         for child in asked:
             found += child.result()
     if launch and size > 1:
-        found += guarded("launch", lambda: _launch(size, found))
+        found += guarded("launch", lambda: _launch(size, found), "broken")
     return found
 
 
@@ -86,7 +86,8 @@ def _launch(size: int, found: list[Finding]) -> Iterator[Finding]:
     by_name = {(one.topic, one.name): one for one in found}
     here, triton = by_name.get(("framework", "import")), by_name.get(("backends", "triton"))
     if here is None or here.state != "ok" or triton is None or triton.state != "ok":
-        yield Finding("launch", "triton", "note", "not tried: the triton backend said no")
+        who = "triton backend said no" if here and here.state == "ok" else "framework does not work"
+        yield Finding("launch", "triton", "note", f"not tried: the {who}")
         return
     device = here.data["device"]
     env = {"TRITON_INTERPRET": "1"} if device == "cpu" else {"CUDA_MODULE_LOADING": "EAGER"}

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from fd_fusion import tuning_table
+from fd_fusion.cli.doctor_machine import tool
 from fd_fusion.cli.findings import Finding, guarded, of_reason
 from fd_fusion.cli.ranks import child_environment
 from fd_fusion.config import BACKENDS
@@ -18,7 +19,7 @@ from fd_fusion.reasons import FusionError, because
 from fd_fusion.tuning import Facts
 
 _MARK = "fd_fusion doctor: "
-_FUSING = {"cpu": ("triton", "paddle"), "gpu": ("triton", "flashinfer")}  # those that gain something, or could
+_FUSING = {"cpu": ("triton",), "gpu": ("triton", "flashinfer")}  # those with a kernel
 
 
 def ask(what: str, *args: Any, timeout_s: float = 120) -> list[Finding]:
@@ -34,14 +35,18 @@ def ask(what: str, *args: Any, timeout_s: float = 120) -> list[Finding]:
             timeout=timeout_s,
         )
     except subprocess.TimeoutExpired:
-        return [Finding(what, "import", "warn", f"importing {what} was not done within {timeout_s:g} s")]
+        return [Finding(what, "import", _failed(what), f"importing {what} was not done within {timeout_s:g} s")]
     lines = [line for line in done.stdout.splitlines() if line.startswith(_MARK)]
     if not lines:
         last = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), "no message")
-        state = "broken" if what == "framework" else "warn"
         text = f"importing {what} ends its process (exit code {done.returncode}): {last}"
-        return [Finding(what, "import", state, text, "reinstall the package")]
+        return [Finding(what, "import", _failed(what), text, "reinstall the package")]
     return [Finding(**one) for one in json.loads(lines[-1].removeprefix(_MARK))]
+
+
+def _failed(what: str) -> str:
+    """The state of a probe that came to no answer: nothing works without the framework."""
+    return "broken" if what == "framework" else "warn"
 
 
 def facts_for(size: int, device: str, arch: int | None, rank: int = 0) -> Facts:
@@ -78,6 +83,10 @@ def framework(size: str) -> Iterator[Finding]:
     where = f"{count} GPU{'s' * (count > 1)}, sm_{arch}" if count else "CPU only"
     data = {"name": here.__name__, "version": here.__version__, "device": device, "arch": arch, "gpus": count}
     yield Finding("framework", "import", "ok", f"{name} imports: {where}", data=data)
+    listed = [] if count else (tool("nvidia-smi", "-L") or "").splitlines()
+    if seen := sum(line.startswith("GPU ") for line in listed):
+        remedy = "install a build for GPUs, with a CUDA that the driver knows, and look at CUDA_VISIBLE_DEVICES"
+        yield Finding("framework", "gpus", "off", f"{name} sees none of the {seen} GPUs of this machine", remedy)
     facts = facts_for(int(size), device, arch)
     yield from guarded("framework", lambda: _memory(here, facts))
     yield from guarded("framework", lambda: _table(here, facts))
@@ -196,7 +205,7 @@ PROBES: dict[str, Callable[..., Iterator[Finding]]] = {p.__name__: p for p in (f
 
 def main() -> None:
     what, *args = sys.argv[1:]
-    found = guarded(what, lambda: PROBES[what](*args))
+    found = guarded(what, lambda: PROBES[what](*args), _failed(what))
     print("\n" + _MARK + json.dumps([one.to_dict() for one in found]), flush=True)
 
 
