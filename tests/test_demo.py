@@ -263,3 +263,35 @@ def test_seeded_bugs_are_caught(tmp_path):
 def test_the_command_line(args, code, says):
     run = subprocess.run([sys.executable, "-m", "fd_fusion", *args], capture_output=True, text=True, cwd=ROOT)
     assert run.returncode == code and says in run.stdout + run.stderr and "Traceback" not in run.stderr
+
+
+def test_nobody_reads_the_output():
+    """`| head -1` that has ended."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "wb") as pipe:
+        argv = [sys.executable, "-m", "fd_fusion", "reasons"]
+        run = subprocess.run(argv, stdout=pipe, stderr=subprocess.PIPE, cwd=ROOT)
+    assert (run.returncode, run.stderr) == (141, b"")
+
+
+def test_a_closed_stdout():
+    run = subprocess.run(["sh", "-c", f"'{sys.executable}' -m fd_fusion reasons >&-"], capture_output=True, cwd=ROOT)
+    assert (run.returncode, run.stderr) == (0, b"")
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "says"),
+    [
+        (["reasons", "--write", "{tmp}/none"], 1, "No such file"),
+        (["demo", "--json", "{tmp}"], 2, "this is a folder; give the name of a file"),
+        (["demo"], 1, "in sys.modules; install it, for example"),
+    ],
+    ids=str,
+)
+def test_one_sentence_of_error(tmp_path, args, code, says):
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['numpy'] = None" if args == ["demo"] else "")
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    argv = [sys.executable, "-m", "fd_fusion", *(arg.format(tmp=tmp_path) for arg in args)]
+    run = subprocess.run(argv, capture_output=True, text=True, env=env)
+    assert run.returncode == code and says in run.stderr and run.stderr.count("\n") == 1, run.stderr
