@@ -28,7 +28,7 @@ install)
 serve)
     # Our argument is taken out and travels in the environment; FastDeploy itself is not changed. When the ranks have
     # loaded the model, this prints on stderr, and writes into $FD_LOG_DIR/fd_fusion.log, for example
-    #   fd_fusion: on: 92 sites, triton one-shot <= 64 rows (built in), workspace 32 MB, group [0..3], config from --fusion-config
+    #   fd_fusion: on: 92 sites, triton one-shot <= 64 rows (built in), workspace 6 MB, group [0..3], config from --fusion-config
     exec python -m fd_fusion serve --fusion-config "$FUSION_CONFIG" "${server_arguments[@]}" "$@"
     ;;
 status)
