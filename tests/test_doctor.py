@@ -193,7 +193,7 @@ def test_a_build_for_cpus_among_gpus(on_path, monkeypatch):
     monkeypatch.setenv("PATH", str(on_path), prepend=os.pathsep)
     fake(on_path, "paddle", "__version__ = '3.3.1'\ndef is_compiled_with_cuda(): return False")
     told = doctor_child.ask("framework", 2)
-    assert of(told, "gpus").state == "off" and "sees none of the 2 GPUs" in of(told, "gpus").text
+    assert of(told, "gpus").state == "off" and "sees none of this machine's GPUs (2)" in of(told, "gpus").text
 
 
 def test_without_triton_nothing_fuses_on_a_cpu(monkeypatch):

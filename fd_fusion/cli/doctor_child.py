@@ -86,7 +86,7 @@ def framework(size: str) -> Iterator[Finding]:
     listed = [] if count else (tool("nvidia-smi", "-L") or "").splitlines()
     if seen := sum(line.startswith("GPU ") for line in listed):
         remedy = "install a build for GPUs, with a CUDA that the driver knows, and look at CUDA_VISIBLE_DEVICES"
-        yield Finding("framework", "gpus", "off", f"{name} sees none of the {seen} GPUs of this machine", remedy)
+        yield Finding("framework", "gpus", "off", f"{name} sees none of this machine's GPUs ({seen})", remedy)
     facts = facts_for(int(size), device, arch)
     yield from guarded("framework", lambda: _memory(here, facts))
     yield from guarded("framework", lambda: _table(here, facts))
