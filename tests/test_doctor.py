@@ -313,7 +313,7 @@ def test_the_shared_memory_of_a_rank_that_dies_is_removed(faulty, tmp_path):
 
 
 def test_ranks_that_are_not_done_in_time(faulty):
-    with pytest.raises(ranks.RanksFailed, match=r"rank 0 was not done within 1.5 s"):
+    with pytest.raises(ranks.RanksFailed, match=r"ranks 0, 1 were not done within 1.5 s"):
         faulty("pass", timeout_s=1.5, sleep=1)
 
 

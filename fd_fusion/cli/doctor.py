@@ -97,8 +97,7 @@ def _launch(size: int, found: list[Finding]) -> Iterator[Finding]:
         results = run_ranks("doctor_rank", size, {}, timeout_s=300, env=env)
     except RanksFailed as error:
         remedy = "mend what the sentence names; with `--no-run` this step is left out"
-        sentence = str(error).replace("fd_fusion: ", "")
-        yield Finding("launch", "triton", "broken", f"{size} ranks {where}: {sentence}", remedy, {"log": error.log})
+        yield Finding("launch", "triton", "broken", f"{size} ranks {where}: {error}", remedy, {"log": error.log})
         return
     worst, digests = max(one["worst"] for one in results), {one["digest"] for one in results}
     counted = all(one["counted"] for one in results)

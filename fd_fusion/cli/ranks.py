@@ -172,12 +172,14 @@ def _watch(processes: list[subprocess.Popen], folder: Path, timeout_s: float) ->
                 raise RanksFailed(f"rank {rank} died {_cause(code)}", _tail(folder, rank))
         if told:
             rank = min(told, key=lambda r: told[r].stat().st_mtime_ns)
-            raise RanksFailed(f"rank {rank} failed: {told[rank].read_text()}", _tail(folder, rank))
+            text = told[rank].read_text().removeprefix("fd_fusion: ")
+            raise RanksFailed(f"rank {rank} failed: {text}", _tail(folder, rank))
         if all(code == 0 for code in codes):
             return
         if time.monotonic() > deadline:
-            rank = next(r for r, code in enumerate(codes) if code is None)
-            raise RanksFailed(f"rank {rank} was not done within {timeout_s:g} s", _tail(folder, rank))
+            left = [rank for rank, code in enumerate(codes) if code is None]  # one of them holds the others up
+            who = f"rank {left[0]} was" if len(left) == 1 else f"ranks {', '.join(map(str, left))} were"
+            raise RanksFailed(f"{who} not done within {timeout_s:g} s", _tail(folder, left[0]))
         time.sleep(_POLL_S)
 
 
