@@ -1,5 +1,6 @@
 """`python -m fd_fusion doctor`: every probe on faked facts, the verdicts, and the whole command on this machine."""
 
+import contextlib
 import json
 import os
 import signal
@@ -180,7 +181,7 @@ def test_a_framework_that_does_not_come_to_an_end_is_broken(on_path):
 
 
 def test_a_launch_that_cannot_be_started_is_broken(monkeypatch):
-    monkeypatch.setattr(doctor_child, "ask", lambda *_: [])
+    monkeypatch.setattr(doctor_child, "asking", lambda *_: contextlib.nullcontext(list))
     monkeypatch.setattr(doctor, "_launch", lambda *_: 1 / 0)
     launch = doctor.find(2, launch=True)[-1]
     assert launch.topic == "launch" and launch.state == "broken" and launch.remedy
@@ -355,3 +356,20 @@ def test_a_flashinfer_that_ends_its_process(on_path):
     fake(on_path, "flashinfer", "import os; os.abort()", version="0.6.12")
     (found,) = doctor_child.ask("flashinfer")
     assert found.state == "warn" and "ends its process" in found.text
+
+
+def test_an_import_that_hangs_does_not_hold_up_a_sigterm(on_path):
+    fake(
+        on_path, "flashinfer", f"import pathlib, time; pathlib.Path({str(on_path / 'in')!r}).touch(); time.sleep(100)"
+    )
+    (on_path / "flashinfer-1.0.dist-info").rename(on_path / "flashinfer_python-1.0.dist-info")
+    (on_path / "flashinfer_python-1.0.dist-info/METADATA").write_text("Name: flashinfer-python\nVersion: 0.6.12\n")
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(on_path), str(ROOT)])}
+    process = subprocess.Popen([sys.executable, "-m", "fd_fusion", "doctor", "--no-run"], env=env)
+    try:
+        _until((on_path / "in").exists)
+        process.terminate()
+        assert process.wait(timeout=60) == 143
+    finally:
+        process.kill()
+        process.wait()

@@ -7,9 +7,9 @@ Ends with one launch of the fused kernel on every rank, compared with the refere
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from fd_fusion import __version__
@@ -53,12 +53,13 @@ def find(size: int, *, launch: bool) -> list[Finding]:
     found = guarded("packages", packages)
     present = {one.name: one.state in ("ok", "warn") for one in found}
     children = ["framework", *(name for name in ("flashinfer", "fastdeploy") if present.get(name))]
-    with ThreadPoolExecutor() as pool:
-        asked = [pool.submit(doctor_child.ask, name, *([size] if name == "framework" else [])) for name in children]
+    with contextlib.ExitStack() as stack:
+        sizes = [[size] if name == "framework" else [] for name in children]
+        asked = [stack.enter_context(doctor_child.asking(name, *more)) for name, more in zip(children, sizes)]
         found += guarded("machine", machine)
         found += guarded("config", config)
-        for child in asked:
-            found += child.result()
+        for answer in asked:
+            found += answer()
     if launch and size > 1:
         found += guarded("launch", lambda: _launch(size, found), "broken")
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import json
@@ -14,6 +15,7 @@ from fd_fusion import tuning_table
 from fd_fusion.cli.doctor_machine import tool
 from fd_fusion.cli.findings import Finding, guarded, of_reason
 from fd_fusion.cli.ranks import child_environment
+from fd_fusion.cli.signals import held_back
 from fd_fusion.config import BACKENDS
 from fd_fusion.reasons import FusionError, because
 from fd_fusion.tuning import Facts
@@ -24,22 +26,31 @@ _FUSING = {"cpu": ("triton",), "gpu": ("triton", "flashinfer")}  # those with a 
 
 def ask(what: str, *args: Any, timeout_s: float = 120) -> list[Finding]:
     """The findings of one of `PROBES`, run in a child process. A child that dies is a finding."""
+    with asking(what, *args, timeout_s=timeout_s) as answer:
+        return answer()
+
+
+@contextlib.contextmanager
+def asking(what: str, *args: Any, timeout_s: float = 120) -> Iterator[Callable[[], list[Finding]]]:
+    """Start such a child now; what comes out waits for its findings. It ends with the block, whatever it imports."""
     command = [sys.executable, "-W", "ignore", "-m", "fd_fusion.cli.doctor_child", what, *map(str, args)]
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with contextlib.ExitStack() as stack:
+        with held_back():
+            child = stack.enter_context(subprocess.Popen(command, env=child_environment(), text=True, **pipes))
+            stack.callback(child.kill)  # does nothing to one that has ended
+        yield lambda: _answer(child, what, timeout_s)
+
+
+def _answer(child: subprocess.Popen, what: str, timeout_s: float) -> list[Finding]:
     try:
-        done = subprocess.run(
-            command,
-            env=child_environment(),
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=timeout_s,
-        )
+        out, err = child.communicate(timeout=timeout_s)
     except subprocess.TimeoutExpired:
         return [Finding(what, "import", _failed(what), f"importing {what} was not done within {timeout_s:g} s")]
-    lines = [line for line in done.stdout.splitlines() if line.startswith(_MARK)]
+    lines = [line for line in out.splitlines() if line.startswith(_MARK)]
     if not lines:
-        last = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), "no message")
-        text = f"importing {what} ends its process (exit code {done.returncode}): {last}"
+        last = next((line for line in reversed(err.splitlines()) if line.strip()), "no message")
+        text = f"importing {what} ends its process (exit code {child.returncode}): {last}"
         return [Finding(what, "import", _failed(what), text, "reinstall the package")]
     return [Finding(**one) for one in json.loads(lines[-1].removeprefix(_MARK))]
 
