@@ -33,7 +33,7 @@ serve)
     ;;
 status)
     # One line a rank; "off: ..." and "... stock: ..." tell the reason, and every reason names its remedy.
-    grep -h "fd_fusion" "$FD_LOG_DIR/fd_fusion.log" | sort -u | tail -n 20
+    grep -h "fd_fusion" "$FD_LOG_DIR/fd_fusion.log" | grep -v "fd_fusion metrics" | sort -u | tail -n 20
     ;;
 rollback)
     # Nothing of the host or of the checkpoint was touched, so the way back is not to ask. FD_FUSION_DISABLE=1 holds
