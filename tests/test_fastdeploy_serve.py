@@ -161,7 +161,7 @@ def test_a_missing_host_is_an_error(capsys, monkeypatch):
 def test_outcome():
     head = "INFO 2026-01-01 00:00:00,000 1 "
     assert serve.outcome(["something else"]) is None
-    on = "fd_fusion 0.1.0: 94 sites, triton <= 256 rows, workspace 32.0 MB, group [0..3], config from --fusion-config"
+    on = "fd_fusion 0.1.0: 94 sites, triton <= 256 rows, workspace 32 MB, group [0..3], config from --fusion-config"
     assert serve.outcome([head + on]).startswith("94 sites, triton")
     off = f"{head}fd_fusion 0.1.0: Glm4MoeForCausalLM: off: FD_FUSION_DISABLE is set"
     assert serve.outcome(["x", off]) == "off: FD_FUSION_DISABLE is set"
