@@ -28,12 +28,12 @@ install)
 serve)
     # Our argument is taken out and travels in the environment; FastDeploy itself is not changed. When the ranks have
     # loaded the model, this prints on stderr, and writes into $FD_LOG_DIR/fd_fusion.log, for example
-    #   fd_fusion: on: 92 sites, triton one-shot <= 64 rows (built in), workspace 32 MB, group [0..3], config from --fusion-config
+    #   fd_fusion: on: 92 sites, triton one-shot <= 64 rows (built in), workspace 6 MB, group [0..3], config from --fusion-config
     exec python -m fd_fusion serve --fusion-config "$FUSION_CONFIG" "${server_arguments[@]}" "$@"
     ;;
 status)
     # One line a rank; "off: ..." and "... stock: ..." tell the reason, and every reason names its remedy.
-    grep -h "fd_fusion" "$FD_LOG_DIR/fd_fusion.log" | sort -u | tail -n 20
+    grep -h "fd_fusion" "$FD_LOG_DIR/fd_fusion.log" | grep -v "fd_fusion metrics" | sort -u | tail -n 20
     ;;
 rollback)
     # Nothing of the host or of the checkpoint was touched, so the way back is not to ask. FD_FUSION_DISABLE=1 holds

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
+from typing import Any
 
 from fd_fusion import __version__
 
@@ -37,10 +39,22 @@ def main(argv: list[str] | None = None) -> int:
         parser.print_help()
         return 0
     try:
-        return importlib.import_module(COMMANDS[command][0]).main(argv[1:])
+        code = _module(command).main(argv[1:])
+        print(end="", flush=True)
+        return code
     except KeyboardInterrupt:
         print(f"fd-fusion {command}: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # `| head`: nobody reads on. At exit Python flushes once more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141  # as a shell tells SIGPIPE
+
+
+def _module(command: str) -> Any:
+    try:
+        return importlib.import_module(COMMANDS[command][0])
+    except ModuleNotFoundError as error:
+        sys.exit(f'fd-fusion {command}: {error}; install it, for example with pip install -e ".[cpu]"')
 
 
 if __name__ == "__main__":

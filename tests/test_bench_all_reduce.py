@@ -2,10 +2,13 @@
 
 import json
 import math
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from fd_fusion.cli import bench_all_reduce
 from fd_fusion.cli.bench_all_reduce import pushed_bytes
 from fd_fusion.cli.bench_all_reduce_report import GOALS, ratios, tables
 from fd_fusion.kernels.plan import plan_for
@@ -45,3 +48,20 @@ def test_pushed_bytes():
     assert pushed_bytes(2, 1, 4096, two_shot=False, flashinfer=False) == 8192
     assert pushed_bytes(8, 16, 8192, two_shot=True, flashinfer=False) == 3 * 7 * 2 * 8192 * 2
     assert pushed_bytes(8, 16, 8192, two_shot=True, flashinfer=True) == 2 * 7 * 2 * 8192 * 2
+
+
+@pytest.mark.parametrize("counted", [True, False])
+def test_a_kernel_whose_rows_the_device_did_not_count_is_not_timed(monkeypatch, counted):
+    ranks = SimpleNamespace(prepare=lambda case, two_shot: None, rows_done=lambda: [4, 4 if counted else 0])
+    stub = SimpleNamespace(
+        Case=lambda *_, **__: SimpleNamespace(errors=lambda: (0.001, 0.001)),
+        VirtualRanks=lambda *_: ranks,
+        FlashInferRanks=None,
+        capture=lambda *_: SimpleNamespace(replay=lambda: None),
+        interleaved_us=lambda graphs, calls: [1.0] * len(graphs),
+    )
+    cuda = SimpleNamespace(synchronize=lambda: None)
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=cuda, empty=lambda *_, **__: None, int32=None))
+    monkeypatch.setitem(sys.modules, "fd_fusion.cli.virtual_ranks", stub)
+    got = bench_all_reduce._cell(2, 4, 4096, False, [])["kernels"]["triton"]
+    assert got["device_rows"] == ranks.rows_done() and ("us" in got) == counted

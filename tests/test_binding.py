@@ -9,7 +9,7 @@ from support.tiny import DemoDecoder, hidden
 import fd_fusion
 from fd_fusion import FusionConfig
 from fd_fusion.comm.group import Group, Verdict
-from fd_fusion.integration import binding, native
+from fd_fusion.integration import binding, native, settling
 from fd_fusion.integration.pairs import find_links
 from fd_fusion.integration.proof import Proof, joint_refusal, outputs_refusal, relative_errors
 from fd_fusion.integration.report import Report
@@ -120,6 +120,18 @@ def test_a_site_must_match_exactly_once(handed, finished):
         if finished:
             site.finish(partial, None)
     assert proof.own_refusal().code == "unmatched"
+
+
+def test_a_miss_takes_the_norms_of_q_and_k_away_too():
+    """The model's outputs in the proving pass are theirs as well: a model is never half bound."""
+    reason = because("outputs_differ", output=0, error="1", budget="0")
+    state = settling.Bound(Report(FusionConfig(), "a test", "Model"))
+    state.report.qk_fused, undone = ["layers.0.qk_norm"], []
+    state.undo_qk.append(lambda: undone.append("qk"))
+    state.undo.append(lambda: undone.append("site"))
+    assert not settling._settle(state, reason, (0,))
+    assert sorted(undone) == ["qk", "site"] and not state.undo_qk
+    assert not state.report.qk_fused and state.report.qk_stock == {"layers.0.qk_norm": reason}
 
 
 def test_what_only_all_ranks_see():

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from support.launch import launch
 
-from fd_fusion.cli import demo, demo_launch, demo_report
+from fd_fusion.cli import demo, demo_launch, demo_report, ranks
 from fd_fusion.cli.demo_config import DecoderConfig
 from fd_fusion.cli.demo_reference import Truth
 
@@ -201,13 +201,36 @@ def test_segments_of_a_rank_that_died_are_removed():
             path.touch()
         with locked.open("rb") as stream:
             fcntl.flock(stream, fcntl.LOCK_EX)
-            demo_launch._remove_segments(time.time() + 60)
+            ranks.remove_segments(time.time() + 60)
             assert all(path.exists() for path in paths)
-            demo_launch._remove_segments(left.stat().st_ctime)
+            ranks.remove_segments(left.stat().st_ctime)
         assert locked.exists() and not left.exists()
     finally:
         for path in paths:
             path.unlink(missing_ok=True)
+
+
+DYING = """
+import ctypes, threading, time
+threading.Thread(target=time.sleep, args=(60,)).start()
+ctypes.CDLL(None).pthread_exit(None)
+"""
+
+
+def test_a_process_lives_until_its_last_thread_has_gone():
+    """Its locks are held until then, so a look at its segments before would leave them."""
+    process = subprocess.Popen([sys.executable, "-c", DYING])
+    try:
+        while demo_launch._state(process.pid) != "Z":
+            assert process.poll() is None
+            time.sleep(0.02)
+        assert demo_launch._alive(process.pid)
+        process.kill()
+        while demo_launch._alive(process.pid):
+            time.sleep(0.02)
+    finally:
+        process.kill()
+        process.wait()
 
 
 @pytest.mark.timeout(120)
@@ -240,3 +263,35 @@ def test_seeded_bugs_are_caught(tmp_path):
 def test_the_command_line(args, code, says):
     run = subprocess.run([sys.executable, "-m", "fd_fusion", *args], capture_output=True, text=True, cwd=ROOT)
     assert run.returncode == code and says in run.stdout + run.stderr and "Traceback" not in run.stderr
+
+
+def test_nobody_reads_the_output():
+    """`| head -1` that has ended."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "wb") as pipe:
+        argv = [sys.executable, "-m", "fd_fusion", "reasons"]
+        run = subprocess.run(argv, stdout=pipe, stderr=subprocess.PIPE, cwd=ROOT)
+    assert (run.returncode, run.stderr) == (141, b"")
+
+
+def test_a_closed_stdout():
+    run = subprocess.run(["sh", "-c", f"'{sys.executable}' -m fd_fusion reasons >&-"], capture_output=True, cwd=ROOT)
+    assert (run.returncode, run.stderr) == (0, b"")
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "says"),
+    [
+        (["reasons", "--write", "{tmp}/none"], 1, "No such file"),
+        (["demo", "--json", "{tmp}"], 2, "this is a folder; give the name of a file"),
+        (["demo"], 1, "in sys.modules; install it, for example"),
+    ],
+    ids=str,
+)
+def test_one_sentence_of_error(tmp_path, args, code, says):
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['numpy'] = None" if args == ["demo"] else "")
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    argv = [sys.executable, "-m", "fd_fusion", *(arg.format(tmp=tmp_path) for arg in args)]
+    run = subprocess.run(argv, capture_output=True, text=True, env=env)
+    assert run.returncode == code and says in run.stderr and run.stderr.count("\n") == 1, run.stderr

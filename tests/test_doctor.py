@@ -1,5 +1,6 @@
 """`python -m fd_fusion doctor`: every probe on faked facts, the verdicts, and the whole command on this machine."""
 
+import contextlib
 import json
 import os
 import signal
@@ -115,7 +116,7 @@ def test_a_probe_that_fails_is_a_sentence():
 
     first, second = guarded("t", probe)
     assert first.name == "first" and second.name == "probe" and second.state == "warn"
-    assert second.text == "could not be looked at: OSError: no such thing"
+    assert second.text == "t could not be looked at: OSError: no such thing"
 
 
 @pytest.mark.parametrize("states, code", [(["ok", "warn"], 0), (["ok", "off"], 1), (["off", "broken"], 2)], ids=str)
@@ -163,6 +164,43 @@ def test_a_framework_that_does_not_import(on_path):
         doctor_child.ask("framework", 2)[0].text
         == "Paddle cannot be imported: libfoo.so: cannot open shared object file"
     )
+
+
+def test_a_framework_whose_gpu_does_not_answer_is_broken(on_path):
+    fake(on_path, "paddle", "__version__ = '3.3.1'\ndef is_compiled_with_cuda():\n    raise OSError('error 719')")
+    (found,) = told = doctor_child.ask("framework", 2)
+    assert found.state == "broken" and "OSError: error 719" in found.text
+    told += doctor._launch(2, told)
+    assert told[1].text == "not tried: the framework does not work" and doctor.judge(told)["exit_code"] == 2
+
+
+def test_a_framework_that_does_not_come_to_an_end_is_broken(on_path):
+    fake(on_path, "paddle", "import time; time.sleep(60)")
+    (found,) = doctor_child.ask("framework", 2, timeout_s=1)
+    assert found.state == "broken" and "was not done within 1 s" in found.text
+
+
+def test_a_launch_that_cannot_be_started_is_broken(monkeypatch):
+    monkeypatch.setattr(doctor_child, "asking", lambda *_: contextlib.nullcontext(list))
+    monkeypatch.setattr(doctor, "_launch", lambda *_: 1 / 0)
+    launch = doctor.find(2, launch=True)[-1]
+    assert launch.topic == "launch" and launch.state == "broken" and launch.remedy
+
+
+def test_a_build_for_cpus_among_gpus(on_path, monkeypatch):
+    smi = on_path / "nvidia-smi"
+    smi.write_text("#!/bin/sh\necho GPU 0: GPU X\necho GPU 1: GPU X")
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", str(on_path), prepend=os.pathsep)
+    fake(on_path, "paddle", "__version__ = '3.3.1'\ndef is_compiled_with_cuda(): return False")
+    told = doctor_child.ask("framework", 2)
+    assert of(told, "gpus").state == "off" and "sees none of this machine's GPUs (2)" in of(told, "gpus").text
+
+
+def test_without_triton_nothing_fuses_on_a_cpu(monkeypatch):
+    monkeypatch.setattr(doctor_child.importlib.util, "find_spec", lambda name: None)
+    found = of(list(doctor_child._backends(doctor_child.facts_for(2, "cpu", None))), "any")
+    assert found.state == "off" and found.remedy == 'pip install "triton>=3.3"'
 
 
 @pytest.mark.parametrize("found", [True, False])
@@ -262,8 +300,21 @@ def test_a_rank_that_dies_is_named(faulty, fault, sentence):
     assert str(caught.value) == sentence and time.monotonic() - start < 5
 
 
+SEGMENT = (
+    "from fd_fusion.comm import posix_shm; handle = posix_shm.PosixShm().allocate(4096)[1]; "
+    "pathlib.Path(job['segment']).write_text(str(posix_shm._path(handle))); os._exit(3)"
+)
+
+
+def test_the_shared_memory_of_a_rank_that_dies_is_removed(faulty, tmp_path):
+    """It still has its name: the other ranks had not mapped it yet."""
+    with pytest.raises(ranks.RanksFailed):
+        faulty(SEGMENT, segment=str(tmp_path / "segment"))
+    assert not Path((tmp_path / "segment").read_text()).exists()
+
+
 def test_ranks_that_are_not_done_in_time(faulty):
-    with pytest.raises(ranks.RanksFailed, match=r"rank 0 was not done within 1.5 s"):
+    with pytest.raises(ranks.RanksFailed, match=r"ranks 0, 1 were not done within 1.5 s"):
         faulty("pass", timeout_s=1.5, sleep=1)
 
 
@@ -305,3 +356,20 @@ def test_a_flashinfer_that_ends_its_process(on_path):
     fake(on_path, "flashinfer", "import os; os.abort()", version="0.6.12")
     (found,) = doctor_child.ask("flashinfer")
     assert found.state == "warn" and "ends its process" in found.text
+
+
+def test_an_import_that_hangs_does_not_hold_up_a_sigterm(on_path):
+    fake(
+        on_path, "flashinfer", f"import pathlib, time; pathlib.Path({str(on_path / 'in')!r}).touch(); time.sleep(100)"
+    )
+    (on_path / "flashinfer-1.0.dist-info").rename(on_path / "flashinfer_python-1.0.dist-info")
+    (on_path / "flashinfer_python-1.0.dist-info/METADATA").write_text("Name: flashinfer-python\nVersion: 0.6.12\n")
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(on_path), str(ROOT)])}
+    process = subprocess.Popen([sys.executable, "-m", "fd_fusion", "doctor", "--no-run"], env=env)
+    try:
+        _until((on_path / "in").exists)
+        process.terminate()
+        assert process.wait(timeout=60) == 143
+    finally:
+        process.kill()
+        process.wait()

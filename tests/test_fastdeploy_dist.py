@@ -53,7 +53,7 @@ def test_seeded_bugs_are_caught_before_anything_is_fused(tmp_path):
     "case",
     [
         "biases half_precision call_forms",
-        "order upstream_flag deterministic named_backend",
+        "order upstream_flag upstream_flag_without_upstream deterministic named_backend",
         "cleared_and_reloaded traced",
     ],
 )

@@ -1,5 +1,6 @@
 """What is read from the structure and the source of a built host model, and every reason why a pair stays stock."""
 
+import copy
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -150,6 +151,22 @@ def test_an_unknown_block_class_and_missing_attributes(monkeypatch):
     assert "model.layers.1.self_attn.o_proj" in str(names(find_pairs(model, "float32")))
 
 
+def test_a_bound_layer_cannot_be_copied():
+    """A copy would run the forward, and so the weights, of the layer that it was copied from."""
+    from fd_fusion.integration.fastdeploy_adapters import _attach
+
+    model, _ = build()
+    found = find_pairs(model, "float32")[0][0]
+    before = [dict(vars(part)) for part in (found.producer, found.norm)]
+    detach = _attach(found, site=None)
+    for part in (found.producer, found.norm):
+        with pytest.raises(TypeError, match="unbind"):
+            copy.deepcopy(part)
+    detach()
+    assert [dict(vars(part)) for part in (found.producer, found.norm)] == before
+    copy.deepcopy(found.norm)
+
+
 def test_a_layer_of_another_pipeline_rank():
     from paddle import nn
 
@@ -244,6 +261,15 @@ class Blocks:
             out = tensor_model_parallel_all_reduce(out, self.tp_group)
         return out
 
+    def names_its_condition(self, x):
+        out = self.experts(x)
+        if self.merge:
+            skip = self.fused and out.shape[0] <= 2048
+            if not skip:
+                # A comment.
+                out = tensor_model_parallel_all_reduce(out, self.tp_group)
+        return out
+
     def returns_early(self, x):
         out = self.experts(x)
         if self.merge:
@@ -295,6 +321,14 @@ class Blocks:
             out = tensor_model_parallel_all_reduce(out)
         return out
 
+    def renames_inside(self, x):
+        out = self.experts(x)
+        if self.merge:
+            skip = self.more(out)
+            if not skip:
+                out = tensor_model_parallel_all_reduce(out)
+        return out
+
     def other_tensor(self, x):
         out = self.experts(x)
         if self.merge:
@@ -328,6 +362,7 @@ class Blocks:
         ("guarded", "tp_size"),
         ("nested", "merge"),
         ("one_condition", "merge"),
+        ("names_its_condition", "merge"),
         ("returns_early", "merge"),
         ("expert_parallel_first", "tp_size"),
     ],
@@ -344,6 +379,7 @@ def test_known_shapes_of_a_block(name, flag):
         "something_follows",
         "twice",
         "scaled",
+        "renames_inside",
         "other_tensor",
         "otherwise",
         "either",
@@ -392,6 +428,29 @@ class Models:
         hidden = hidden + residual
         return self.norm(hidden)
 
+    def takes_the_layers_themselves(self, ids, meta):
+        hidden, residual = self.embed(ids), None
+        for layer in self.layers[: self.end]:
+            hidden, residual = layer(meta, hidden, residual)
+        return self.norm(hidden, residual)[0]
+
+    def adds_for_some_requests(self, ids, meta, images=None):
+        hidden, residual = self.embed(ids), None
+        for i, layer in enumerate(self.layers):
+            hidden, residual = layer(meta, hidden, residual)
+            if images is not None and i < len(images):
+                hidden = hidden + images[i]
+        hidden, _ = self.norm(hidden, residual)
+        return hidden
+
+    def names_the_layer_first(self, ids, meta):
+        hidden, residual = self.embed(ids), None
+        for i in range(2):
+            layer = self.layers[i]
+            hidden, residual = layer(meta, hidden, residual)
+            hidden = hidden * self.scale
+        return self.norm(hidden, residual)[0]
+
     def another_loop(self, ids, meta):
         hidden = self.embed(ids)
         for layer in self.layers:
@@ -399,14 +458,19 @@ class Models:
         return hidden
 
 
-@pytest.mark.parametrize("name", ["plain", "renames", "another_loop"])
+@pytest.mark.parametrize("name", ["plain", "renames", "takes_the_layers_themselves", "another_loop"])
 def test_a_model_that_reads_nothing_in_between(name):
     assert reads_between_layers(getattr(Models, name)) is None
 
 
 @pytest.mark.parametrize(
     "name, line",
-    [("collects", "extra.append(hidden + residual)"), ("adds_before_the_norm", "hidden = hidden + residual")],
+    [
+        ("collects", "extra.append(hidden + residual)"),
+        ("adds_before_the_norm", "hidden = hidden + residual"),
+        ("adds_for_some_requests", "hidden = hidden + images[i]"),
+        ("names_the_layer_first", "hidden = hidden * self.scale"),
+    ],
 )
 def test_a_model_that_reads_a_sum_in_between(name, line):
     assert reads_between_layers(getattr(Models, name)) == line

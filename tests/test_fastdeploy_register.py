@@ -240,6 +240,44 @@ def test_no_token_leaves_after_a_timeout(newer, monkeypatch, host_worker):
     assert published == [[1], [3]] and not hasattr(host_worker.runner.post_process, "__wrapped__")
 
 
+def test_what_a_pooling_model_gives_waits_for_the_device(monkeypatch, host_worker):
+    """It leaves in post_process in newer versions too, where nothing has waited for the step yet."""
+    from fd_fusion.integration import binding
+
+    order = []
+    monkeypatch.setattr(binding, "report", lambda: ["a bound model"])
+    monkeypatch.setattr(binding, "check", lambda: order.append("check"))
+    monkeypatch.setattr(worker, "_wait_for_device", lambda: order.append("wait"))
+    monkeypatch.setattr(host_worker.runner, "_publish", lambda rank, tokens: order.append("publish"))
+    assert worker.patch() is None
+    host_worker.runner.post_process([1], {"rank": 0}, skip_save_output=True)
+    host_worker.runner.post_process(host_worker.runner.PoolerOutput(), {"rank": 0})
+    host_worker.runner.post_process(
+        sampler_or_pooler_output=host_worker.runner.PoolerOutput(), model_output={"rank": 0}
+    )
+    assert order == ["check"] + 2 * ["wait", "check", "publish"]
+
+
+def test_a_runner_that_a_plugin_brings(monkeypatch, host_worker, caplog):
+    """One of its own is not known to publish where the host's does; one that inherits from the host's is patched."""
+
+    class Foreign:
+        pass
+
+    class Heir(host_worker.runner.GPUModelRunner):
+        pass
+
+    monkeypatch.setattr(host_worker.worker, "ModelRunner", Foreign)
+    monkeypatch.setenv(ENV_CONFIG, "{}")
+    plugin._after_load(SimpleNamespace(), fd_config_of())
+    assert "fastdeploy.worker.gpu_worker.ModelRunner" in caplog.text
+    assert not hasattr(host_worker.runner.GPUModelRunner._save_model_output, "__wrapped__")
+    monkeypatch.setattr(host_worker.worker, "ModelRunner", Heir)
+    assert worker.patch() is None and hasattr(Heir._save_model_output, "__wrapped__")
+    worker.unpatch()
+    assert "_save_model_output" not in vars(Heir)
+
+
 def test_a_waiting_model_is_proven_before_capture_and_frozen_after(monkeypatch, host_worker):
     from fd_fusion.integration import binding
 

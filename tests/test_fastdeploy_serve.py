@@ -12,6 +12,7 @@ import pytest
 
 from fd_fusion.cli import serve
 from fd_fusion.config import ENV_CONFIG
+from fd_fusion.reasons import because
 
 HERE = Path(__file__).parent
 ENTRY_POINTS = (
@@ -160,10 +161,13 @@ def test_a_missing_host_is_an_error(capsys, monkeypatch):
 def test_outcome():
     head = "INFO 2026-01-01 00:00:00,000 1 "
     assert serve.outcome(["something else"]) is None
-    on = "fd_fusion 0.1.0: 94 sites, triton <= 256 rows, workspace 32.0 MB, group [0..3], config from --fusion-config"
+    on = "fd_fusion 0.1.0: 94 sites, triton <= 256 rows, workspace 32 MB, group [0..3], config from --fusion-config"
     assert serve.outcome([head + on]).startswith("94 sites, triton")
     off = f"{head}fd_fusion 0.1.0: Glm4MoeForCausalLM: off: FD_FUSION_DISABLE is set"
     assert serve.outcome(["x", off]) == "off: FD_FUSION_DISABLE is set"
+    draft = f"{head}fd_fusion 0.1.0: Glm4MTPForCausalLM: off: {because('draft_model', model='Glm4MTPForCausalLM')}"
+    assert serve.outcome([draft]) is None, "the model itself is still to be bound"
+    assert serve.outcome([head + on, draft]).startswith("94 sites")
 
 
 class _Server:
@@ -178,12 +182,25 @@ class _Server:
 
 
 def test_the_watcher_warns_when_no_rank_speaks(tmp_path, capsys):
-    serve._watch(tmp_path / "fd_fusion.log", 0, _Server(9), within_s=0.05)
+    serve._watch(tmp_path / "fd_fusion.log", {}, _Server(9), within_s=0.05)
     assert "warning: no rank has said" in capsys.readouterr().err
 
 
 def test_the_watcher_ignores_lines_of_an_earlier_run(tmp_path, capsys):
     log = tmp_path / "fd_fusion.log"
     log.write_text("fd_fusion 0.1.0: 6 sites, old\n")
-    serve._watch(log, log.stat().st_size, _Server(9), within_s=0.05)
+    serve._watch(log, {log.resolve(): log.stat().st_size}, _Server(9), within_s=0.05)
     assert "warning" in capsys.readouterr().err
+
+
+def test_the_watcher_finds_the_file_of_another_day(tmp_path, capsys):
+    """The name is a link to the file of the day, and the earlier one was longer."""
+    log, earlier, today = (tmp_path / f"fd_fusion.log{day}" for day in ("", ".2026-01-01", ".2026-01-02"))
+    earlier.write_text("fd_fusion 0.1.0: 6 sites, old\n" * 9)
+    log.symlink_to(earlier.name)
+    told = {log.resolve(): log.stat().st_size}
+    today.write_text("fd_fusion 0.1.0: 6 sites, new\n")
+    log.unlink()
+    log.symlink_to(today.name)
+    serve._watch(log, told, _Server(9), within_s=0.05)
+    assert "on: 6 sites, new" in capsys.readouterr().err

@@ -137,3 +137,9 @@ def test_votes_follow_each_other_without_mixing():
 def test_a_group_that_cannot_be_is_refused():
     with pytest.raises(ValueError, match="rank 2 of 2"):
         Group("g", 2, 2, (0, 1), None)
+
+
+def test_a_refusal_that_an_earlier_vote_named_is_not_named_again():
+    """Opening is collective: all ranks come out of it with the same reason, and vote once more."""
+    earlier = because("refused", rank=1, why="no P2P")
+    assert str(only(vote([Vote(earlier), Vote(earlier)])[0]).reason) == "rank 1 refused: no P2P"

@@ -1,12 +1,18 @@
 """The layers by themselves, one rank: values in every dtype, odd shapes, eager and traced."""
 
+import copy
+import pickle
+
 import numpy as np
 import paddle
 import pytest
 from support.values import check, wide
 
 from fd_fusion import FusionConfig, QKRMSNorm, RMSNorm, RowParallelLinear, reference
+from fd_fusion.integration import native
+from fd_fusion.integration.qk import Kernel
 from fd_fusion.reference import round_to
+from fd_fusion.site import Site
 
 DTYPES = ("float32", "bfloat16", "float16")
 HEADS = {"q_heads": 3, "kv_heads": 5}  # more kv heads than q heads, on purpose
@@ -136,3 +142,17 @@ def test_layers_keep_their_config_and_their_names():
         ["weight"],
         ["q_norm.weight", "k_norm.weight"],
     ]
+
+
+def test_a_copy_of_a_bound_layer_is_not_bound():
+    """What it was bound to belongs to the other one, and reads the other one's weights."""
+    site = Site("a -> b", fused=None, reduce=lambda x: x, norm=lambda x, r: (x, x), limit=1)
+    layers = [RMSNorm(8), RowParallelLinear(8, 8)]
+    for layer in layers:
+        layer.__dict__["site"] = site
+        assert copy.deepcopy(layer).site is None and layer.site is site
+    assert pickle.loads(pickle.dumps(site)) is None
+    qk = QKRMSNorm(8, 2, 1)
+    (norm,) = native.find_qk_norms(qk)
+    norm.attach(Kernel(norm))
+    assert copy.deepcopy(qk).kernel is None and qk.kernel is not None

@@ -70,7 +70,7 @@ def test_the_start_line_and_the_same_as_data():
 @pytest.mark.parametrize(
     "limit, two_shot, told",
     [
-        (None, 129, "one-shot <= 128 rows, two-shot any number of"),
+        (None, 129, "one-shot <= 128 rows, two-shot any number of rows (built in)"),
         (64, 129, "one-shot <= 64 rows"),
         (9, None, "<= 9 rows"),
     ],
@@ -80,6 +80,15 @@ def test_the_limits_in_the_start_line(limit, two_shot, told, monkeypatch):
     opening = Opening("triton", Opened())
     report = Report(FusionConfig(), "x", "Model", sites=[SiteLine(Site("s", limit), opening, (0, 1))])
     assert told in report.lines()[0] and "(built in)" in report.lines()[0]
+
+
+@pytest.mark.parametrize(
+    "nbytes, told",
+    [(32 << 20, "32 MB"), ((32 << 20) - 300, "32 MB"), (1 << 19, "0.5 MB"), (17153, "17 KB"), (0, "0 KB")],
+)
+def test_a_small_workspace_is_not_told_as_none(nbytes, told, monkeypatch):
+    monkeypatch.setattr(Opened, "bytes", nbytes)
+    assert f", workspace {told}, group" in report_of(Opened()).lines()[0]
 
 
 def test_totals():

@@ -4,11 +4,13 @@ import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 
-from fd_fusion.cli import ranks, tune, tune_limits
+from fd_fusion import cli, runtime_flashinfer
+from fd_fusion.cli import ranks, tune, tune_limits, tune_virtual
 from fd_fusion.tuning import built_in_limit
 from fd_fusion.tuning_table import Fingerprint, read_limits, table_lock, table_path, versions_here
 
@@ -143,11 +145,90 @@ def test_another_tune_at_work(cache, monkeypatch, capsys):
     assert told(capsys) == "fd_fusion tune: another tune is running: wait for it, or end it"
 
 
-@pytest.mark.parametrize("args", [["--rows", "a"], ["--rows", "0"], ["--nproc", "1"], ["--dtype", "int8"]], ids=str)
-def test_bad_arguments(monkeypatch, args):
+def test_ranks_that_cannot_be_started_are_not_told_as_a_table_that_cannot_be_kept(cache, monkeypatch, capsys):
+    def measure(*_):
+        raise BlockingIOError(11, "Resource temporarily unavailable")  # of fork
+
+    assert run(monkeypatch, measure=measure) == 1
+    assert "the ranks could not be started: [Errno 11] Resource temporarily unavailable" in told(capsys)
+
+
+BAD = ("--rows a", "--rows 0", "--nproc 1", "--dtype int8", "--rounds 0", "--workspace-mb 0", "--timeout-s -1")
+
+
+@pytest.mark.parametrize("args", BAD)
+def test_bad_arguments(cache, monkeypatch, args):
     with pytest.raises(SystemExit) as caught:
-        run(monkeypatch, *args)
+        run(monkeypatch, *args.split(), measure=None)
     assert caught.value.code == 2
+
+
+def test_more_rows_than_virtual_ranks_take(cache, monkeypatch, capsys):
+    """More programs than run at once would wait for ever."""
+    monkeypatch.setattr(tune.importlib.util, "find_spec", lambda name: name)
+    asked = []
+
+    def measure(args, mode, rows):
+        asked.extend(rows)
+        return [RESULT]
+
+    assert run(monkeypatch, "--rows", "8,32,33", here={**TWO_GPUS, "gpus": 1}, measure=measure) == 0
+    assert asked == [8, 32] and "at most 64 rows of all ranks" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as caught:
+        run(monkeypatch, "--rows", "33,64", here={**TWO_GPUS, "gpus": 1}, measure=None)
+    assert caught.value.code == 2 and "take up to 32 rows" in capsys.readouterr().err
+
+
+def virtual(monkeypatch, flashinfer):
+    """`tune_virtual.run` with kernels that are right, but for FlashInfer's, on no GPU."""
+    case = types.SimpleNamespace(size=2, rows=8, errors=lambda: case.wrong, wrong=(0.001, 0.001))
+    stub = types.SimpleNamespace(
+        Case=lambda *_: case,
+        capture=lambda size, launches: types.SimpleNamespace(replay=launches[0]),
+        interleaved_us=lambda graphs, calls, rounds: list(range(1, 1 + len(graphs))),
+    )
+    cuda = {"get_device_capability": lambda: (9, 0), "synchronize": lambda: None, "get_device_name": lambda: "X"}
+    monkeypatch.setattr(cli, "virtual_ranks", stub, raising=False)
+    monkeypatch.setitem(sys.modules, "torch", types.SimpleNamespace(cuda=types.SimpleNamespace(**cuda)))
+
+    def launch(column, case, library):
+        case.wrong = (0.001, 0.001)
+        return (lambda: flashinfer(case)) if column == "flashinfer" else lambda: None
+
+    monkeypatch.setattr(tune_virtual, "_launch", launch)
+    job = {"ranks": 2, "hidden_size": 4096, "dtype": "bfloat16", "rows": [8], "rounds": 1}
+    return tune_virtual.run(job, None)
+
+
+def test_virtual_ranks_do_without_a_flashinfer_that_fails(monkeypatch):
+    def wrong(case):
+        case.wrong = (0.5, 0.001)
+
+    def broken(case):
+        raise TypeError("expected 21 arguments")
+
+    assert set(virtual(monkeypatch, wrong)["times"]) == {"one_shot", "two_shot"}, "no kernel is installed"
+    monkeypatch.setattr(tune_virtual, "_flashinfer", lambda *_: ("trtllm_comm.so", ""))
+    assert virtual(monkeypatch, lambda case: None)["times"] == {
+        "one_shot": {8: 1},
+        "two_shot": {8: 2},
+        "flashinfer": {8: 3},
+    }
+    for fault, why in ((wrong, "flashinfer at T=8: wrong numbers"), (broken, "TypeError: expected 21 arguments")):
+        result = virtual(monkeypatch, fault)
+        assert set(result["times"]) == {"one_shot", "two_shot"} and why in result["skipped"]["flashinfer"]
+
+
+@pytest.mark.parametrize(
+    "version, hidden_size, why", [("0.6.12", 2880, "not whole warps"), ("0.4.1.1", 4096, "takes other arguments")]
+)
+def test_a_flashinfer_that_virtual_ranks_cannot_use(monkeypatch, version, hidden_size, why):
+    monkeypatch.setattr(runtime_flashinfer, "installed_version", lambda: version)
+    monkeypatch.setattr(runtime_flashinfer, "compiled_module", lambda version: Path("trtllm_comm.so"))
+    monkeypatch.setattr(tune_virtual.importlib.util, "find_spec", lambda name: name)
+    job = {"ranks": 2, "hidden_size": hidden_size, "dtype": "bfloat16"}
+    path, told = tune_virtual._flashinfer(job, 9, 0)
+    assert path is None and why in told
 
 
 DYING = """

@@ -54,6 +54,8 @@ def main(argv: list[str]) -> int:
             return _demo(args)
     except ValueError as error:
         return _fail(error, 2)
+    except BrokenPipeError:  # nobody reads our output: the caller's business
+        raise
     except (FusionError, RunFailed, OSError) as error:
         return _fail(error, 1)
 
@@ -93,6 +95,8 @@ def _demo(args: argparse.Namespace) -> int:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: give a number from {least}")
     if args.json and not args.json.resolve().parent.is_dir():
         raise ValueError(f"--json {args.json}: there is no folder {args.json.resolve().parent}; make it first")
+    if args.json and args.json.is_dir():
+        raise ValueError(f"--json {args.json}: this is a folder; give the name of a file")
     config = None if args.checkpoint else DecoderConfig(**sizes)
     if config:
         config.check_ranks(args.nproc)

@@ -7,7 +7,6 @@ writes its pid before anything else, and looks for the `stop` file right after. 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import signal
@@ -18,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import fd_fusion
+from fd_fusion.cli.ranks import remove_segments
 
 _POLL_S = 0.02
 
@@ -100,32 +100,7 @@ def stop(launcher: subprocess.Popen | None, folder: Path) -> None:
     end = time.monotonic() + 5
     while any(map(_alive, pids)) and time.monotonic() < end:
         time.sleep(_POLL_S)
-    _remove_segments((folder / "run.json").stat().st_mtime)
-
-
-def _remove_segments(since: float) -> None:
-    """Remove shared memory that a rank named and did not live to unname: it is unlocked, as its creator is gone.
-
-    A creator of another run locks its segment right after making it, so one that is unlocked twice is nobody's.
-    """
-    paths = [path for path in Path("/dev/shm").glob("fd_fusion-*") if _is_left(path, since)]
-    if paths:
-        time.sleep(0.1)
-    for path in paths:
-        if _is_left(path, since):
-            path.unlink(missing_ok=True)
-
-
-def _is_left(path: Path, since: float) -> bool:
-    try:
-        found = path.lstat()
-        if found.st_uid != os.geteuid() or found.st_ctime < since:
-            return False
-        with path.open("rb") as stream:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
-    except OSError:  # locked, or gone by now
-        return False
+    remove_segments((folder / "run.json").stat().st_mtime)
 
 
 def read_results(folder: Path, nproc: int) -> list[dict]:
@@ -138,7 +113,15 @@ def _alive(pid: int) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    return _state(pid) != "Z"
+    # A dead main thread shows as Z while others still hold what the process has open, its locks too.
+    return _state(pid) != "Z" or len(_threads(pid)) > 1
+
+
+def _threads(pid: int) -> list[str]:
+    try:
+        return os.listdir(f"/proc/{pid}/task")
+    except OSError:
+        return []
 
 
 def _state(pid: int) -> str:

@@ -7,9 +7,9 @@ Ends with one launch of the fused kernel on every rank, compared with the refere
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from fd_fusion import __version__
@@ -53,14 +53,15 @@ def find(size: int, *, launch: bool) -> list[Finding]:
     found = guarded("packages", packages)
     present = {one.name: one.state in ("ok", "warn") for one in found}
     children = ["framework", *(name for name in ("flashinfer", "fastdeploy") if present.get(name))]
-    with ThreadPoolExecutor() as pool:
-        asked = [pool.submit(doctor_child.ask, name, *([size] if name == "framework" else [])) for name in children]
+    with contextlib.ExitStack() as stack:
+        sizes = [[size] if name == "framework" else [] for name in children]
+        asked = [stack.enter_context(doctor_child.asking(name, *more)) for name, more in zip(children, sizes)]
         found += guarded("machine", machine)
         found += guarded("config", config)
-        for child in asked:
-            found += child.result()
+        for answer in asked:
+            found += answer()
     if launch and size > 1:
-        found += guarded("launch", lambda: _launch(size, found))
+        found += guarded("launch", lambda: _launch(size, found), "broken")
     return found
 
 
@@ -86,7 +87,8 @@ def _launch(size: int, found: list[Finding]) -> Iterator[Finding]:
     by_name = {(one.topic, one.name): one for one in found}
     here, triton = by_name.get(("framework", "import")), by_name.get(("backends", "triton"))
     if here is None or here.state != "ok" or triton is None or triton.state != "ok":
-        yield Finding("launch", "triton", "note", "not tried: the triton backend said no")
+        who = "triton backend said no" if here and here.state == "ok" else "framework does not work"
+        yield Finding("launch", "triton", "note", f"not tried: the {who}")
         return
     device = here.data["device"]
     env = {"TRITON_INTERPRET": "1"} if device == "cpu" else {"CUDA_MODULE_LOADING": "EAGER"}
@@ -96,8 +98,7 @@ def _launch(size: int, found: list[Finding]) -> Iterator[Finding]:
         results = run_ranks("doctor_rank", size, {}, timeout_s=300, env=env)
     except RanksFailed as error:
         remedy = "mend what the sentence names; with `--no-run` this step is left out"
-        sentence = str(error).replace("fd_fusion: ", "")
-        yield Finding("launch", "triton", "broken", f"{size} ranks {where}: {sentence}", remedy, {"log": error.log})
+        yield Finding("launch", "triton", "broken", f"{size} ranks {where}: {error}", remedy, {"log": error.log})
         return
     worst, digests = max(one["worst"] for one in results), {one["digest"] for one in results}
     counted = all(one["counted"] for one in results)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import json
@@ -11,37 +12,52 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from fd_fusion import tuning_table
+from fd_fusion.cli.doctor_machine import tool
 from fd_fusion.cli.findings import Finding, guarded, of_reason
 from fd_fusion.cli.ranks import child_environment
+from fd_fusion.cli.signals import held_back
 from fd_fusion.config import BACKENDS
 from fd_fusion.reasons import FusionError, because
 from fd_fusion.tuning import Facts
 
 _MARK = "fd_fusion doctor: "
-_FUSING = {"cpu": ("triton", "paddle"), "gpu": ("triton", "flashinfer")}  # those that gain something, or could
+_FUSING = {"cpu": ("triton",), "gpu": ("triton", "flashinfer")}  # those with a kernel
 
 
 def ask(what: str, *args: Any, timeout_s: float = 120) -> list[Finding]:
     """The findings of one of `PROBES`, run in a child process. A child that dies is a finding."""
+    with asking(what, *args, timeout_s=timeout_s) as answer:
+        return answer()
+
+
+@contextlib.contextmanager
+def asking(what: str, *args: Any, timeout_s: float = 120) -> Iterator[Callable[[], list[Finding]]]:
+    """Start such a child now; what comes out waits for its findings. It ends with the block, whatever it imports."""
     command = [sys.executable, "-W", "ignore", "-m", "fd_fusion.cli.doctor_child", what, *map(str, args)]
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with contextlib.ExitStack() as stack:
+        with held_back():
+            child = stack.enter_context(subprocess.Popen(command, env=child_environment(), text=True, **pipes))
+            stack.callback(child.kill)  # does nothing to one that has ended
+        yield lambda: _answer(child, what, timeout_s)
+
+
+def _answer(child: subprocess.Popen, what: str, timeout_s: float) -> list[Finding]:
     try:
-        done = subprocess.run(
-            command,
-            env=child_environment(),
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=timeout_s,
-        )
+        out, err = child.communicate(timeout=timeout_s)
     except subprocess.TimeoutExpired:
-        return [Finding(what, "import", "warn", f"importing {what} was not done within {timeout_s:g} s")]
-    lines = [line for line in done.stdout.splitlines() if line.startswith(_MARK)]
+        return [Finding(what, "import", _failed(what), f"importing {what} was not done within {timeout_s:g} s")]
+    lines = [line for line in out.splitlines() if line.startswith(_MARK)]
     if not lines:
-        last = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), "no message")
-        state = "broken" if what == "framework" else "warn"
-        text = f"importing {what} ends its process (exit code {done.returncode}): {last}"
-        return [Finding(what, "import", state, text, "reinstall the package")]
+        last = next((line for line in reversed(err.splitlines()) if line.strip()), "no message")
+        text = f"importing {what} ends its process (exit code {child.returncode}): {last}"
+        return [Finding(what, "import", _failed(what), text, "reinstall the package")]
     return [Finding(**one) for one in json.loads(lines[-1].removeprefix(_MARK))]
+
+
+def _failed(what: str) -> str:
+    """The state of a probe that came to no answer: nothing works without the framework."""
+    return "broken" if what == "framework" else "warn"
 
 
 def facts_for(size: int, device: str, arch: int | None, rank: int = 0) -> Facts:
@@ -78,6 +94,10 @@ def framework(size: str) -> Iterator[Finding]:
     where = f"{count} GPU{'s' * (count > 1)}, sm_{arch}" if count else "CPU only"
     data = {"name": here.__name__, "version": here.__version__, "device": device, "arch": arch, "gpus": count}
     yield Finding("framework", "import", "ok", f"{name} imports: {where}", data=data)
+    listed = [] if count else (tool("nvidia-smi", "-L") or "").splitlines()
+    if seen := sum(line.startswith("GPU ") for line in listed):
+        remedy = "install a build for GPUs, with a CUDA that the driver knows, and look at CUDA_VISIBLE_DEVICES"
+        yield Finding("framework", "gpus", "off", f"{name} sees none of this machine's GPUs ({seen})", remedy)
     facts = facts_for(int(size), device, arch)
     yield from guarded("framework", lambda: _memory(here, facts))
     yield from guarded("framework", lambda: _table(here, facts))
@@ -196,7 +216,7 @@ PROBES: dict[str, Callable[..., Iterator[Finding]]] = {p.__name__: p for p in (f
 
 def main() -> None:
     what, *args = sys.argv[1:]
-    found = guarded(what, lambda: PROBES[what](*args))
+    found = guarded(what, lambda: PROBES[what](*args), _failed(what))
     print("\n" + _MARK + json.dumps([one.to_dict() for one in found]), flush=True)
 
 

@@ -35,12 +35,13 @@ def of_reason(topic: str, name: str, state: str, reason: Reason, **data: Any) ->
     return Finding(topic, name, state, str(reason), reason.remedy, {"code": reason.code, **data})
 
 
-def guarded(topic: str, probe: Callable[[], Iterable[Finding]]) -> list[Finding]:
-    """What `probe` finds. A probe that fails is a finding too: the others still run."""
+def guarded(topic: str, probe: Callable[[], Iterable[Finding]], state: str = "warn") -> list[Finding]:
+    """What `probe` finds. A probe that fails is a finding too, of this state: the others still run."""
     found: list[Finding] = []
     try:
         found.extend(probe())
     except Exception as error:  # becomes a sentence of the report
-        text = f"could not be looked at: {type(error).__name__}: {error}"
-        found.append(Finding(topic, probe.__name__.strip("_"), "warn", text))
+        text = f"{topic} could not be looked at: {type(error).__name__}: {error}"
+        remedy = "mend what the sentence names" if state == "broken" else ""
+        found.append(Finding(topic, probe.__name__.strip("_<>"), state, text, remedy))
     return found

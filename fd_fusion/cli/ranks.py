@@ -10,6 +10,7 @@ import ctypes
 import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from typing import Any
 from urllib.parse import quote
 
 import fd_fusion
+from fd_fusion.cli.signals import held_back, undisturbed
 from fd_fusion.comm.group import Group
 
 _POLL_S = 0.02
@@ -67,19 +69,48 @@ def run_ranks(
 
     Raises: RanksFailed: a rank died, failed, or was not done after `timeout_s`. No process and no file is left.
     """
-    with tempfile.TemporaryDirectory(prefix="fd_fusion_") as name:
-        folder, processes = Path(name), []
+    folder, processes = Path(tempfile.mkdtemp(prefix="fd_fusion_")), []
+    since = folder.stat().st_ctime
+    try:
         (folder / "job.json").write_text(json.dumps({**job, "size": size, "parent": os.getpid()}))
-        try:
-            for rank in range(size):
+        for rank in range(size):
+            with held_back():
                 processes.append(_start(module, folder, rank, env or {}))
-            _watch(processes, folder, timeout_s)
-            return [json.loads((folder / f"result.{rank}").read_text()) for rank in range(size)]
-        finally:
+        _watch(processes, folder, timeout_s)
+        return [json.loads((folder / f"result.{rank}").read_text()) for rank in range(size)]
+    finally:
+        with undisturbed():
             for process in processes:
                 process.kill()  # does nothing to one that has ended
             for process in processes:
                 process.wait()
+            remove_segments(since)
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_segments(since: float) -> None:
+    """Remove shared memory that a rank named and did not live to unname: it is unlocked, as its creator is gone.
+
+    A creator of another run locks its segment right after making it, so one that is unlocked twice is nobody's.
+    """
+    paths = [path for path in Path("/dev/shm").glob("fd_fusion-*") if _is_left(path, since)]
+    if paths:
+        time.sleep(0.1)
+    for path in paths:
+        if _is_left(path, since):
+            path.unlink(missing_ok=True)
+
+
+def _is_left(path: Path, since: float) -> bool:
+    try:
+        found = path.lstat()
+        if found.st_uid != os.geteuid() or found.st_ctime < since:
+            return False
+        with path.open("rb") as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except OSError:  # locked, or gone by now
+        return False
 
 
 def child_environment() -> dict[str, str]:
@@ -141,12 +172,14 @@ def _watch(processes: list[subprocess.Popen], folder: Path, timeout_s: float) ->
                 raise RanksFailed(f"rank {rank} died {_cause(code)}", _tail(folder, rank))
         if told:
             rank = min(told, key=lambda r: told[r].stat().st_mtime_ns)
-            raise RanksFailed(f"rank {rank} failed: {told[rank].read_text()}", _tail(folder, rank))
+            text = told[rank].read_text().removeprefix("fd_fusion: ")
+            raise RanksFailed(f"rank {rank} failed: {text}", _tail(folder, rank))
         if all(code == 0 for code in codes):
             return
         if time.monotonic() > deadline:
-            rank = next(r for r, code in enumerate(codes) if code is None)
-            raise RanksFailed(f"rank {rank} was not done within {timeout_s:g} s", _tail(folder, rank))
+            left = [rank for rank, code in enumerate(codes) if code is None]  # one of them holds the others up
+            who = f"rank {left[0]} was" if len(left) == 1 else f"ranks {', '.join(map(str, left))} were"
+            raise RanksFailed(f"{who} not done within {timeout_s:g} s", _tail(folder, left[0]))
         time.sleep(_POLL_S)
 
 

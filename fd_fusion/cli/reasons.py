@@ -18,7 +18,11 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--write", nargs="+", type=Path, metavar="FILE", help="put the table between its marks")
     args = parser.parse_args(argv)
     if args.write:
-        return max(map(_write, args.write))
+        try:
+            return max(map(_write, args.write))
+        except (OSError, UnicodeDecodeError) as error:
+            print(f"fd_fusion reasons: {error}", file=sys.stderr)
+            return 1
     print(markdown() if args.markdown else text())
     return 0
 

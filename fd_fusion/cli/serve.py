@@ -8,6 +8,7 @@ command shows it, or warns when it does not come.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import os
 import re
@@ -22,10 +23,12 @@ from pathlib import Path
 
 from fd_fusion.config import ENV_CONFIG, ENV_DISABLE, FusionConfig, resolve
 from fd_fusion.integration.fastdeploy import ENV_SOURCE
+from fd_fusion.reasons import because
 
 SERVER = "fastdeploy.entrypoints.openai.api_server"
 PLUGIN = "fd_fusion"
 _PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+_DRAFT = str(because("draft_model", model=""))
 _OUTCOME = re.compile(r"fd_fusion \S+: (?:\w+: )?(?P<said>\d+ sites?\b.*|off: .*)")
 
 
@@ -43,7 +46,8 @@ def main(argv: list[str]) -> int:
             "fd_fusion is importable but not installed, so FastDeploy cannot see it: pip install --no-deps ."
         )
     log = Path(env.get("FD_LOG_DIR", "log")) / "fd_fusion.log"
-    start = log.stat().st_size if log.exists() else 0
+    # FastDeploy makes a file a day, and the name a link to it: what was said before was said in that file.
+    told = {log.resolve(): log.stat().st_size} if log.exists() else {}
     early: list[int] = []  # what came before there was a server
     for number in _PASSED_ON:
         signal.signal(number, lambda got, _: early.append(got))
@@ -55,7 +59,7 @@ def main(argv: list[str]) -> int:
     if resolve(environ=env).source == ENV_DISABLE:
         _say(f"off: {ENV_DISABLE} is set")
         return _code(server.wait())
-    watcher = threading.Thread(target=_watch, args=(log, start, server, ours.bound_within_s), daemon=True)
+    watcher = threading.Thread(target=_watch, args=(log, told, server, ours.bound_within_s), daemon=True)
     watcher.start()
     code = server.wait()
     watcher.join(timeout=1)
@@ -84,8 +88,12 @@ def environment(environ: Mapping[str, str], fusion_config: str | None) -> dict[s
 
 
 def outcome(lines: list[str]) -> str | None:
-    """What the ranks said of the outcome, from the lines of fd_fusion.log: the last thing that was said."""
+    """What the ranks said of the outcome, from the lines of fd_fusion.log: the last thing that was said.
+
+    A draft model is loaded, and said to be off, before the model itself is bound.
+    """
     said = [match["said"] for match in map(_OUTCOME.search, lines) if match]
+    said = [one for one in said if _DRAFT not in one]
     return said[-1] if said else None
 
 
@@ -94,13 +102,14 @@ def _plugin_names() -> list[str]:
     return sorted({point.name for point in points if point.group.startswith("fastdeploy.")})
 
 
-def _watch(log: Path, start: int, server: subprocess.Popen, within_s: float) -> None:
+def _watch(log: Path, told: Mapping[Path, int], server: subprocess.Popen, within_s: float) -> None:
+    """Wait for the outcome in `log`, behind the bytes `told` of a file that was there before."""
     deadline = time.monotonic() + within_s
     while server.poll() is None:
-        if log.exists():
-            with open(log, errors="replace") as file:
-                file.seek(start)
-                said = outcome(file.read().splitlines())
+        with contextlib.suppress(FileNotFoundError):  # not yet, or a rank is putting the link anew
+            with open(file := log.resolve(), errors="replace") as lines:
+                lines.seek(told.get(file, 0))
+                said = outcome(lines.read().splitlines())
             if said:
                 return _say(said if said.startswith("off") else f"on: {said}")
         if time.monotonic() > deadline:

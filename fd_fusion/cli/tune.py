@@ -19,6 +19,8 @@ from fd_fusion import __version__
 from fd_fusion.cli import doctor_child, tune_limits
 from fd_fusion.cli.ranks import RanksFailed, run_ranks
 from fd_fusion.cli.signals import ending_well
+from fd_fusion.cli.tune_virtual import MOST_ROWS
+from fd_fusion.config import FusionConfig
 from fd_fusion.tuning_table import Fingerprint, Limits, store_limits, table_lock, table_path, versions_here
 
 _ROUNDS = {"cpu": 3, "gpu": 11, "virtual": 5}
@@ -31,7 +33,10 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     if args.nproc not in range(2, 9) or args.hidden_size < 1:
         parser.error(f"--nproc {args.nproc} --hidden-size {args.hidden_size}: give 2 to 8 ranks and a hidden size")
+    if args.rounds is not None and args.rounds < 1:
+        parser.error(f"--rounds {args.rounds}: give a number from 1")
     try:
+        FusionConfig(workspace_mb=args.workspace_mb, timeout_s=args.timeout_s)  # has the bounds of both
         with ending_well():
             outcome = tune(args)
     except ValueError as error:
@@ -81,10 +86,18 @@ def tune(args: argparse.Namespace) -> dict[str, Any]:
             f"{here['gpus']} GPU for {args.nproc} ranks: virtual ranks need torch, which is not installed"
         )
     rows = _rows(args.rows or _ROWS["cpu" if mode == "cpu" else "gpu"])
+    if mode == "virtual":
+        most = MOST_ROWS // args.nproc
+        rows = [t for t in rows if t <= most]
+        if not rows:
+            raise ValueError(f"--rows {args.rows}: {args.nproc} virtual ranks on one GPU take up to {most} rows")
     path = table_path()
     # Held while measuring, so that no two disturb each other; and a folder that cannot be written shows at once.
     with table_lock(path) if mode == "gpu" else contextlib.nullcontext():
-        results = _measure(args, mode, rows)
+        try:
+            results = _measure(args, mode, rows)
+        except OSError as error:  # not the table's
+            raise RanksFailed(f"the ranks could not be started: {error}") from None
         times = tune_limits.merge([_numbered(one["times"]) for one in results])
         limits = tune_limits.find_limits(times)
         outcome = {
@@ -172,7 +185,8 @@ def lines(outcome: dict[str, Any]) -> list[str]:
     where = {
         "cpu": "Triton's interpreter on a CPU: a check of the machinery, these figures mean nothing",
         "gpu": f"{outcome['gpu']}, one GPU a rank",
-        "virtual": f"virtual ranks on one {outcome['gpu']}: the exchange goes through its L2, not over a link",
+        "virtual": f"virtual ranks on one {outcome['gpu']}: the exchange goes through its L2, not over a link; "
+        f"at most {MOST_ROWS} rows of all ranks",
     }[outcome["mode"]]
     out = [f"fd_fusion tune: {outcome['size']} ranks, H={outcome['hidden_size']}, {outcome['dtype']}; {where}", ""]
     out += _table(outcome["times"])

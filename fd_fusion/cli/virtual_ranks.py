@@ -92,6 +92,11 @@ class VirtualRanks:
         launch = all_reduce_rms_norm[grid]
         return lambda rank: launch(*self.arguments(case, rank), **constants)
 
+    def rows_done(self) -> list[int]:
+        """How many rows each rank's kernel has finished, by the epochs that it counts on the device."""
+        step = 3 * self.plan.split  # the first program of each that share a row
+        return [sum(mine.tolist()[plans.PROGRAM_WORDS :: step]) for mine in self.local]
+
     def failures(self) -> list:
         return [plans.read_error_page(page.tolist()) for page in self.pages]
 

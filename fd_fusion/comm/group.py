@@ -78,11 +78,13 @@ class Verdict:
 
     @property
     def reason(self) -> Reason | None:
-        """The first refusal, naming its rank. The others are in `refusals`."""
+        """The first refusal, naming its rank, or the one that an earlier vote named. All are in `refusals`."""
         if self.ok:
             return None
         rank, why = self.refusals[0]
-        return why if why.code in ("never_voted", "gave_up") else because("refused", rank=rank, why=str(why))
+        return (
+            why if why.code in ("never_voted", "gave_up", "refused") else because("refused", rank=rank, why=str(why))
+        )
 
 
 def agree(group: Group, topic: str, vote: Vote, *, timeout_s: float) -> Verdict:

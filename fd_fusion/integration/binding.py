@@ -84,7 +84,10 @@ def bind(
 
 
 def unbind(model: Any) -> None:
-    """Collective: restore every instance as it was and close the workspaces. Does nothing to an unbound model."""
+    """Collective: restore every instance as it was and close the workspaces. Does nothing to an unbound model.
+
+    A graph that was captured or traced while the model was bound uses them, and must not run again.
+    """
     state = _bound.pop(model, None)
     if state is not None:
         undo_all(state)

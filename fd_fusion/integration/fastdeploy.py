@@ -122,7 +122,7 @@ def _bind_in_first_forward(model: Any, fd_config: Any, resolved: Resolved) -> No
     It runs four times: stock, proving, fused, and for the caller. The host repeats a forward in the same way when it
     warms up a graph, so its inputs allow it. A model with a recurrent state is not compared by its outputs.
     """
-    from fd_fusion.integration.fastdeploy_adapters import is_eager
+    from fd_fusion.integration.fastdeploy_adapters import is_eager, without_upstream_fusion
     from fd_fusion.integration.fastdeploy_pairs import has_state
 
     stateful = has_state(model)
@@ -133,7 +133,8 @@ def _bind_in_first_forward(model: Any, fd_config: Any, resolved: Resolved) -> No
         del model.__dict__["forward"]
 
         def example():
-            outputs = stock(*args, **kwargs)
+            with without_upstream_fusion(model):
+                outputs = stock(*args, **kwargs)
             return [] if stateful else _two_rows(outputs)
 
         _bind(model, fd_config, resolved, example)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
 
 import paddle
 from paddle.base.dygraph.base import in_sot_simulation_mode
@@ -16,6 +17,7 @@ from fd_fusion.layers.finish_op import finish, hand_over, run_on_copy
 from fd_fusion.site import Site
 
 _ABSENT = object()
+_UPSTREAM = "enable_all_reduce_fusion"  # the attribute by which a layer of the host takes part in the host's fusion
 
 
 def pair_of(found: HostPair, fd_config: Any) -> Pair:
@@ -97,16 +99,40 @@ def _attach(found: HostPair, site: Site) -> Callable[[], None]:
     for layer in {
         id(part): part for part in (found.producer, found.norm, *(s.layer for s in found.switches))
     }.values():
-        if getattr(layer, "enable_all_reduce_fusion", False):
-            undo.append(_set(layer, "enable_all_reduce_fusion", False))
+        if getattr(layer, _UPSTREAM, False):
+            undo.append(_set(layer, _UPSTREAM, False))
     undo.append(_set(found.producer, "forward", _producer_forward(found.producer.forward, site)))
     undo.append(_set(found.norm, "forward", _norm_forward(found.norm.forward, site)))
+    undo += [_set(layer, "_fd_fusion_bound", _NoCopy()) for layer in (found.producer, found.norm)]
 
     def detach() -> None:
         while undo:
             undo.pop()()
 
     return detach
+
+
+class _NoCopy:
+    """In a bound layer: a copy of it would run the forward of the layer that it was copied from."""
+
+    def __reduce_ex__(self, protocol: int) -> NoReturn:
+        raise TypeError("fd_fusion: a bound layer cannot be copied; call fd_fusion.unbind(model) first")
+
+
+@contextlib.contextmanager
+def without_upstream_fusion(model: Any) -> Iterator[None]:
+    """For a forward that proves: all-reduce, then norm, in the pairs that have no Site too.
+
+    Upstream's own fusion asserts where FlashInfer is missing, and in decoders other than GLM its norms reduce a sum
+    that was reduced before: neither is what our results are to be compared with.
+    """
+    layers = model.sublayers(include_self=True)
+    undo = [_set(part, _UPSTREAM, False) for part in layers if getattr(part, _UPSTREAM, False)]
+    try:
+        yield
+    finally:
+        for one in undo:
+            one()
 
 
 def _producer_forward(stock: Callable, site: Site) -> Callable:

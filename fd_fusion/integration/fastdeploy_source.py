@@ -31,15 +31,17 @@ def read_block(forward: Callable | ast.FunctionDef) -> BlockSource | None:
 
     Known is a body of assignments of calls and sums, of `if`s on attributes, and of one return of a name, a sum or
     a call. It has at most one reduction, apart from those under an `if` on expert parallelism, which is excluded
-    before this is asked.
+    before this is asked. A condition may be given a name first: `if self.flag: skip = ...; if not skip: reduce`.
     """
     function = _parse(forward)
     if function is None:
         return None
     body = [node for node in function.body if not _is_docstring(node)]
-    if not body or not isinstance(body[-1], ast.Return) or not all(map(_is_known, body)):
+    if not body or not isinstance(body[-1], ast.Return):
         return None
     live = [node for node in body if _holds_reduction(node) and not _is_under(node, _EXPERT_PARALLEL)]
+    if not all(_is_known(node) for node in body if node not in live):
+        return None
     if not live:
         return BlockSource(None)
     if len(live) > 1 or len(body) < 2 or live[0] is not body[-2]:
@@ -53,27 +55,41 @@ def read_block(forward: Callable | ast.FunctionDef) -> BlockSource | None:
 def reads_between_layers(forward: Callable | ast.FunctionDef) -> str | None:
     """The line on which a model reads what passes between its layers other than in a layer or its last norm.
 
-    Such a line would see a partial sum. None: there is no such line, or the source is not of the shape
-    `for ...: h, r = self.layers[i](..., h, r)`, and then the proving pass has to find out.
+    Such a line would see a partial sum, even if it runs for some requests only. None: there is no such line, or the
+    source is not of a shape that `layer_loop` knows, and then the proving pass has to find out.
     """
     function = _parse(forward)
-    for loop in (n for n in ast.walk(function) if isinstance(n, ast.For)) if function else ():
-        passed_on = [_targets(n) for n in loop.body if _calls(n, "layers") and len(_targets(n)) > 1]
-        if passed_on:
-            break
-    else:
+    found = layer_loop(function) if function else None
+    if found is None:
         return None
+    loop, passed_on, layer_names = found
     after = [n for n in ast.walk(function) if getattr(n, "lineno", 0) >= loop.lineno]
-    arguments, renamed = set(), set()
+    arguments, normalised = set(), {}  # ids of nodes; name -> the line from which on it is the last norm's result
     for node in after:
-        if isinstance(node, ast.Call) and _attribute(node.func) in ("layers", "norm"):
+        if isinstance(node, ast.Call) and (_is_layer(node.func, layer_names) or _attribute(node.func) == "norm"):
             arguments |= {id(value) for value in [*node.args, *(keyword.value for keyword in node.keywords)]}
-        if _calls(node, "norm"):
-            renamed |= _targets(node)
+        if (call := _call_of(node)) and _attribute(call.func) == "norm":
+            normalised |= dict.fromkeys(_targets(node), node.end_lineno)
     for node in after:
-        read = isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) and node.id in passed_on[0] - renamed
-        if read and id(node) not in arguments:
+        read = isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) and node.id in passed_on
+        if read and id(node) not in arguments and node.lineno <= normalised.get(node.id, node.lineno):
             return ast.unparse(_statement_of(function, node))
+    return None
+
+
+def layer_loop(function: ast.FunctionDef) -> tuple[ast.For, set[str], set[str]] | None:
+    """The loop `for ...: h, r = layer(..., h, r)`, what it passes on, and the names that stand for a layer in it.
+
+    A layer is `self.layers[i]`, or a name that the loop takes from `self.layers`. None: there is no such loop.
+    """
+    for loop in (n for n in ast.walk(function) if isinstance(n, ast.For)):
+        takes = [loop.target] if any(_attribute(n) == "layers" for n in ast.walk(loop.iter)) else []
+        takes += [n.targets[0] for n in loop.body if isinstance(n, ast.Assign) and _attribute(n.value) == "layers"]
+        names = {name.id for target in takes for name in ast.walk(target) if isinstance(name, ast.Name)}
+        for node in loop.body:
+            call = _call_of(node)
+            if call and _is_layer(call.func, names) and len(_targets(node)) > 1:
+                return loop, _targets(node), names
     return None
 
 
@@ -138,10 +154,15 @@ def _flag_of(node: ast.stmt, returned: ast.Return) -> str | None:
 
 
 def _only_reduces(body: list[ast.stmt], name: str) -> bool:
-    """Whether nothing stands here but `name = reduce(name)` and `return name`, under further conditions or none."""
+    """Whether nothing stands here but `name = reduce(name)` and `return name`, under further conditions or none.
+
+    A condition may have been given a name of its own: nobody reads that behind this body.
+    """
     for node in body:
         if isinstance(node, ast.If):
             known = _only_reduces(node.body + node.orelse, name)
+        elif isinstance(node, ast.Assign) and _is_condition(node.value):
+            known = isinstance(node.targets[0], ast.Name) and node.targets[0].id != name and len(node.targets) == 1
         elif isinstance(node, ast.Assign):
             reduces = _is_reduction(node.value) and bool(node.value.args)
             known = reduces and ast.unparse(node.targets[0]) == ast.unparse(node.value.args[0]) == name
@@ -150,6 +171,12 @@ def _only_reduces(body: list[ast.stmt], name: str) -> bool:
         if not known:
             return False
     return True
+
+
+def _is_condition(node: ast.expr) -> bool:
+    return isinstance(node, (ast.BoolOp, ast.Compare, ast.UnaryOp)) and not any(
+        isinstance(part, (ast.Call, ast.NamedExpr)) for part in ast.walk(node)
+    )
 
 
 def _attribute(node: ast.AST) -> str | None:
@@ -164,12 +191,15 @@ def _times_read(function: ast.FunctionDef, attribute: str) -> int:
     return sum(isinstance(node, ast.Attribute) and node.attr == attribute for node in ast.walk(function))
 
 
-def _calls(node: ast.AST, attribute: str) -> bool:
-    """Whether `node` is an assignment whose value is a call of self.<attribute>, or an item of its result."""
-    if not isinstance(node, ast.Assign):
-        return False
-    value = node.value.value if isinstance(node.value, ast.Subscript) else node.value
-    return isinstance(value, ast.Call) and _attribute(value.func) == attribute
+def _is_layer(node: ast.expr, names: set[str]) -> bool:
+    return _attribute(node) == "layers" or (isinstance(node, ast.Name) and node.id in names)
+
+
+def _call_of(node: ast.AST) -> ast.Call | None:
+    """The call whose result, or an item of it, `node` assigns."""
+    value = node.value if isinstance(node, ast.Assign) else None
+    value = value.value if isinstance(value, ast.Subscript) else value
+    return value if isinstance(value, ast.Call) else None
 
 
 def _targets(node: ast.Assign) -> set[str]:

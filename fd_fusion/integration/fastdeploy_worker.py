@@ -24,7 +24,10 @@ def patch() -> Reason | None:
     if _undo:
         return None
     runner, worker = sys.modules.get(_RUNNER), sys.modules.get(_WORKER)
-    runner_class = getattr(runner, "GPUModelRunner", None)
+    known = getattr(runner, "GPUModelRunner", None)
+    runner_class = getattr(worker, "ModelRunner", known)  # a plugin, or another version, may bring its own
+    if known is None or not issubclass(runner_class, known):
+        return because("symbol_moved", path=f"{_RUNNER}.GPUModelRunner as {_WORKER}.ModelRunner")
     # A newer version publishes in _save_model_output, behind a wait for the step; an older one in post_process.
     saves = hasattr(runner_class, "_save_model_output")
     if not saves and not hasattr(runner, "post_process"):
@@ -46,23 +49,30 @@ def unpatch() -> None:
 
 
 def _replace(owner: Any, name: str, wrap: Callable[[Callable], Callable]) -> None:
-    stock = getattr(owner, name)
+    stock, inherited = getattr(owner, name), name not in vars(owner)
     setattr(owner, name, functools.wraps(stock)(wrap(stock)))
-    _undo.append(lambda: setattr(owner, name, stock))
+    _undo.append(lambda: delattr(owner, name) if inherited else setattr(owner, name, stock))
 
 
 def _checked(stock: Callable, waits: bool) -> Callable:
-    """`stock`, once the step that is to be published is known to be sound. `waits`: it may still be running."""
+    """`stock`, once the step that is to be published is known to be sound. `waits`: it may still be running.
+
+    What a pooling model gives leaves in post_process in every version.
+    """
 
     def publish(*args, **kwargs):
         from fd_fusion.integration import binding
 
-        if waits and binding.report():
+        if (waits or _is_pooled(args[0] if args else kwargs.get("sampler_or_pooler_output"))) and binding.report():
             _wait_for_device()
         binding.check()
         return stock(*args, **kwargs)
 
     return publish
+
+
+def _is_pooled(output: Any) -> bool:
+    return type(output).__name__ == "PoolerOutput"
 
 
 def _proven_before_capture(stock: Callable) -> Callable:

@@ -5,6 +5,7 @@ Nothing is exchanged between ranks here, so nothing is voted on: each rank norma
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -47,16 +48,27 @@ def settle_qk_norms(norms: Sequence[QKNorm], config: FusionConfig) -> tuple[list
     return [norm for norm in norms if reasons[norm.name] is None], {k: v for k, v in reasons.items() if v is not None}
 
 
-def kernel_of(norm: QKNorm) -> Callable[[Any], Any]:
-    """qkv -> qkv, changed in place. The weights are read at each call, since they may be reloaded."""
-    from fd_fusion.backends.qk_norm import qk_rms_norm
+class Kernel:
+    """qkv -> qkv, changed in place. The weights are read at each call, since they may be reloaded.
 
-    heads = {"q_heads": norm.q_heads, "kv_heads": norm.kv_heads, "head_dim": norm.head_dim}
+    A copy of its layer has none: it would read the weights of this one.
+    """
 
-    def kernel(qkv: Any) -> Any:
-        return qk_rms_norm(qkv, *norm.weights(), **heads, eps=norm.eps, weight_offset=norm.weight_offset)
+    def __init__(self, norm: QKNorm):
+        from fd_fusion.backends.qk_norm import qk_rms_norm
 
-    return kernel
+        heads = {"q_heads": norm.q_heads, "kv_heads": norm.kv_heads, "head_dim": norm.head_dim}
+        self._weights = norm.weights
+        self._run = functools.partial(qk_rms_norm, **heads, eps=norm.eps, weight_offset=norm.weight_offset)
+
+    def __call__(self, qkv: Any) -> Any:
+        return self._run(qkv, *self._weights())
+
+    def __deepcopy__(self, memo: dict) -> None:
+        return None
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return type(None), ()
 
 
 def _why_stock(config: FusionConfig) -> Reason | None:
@@ -74,7 +86,7 @@ def _try(norm: QKNorm) -> Reason | None:
     rows = paddle.rand([_ROWS, norm.width], dtype="float32").astype(dtype)
     try:
         want = as_numpy(norm.stock(rows.clone()))
-        got = as_numpy(kernel_of(norm)(rows))
+        got = as_numpy(Kernel(norm)(rows))
     except Exception as error:  # a broken package or a failed compile: the reason is reported
         return because("backend_failed", backend="triton", error=f"{type(error).__name__}: {error}")
     error = float(relative_errors(got, want).max())

@@ -141,12 +141,18 @@ def _space(line: SiteLine) -> str:
     span = f"{ranks[0]}..{ranks[-1]}" if len(ranks) > 1 else str(ranks[0])
     most = "any number of rows" if limit is None else f"<= {limit} rows"
     if line.backend == "triton" and two_shot is not None and (limit is None or two_shot <= limit):
-        rows = f"one-shot <= {two_shot - 1} rows, two-shot {most.removesuffix(' rows')}"
+        rows = f"one-shot <= {two_shot - 1} rows, two-shot {most if limit is None else f'<= {limit}'}"
     else:
         rows = f"one-shot {most}" if line.backend == "triton" else most
     source = line.opening.limit_source
-    size = f"{line.workspace_bytes / 2**20:.1f}".removesuffix(".0")
-    return f"{line.backend} {rows} ({source}), workspace {size} MB, group [{span}]"
+    return f"{line.backend} {rows} ({source}), workspace {_size(line.workspace_bytes)}, group [{span}]"
+
+
+def _size(nbytes: int) -> str:
+    """In MB with at most one decimal, below 0.1 MB in whole KB."""
+    if nbytes < 2**20 // 10:
+        return f"{-(-nbytes // 1024)} KB"
+    return f"{nbytes / 2**20:.1f}".removesuffix(".0") + " MB"
 
 
 def _space_dict(line: SiteLine) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from fd_fusion.config import FusionConfig
 from fd_fusion.integration.opening import Opening
 from fd_fusion.integration.pairs import Pair
 from fd_fusion.integration.proof import Proof, joint_refusal, outputs_refusal
-from fd_fusion.integration.qk import QKNorm, kernel_of
+from fd_fusion.integration.qk import Kernel, QKNorm
 from fd_fusion.integration.report import Report
 from fd_fusion.reasons import BindError, Reason, because
 from fd_fusion.site import Rejected, Site
@@ -44,7 +44,7 @@ def refuse(report: Report, pairs: list[Pair], reason: Reason, ranks: tuple[int, 
 def attach_and_prove(model: Any, state: Bound, example: Callable[[], Sequence[Any]] | None) -> None:
     """Install the kernels and Sites, and run the proving pass here or leave it to the first forward."""
     stock = list(example()) if example and state.sites else []
-    state.undo_qk += [norm.attach(kernel_of(norm)) for norm in state.qk_norms]
+    state.undo_qk += [norm.attach(Kernel(norm)) for norm in state.qk_norms]
     if not state.sites:
         return
     sites = [site for _, site in state.sites]
@@ -109,7 +109,9 @@ def _settle(state: Bound, refusal: Reason | None, ranks: tuple[int, ...]) -> boo
     if refusal is None:
         return True
     report = state.report
-    _undo_sites(state)
+    undo_all(state)  # the norms of q and k too: they took part in what the pass showed
+    report.qk_stock.update(dict.fromkeys(report.qk_fused, refusal))
+    report.qk_fused = []
     report.sites.clear()
     refuse(report, [pair for pair, _ in state.sites], refusal, ranks, report.config)
     return False

@@ -24,7 +24,9 @@ from fastdeploy.model_executor.forward_meta import ForwardMeta
 from fastdeploy.model_executor.layers import normalization
 from fastdeploy.model_executor.models import decoder
 from fastdeploy.worker.gpu_model_runner import GPUModelRunner
+from paddle.jit import sot
 
+UPSTREAM = "enable_all_reduce_fusion"
 FEW, MANY = [1, 2, 3], [i % 60 for i in range(40)]
 
 
@@ -135,6 +137,11 @@ def traced(scratch):
     def forward(rows):
         return inner(rows, None)
 
+    # As the host does it: one graph, and a broken one is an error there.
+    code = type(inner).forward
+    sot.symbolic_translate(code, training=False)(inner, ids, ForwardMeta(ids))
+    ((found, _), *_), _ = sot.opcode_translator.executor.executor_cache.OpcodeExecutorCache().cache[code.__code__]
+    assert not [name for name in found[0].co_names if name.startswith("$")], "the graph is broken"
     for full_graph in (True, False):
         run = paddle.jit.to_static(forward, full_graph=full_graph)
         calls = [line.calls["fused"] for line in report.sites]
@@ -165,7 +172,7 @@ def upstream_flag(scratch):
     upstream = bring_up(folder, asked=False, **flag)
     before = len(normalization.upstream_fused)
     wanted = numbers(upstream, FEW)
-    assert len(normalization.upstream_fused) == before + 4, "three attentions and one block of experts"
+    assert len(normalization.upstream_fused) == before + 5, "three attentions, a dense layer, a block of experts"
     assert np.allclose(wanted, numbers(stock, FEW), atol=1e-5)
     del os.environ["FD_FUSION_DISABLE"]
     bound = bring_up(folder, asked=False, **flag)  # the flag alone asks for the defaults
@@ -175,7 +182,23 @@ def upstream_flag(scratch):
     assert np.allclose(numbers(bound, FEW), wanted, atol=1e-5)
     assert len(normalization.upstream_fused) == before
     fd_fusion.unbind(bound.model_runner.model)
-    assert np.array_equal(numbers(bound, FEW), wanted) and len(normalization.upstream_fused) == before + 4
+    assert np.array_equal(numbers(bound, FEW), wanted) and len(normalization.upstream_fused) == before + 5
+
+
+def upstream_flag_without_upstream(scratch):
+    """The flag where upstream's fusion cannot run, FlashInfer missing, or reduces twice, in a decoder without it."""
+    normalization.flashinfer_is_there = False
+    for architecture in ("Glm4MoeForCausalLM", "Qwen2ForCausalLM"):
+        folder = write_checkpoint(f"{scratch}/without_{architecture}", architecture)
+        stock = bring_up(folder, asked=False)
+        bound = bring_up(folder, False, do_profile=False, enable_flashinfer_allreduce_fusion=True)
+        (report,) = fd_fusion.report()
+        assert report.proven and len(report.sites) == 6, report.lines()
+        assert np.allclose(numbers(bound, FEW), numbers(stock, FEW), atol=1e-5), architecture
+        fd_fusion.unbind(bound.model_runner.model)
+        layers = bound.model_runner.model.sublayers()
+        assert any(vars(part).get(UPSTREAM) for part in layers), "unbind gives upstream's fusion back"
+    normalization.flashinfer_is_there = True
 
 
 def deterministic(scratch):
@@ -232,6 +255,7 @@ CASES = (
     half_precision,
     call_forms,
     upstream_flag,
+    upstream_flag_without_upstream,
     deterministic,
     named_backend,
     cleared_and_reloaded,

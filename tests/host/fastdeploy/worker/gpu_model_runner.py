@@ -12,10 +12,14 @@ from fastdeploy.model_executor.model_loader import get_model_loader
 from fastdeploy.utils import llm_logger
 
 
-def post_process(sampler_output, model_output, skip_save_output=False):
-    """In an older version the tokens leave the process here."""
+class PoolerOutput(list):
+    """What a pooling model gives in place of tokens."""
+
+
+def post_process(sampler_or_pooler_output, model_output, skip_save_output=False):
+    """In an older version the tokens leave the process here; a pooling model's output does so in every version."""
     if not skip_save_output:
-        _publish(model_output["rank"], sampler_output)
+        _publish(model_output["rank"], sampler_or_pooler_output)
 
 
 def _publish(rank, tokens):

@@ -1,6 +1,11 @@
 """A worker: a device, a runner, and the order in which they are brought up."""
 
-from fastdeploy.worker.gpu_model_runner import GPUModelRunner
+from fastdeploy.plugins.model_runner import load_model_runner_plugins
+
+try:
+    ModelRunner = load_model_runner_plugins()
+except Exception:
+    from fastdeploy.worker.gpu_model_runner import GPUModelRunner as ModelRunner
 
 
 class GpuWorker:
@@ -8,7 +13,7 @@ class GpuWorker:
         self.fd_config, self.local_rank, self.rank = fd_config, local_rank, rank
 
     def init_device(self):
-        self.model_runner = GPUModelRunner(
+        self.model_runner = ModelRunner(
             self.fd_config, device="cpu", device_id=0, rank=self.rank, local_rank=self.local_rank
         )
 

@@ -5,6 +5,7 @@ from paddle import nn
 
 from fastdeploy.distributed.communication import tensor_model_parallel_all_reduce
 
+flashinfer_is_there = True
 upstream_fused = []  # the layers whose own fusion ran, call by call
 
 
@@ -45,9 +46,10 @@ class RMSNorm(nn.Layer):
         parallel = fd_config.parallel_config
         self.tp_size, self.tp_rank = parallel.tensor_parallel_size, parallel.tensor_parallel_rank
         self.tp_group = parallel.tp_group
-        self.enable_all_reduce_fusion = (
-            parallel.enable_flashinfer_allreduce_fusion and "post_attention_layernorm" in prefix
-        )  # a GLM decoder layer switches its input norm on too, behind experts
+        # By its prefix alone: in a decoder whose linears do not take part, the flag reduces twice.
+        self.enable_all_reduce_fusion = parallel.enable_flashinfer_allreduce_fusion and (
+            "post_attention_layernorm" in prefix or ("input_layernorm" in prefix and layer_id != 0)
+        )
         self.is_last_norm = prefix.endswith(".norm")
         self.split_x = self.allgather_out = False
         self.weight = self.create_parameter(
@@ -73,16 +75,14 @@ class RMSNorm(nn.Layer):
             x = x if residual_input is None else x + residual_input
             norm_out = proxy_rmsnorm(x, self.weight, self.eps), x
         else:
-            if self._fuses_itself(x, residual_input):
+            if self.enable_all_reduce_fusion and x.shape[0] <= 2048:
+                assert flashinfer_is_there, "no fused result"
                 _count(self)
                 x = tensor_model_parallel_all_reduce(x, self.tp_group)
             norm_out = self.norm_func(x, self.weight, self.eps, residual=residual_input)
         if residual_input is not None:
             residual_out = norm_out[1].astype(residual_dtype)
         return norm_out[0].astype(x_dtype), residual_out
-
-    def _fuses_itself(self, x, residual):
-        return self.enable_all_reduce_fusion and self.tp_size > 1 and residual is not None and x.shape[0] <= 2048
 
 
 class QKRMSNorm(nn.Layer):

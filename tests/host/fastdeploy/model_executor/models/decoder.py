@@ -14,6 +14,8 @@ from fastdeploy.model_executor.layers.normalization import QKRMSNorm, RMSNorm
 
 
 class MLP(nn.Layer):
+    upstream_fuses = False  # GLM alone asks for upstream's own fusion
+
     def __init__(self, fd_config, intermediate_size, prefix="", reduce_results=True):
         super().__init__()
         hidden = fd_config.model_config.hidden_size
@@ -27,6 +29,7 @@ class MLP(nn.Layer):
             hidden,
             with_bias=fd_config.model_config.mlp_bias,
             reduce_results=reduce_results,
+            enable_all_reduce_fusion=self.upstream_fuses,
         )
 
     def forward(self, x, forward_meta=None):
@@ -37,7 +40,7 @@ class MLP(nn.Layer):
 class Attention(nn.Layer):
     """Reads one row at a time, so that any split of the rows gives the same numbers."""
 
-    qk_norm_class, passes_meta, out_name = None, True, "o_proj"
+    qk_norm_class, passes_meta, out_name, upstream_fuses = None, True, "o_proj", False
 
     def __init__(self, fd_config, layer_id, prefix=""):
         super().__init__()
@@ -53,7 +56,7 @@ class Attention(nn.Layer):
             model.hidden_size,
             with_bias=model.o_proj_bias,
             layer_id=layer_id,
-            enable_all_reduce_fusion=True,
+            enable_all_reduce_fusion=self.upstream_fuses,
         )
         setattr(self, self.out_name, out)
         if self.qk_norm_class:

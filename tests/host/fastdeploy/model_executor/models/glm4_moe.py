@@ -6,7 +6,7 @@ from fastdeploy.model_executor.models.model_base import ModelForCasualLM, ModelR
 
 
 class Glm4MoeMLP(decoder.MLP):
-    pass
+    upstream_fuses = True
 
 
 class Glm4Moe(decoder.MoEBase):
@@ -27,14 +27,16 @@ class Glm4Moe(decoder.MoEBase):
     def forward(self, x, forward_meta=None):
         out = self.experts(x, self.gate, forward_meta)
         out = out + self.shared_experts(x)
-        if self.merge_ffn_tp:  # noqa: SIM102
-            if not (self.enable_all_reduce_fusion and out.shape[0] <= 2048):
+        if self.merge_ffn_tp:
+            left_to_norm = self.enable_all_reduce_fusion and out.shape[0] <= 2048
+            if not left_to_norm:
                 out = tensor_model_parallel_all_reduce(out, self.tp_group)
         return out
 
 
 class Glm4MoeAttention(decoder.QKNormAttention):
     passes_meta = False  # calls its QK norm without forward_meta
+    upstream_fuses = True
 
     def __init__(self, fd_config, layer_id, prefix=""):
         super().__init__(fd_config, layer_id, prefix)
@@ -43,13 +45,6 @@ class Glm4MoeAttention(decoder.QKNormAttention):
 
 class Glm4MoeDecoderLayer(decoder.DecoderLayer):
     attention, mlp_class, moe_class = Glm4MoeAttention, Glm4MoeMLP, Glm4Moe
-
-    def __init__(self, fd_config, prefix=""):
-        super().__init__(fd_config, prefix)
-        behind_experts = int(prefix.split(".")[-1]) > fd_config.model_config.first_k_dense_replace
-        self.input_layernorm.enable_all_reduce_fusion = (
-            behind_experts and fd_config.parallel_config.enable_flashinfer_allreduce_fusion
-        )
 
 
 class Glm4MoeModel(decoder.DecoderModel):
