@@ -17,7 +17,7 @@ from fd_fusion.backends.flashinfer_watchdog import EXIT_STATUS
 from tests.support.ranks import run_ranks
 
 ROOT = Path(__file__).parents[2]
-RELEASES = os.environ.get("FD_FUSION_TEST_FLASHINFER", "").split(":")
+RELEASES = [path and os.path.abspath(path) for path in os.environ.get("FD_FUSION_TEST_FLASHINFER", "").split(":")]
 EAGER = {"CUDA_MODULE_LOADING": "EAGER", "CUDA_DEVICE_MAX_CONNECTIONS": "32"}
 
 
@@ -29,7 +29,11 @@ def _has_gpu():
     return torch.cuda.is_available()
 
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not _has_gpu(), reason="needs torch and a GPU")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not _has_gpu(), reason="needs torch and a GPU"),
+    pytest.mark.skipif(RELEASES == [""] and not importlib.util.find_spec("flashinfer"), reason="needs FlashInfer"),
+]
 
 
 def environment(release):
