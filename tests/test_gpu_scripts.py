@@ -43,7 +43,13 @@ def test_every_size_that_fits_is_measured_and_tuned(script, tmp_path, gpus, size
     assert done.returncode == 0, done.stdout + done.stderr
     out = tmp_path / "out"
     logs = {path.stem for path in out.glob("*.log")}
-    assert logs == {"faults", "processes", *(["tune"] if gpus > 1 else []), *(f"bench_n{n}" for n in sizes)}
+    assert logs == {
+        "faults",
+        "processes",
+        "replays",
+        *(["tune"] if gpus > 1 else []),
+        *(f"bench_n{n}" for n in sizes),
+    }
     for size in sizes:
         text = (out / f"bench_n{size}.log").read_text()
         assert f"--size {size} " in text and f"--flashinfer {tmp_path / 'build.so'}" in text
@@ -57,7 +63,7 @@ def test_a_step_that_fails_stops_nothing_and_shows_in_the_exit_code(script, tmp_
     done = script("run_one_gpu.sh", "out", wrong="faults")
     assert done.returncode == 1 and "faults: status 3" in done.stdout
     logs = {path.stem for path in (tmp_path / "out").glob("*.log")}
-    assert logs == {"ranks", "qk", "faults", "processes", "doctor", "tune", "bench_all_reduce"}
+    assert logs == {"ranks", "qk", "faults", "processes", "replays", "doctor", "tune", "bench_all_reduce"}
 
 
 def test_only_some_steps(script, tmp_path):

@@ -21,9 +21,9 @@ SIZES=$([ "$GPUS" = 1 ] && echo 2 || for N in 8 4 2; do [ "$N" -gt "$GPUS" ] || 
 for N in $SIZES; do
     timeout -k 5 150 python3 tests/gpu/bench_processes.py --size "$N" --compile-only &
 done
-processes 260
+processes 200
 wait
-grep -hE "us a call|host time" "$OUT/processes.log"
+grep -hE "us a call|host time" "$OUT/replays.log"
 
 bench() { # N SECONDS: the first 30 s of them to start, the last 15 to end what hangs
     step "bench_n$1" "$2" python3 tests/gpu/bench_processes.py --size "$1" --out "$OUT/all_reduce_n$1.json" \

@@ -26,10 +26,11 @@ tests() { # NAME SECONDS WORKERS FILE [PYTEST_ARGUMENT ...]
         "tests/gpu/$4" "${@:5}"
 }
 
-processes() { # SECONDS: what can go wrong beside what must go right, since each rank spends most of its time starting
-    local wrong="faults or killed or exits" faults
+processes() { # SECONDS: faults beside what must go right, since ranks mostly start; then alone what tells times
+    local wrong="faults or killed or exits" times="replay or host_time" faults
     tests faults "$1" 0 test_processes.py -k "$wrong" &
     faults=$!
-    tests processes "$1" 0 test_processes.py -k "not ($wrong)"
+    tests processes "$1" 0 test_processes.py -k "not ($wrong or $times)"
     wait "$faults" || STATUS=1
+    tests replays 90 0 test_processes.py -k "$times"
 }
