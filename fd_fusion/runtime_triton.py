@@ -63,7 +63,10 @@ def framework() -> ModuleType:
 
 @contextlib.contextmanager
 def triton_driver() -> Iterator[None]:
-    """Let Triton compile and load for the framework's current device; its own driver comes back after."""
+    """Let Triton compile and load for the framework's current device; its own driver comes back after.
+
+    Ours stays where Triton could have none: a launch by Triton 3.8 or newer asks for one, loaded or not.
+    """
     if framework().__name__ == "torch":
         yield  # Triton's own driver
         return
@@ -74,7 +77,16 @@ def triton_driver() -> Iterator[None]:
     try:
         yield
     finally:
-        driver._active = before
+        if before is not None or not _torch_hides_the_gpu():
+            driver._active = before
+
+
+def _torch_hides_the_gpu() -> bool:
+    """Whether a torch without GPUs is imported: then Triton finds "0 active drivers", also beside Paddle on a GPU."""
+    torch = sys.modules.get("torch")
+    with contextlib.suppress(AttributeError):  # somebody's stand-in for torch
+        return torch is not None and not torch.cuda.is_available()
+    return False
 
 
 @functools.cache

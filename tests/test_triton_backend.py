@@ -1,9 +1,11 @@
 """The triton backend as real processes under the interpreter: see tests/dist/triton_calls.py."""
 
+import importlib
 import os
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -96,6 +98,26 @@ def test_supports(changes, code):
 def test_programs_that_a_multiprocessor_holds(num_warps, registers, most):
     """An sm_86 takes 16 blocks, and warps of 136 registers three a quarter: more would never run at the same time."""
     assert runtime_triton.programs_at_once(num_warps, registers) == most
+
+
+@pytest.mark.parametrize(
+    "torch_gpu, before, after",
+    [(None, None, None), (True, None, None), (False, None, "ours"), (False, "host's", "host's")],
+)
+def test_triton_is_left_our_driver_only_where_it_could_have_none(monkeypatch, torch_gpu, before, after):
+    """Triton 3.8 asks for a driver at every launch, and raises beside a torch that sees no GPU."""
+    driver = importlib.import_module("triton.runtime.driver").driver
+    monkeypatch.setattr(driver, "_active", before)
+    monkeypatch.setattr(runtime_triton, "_paddle_driver", lambda: "ours")
+    monkeypatch.setattr(runtime_triton, "framework", lambda: SimpleNamespace(__name__="paddle"))
+    torch = None if torch_gpu is None else SimpleNamespace(cuda=SimpleNamespace(is_available=lambda: torch_gpu))
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    with runtime_triton.triton_driver():
+        assert driver.active == "ours"
+    assert driver._active == after
+    with runtime_triton.triton_driver():
+        assert driver.active == "ours"
+    assert driver._active == after
 
 
 def test_importing_the_backend_loads_neither_triton_nor_a_framework():

@@ -91,9 +91,10 @@ def parse(version: str) -> tuple[int, ...]:
 def rules(version: str) -> Rules:
     """The rules of a version; an unknown one follows the newest known release before it."""
     v = parse(version)
+    named = parse(re.split(r"(?:rc|dev|a|b)\d", version)[0])  # its first candidate already had a release's arguments
     return Rules(
-        c_args=23 if v >= (0, 6, 12) else 22 if v >= (0, 6, 11) else 21,
-        weight_bias=v >= (0, 6, 12),
+        c_args=23 if named >= (0, 6, 12) else 22 if named >= (0, 6, 11) else 21,
+        weight_bias=named >= (0, 6, 12),
         whole_warps=v < (0, 6, 15),
         two_shot=v >= (0, 7, 2),
         arch_majors=(9, 10, 12) if v >= (0, 6, 17) else (9, 10),

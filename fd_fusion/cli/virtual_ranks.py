@@ -48,7 +48,7 @@ class Case:
         return part
 
     def errors(self) -> tuple[float, float]:
-        """Relative errors of norm_out and residual_out against fp64; infinite if two ranks' bits differ."""
+        """Relative errors of norm_out and residual_out against fp64; infinite for NaN or if ranks' bits differ."""
         total = sum(x.double() for x in self.x) + self.residual.double()
         norm = total * torch.rsqrt((total**2).mean(-1, keepdim=True) + EPS) * self.weight.double()
         errors = []
@@ -56,7 +56,7 @@ class Case:
             bits = [out.view(torch.uint8) for out in outputs]
             same = all(torch.equal(bits[0], other) for other in bits[1:])
             error = ((outputs[0].double() - want).norm() / want.norm()).item()
-            errors.append(error if same else float("inf"))
+            errors.append(error if same and error == error else float("inf"))
         return errors[0], errors[1]
 
 

@@ -22,9 +22,13 @@ def both_paths():
 
 
 def compile_all(kernels, *flags):
-    """One process for each of these (N, H, dtype, weight dtype), all at once."""
+    """One process for each of these (N, H, dtype, weight dtype), all at once.
+
+    They load no more of torch than they use: with all of it, so many contexts have filled a GPU.
+    """
     command = [sys.executable, "-W", "ignore", os.path.abspath(__file__), *flags]
-    for process in [subprocess.Popen([*command, ",".join(map(str, kernel))]) for kernel in kernels]:
+    env = {**os.environ, "CUDA_MODULE_LOADING": "LAZY"}
+    for process in [subprocess.Popen([*command, ",".join(map(str, kernel))], env=env) for kernel in kernels]:
         process.wait(timeout=150)
 
 

@@ -49,16 +49,21 @@ def main():
     args = ["--hidden", *options.hidden, "--rows", *options.rows, "--rounds", options.rounds]
     args += ["--seconds", options.seconds] + (["--flashinfer", options.flashinfer] if options.flashinfer else [])
     args += [] if options.no_nccl else ["--nccl"]
-    ended = run_ranks("bench_rank.py", options.size, *args, timeout_s=options.seconds + 60)
+    ended = run_ranks("bench_rank.py", options.size, *args, timeout_s=options.seconds + 20)
     failed = [rank for rank in ended if rank.status]
     for number, rank in enumerate(ended):
         if failed:
             print(f"--- rank {number}, status {rank.status}\n{rank.text[-3000:]}")
-    rows = [json.loads(line[7:]) for line in ended[0].text.splitlines() if line.startswith("RESULT ")]
-    Path(options.out).write_text(json.dumps({**circumstances(options), "rows": rows[0] if rows else []}, indent=1))
-    if rows:
-        show(rows[0])
-    sys.exit(1 if failed else 0)
+    lines = [line for line in ended[0].text.splitlines() if line.startswith(("RESULT ", "without ", "not timed"))]
+    results = [line[7:] for line in lines if line.startswith("RESULT ")]  # one behind each H, of all so far
+    rows = json.loads(results[-1]) if results else []
+    Path(options.out).write_text(json.dumps({**circumstances(options), "rows": rows}, indent=1))
+    show(rows)
+    missing = len(options.hidden) * len(options.rows) - len({(row["H"], row["T"]) for row in rows})
+    wrong = [line for line in lines if line.startswith("not timed")]
+    print("\n".join(line for line in lines if not line.startswith("RESULT ")))
+    print(f"{options.out}: {missing} cells were not measured in {options.seconds:.0f} s" if missing else options.out)
+    sys.exit(1 if failed or missing or wrong else 0)
 
 
 def circumstances(options):

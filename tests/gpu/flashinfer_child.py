@@ -235,8 +235,9 @@ def hang(library, entry):
 
 def process():
     """A rank of its own process: the whole backend, from the vote to the close."""
-    from tests.support.ranks import this_group
+    from tests.support.ranks import this_group, this_rank
 
+    torch.cuda.set_device(this_rank() % torch.cuda.device_count())
     torch.zeros(1, device="cuda")
     group, dtype = this_group("tp"), torch.bfloat16
     runtime_flashinfer.load()

@@ -17,19 +17,23 @@ from fd_fusion.backends.flashinfer_watchdog import EXIT_STATUS
 from tests.support.ranks import run_ranks
 
 ROOT = Path(__file__).parents[2]
-RELEASES = os.environ.get("FD_FUSION_TEST_FLASHINFER", "").split(":")
+RELEASES = [path and os.path.abspath(path) for path in os.environ.get("FD_FUSION_TEST_FLASHINFER", "").split(":")]
 EAGER = {"CUDA_MODULE_LOADING": "EAGER", "CUDA_DEVICE_MAX_CONNECTIONS": "32"}
 
 
-def _has_gpu():
+def _gpus():
     if importlib.util.find_spec("torch") is None:
-        return False
+        return 0
     import torch
 
-    return torch.cuda.is_available()
+    return torch.cuda.device_count()
 
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not _has_gpu(), reason="needs torch and a GPU")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(_gpus() == 0, reason="needs torch and a GPU"),
+    pytest.mark.skipif(RELEASES == [""] and not importlib.util.find_spec("flashinfer"), reason="needs FlashInfer"),
+]
 
 
 def environment(release):
@@ -68,12 +72,17 @@ def test_a_replay_without_its_peer_ends_the_process():
 
 @pytest.fixture(scope="module")
 def mps(tmp_path_factory):
-    """NVIDIA MPS with folders of its own: without it the processes take turns of milliseconds."""
+    """NVIDIA MPS with folders of its own: without it processes on one GPU take turns of milliseconds."""
+    if _gpus() > 1:
+        yield {}
+        return
     folder = tmp_path_factory.mktemp("mps")
     env = {"CUDA_MPS_PIPE_DIRECTORY": f"{folder}/pipe", "CUDA_MPS_LOG_DIRECTORY": f"{folder}/log"}
     if shutil.which("nvidia-cuda-mps-control") is None:
         yield {}
         return
+    for path in env.values():
+        os.mkdir(path)
     subprocess.run(["nvidia-cuda-mps-control", "-d"], env={**os.environ, **env}, check=True, timeout=30)
     yield env
     subprocess.run(["nvidia-cuda-mps-control"], input="quit\n", text=True, env={**os.environ, **env}, timeout=30)

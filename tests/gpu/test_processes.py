@@ -18,7 +18,7 @@ from tests.support.ranks import run_ranks
 torch = pytest.importorskip("torch", reason="needs torch on a GPU")
 GPUS = torch.cuda.device_count()
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(GPUS == 0, reason="needs a CUDA GPU")]
-SIZES = [2, 4] if GPUS == 1 or GPUS >= 4 else [2]
+SIZES = [size for size in (2, 4, 8) if size <= (4 if GPUS == 1 else max(GPUS, 2))]
 # Programs of all ranks must run at once, on one GPU too: a small workspace keeps them few.
 ROOM = ("--workspace_mb", 1 if GPUS == 1 else 32)
 KINDS = [("float32",) * 2, ("bfloat16",) * 2, ("bfloat16", "float32"), ("float16",) * 2]

@@ -1,0 +1,82 @@
+"""The scripts of tests/gpu with a python3 that only says what it was asked for: steps, logs, exit codes, paths."""
+
+import os
+import stat
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PYTHON = """#!/bin/bash
+case "$*" in
+  *device_count*) echo $GPUS ;;
+  *compile-only*) ;;
+  *" tune "*) echo "$XDG_CACHE_HOME $*" ;;
+  *"-k $WRONG"*) exit 3 ;;
+  *) echo "$*" ;;
+esac
+"""
+
+
+@pytest.fixture
+def script(tmp_path):
+    tools = {"python3": PYTHON, "nvidia-smi": "#!/bin/bash\n", "nvidia-cuda-mps-control": "#!/bin/bash\n"}
+    for name, text in tools.items():
+        path = tmp_path / "bin" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+        path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    (tmp_path / "build.so").touch()
+
+    def run(name, *args, gpus=1, wrong="nothing", **more):
+        env = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "GPUS": str(gpus), "WRONG": wrong, **more}
+        command = ["bash", "-u", ROOT / "tests/gpu" / name, *args]
+        return subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+
+    return run
+
+
+@pytest.mark.parametrize("gpus, sizes", [(1, [2]), (2, [2]), (3, [2]), (4, [4, 2]), (8, [8, 4, 2])])
+def test_every_size_that_fits_is_measured_and_tuned(script, tmp_path, gpus, sizes):
+    done = script("run_multi_gpu.sh", "out", "build.so", gpus=gpus)
+    assert done.returncode == 0, done.stdout + done.stderr
+    out = tmp_path / "out"
+    logs = {path.stem for path in out.glob("*.log")}
+    assert logs == {
+        "faults",
+        "processes",
+        "replays",
+        *(["tune"] if gpus > 1 else []),
+        *(f"bench_n{n}" for n in sizes),
+    }
+    for size in sizes:
+        text = (out / f"bench_n{size}.log").read_text()
+        assert f"--size {size} " in text and f"--flashinfer {tmp_path / 'build.so'}" in text
+        assert f"--out {out}/all_reduce_n{size}.json" in text
+    if gpus > 1:
+        tuned = (out / "tune.log").read_text().splitlines()
+        assert len(tuned) == 5 * len(sizes) and all(line.startswith(f"{out} ") for line in tuned)
+
+
+def test_a_step_that_fails_stops_nothing_and_shows_in_the_exit_code(script, tmp_path):
+    done = script("run_one_gpu.sh", "out", wrong="faults")
+    assert done.returncode == 1 and "faults: status 3" in done.stdout
+    logs = {path.stem for path in (tmp_path / "out").glob("*.log")}
+    assert logs == {"ranks", "qk", "faults", "processes", "replays", "doctor", "tune", "bench_all_reduce"}
+
+
+def test_only_some_steps(script, tmp_path):
+    done = script("run_one_gpu.sh", "out", "build.so", STEPS="tune", QK_REFERENCE="build.so")
+    assert done.returncode == 0 and [path.name for path in (tmp_path / "out").iterdir()] == ["tune.log"]
+
+
+@pytest.mark.parametrize("name", ["run_one_gpu.sh", "run_multi_gpu.sh"])
+def test_a_wrong_file_name_ends_it_before_anything_runs(script, tmp_path, name):
+    done = script(name, "out", "missing.so")
+    assert done.returncode == 1 and "missing.so" in done.stderr and not (tmp_path / "out").exists()
+
+
+def test_no_gpu_is_no_success(script):
+    done = script("run_multi_gpu.sh", "out", gpus=0)
+    assert done.returncode == 1 and "torch sees no GPU" in done.stdout
