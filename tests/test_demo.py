@@ -1,6 +1,5 @@
 """`python -m fd_fusion demo`: the runs agree with the truth, and whatever goes wrong is told in one sentence."""
 
-import fcntl
 import importlib.metadata
 import importlib.util
 import json
@@ -16,7 +15,7 @@ import numpy as np
 import pytest
 from support.launch import launch
 
-from fd_fusion.cli import demo, demo_launch, demo_report, ranks
+from fd_fusion.cli import demo, demo_launch, demo_report
 from fd_fusion.cli.demo_config import DecoderConfig
 from fd_fusion.cli.demo_reference import Truth
 
@@ -189,25 +188,6 @@ def test_ctrl_c_leaves_nothing(late, tmp_path):
     out, err = process.communicate(timeout=20)
     assert (process.returncode, out, err) == (130, "", "fd-fusion demo: interrupted\n")
     assert not left_behind(tmp_path)
-
-
-@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="POSIX shared memory has no folder here")
-def test_segments_of_a_rank_that_died_are_removed():
-    """Only those without a lock, and only those of this run."""
-    paths = [Path(f"/dev/shm/fd_fusion-{os.urandom(16).hex()}") for _ in range(2)]
-    locked, left = paths
-    try:
-        for path in paths:
-            path.touch()
-        with locked.open("rb") as stream:
-            fcntl.flock(stream, fcntl.LOCK_EX)
-            ranks.remove_segments(time.time() + 60)
-            assert all(path.exists() for path in paths)
-            ranks.remove_segments(left.stat().st_ctime)
-        assert locked.exists() and not left.exists()
-    finally:
-        for path in paths:
-            path.unlink(missing_ok=True)
 
 
 DYING = """

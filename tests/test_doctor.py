@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from support.segments import left, none_left
 
 from fd_fusion.cli import doctor, doctor_child, ranks
 from fd_fusion.cli.doctor_machine import machine
@@ -225,12 +226,8 @@ def command(*args, env=None, timeout_s=120):
     return subprocess.run(argv, env=full, capture_output=True, text=True, timeout=timeout_s)
 
 
-def shared_memory():
-    return set(Path("/dev/shm").glob("fd_fusion-*"))
-
-
 def test_the_whole_command_on_this_machine():
-    before = shared_memory()
+    before = left()
     done = command("--json")
     outcome = json.loads(done.stdout)
     assert done.returncode == outcome["exit_code"] == 0, done.stdout
@@ -240,7 +237,7 @@ def test_the_whole_command_on_this_machine():
     launch = next(one for one in outcome["findings"] if one["topic"] == "launch")
     assert launch["state"] == "ok" and launch["data"]["bit_equal"] and launch["data"]["error_over_budget"] <= 1
     assert launch["data"]["counted_on_device"]
-    assert shared_memory() <= before
+    assert none_left(before)
 
 
 def test_without_the_launch_and_disabled():

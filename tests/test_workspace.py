@@ -5,21 +5,15 @@ import threading
 
 import pytest
 
-from fd_fusion.comm import posix_shm, watcher
+from fd_fusion.comm import watcher
 from tests.support.ranks import run_ranks
-
-
-def segments():
-    return {path.name for path in posix_shm.FOLDER.glob("fd_fusion-*")}
 
 
 @pytest.mark.parametrize("what", ["life", "several", "sigterm", "sigterm_in_watch", "fork", "left_open"])
 def test_a_workspace(what):
-    before = segments()
     for rank in run_ranks("workspace.py", 2, what, timeout_s=40):
         assert rank.status == 0 and rank.text.endswith("end\n"), rank.text
         assert "sigterm" not in what or "the host's handler" in rank.text
-    assert segments() <= before
 
 
 @pytest.mark.parametrize("what", ["lost", "lost_in_reset"])
