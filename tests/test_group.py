@@ -108,15 +108,20 @@ def test_one_rank_and_no_store():
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_store_that_is_gone_is_an_error_of_this_package(rank):
+def test_a_store_that_is_gone_is_an_error_of_this_package(rank, monkeypatch):
     """As when the process that serves it was killed: the client's own error, here a ValueError, says too little."""
 
     class Gone(DictStore):
         def add(self, key, amount):
             raise ValueError("TCP send error. Details: Broken pipe.")
 
+    group, raised = Group("g", rank, 2, (0, 1), Gone()), []
     with pytest.raises(FusionError, match="Broken pipe"):
-        agree(Group("g", rank, 2, (0, 1), Gone()), "t", Vote(), timeout_s=LIMIT)
+        agree(group, "t", Vote(), timeout_s=LIMIT)
+    monkeypatch.setattr(threading, "excepthook", raised.append)
+    with working(group, every_s=0.001):
+        time.sleep(0.1)
+    assert not raised, "the thread that shows progress says nothing of its own"
 
 
 def test_votes_follow_each_other_without_mixing():

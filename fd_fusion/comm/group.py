@@ -119,8 +119,9 @@ def working(group: Group, *, every_s: float = 1.0) -> Iterator[None]:
     stop = threading.Event()
 
     def beat() -> None:
-        while not stop.wait(every_s):
-            group.store.add(_progress_key(group, group.rank), 1)
+        with contextlib.suppress(Exception):  # a store that is gone is told by the next vote
+            while not stop.wait(every_s):
+                group.store.add(_progress_key(group, group.rank), 1)
 
     thread = threading.Thread(target=beat, name="fd_fusion-progress", daemon=True)
     thread.start()
