@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from support.segments import left, none_left
 
-from fd_fusion.cli import doctor, doctor_child, ranks
+from fd_fusion.cli import demo_launch, doctor, doctor_child, ranks
 from fd_fusion.cli.doctor_machine import machine
 from fd_fusion.cli.doctor_packages import packages
 from fd_fusion.cli.findings import Finding, guarded
@@ -220,7 +220,7 @@ def test_whether_fastdeploys_own_loading_finds_us(on_path, monkeypatch, found):
     assert "Glm4MoeDecoderLayer" in of(told, "decoders").data["decoders"]
 
 
-def command(*args, env=None, timeout_s=120):
+def command(*args, env=None, timeout_s=400):
     full = {**os.environ, "PYTHONPATH": str(ROOT), **(env or {})}
     argv = [sys.executable, "-W", "ignore", "-m", "fd_fusion", "doctor", *args]
     return subprocess.run(argv, env=full, capture_output=True, text=True, timeout=timeout_s)
@@ -258,7 +258,7 @@ def run(job, group):
     pathlib.Path(job["pids"], str(group.rank)).write_text(str(os.getpid()))
     if group.rank == 1:
         {fault}
-    time.sleep(60 if "sleep" in job else 5)
+    time.sleep(60)
 sys.exit(rank_main(run))
 """
 
@@ -279,7 +279,7 @@ def faulty(tmp_path, monkeypatch):
 
     yield start
     for pid in pids.iterdir():
-        assert not Path(f"/proc/{pid.read_text()}").exists(), "a rank is left"
+        assert not _runs(pid), "a rank is left"
 
 
 @pytest.mark.parametrize(
@@ -291,10 +291,9 @@ def faulty(tmp_path, monkeypatch):
     ],
 )
 def test_a_rank_that_dies_is_named(faulty, fault, sentence):
-    start = time.monotonic()
     with pytest.raises(ranks.RanksFailed) as caught:
         faulty(fault)
-    assert str(caught.value) == sentence and time.monotonic() - start < 5
+    assert str(caught.value) == sentence, "and not that rank 0, which goes on, was not done in time"
 
 
 SEGMENT = (
@@ -312,7 +311,7 @@ def test_the_shared_memory_of_a_rank_that_dies_is_removed(faulty, tmp_path):
 
 def test_ranks_that_are_not_done_in_time(faulty):
     with pytest.raises(ranks.RanksFailed, match=r"ranks 0, 1 were not done within 1.5 s"):
-        faulty("pass", timeout_s=1.5, sleep=1)
+        faulty("pass", timeout_s=1.5)
 
 
 def test_ranks_end_with_a_killed_parent(tmp_path):
@@ -321,20 +320,26 @@ def test_ranks_end_with_a_killed_parent(tmp_path):
     parent = (
         "import sys\nfrom fd_fusion.cli import ranks\n"
         f"ranks._command = lambda m, f, r: [sys.executable, {str(tmp_path / 'faulty.py')!r}, f, str(r)]\n"
-        f"ranks.run_ranks('faulty', 2, {{'pids': {str(tmp_path)!r}, 'sleep': 1}}, timeout_s=60)"
+        f"ranks.run_ranks('faulty', 2, {{'pids': {str(tmp_path)!r}}}, timeout_s=60)"
     )
     env = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)}
     process = subprocess.Popen([sys.executable, "-c", parent], env=env)
     try:
-        _until(lambda: all((tmp_path / str(rank)).exists() for rank in range(2)))
+        pids = [tmp_path / str(rank) for rank in range(2)]
+        _until(lambda: all(pid.exists() and pid.read_text() for pid in pids))
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
-    pids = [(tmp_path / str(rank)).read_text() for rank in range(2)]
-    _until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids))
+    _until(lambda: not any(map(_runs, pids)))
 
 
-def _until(condition, timeout_s=20):
+def _runs(file):
+    """Whether the rank that wrote its id there runs. It may have been killed before it wrote it."""
+    pid = file.read_text()
+    return bool(pid) and demo_launch._alive(int(pid))
+
+
+def _until(condition, timeout_s=150):
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline

@@ -259,7 +259,7 @@ def test_a_rank_that_dies_in_the_middle(cache, monkeypatch, capsys, tmp_path):
 def test_the_whole_command_under_the_interpreter(cache):
     argv = [sys.executable, "-W", "ignore", "-m", "fd_fusion", "tune", "--hidden-size", "64", "--rows", "1", "--json"]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([*argv, "--rounds", "1"], env=env, capture_output=True, text=True, timeout=150)
+    done = subprocess.run([*argv, "--rounds", "1"], env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     outcome = json.loads(done.stdout)
     assert outcome["mode"] == "cpu" and outcome["stored"] is None

@@ -45,7 +45,7 @@ def main(what):
     if what == "killed_named" and group.rank == 1:  # dies while its segment still has a name
         posix_shm.PosixShm.open = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
     try:
-        memory = symmetric_memory.open_symmetric_memory(group, NBYTES, maker, push, timeout_s=2)
+        memory = symmetric_memory.open_symmetric_memory(group, NBYTES, maker, push, timeout_s=2 if what.startswith("killed") else 30)
     except FusionError as error:
         print("refused:", error)
         assert not maker._maps, "what could not be opened is not given back"
