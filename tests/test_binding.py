@@ -1,5 +1,6 @@
 """bind on one rank and in one process: what is left alone, and what it says."""
 
+import threading
 from types import SimpleNamespace
 
 import paddle
@@ -8,6 +9,7 @@ from support.tiny import DemoDecoder, hidden
 
 import fd_fusion
 from fd_fusion import FusionConfig
+from fd_fusion.comm import group as group_module
 from fd_fusion.comm.group import Group, Verdict, agree
 from fd_fusion.integration import binding, native, opening, settling
 from fd_fusion.integration.pairs import find_links
@@ -143,6 +145,24 @@ def test_a_first_forward_whose_vote_fails_leaves_nothing_bound(monkeypatch):
         model(paddle.ones([1, 2]))
     assert undone == ["site"]
     model(paddle.ones([1, 2]))
+
+
+def test_a_rank_that_opens_shows_progress_more_often_than_its_peers_limit(monkeypatch):
+    """With a sign a second and a limit of a second, they gave up a rank that was compiling."""
+    pauses, group = [], Group("g", 0, 2, (0, 1), BrokenStore())
+
+    class Stop(threading.Event):
+        def wait(self, pause):
+            pauses.append(pause)
+            return True
+
+    monkeypatch.setattr(group_module, "threading", SimpleNamespace(Event=Stop, Thread=threading.Thread))
+    backend = SimpleNamespace(open=lambda facts, group: None)
+    monkeypatch.setattr(opening, "agree", lambda *args, **kwargs: Verdict((None, None), ()))
+    monkeypatch.setattr(opening, "_load", lambda name, facts: (backend, None))
+    opening._try("triton", ["facts"], group, 0.1)
+    opening._try("triton", ["facts"], group, 30)
+    assert pauses == [0.025, 1.0]
 
 
 def test_what_was_opened_is_closed_if_the_vote_on_it_fails(monkeypatch):

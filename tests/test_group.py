@@ -39,7 +39,7 @@ def vote(votes, late=None, busy=None, limit=LIMIT):
         group = Group("g", rank, len(votes), tuple(range(len(votes))), store)
         while rank == late and len(verdicts) < len(votes) - 1:
             time.sleep(0.01)
-        with working(group, every_s=0.05):
+        with working(group, timeout_s=0.2):
             time.sleep((busy or {}).get(rank, 0))
         if votes[rank] is not None:
             verdicts[rank] = agree(group, "topic", votes[rank], timeout_s=limit)
@@ -121,7 +121,7 @@ def test_a_store_that_is_gone_is_an_error_of_this_package(rank, monkeypatch):
     with pytest.raises(FusionError, match="Broken pipe"):
         agree(group, "t", Vote(), timeout_s=LIMIT)
     monkeypatch.setattr(threading, "excepthook", raised.append)
-    with working(group, every_s=0.001):
+    with working(group, timeout_s=0.1):
         time.sleep(0.1)
     assert not raised, "the thread that shows progress says nothing of its own"
 

@@ -84,7 +84,7 @@ def _try(name: str, facts: list[Facts], group: Group, timeout_s: float) -> tuple
     if not verdict.ok:
         return None, verdict.reason, tuple(rank for rank, _ in verdict.refusals)
     opened = None
-    with working(group):
+    with working(group, timeout_s=timeout_s):
         try:
             opened = backend.open(facts[0], group)
         except FusionError as error:
