@@ -360,6 +360,28 @@ def test_a_flashinfer_that_ends_its_process(on_path):
     assert found.state == "warn" and "ends its process" in found.text
 
 
+def test_imports_that_hang_are_waited_for_at_once(monkeypatch):
+    """All three hanging took three times the limit."""
+    given = []
+
+    class Hanging(contextlib.nullcontext):
+        def kill(self):
+            pass
+
+        def communicate(self, timeout):
+            given.append(timeout)
+            clock[0] += timeout
+            raise subprocess.TimeoutExpired("python", timeout)
+
+    clock = [100.0]
+    monkeypatch.setattr(doctor_child.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(doctor_child.subprocess, "Popen", lambda *args, **kwargs: Hanging(Hanging()))
+    with doctor_child.asking("framework", 2) as first, doctor_child.asking("flashinfer") as second:
+        (broken,), (warn,) = first(), second()
+    assert given == [120, 1] and (broken.state, warn.state) == ("broken", "warn")
+    assert "was not done within 120 s" in broken.text and "was not done within 120 s" in warn.text
+
+
 def test_an_import_that_hangs_does_not_hold_up_a_sigterm(on_path):
     fake(
         on_path, "flashinfer", f"import pathlib, time; pathlib.Path({str(on_path / 'in')!r}).touch(); time.sleep(100)"
