@@ -1,5 +1,6 @@
 """bind on one rank and in one process: what is left alone, and what it says."""
 
+import threading
 from types import SimpleNamespace
 
 import paddle
@@ -8,13 +9,14 @@ from support.tiny import DemoDecoder, hidden
 
 import fd_fusion
 from fd_fusion import FusionConfig
-from fd_fusion.comm.group import Group, Verdict
-from fd_fusion.integration import binding, native, settling
+from fd_fusion.comm import group as group_module
+from fd_fusion.comm.group import Group, Verdict, agree
+from fd_fusion.integration import binding, native, opening, settling
 from fd_fusion.integration.pairs import find_links
 from fd_fusion.integration.proof import Proof, joint_refusal, outputs_refusal, relative_errors
 from fd_fusion.integration.report import Report
 from fd_fusion.integration.settling import Bound
-from fd_fusion.reasons import because
+from fd_fusion.reasons import FusionError, because
 from fd_fusion.site import Rejected, Site
 
 
@@ -132,6 +134,57 @@ def test_a_miss_takes_the_norms_of_q_and_k_away_too():
     assert not settling._settle(state, reason, (0,))
     assert sorted(undone) == ["qk", "site"] and not state.undo_qk
     assert not state.report.qk_fused and state.report.qk_stock == {"layers.0.qk_norm": reason}
+
+
+def test_a_first_forward_whose_vote_fails_leaves_nothing_bound(monkeypatch):
+    model, undone = paddle.nn.Linear(2, 2), []
+    state = settling.Bound(Report(FusionConfig(), "a test", "Model"), undo=[lambda: undone.append("site")])
+    state.groups.append(Group("g", 0, 2, (0, 1), BrokenStore()))
+    settling._prove_first_forward(model, state, Proof([], {}))
+    with pytest.raises(FusionError, match="it is gone"):
+        model(paddle.ones([1, 2]))
+    assert undone == ["site"]
+    model(paddle.ones([1, 2]))
+
+
+def test_a_rank_that_opens_shows_progress_more_often_than_its_peers_limit(monkeypatch):
+    """With a sign a second and a limit of a second, they gave up a rank that was compiling."""
+    pauses, group = [], Group("g", 0, 2, (0, 1), BrokenStore())
+
+    class Stop(threading.Event):
+        def wait(self, pause):
+            pauses.append(pause)
+            return True
+
+    monkeypatch.setattr(group_module, "threading", SimpleNamespace(Event=Stop, Thread=threading.Thread))
+    backend = SimpleNamespace(open=lambda facts, group: None)
+    monkeypatch.setattr(opening, "agree", lambda *args, **kwargs: Verdict((None, None), ()))
+    monkeypatch.setattr(opening, "_load", lambda name, facts: (backend, None))
+    opening._try("triton", ["facts"], group, 0.1)
+    opening._try("triton", ["facts"], group, 30)
+    assert pauses == [0.025, 1.0]
+
+
+def test_what_was_opened_is_closed_if_the_vote_on_it_fails(monkeypatch):
+    closed, group = [], Group("g", 0, 2, (0, 1), BrokenStore())
+    backend = SimpleNamespace(open=lambda facts, group: SimpleNamespace(close=lambda: closed.append(facts)))
+    votes = [Verdict((None, None), ())]
+
+    def agree_once(*args, **kwargs):
+        return votes.pop() if votes else agree(*args, **kwargs)
+
+    monkeypatch.setattr(opening, "agree", agree_once)
+    monkeypatch.setattr(opening, "_load", lambda name, facts: (backend, None))
+    with pytest.raises(FusionError, match="it is gone"):
+        opening._try("triton", ["facts"], group, 1)
+    assert closed == ["facts"]
+
+
+class BrokenStore:
+    def add(self, key, amount):
+        raise OSError("it is gone")
+
+    get = set = add
 
 
 def test_what_only_all_ranks_see():

@@ -1,6 +1,5 @@
 """`python -m fd_fusion demo`: the runs agree with the truth, and whatever goes wrong is told in one sentence."""
 
-import fcntl
 import importlib.metadata
 import importlib.util
 import json
@@ -16,7 +15,7 @@ import numpy as np
 import pytest
 from support.launch import launch
 
-from fd_fusion.cli import demo, demo_launch, demo_report, ranks
+from fd_fusion.cli import demo, demo_launch, demo_report
 from fd_fusion.cli.demo_config import DecoderConfig
 from fd_fusion.cli.demo_reference import Truth
 
@@ -41,11 +40,11 @@ def left_behind(tmp_path):
 # --- the main job ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize(("nproc", "extra"), [(1, []), (2, ["--max-token-num", "4"]), (4, ["--steps", "2"])])
 def test_the_runs_agree(nproc, extra, tmp_path):
     process = start(tmp_path, "--nproc", str(nproc), "--json", "out.json", *extra)
-    out, err = process.communicate(timeout=110)
+    out, err = process.communicate(timeout=280)
     assert process.returncode == 0, out + err
     assert err == "" and out.endswith("verdict: the numbers agree\n")
     assert len(re.findall(r"^site  ", out, re.M)) == 6
@@ -155,7 +154,7 @@ def test_a_missing_or_old_package_gets_one_sentence(capsys, monkeypatch):
 
 def begun(process, tmp_path, steps=4):
     """Wait until every rank has run some forwards; returns the run folder."""
-    end = time.monotonic() + 60
+    end = time.monotonic() + 150
     while time.monotonic() < end and process.poll() is None:
         files = list(tmp_path.glob("fd_fusion_demo_*/progress.?"))
         if len(files) == 2 and all(int(file.read_text()) >= steps for file in files):
@@ -165,18 +164,16 @@ def begun(process, tmp_path, steps=4):
     raise AssertionError(process.communicate())
 
 
-@pytest.mark.timeout(90)
+@pytest.mark.timeout(300)
 def test_a_killed_rank_is_named(tmp_path):
     process = start(tmp_path, "--steps", "40", "--hidden-size", "64", "--timeout-s", "10")
     os.kill(int((begun(process, tmp_path) / "pid.1").read_text()), signal.SIGKILL)
-    killed = time.monotonic()
-    out, err = process.communicate(timeout=20)
-    assert time.monotonic() - killed < 10
+    out, err = process.communicate(timeout=60)  # that no rank got on would be told after 100 s
     assert process.returncode == 1 and "rank 1 died" in err and "Traceback" not in err and not out
     assert not left_behind(tmp_path)
 
 
-@pytest.mark.timeout(90)
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("late", [False, True])
 def test_ctrl_c_leaves_nothing(late, tmp_path):
     process = start(tmp_path, "--steps", "40", "--hidden-size", "64")
@@ -186,28 +183,9 @@ def test_ctrl_c_leaves_nothing(late, tmp_path):
         while not list(tmp_path.glob("fd_fusion_demo_*/launcher.log")):
             time.sleep(0.02)
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=20)
+    out, err = process.communicate(timeout=60)
     assert (process.returncode, out, err) == (130, "", "fd-fusion demo: interrupted\n")
     assert not left_behind(tmp_path)
-
-
-@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="POSIX shared memory has no folder here")
-def test_segments_of_a_rank_that_died_are_removed():
-    """Only those without a lock, and only those of this run."""
-    paths = [Path(f"/dev/shm/fd_fusion-{os.urandom(16).hex()}") for _ in range(2)]
-    locked, left = paths
-    try:
-        for path in paths:
-            path.touch()
-        with locked.open("rb") as stream:
-            fcntl.flock(stream, fcntl.LOCK_EX)
-            ranks.remove_segments(time.time() + 60)
-            assert all(path.exists() for path in paths)
-            ranks.remove_segments(left.stat().st_ctime)
-        assert locked.exists() and not left.exists()
-    finally:
-        for path in paths:
-            path.unlink(missing_ok=True)
 
 
 DYING = """
@@ -233,7 +211,7 @@ def test_a_process_lives_until_its_last_thread_has_gone():
         process.wait()
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 def test_seeded_bugs_are_caught(tmp_path):
     results = launch("seeded_bug.py", 2, tmp_path)
     assert results[0].keys() == results[1].keys()

@@ -10,8 +10,9 @@ import time
 from pathlib import Path
 
 import pytest
+from support.segments import left, none_left
 
-from fd_fusion.cli import doctor, doctor_child, ranks
+from fd_fusion.cli import demo_launch, doctor, doctor_child, ranks
 from fd_fusion.cli.doctor_machine import machine
 from fd_fusion.cli.doctor_packages import packages
 from fd_fusion.cli.findings import Finding, guarded
@@ -219,18 +220,14 @@ def test_whether_fastdeploys_own_loading_finds_us(on_path, monkeypatch, found):
     assert "Glm4MoeDecoderLayer" in of(told, "decoders").data["decoders"]
 
 
-def command(*args, env=None, timeout_s=120):
+def command(*args, env=None, timeout_s=400):
     full = {**os.environ, "PYTHONPATH": str(ROOT), **(env or {})}
     argv = [sys.executable, "-W", "ignore", "-m", "fd_fusion", "doctor", *args]
     return subprocess.run(argv, env=full, capture_output=True, text=True, timeout=timeout_s)
 
 
-def shared_memory():
-    return set(Path("/dev/shm").glob("fd_fusion-*"))
-
-
 def test_the_whole_command_on_this_machine():
-    before = shared_memory()
+    before = left()
     done = command("--json")
     outcome = json.loads(done.stdout)
     assert done.returncode == outcome["exit_code"] == 0, done.stdout
@@ -240,7 +237,7 @@ def test_the_whole_command_on_this_machine():
     launch = next(one for one in outcome["findings"] if one["topic"] == "launch")
     assert launch["state"] == "ok" and launch["data"]["bit_equal"] and launch["data"]["error_over_budget"] <= 1
     assert launch["data"]["counted_on_device"]
-    assert shared_memory() <= before
+    assert none_left(before)
 
 
 def test_without_the_launch_and_disabled():
@@ -261,7 +258,7 @@ def run(job, group):
     pathlib.Path(job["pids"], str(group.rank)).write_text(str(os.getpid()))
     if group.rank == 1:
         {fault}
-    time.sleep(60 if "sleep" in job else 5)
+    time.sleep(60)
 sys.exit(rank_main(run))
 """
 
@@ -282,7 +279,7 @@ def faulty(tmp_path, monkeypatch):
 
     yield start
     for pid in pids.iterdir():
-        assert not Path(f"/proc/{pid.read_text()}").exists(), "a rank is left"
+        assert not _runs(pid), "a rank is left"
 
 
 @pytest.mark.parametrize(
@@ -294,10 +291,9 @@ def faulty(tmp_path, monkeypatch):
     ],
 )
 def test_a_rank_that_dies_is_named(faulty, fault, sentence):
-    start = time.monotonic()
     with pytest.raises(ranks.RanksFailed) as caught:
         faulty(fault)
-    assert str(caught.value) == sentence and time.monotonic() - start < 5
+    assert str(caught.value) == sentence, "and not that rank 0, which goes on, was not done in time"
 
 
 SEGMENT = (
@@ -315,7 +311,7 @@ def test_the_shared_memory_of_a_rank_that_dies_is_removed(faulty, tmp_path):
 
 def test_ranks_that_are_not_done_in_time(faulty):
     with pytest.raises(ranks.RanksFailed, match=r"ranks 0, 1 were not done within 1.5 s"):
-        faulty("pass", timeout_s=1.5, sleep=1)
+        faulty("pass", timeout_s=1.5)
 
 
 def test_ranks_end_with_a_killed_parent(tmp_path):
@@ -324,20 +320,26 @@ def test_ranks_end_with_a_killed_parent(tmp_path):
     parent = (
         "import sys\nfrom fd_fusion.cli import ranks\n"
         f"ranks._command = lambda m, f, r: [sys.executable, {str(tmp_path / 'faulty.py')!r}, f, str(r)]\n"
-        f"ranks.run_ranks('faulty', 2, {{'pids': {str(tmp_path)!r}, 'sleep': 1}}, timeout_s=60)"
+        f"ranks.run_ranks('faulty', 2, {{'pids': {str(tmp_path)!r}}}, timeout_s=60)"
     )
     env = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)}
     process = subprocess.Popen([sys.executable, "-c", parent], env=env)
     try:
-        _until(lambda: all((tmp_path / str(rank)).exists() for rank in range(2)))
+        pids = [tmp_path / str(rank) for rank in range(2)]
+        _until(lambda: all(pid.exists() and pid.read_text() for pid in pids))
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
-    pids = [(tmp_path / str(rank)).read_text() for rank in range(2)]
-    _until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids))
+    _until(lambda: not any(map(_runs, pids)))
 
 
-def _until(condition, timeout_s=20):
+def _runs(file):
+    """Whether the rank that wrote its id there runs. It may have been killed before it wrote it."""
+    pid = file.read_text()
+    return bool(pid) and demo_launch._alive(int(pid))
+
+
+def _until(condition, timeout_s=150):
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline
@@ -356,6 +358,28 @@ def test_a_flashinfer_that_ends_its_process(on_path):
     fake(on_path, "flashinfer", "import os; os.abort()", version="0.6.12")
     (found,) = doctor_child.ask("flashinfer")
     assert found.state == "warn" and "ends its process" in found.text
+
+
+def test_imports_that_hang_are_waited_for_at_once(monkeypatch):
+    """All three hanging took three times the limit."""
+    given = []
+
+    class Hanging(contextlib.nullcontext):
+        def kill(self):
+            pass
+
+        def communicate(self, timeout):
+            given.append(timeout)
+            clock[0] += timeout
+            raise subprocess.TimeoutExpired("python", timeout)
+
+    clock = [100.0]
+    monkeypatch.setattr(doctor_child.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(doctor_child.subprocess, "Popen", lambda *args, **kwargs: Hanging(Hanging()))
+    with doctor_child.asking("framework", 2) as first, doctor_child.asking("flashinfer") as second:
+        (broken,), (warn,) = first(), second()
+    assert given == [120, 1] and (broken.state, warn.state) == ("broken", "warn")
+    assert "was not done within 120 s" in broken.text and "was not done within 120 s" in warn.text
 
 
 def test_an_import_that_hangs_does_not_hold_up_a_sigterm(on_path):

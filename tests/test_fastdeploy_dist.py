@@ -35,7 +35,7 @@ def test_the_kernels_under_the_interpreter(tmp_path):
 
 def test_a_silent_rank_is_an_error_before_its_step_is_published(tmp_path):
     first, _ = run("fastdeploy_timeout.py", 2, tmp_path, TRITON_INTERPRET="1")
-    assert 0.9 < first["waited"] < 15, "after timeout_s = 1 and not much later"
+    assert 4.9 < first["waited"] < 40, "after timeout_s = 5, and not after ten times that"
 
 
 def test_two_replicas_of_two_ranks_never_meet(tmp_path):

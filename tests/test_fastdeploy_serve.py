@@ -9,8 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
+from support.segments import left, none_left
 
-from fd_fusion.cli import serve
+from fd_fusion.cli import demo_launch, serve
 from fd_fusion.config import ENV_CONFIG
 from fd_fusion.reasons import because
 
@@ -69,11 +70,6 @@ def run(command, site, folder, timeout_s=90, **variables):
     return server.returncode, err
 
 
-def shared_memory():
-    """What this package has in shared memory, by name."""
-    return {name for name in os.listdir("/dev/shm") if name.startswith("fd_fusion-")}
-
-
 def tokens_of(folder):
     return [json.loads(line) for line in (folder / "tokens.jsonl").read_text().splitlines()]
 
@@ -95,7 +91,7 @@ def test_serve_turns_fusion_on(site, checkpoint, stock_tokens, tmp_path):
     """No plugin is loaded unless FD_PLUGINS names it; the flag says no and the config says yes; then SIGTERM."""
     config = '{"timeout_s": 20}'
     command = [*SERVE, "--fusion-config", config, "--model", checkpoint, "--tensor-parallel-size", "2"]
-    shm = shared_memory()
+    before = left()
     code, err = run(
         [*command, "--num-gpu-blocks-override", "9"],
         site,
@@ -108,14 +104,14 @@ def test_serve_turns_fusion_on(site, checkpoint, stock_tokens, tmp_path):
     log = (tmp_path / "fd_fusion.log").read_text()
     assert "fd_fusion: on: 6 sites, paddle" in err and "config from --fusion-config" in err, err + log
     assert tokens_of(tmp_path) == stock_tokens
-    assert shared_memory() <= shm, "nothing is left in shared memory"
+    assert none_left(before), "nothing is left in shared memory"
 
 
 def test_killed_ranks_leave_nothing(site, checkpoint, tmp_path):
     """The engine ends its ranks by SIGTERM to their process group: no atexit, no hang, nothing left."""
     command = ["-m", serve.SERVER, "--model", checkpoint / "small", "--tensor-parallel-size", "2"]
     command += ["--stop-after-steps", "3"]
-    shm = shared_memory()
+    before = left()
     variables = {
         "HOST_LINGER": "1",
         "FD_FUSION_CONFIG": '{"backend": "triton", "max_token_num": 4}',
@@ -125,13 +121,11 @@ def test_killed_ranks_leave_nothing(site, checkpoint, tmp_path):
     assert "2 sites, triton" in (tmp_path / "fd_fusion.log").read_text() and len(tokens_of(tmp_path)) == 3
     pids = [int(file.read_text()) for file in tmp_path.glob("pid.*")]
     assert len(pids) == 2
-    for _ in range(50):
-        if not any(Path(f"/proc/{pid}").exists() for pid in pids):
-            break
+    deadline = time.monotonic() + 60
+    while any(map(demo_launch._alive, pids)):
+        assert time.monotonic() < deadline, "a rank outlived SIGTERM"
         time.sleep(0.1)
-    else:
-        pytest.fail("a rank outlived SIGTERM")
-    assert shared_memory() <= shm
+    assert none_left(before)
 
 
 def test_the_environment(monkeypatch, site):

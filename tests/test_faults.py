@@ -5,15 +5,7 @@ import signal
 
 import pytest
 
-from fd_fusion.comm import posix_shm
 from tests.support.ranks import run_ranks
-
-
-@pytest.fixture(autouse=True)
-def nothing_is_left():
-    before = set(posix_shm.FOLDER.glob("fd_fusion-*"))
-    yield
-    assert set(posix_shm.FOLDER.glob("fd_fusion-*")) <= before
 
 
 def run(what, size=2):

@@ -67,7 +67,7 @@ def run(code, *paths, then=""):
         env={"PYTHONPATH": path, "PATH": "/usr/bin:/bin", "HOME": str(paths[0]) if paths else "/nonexistent"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

@@ -8,7 +8,8 @@ import pytest
 from fd_fusion.comm.group import Group, Vote, agree, working
 from fd_fusion.reasons import FusionError, because
 
-LIMIT = 0.3
+LIMIT = 1.0  # of votes that end without a rank; a rank that is there may be held up by a busy machine
+LONG = 30
 
 
 class DictStore:
@@ -30,24 +31,25 @@ class DictStore:
             return self.data[key]
 
 
-def vote(votes, late=None, busy=None, store=None):
-    """Each rank votes: None never does; `late` sleeps before it, `busy` works (with progress) before it."""
-    store, verdicts = store or DictStore(), {}
+def vote(votes, late=None, busy=None, limit=LIMIT):
+    """Each rank votes: None never does, `late` does when the others have their verdict, `busy` with progress."""
+    store, verdicts = DictStore(), {}
 
     def run(rank):
         group = Group("g", rank, len(votes), tuple(range(len(votes))), store)
-        time.sleep((late or {}).get(rank, 0))
-        with working(group, every_s=0.05):
+        while rank == late and len(verdicts) < len(votes) - 1:
+            time.sleep(0.01)
+        with working(group, timeout_s=0.2):
             time.sleep((busy or {}).get(rank, 0))
         if votes[rank] is not None:
-            verdicts[rank] = agree(group, "topic", votes[rank], timeout_s=LIMIT)
+            verdicts[rank] = agree(group, "topic", votes[rank], timeout_s=limit)
 
     threads = [threading.Thread(target=run, args=(rank,)) for rank in range(len(votes))]
     start = time.monotonic()
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(10)
+        thread.join(60)
     assert not any(thread.is_alive() for thread in threads)
     return verdicts, time.monotonic() - start
 
@@ -60,14 +62,14 @@ def only(verdicts):
 
 
 def test_all_say_yes_and_the_data_arrives_in_rank_order():
-    verdict = only(vote([Vote(data={"x": rank}) for rank in range(4)])[0])
+    verdict = only(vote([Vote(data={"x": rank}) for rank in range(4)], limit=LONG)[0])
     assert verdict.ok and verdict.data == tuple({"x": rank} for rank in range(4)) and verdict.reason is None
 
 
 @pytest.mark.parametrize("culprit", [0, 1, 2])
 def test_one_refusal_is_everybodys_and_names_its_rank(culprit):
     votes = [Vote(because("open_failed", error="no memory") if rank == culprit else None) for rank in range(3)]
-    verdict = only(vote(votes)[0])
+    verdict = only(vote(votes, limit=LONG)[0])
     assert not verdict.ok and [rank for rank, _ in verdict.refusals] == [culprit]
     assert f"rank {culprit}" in str(verdict.reason) and "no memory" in str(verdict.reason)
 
@@ -77,25 +79,25 @@ def test_a_rank_that_never_votes_is_named_in_bounded_time(culprit):
     verdicts, seconds = vote([None if rank == culprit else Vote() for rank in range(3)])
     verdict = only(verdicts)
     assert verdict.refusals[0][0] == culprit and verdict.reason.code == "never_voted"
-    assert seconds < 10 * LIMIT
+    assert seconds < 30
 
 
 @pytest.mark.parametrize("culprit", [0, 1])
 def test_a_late_rank_finds_the_verdict_against_it(culprit):
-    verdicts, _ = vote([Vote(), Vote(), Vote()], late={culprit: 4 * LIMIT})
+    verdicts, _ = vote([Vote(), Vote(), Vote()], late=culprit)
     assert len(verdicts) == 3
     assert all(not verdict.ok and verdict.refusals[0][0] == culprit for verdict in verdicts.values())
 
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_busy_rank_is_waited_for(rank):
-    verdicts, seconds = vote([Vote(), Vote()], busy={rank: 3 * LIMIT})
-    assert only(verdicts).ok and seconds > 3 * LIMIT
+    verdicts, seconds = vote([Vote(), Vote()], busy={rank: 3}, limit=1.5)
+    assert only(verdicts).ok and seconds > 3
 
 
 def test_a_busy_rank_is_not_waited_for_without_end():
-    verdicts, seconds = vote([Vote(), Vote()], busy={1: 12 * LIMIT})
-    assert only(verdicts).reason.code == "never_voted" and seconds < 16 * LIMIT
+    verdicts, _ = vote([Vote(), Vote()], busy={1: 12 * 0.3}, limit=0.3)
+    assert only(verdicts).reason.code == "never_voted"
 
 
 def test_one_rank_and_no_store():
@@ -108,15 +110,20 @@ def test_one_rank_and_no_store():
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_store_that_is_gone_is_an_error_of_this_package(rank):
+def test_a_store_that_is_gone_is_an_error_of_this_package(rank, monkeypatch):
     """As when the process that serves it was killed: the client's own error, here a ValueError, says too little."""
 
     class Gone(DictStore):
         def add(self, key, amount):
             raise ValueError("TCP send error. Details: Broken pipe.")
 
+    group, raised = Group("g", rank, 2, (0, 1), Gone()), []
     with pytest.raises(FusionError, match="Broken pipe"):
-        agree(Group("g", rank, 2, (0, 1), Gone()), "t", Vote(), timeout_s=LIMIT)
+        agree(group, "t", Vote(), timeout_s=LIMIT)
+    monkeypatch.setattr(threading, "excepthook", raised.append)
+    with working(group, timeout_s=0.1):
+        time.sleep(0.1)
+    assert not raised, "the thread that shows progress says nothing of its own"
 
 
 def test_votes_follow_each_other_without_mixing():
@@ -126,7 +133,7 @@ def test_votes_follow_each_other_without_mixing():
 
     def run(rank):
         for turn in range(20):
-            seen[rank].append(agree(groups[rank], "t", Vote(data=[turn, rank]), timeout_s=5).data)
+            seen[rank].append(agree(groups[rank], "t", Vote(data=[turn, rank]), timeout_s=LONG).data)
 
     threads = [threading.Thread(target=run, args=(rank,)) for rank in range(2)]
     [thread.start() for thread in threads]
@@ -142,4 +149,4 @@ def test_a_group_that_cannot_be_is_refused():
 def test_a_refusal_that_an_earlier_vote_named_is_not_named_again():
     """Opening is collective: all ranks come out of it with the same reason, and vote once more."""
     earlier = because("refused", rank=1, why="no P2P")
-    assert str(only(vote([Vote(earlier), Vote(earlier)])[0]).reason) == "rank 1 refused: no P2P"
+    assert str(only(vote([Vote(earlier), Vote(earlier)], limit=LONG)[0]).reason) == "rank 1 refused: no P2P"

@@ -13,8 +13,11 @@ from fd_fusion.comm.symmetric_memory import _unreachable
 from tests.support.ranks import run_ranks
 
 
-def segments():
-    return {path.name for path in posix_shm.FOLDER.glob("fd_fusion-*")}
+@pytest.fixture
+def segments(tmp_path, monkeypatch):
+    """Shared memory of this test alone: a function that lists what is in it."""
+    monkeypatch.setattr(posix_shm, "FOLDER", tmp_path)
+    return lambda: {path.name for path in tmp_path.iterdir()}
 
 
 @pytest.mark.parametrize("size", [2, 4])
@@ -39,41 +42,67 @@ def test_every_rank_reaches_every_buffer(size):
     ],
 )
 def test_all_ranks_end_alike_and_leave_nothing(what, expected):
-    before = segments()
     ended = run_ranks("memory.py", 2, what)
     alive = ended[:1] if what == "killed" else ended
     for rank in alive:
         assert rank.status == 0, rank.text
         assert expected in rank.text
-    assert segments() <= before
 
 
-def test_a_segment_of_a_crashed_run_disturbs_nobody_and_is_removed(monkeypatch):
-    before = segments()
-    ended = run_ranks("memory.py", 2, "killed_named")
+def test_a_segment_of_a_crashed_run_disturbs_nobody_and_is_removed(segments, tmp_path):
+    ended = run_ranks("memory.py", 2, "killed_named", shm=tmp_path)
     assert "rank 1 never voted" in ended[0].text, ended[0].text
-    left = segments() - before
+    left = segments()
     assert len(left) == 1, "rank 1 died with its segment's name in place"
-    assert all(rank.status == 0 for rank in run_ranks("memory.py", 2, "plain"))
-    monkeypatch.setattr(posix_shm, "_YOUNG_S", 0)
     maker = posix_shm.PosixShm()
     own, _ = maker.allocate(4096)
-    assert not left & segments()
-    posix_shm._remove_stale()
-    assert segments() - before, "a segment whose creator is alive stays"
+    assert len(segments() - left) == 1 and not left & segments()
+    posix_shm.remove_left()
+    assert segments(), "a segment whose creator is alive stays"
     maker.free(own)
-    assert segments() <= before
+    assert not segments()
 
 
-def test_a_full_shared_memory_is_an_error_at_allocation():
-    maker, before = posix_shm.PosixShm(), segments()
+def test_a_segment_is_locked_before_it_has_its_name(segments, monkeypatch):
+    """Another run that cleans up while its creator is held up in between must not take it for one that was left."""
+    lock, others = posix_shm.fcntl.flock, []
+
+    def late(fd, how):
+        if how == posix_shm.fcntl.LOCK_EX:
+            others.append(segments())
+            posix_shm.remove_left()
+        lock(fd, how)
+
+    monkeypatch.setattr(posix_shm.fcntl, "flock", late)
+    maker = posix_shm.PosixShm()
+    own, token = maker.allocate(4096)
+    assert len(others) == 1 and segments() == {posix_shm._path(token).name}
+    maker.free(own)
+    assert not segments()
+
+
+def test_only_what_this_run_left_is_removed(segments, monkeypatch):
+    """Not what is older, and not what may still be on its way to its name."""
+    for hidden in (False, True):
+        posix_shm._path(bytes(16), hidden=hidden).touch()
+    old = posix_shm._path(bytes(16)).stat().st_ctime
+    posix_shm.remove_left(old + 60)
+    assert len(segments()) == 2
+    posix_shm.remove_left(old)
+    assert len(segments()) == 1
+    monkeypatch.setattr(posix_shm, "_YOUNG_S", 0)
+    posix_shm.remove_left()
+    assert not segments()
+
+
+def test_a_full_shared_memory_is_an_error_at_allocation(segments):
+    maker = posix_shm.PosixShm()
     with pytest.raises(OSError):
         maker.allocate(1 << 50)
-    assert segments() == before
+    assert not segments()
 
 
-def test_a_foreign_or_shorter_segment_is_not_mapped(tmp_path, monkeypatch):
-    monkeypatch.setattr(posix_shm, "FOLDER", tmp_path)
+def test_a_foreign_or_shorter_segment_is_not_mapped(segments):
     maker = posix_shm.PosixShm()
     address, token = maker.allocate(8192)
     with pytest.raises(OSError, match="announced"):

@@ -88,7 +88,7 @@ def open_memory(group: Group, layout: Layout, maker: Maker, *, timeout_s: float)
     try:
         settle(group, "flashinfer_filled", refusal, None, timeout_s)
     except FusionError:
-        memory.close(wait=False)
+        memory.close()
         raise
     return memory
 

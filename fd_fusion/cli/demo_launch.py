@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import fd_fusion
-from fd_fusion.cli.ranks import remove_segments
+from fd_fusion.comm.posix_shm import remove_left
 
 _POLL_S = 0.02
 
@@ -100,7 +100,7 @@ def stop(launcher: subprocess.Popen | None, folder: Path) -> None:
     end = time.monotonic() + 5
     while any(map(_alive, pids)) and time.monotonic() < end:
         time.sleep(_POLL_S)
-    remove_segments((folder / "run.json").stat().st_mtime)
+    remove_left((folder / "run.json").stat().st_mtime)
 
 
 def read_results(folder: Path, nproc: int) -> list[dict]:

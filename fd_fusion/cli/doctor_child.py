@@ -8,6 +8,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -39,12 +40,13 @@ def asking(what: str, *args: Any, timeout_s: float = 120) -> Iterator[Callable[[
         with held_back():
             child = stack.enter_context(subprocess.Popen(command, env=child_environment(), text=True, **pipes))
             stack.callback(child.kill)  # does nothing to one that has ended
-        yield lambda: _answer(child, what, timeout_s)
+        deadline = time.monotonic() + timeout_s  # of all that are asked at once, though they are heard in turn
+        yield lambda: _answer(child, what, timeout_s, deadline)
 
 
-def _answer(child: subprocess.Popen, what: str, timeout_s: float) -> list[Finding]:
+def _answer(child: subprocess.Popen, what: str, timeout_s: float, deadline: float) -> list[Finding]:
     try:
-        out, err = child.communicate(timeout=timeout_s)
+        out, err = child.communicate(timeout=max(1.0, deadline - time.monotonic()))
     except subprocess.TimeoutExpired:
         return [Finding(what, "import", _failed(what), f"importing {what} was not done within {timeout_s:g} s")]
     lines = [line for line in out.splitlines() if line.startswith(_MARK)]

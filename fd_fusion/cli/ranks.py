@@ -25,6 +25,7 @@ from urllib.parse import quote
 import fd_fusion
 from fd_fusion.cli.signals import held_back, undisturbed
 from fd_fusion.comm.group import Group
+from fd_fusion.comm.posix_shm import remove_left
 
 _POLL_S = 0.02
 _PR_SET_PDEATHSIG = 1
@@ -84,33 +85,8 @@ def run_ranks(
                 process.kill()  # does nothing to one that has ended
             for process in processes:
                 process.wait()
-            remove_segments(since)
+            remove_left(since)
             shutil.rmtree(folder, ignore_errors=True)
-
-
-def remove_segments(since: float) -> None:
-    """Remove shared memory that a rank named and did not live to unname: it is unlocked, as its creator is gone.
-
-    A creator of another run locks its segment right after making it, so one that is unlocked twice is nobody's.
-    """
-    paths = [path for path in Path("/dev/shm").glob("fd_fusion-*") if _is_left(path, since)]
-    if paths:
-        time.sleep(0.1)
-    for path in paths:
-        if _is_left(path, since):
-            path.unlink(missing_ok=True)
-
-
-def _is_left(path: Path, since: float) -> bool:
-    try:
-        found = path.lstat()
-        if found.st_uid != os.geteuid() or found.st_ctime < since:
-            return False
-        with path.open("rb") as stream:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
-    except OSError:  # locked, or gone by now
-        return False
 
 
 def child_environment() -> dict[str, str]:

@@ -111,16 +111,20 @@ def agree(group: Group, topic: str, vote: Vote, *, timeout_s: float) -> Verdict:
 
 
 @contextlib.contextmanager
-def working(group: Group, *, every_s: float = 1.0) -> Iterator[None]:
-    """Show progress to the group while this rank compiles or allocates, so that it is waited for longer."""
+def working(group: Group, *, timeout_s: float = 30.0) -> Iterator[None]:
+    """Show progress to the group while this rank compiles or allocates, so that it is waited for longer.
+
+    Args: timeout_s: the limit of the votes in which the others wait; there are several signs in that time.
+    """
     if group.store is None or group.size == 1:
         yield
         return
-    stop = threading.Event()
+    stop, every_s = threading.Event(), max(0.02, min(1.0, timeout_s / 4))
 
     def beat() -> None:
-        while not stop.wait(every_s):
-            group.store.add(_progress_key(group, group.rank), 1)
+        with contextlib.suppress(Exception):  # a store that is gone is told by the next vote
+            while not stop.wait(every_s):
+                group.store.add(_progress_key(group, group.rank), 1)
 
     thread = threading.Thread(target=beat, name="fd_fusion-progress", daemon=True)
     thread.start()
@@ -134,7 +138,7 @@ def working(group: Group, *, every_s: float = 1.0) -> Iterator[None]:
 def _gather(group: Group, ballot: str, timeout_s: float) -> Verdict:
     """Rank 0: collect the votes, decide, write the verdict."""
     keys = {rank: f"{ballot}/vote/{rank}" for rank in range(group.size)}
-    with working(group, every_s=max(0.02, min(1.0, timeout_s / 4))):
+    with working(group, timeout_s=timeout_s):
         missing = _wait_for(group, keys, timeout_s)
     votes = {rank: json.loads(group.store.get(key)) for rank, key in keys.items() if rank not in missing}
     refusals = []

@@ -1,9 +1,9 @@
 """A maker of symmetric memory for CPU ranks: one POSIX shared-memory segment a rank.
 
 A segment has a random name, belongs to its user alone, is really allocated (so a full /dev/shm is an error at
-open and not a SIGBUS in a kernel), and loses its name as soon as every rank has mapped it. Until then its
-creator holds a lock on it; a named segment without a lock was left by a run that crashed, and the next run
-removes it.
+open and not a SIGBUS in a kernel), and loses its name as soon as every rank has mapped it. Its creator locks it
+before it gets that name and holds the lock until it loses it; so a named segment without a lock was left by a run
+that crashed, and the next run removes it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 
 FOLDER = Path("/dev/shm")
 _PREFIX = "fd_fusion-"
-_YOUNG_S = 60  # a segment younger than this may still be on its way to being locked
+_YOUNG_S = 60  # a hidden segment younger than this may still be on its way to its lock and its name
 
 
 class PosixShm:
@@ -39,13 +39,15 @@ class PosixShm:
 
     def allocate(self, nbytes: int) -> tuple[int, bytes]:
         """A new zeroed segment: its address here, and the handle by which peers map it. Raises OSError."""
-        _remove_stale()
+        remove_left()
         token = secrets.token_bytes(self.handle_bytes)
-        path = _path(token)
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        self._names.append((path, fd))
+        hidden, path = _path(token, hidden=True), _path(token)
+        fd = os.open(hidden, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        self._names.append((hidden, fd))
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX)
+            fcntl.flock(fd, fcntl.LOCK_EX)  # before anybody can take it for one that was left
+            hidden.rename(path)
+            self._names[-1] = path, fd
             os.posix_fallocate(fd, 0, nbytes)
             return self._map(fd, nbytes), token
         except OSError:
@@ -105,16 +107,13 @@ class PosixShm:
         return address
 
 
-def _path(token: bytes) -> Path:
-    return FOLDER / f"{_PREFIX}{token.hex()}"
-
-
-def _remove_stale() -> None:
-    """Remove segments of this user that still have a name and whose creator is gone."""
-    for path in FOLDER.glob(f"{_PREFIX}*"):
-        with contextlib.suppress(OSError):  # another rank removes it too, or it is somebody else's
+def remove_left(since: float = 0) -> None:
+    """Remove the segments of this user, made `since` then, that have a name and whose creator is gone."""
+    for path in FOLDER.glob(f"*{_PREFIX}*"):
+        with contextlib.suppress(OSError):  # locked, removed by another rank, or somebody else's
             found = path.lstat()
-            if found.st_uid != os.geteuid() or time.time() - found.st_ctime < _YOUNG_S:
+            young = path.name.startswith(".") and time.time() - found.st_ctime < _YOUNG_S
+            if found.st_uid != os.geteuid() or found.st_ctime < since or young:
                 continue
             fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
             try:
@@ -122,3 +121,7 @@ def _remove_stale() -> None:
                 path.unlink()
             finally:
                 os.close(fd)
+
+
+def _path(token: bytes, *, hidden: bool = False) -> Path:
+    return FOLDER / f"{'.' * hidden}{_PREFIX}{token.hex()}"

@@ -62,7 +62,7 @@ def _qk_norm(name: str, layer: Any) -> QKNorm:
         weight_offset=0.0,
         weights=lambda: (layer.q_norm.weight, layer.k_norm.weight),
         stock=lambda qkv: stock(qkv, _NoGraph),
-        attach=lambda kernel: _set(layer, "forward", _qk_forward(stock, kernel)),
+        attach=lambda kernel: _set_forward(layer, _qk_forward(stock, kernel)),
     )
 
 
@@ -101,15 +101,23 @@ def _attach(found: HostPair, site: Site) -> Callable[[], None]:
     }.values():
         if getattr(layer, _UPSTREAM, False):
             undo.append(_set(layer, _UPSTREAM, False))
-    undo.append(_set(found.producer, "forward", _producer_forward(found.producer.forward, site)))
-    undo.append(_set(found.norm, "forward", _norm_forward(found.norm.forward, site)))
-    undo += [_set(layer, "_fd_fusion_bound", _NoCopy()) for layer in (found.producer, found.norm)]
+    undo.append(_set_forward(found.producer, _producer_forward(found.producer.forward, site)))
+    undo.append(_set_forward(found.norm, _norm_forward(found.norm.forward, site)))
+    return _all(undo)
 
-    def detach() -> None:
+
+def _all(undo: list[Callable[[], None]]) -> Callable[[], None]:
+    """All of them as one, the last first."""
+
+    def run() -> None:
         while undo:
             undo.pop()()
 
-    return detach
+    return run
+
+
+def _set_forward(layer: Any, forward: Callable) -> Callable[[], None]:
+    return _all([_set(layer, "forward", forward), _set(layer, "_fd_fusion_bound", _NoCopy())])
 
 
 class _NoCopy:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 from collections.abc import Sequence
@@ -83,18 +84,20 @@ def _try(name: str, facts: list[Facts], group: Group, timeout_s: float) -> tuple
     if not verdict.ok:
         return None, verdict.reason, tuple(rank for rank, _ in verdict.refusals)
     opened = None
-    with working(group):
+    with working(group, timeout_s=timeout_s):
         try:
             opened = backend.open(facts[0], group)
         except FusionError as error:
             refusal = error.reason
         except Exception as error:  # becomes a vote with its text, so that the other ranks hear of it
             refusal = because("open_failed", error=f"{type(error).__name__}: {error}")
-    verdict = agree(group, f"{name}.open", Vote(refusal), timeout_s=timeout_s)
-    if verdict.ok:
-        return opened, None, ()
-    if opened is not None:
-        opened.close()
+    with contextlib.ExitStack() as unless_ok:
+        if opened is not None:
+            unless_ok.callback(opened.close)
+        verdict = agree(group, f"{name}.open", Vote(refusal), timeout_s=timeout_s)
+        if verdict.ok:
+            unless_ok.pop_all()
+            return opened, None, ()
     return None, verdict.reason, tuple(rank for rank, _ in verdict.refusals)
 
 

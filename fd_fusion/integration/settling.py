@@ -68,7 +68,11 @@ def _prove_first_forward(model: Any, state: Bound, proof: Proof) -> None:
     def conclude(*_) -> None:
         for hook in hooks:
             hook.remove()
-        _conclude(state, proof, None)
+        try:
+            _conclude(state, proof, None)
+        except BaseException:  # an error that the user asked for, or no vote any more: not half bound
+            undo_all(state)
+            raise
         state.report.log(logger)
 
     hooks = [

@@ -18,7 +18,7 @@ from fd_fusion import FusionTimeout
 from fd_fusion.integration.fastdeploy import register
 
 register()
-os.environ["FD_FUSION_CONFIG"] = '{"backend": "triton", "timeout_s": 1, "max_token_num": 8}'
+os.environ["FD_FUSION_CONFIG"] = '{"backend": "triton", "timeout_s": 5, "max_token_num": 8}'
 tokens, noticed = (Path(os.environ["FD_LOG_DIR"]) / name for name in ("tokens.jsonl", "noticed"))
 with tempfile.TemporaryDirectory() as scratch:
     folder = write_checkpoint(scratch, "Qwen2ForCausalLM", num_hidden_layers=1)
@@ -38,7 +38,7 @@ if rank == 0:
     assert "1" in said and len(tokens.read_text().splitlines()) == 1, "only the first step was published"
     noticed.touch()
 else:
-    for _ in range(300):  # silent, but alive, until the other one has noticed
+    for _ in range(1200):  # silent, but alive, until the other one has noticed
         if noticed.exists():
             break
         time.sleep(0.1)

@@ -112,10 +112,17 @@ def refused():
         pretend(**(odd[how] if this_rank() == 1 else {"version": "0.7.2", "extra": NOW}))
     if how == "offset":  # 0.6.12 by name, without its parameter
         pretend(version="0.6.12", extra=NOW[:2])
+    if how == "fill":
+        pretend(version="0.7.2", extra=NOW)
+        if this_rank() == 1:
+            flashinfer_workspace.fill = lambda layout, memory: 1 / 0
+    makers = []
+    flashinfer.CudaIpc = lambda: makers.append(PosixShm()) or makers[-1]
     try:
         open_backend(this_group("tp"), weight_offset=float(how == "offset"))
     except FusionError as error:
         print("reason:", error.reason)
+    assert not any(maker._maps for maker in makers), "what could not be used is not given back"
 
 
 def hang():

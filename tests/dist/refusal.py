@@ -28,13 +28,13 @@ def stub(facts):
     if facts.rank == culprit and how == "refuses":
         return because("backend_failed", backend="stub", error="out of memory on purpose")
     if facts.rank == culprit and not slept:
-        slept.append(time.sleep(4))  # says nothing for four times the limit
+        slept.append(time.sleep(12))  # says nothing for four times the limit
     return None
 
 
 slept = []
 backend.supports = stub
-config = fd_fusion.FusionConfig(timeout_s=1, strict=strict)
+config = fd_fusion.FusionConfig(timeout_s=3, strict=strict)
 try:
     report = fd_fusion.bind(model, config, example=lambda: (model(x[:2]),))
     raised = None

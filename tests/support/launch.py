@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 OUT = "FD_FUSION_TEST_OUT"
 
 
-def launch(script: str, nproc: int, out: Path, *args: str, timeout_s: float = 90, env: dict | None = None) -> list:
+def launch(script: str, nproc: int, out: Path, *args: str, timeout_s: float = 240, env: dict | None = None) -> list:
     """Run tests/dist/`script` on `nproc` ranks. Returns what each rank recorded, in rank order.
 
     Fails unless the launcher's exit code is 0 and every rank recorded a result; then shows the end of every log.

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-_RANK, _SIZE, _STORE = "FD_TEST_RANK", "FD_TEST_SIZE", "FD_TEST_STORE"
+_RANK, _SIZE, _STORE, _SHM = "FD_TEST_RANK", "FD_TEST_SIZE", "FD_TEST_STORE", "FD_TEST_SHM"
 
 
 @dataclass
@@ -20,17 +20,27 @@ class Ended:
     text: str
 
 
-def run_ranks(script, size, *args, timeout_s=60, env=None):
+def run_ranks(script, size, *args, timeout_s=60, env=None, shm=None):
     """Run `tests/dist/<script>` as `size` processes over a store of their own. Returns `Ended` by rank.
 
-    Whatever is still running after `timeout_s` is killed, and its status is then -9.
+    Whatever is still running after `timeout_s` is killed, and its status is then -9. Their segments of shared memory
+    lie in a folder of this run, so that no other run sees them, and none may be left; or in `shm`, to look at.
     """
-    with tempfile.TemporaryDirectory(prefix="fd_fusion_test_") as folder:
+    with (
+        tempfile.TemporaryDirectory(prefix="fd_fusion_test_") as folder,
+        tempfile.TemporaryDirectory(prefix="fd_fusion_test_", dir="/dev/shm") as own_shm,
+    ):
         outputs = [open(f"{folder}/out.{rank}", "w+") for rank in range(size)]  # noqa: SIM115
         ranks = []
         for rank in range(size):
             path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-            own = {_RANK: str(rank), _SIZE: str(size), _STORE: f"{folder}/store", "PYTHONPATH": path}
+            own = {
+                _RANK: str(rank),
+                _SIZE: str(size),
+                _STORE: f"{folder}/store",
+                "PYTHONPATH": path,
+                _SHM: str(shm or own_shm),
+            }
             command = [sys.executable, "-W", "ignore", str(ROOT / "tests/dist" / script), *map(str, args)]
             ranks.append(
                 subprocess.Popen(
@@ -40,11 +50,12 @@ def run_ranks(script, size, *args, timeout_s=60, env=None):
                     env={**os.environ, **own, **(env or {})},
                 )
             )
-        deadline = time.monotonic() + timeout_s
+        deadline, in_time = time.monotonic() + timeout_s, True
         for process in ranks:
             try:
                 process.wait(max(0.01, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
+                in_time = False
                 process.kill()
                 process.wait()
         ended = []
@@ -52,15 +63,18 @@ def run_ranks(script, size, *args, timeout_s=60, env=None):
             output.seek(0)
             ended.append(Ended(process.returncode, output.read()))
             output.close()
+        assert not (in_time and os.listdir(own_shm)), f"left in shared memory; {ended}"
         return ended
 
 
 def this_group(name="test", ranks=None):
     """The group of this script: of `run_ranks`, or of paddle.distributed.launch. `ranks`: a sub-group."""
     from fd_fusion.cli.ranks import FolderStore
+    from fd_fusion.comm import posix_shm
     from fd_fusion.comm.group import Group
 
     if _RANK in os.environ:
+        posix_shm.FOLDER = Path(os.environ[_SHM])
         rank, size, store = int(os.environ[_RANK]), int(os.environ[_SIZE]), FolderStore(Path(os.environ[_STORE]))
     else:
         rank, size, store = _launched()
