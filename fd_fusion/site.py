@@ -150,10 +150,8 @@ class Site:
         """All-reduce, then the host's norm: what the host does without us, bit for bit."""
         return norm(self._reduce(partial) if _rows(partial) else partial, residual)
 
-    def __deepcopy__(self, memo: dict) -> None:
-        """A copy of a layer is not bound: what a Site calls belongs to the layers that it was made for."""
-
     def __reduce__(self) -> tuple[type, tuple[()]]:
+        """None in a copy of a layer: what a Site calls belongs to the layers that it was made for."""
         return type(None), ()
 
     def start_proof(self, prove: Callable[[Site, Tensor, Tensor, Norm], Finished]) -> None:

@@ -11,12 +11,12 @@ from fd_fusion.backends.flashinfer_versions import rules
 from fd_fusion.backends.flashinfer_watchdog import Watchdog
 from fd_fusion.comm.group import Group
 from fd_fusion.comm.symmetric_memory import CLOSE_TIMEOUT_S, attempt, settle
+from fd_fusion.comm.workspace import WARM_UP
 from fd_fusion.reasons import FusionError, because
 from fd_fusion.tuning import Facts
 
 ELEMENT_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 ALIGNMENT = 16
-WARM_UP = 10  # the limit on waiting before freeze(), in timeouts
 _ONE_SHOT_BYTES = {2: 512 << 20, 4: 64 << 20, 8: 42 << 20, 16: 42 << 20}  # 2*N*T*H*e up to which one-shot is taken
 
 

@@ -11,9 +11,9 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+from fd_fusion.kernels.plan import DTYPE_BYTES
 from fd_fusion.runtime_triton import current_stream, interpreting, require_mode, triton_driver
 
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _MOST_HEADS = 2**31 - 4096  # of all rows together: the kernel counts them in 32 bits
 
 

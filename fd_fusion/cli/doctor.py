@@ -104,9 +104,12 @@ def _launch(size: int, found: list[Finding]) -> Iterator[Finding]:
     counted = all(one["counted"] for one in results)
     data = {"ranks": size, "device": device, "error_over_budget": worst, "bit_equal": len(digests) == 1}
     data["counted_on_device"] = counted
-    if not worst <= 1 or len(digests) > 1 or not counted:
-        fault = f"error {worst:.2f} of its budget" if not worst <= 1 else "the ranks' bits differ"
-        fault = fault if not worst <= 1 or len(digests) > 1 else "the device did not count the rows of the calls"
+    faults = {
+        f"error {worst:.2f} of its budget": not worst <= 1,
+        "the ranks' bits differ": len(digests) > 1,
+        "the device did not count the rows of the calls": not counted,
+    }
+    if fault := next((text for text, there in faults.items() if there), None):
         remedy = "do not use fusion on this machine; report it with this output"
         yield Finding("launch", "triton", "broken", f"{size} ranks {where}: wrong numbers: {fault}", remedy, data)
         return

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 _ENDING = (signal.SIGINT, signal.SIGTERM)
 
@@ -13,11 +14,8 @@ _ENDING = (signal.SIGINT, signal.SIGTERM)
 @contextlib.contextmanager
 def ending_well() -> Iterator[None]:
     """SIGTERM as an exit, so that `finally` runs."""
-    previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    try:
+    with _handling((signal.SIGTERM,), lambda *_: sys.exit(143)):
         yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
 
 
 @contextlib.contextmanager
@@ -28,12 +26,10 @@ def held_back() -> Iterator[None]:
     """
     came: list[int] = []
     numbers = [number for number in _ENDING if signal.getsignal(number) is not signal.SIG_IGN]
-    before = {number: signal.signal(number, lambda got, _: came.append(got)) for number in numbers}
     try:
-        yield
+        with _handling(numbers, lambda got, _: came.append(got)):
+            yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
         if came:
             signal.raise_signal(came[0])
 
@@ -41,9 +37,15 @@ def held_back() -> Iterator[None]:
 @contextlib.contextmanager
 def undisturbed() -> Iterator[None]:
     """While cleaning up, a second Ctrl-C is ignored."""
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in _ENDING}
+    with _handling(_ENDING, signal.SIG_IGN):
+        yield
+
+
+@contextlib.contextmanager
+def _handling(numbers: Iterable[int], handler: Callable[[int, Any], Any] | signal.Handlers) -> Iterator[None]:
+    before = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, previous in before.items():
+            signal.signal(number, previous)

@@ -64,9 +64,6 @@ class Kernel:
     def __call__(self, qkv: Any) -> Any:
         return self._run(qkv, *self._weights())
 
-    def __deepcopy__(self, memo: dict) -> None:
-        return None
-
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return type(None), ()
 
