@@ -21,6 +21,12 @@ def test_a_late_rank_ends_the_call_for_all_and_a_reset_goes_on():
     ended_well(run("late"))
 
 
+def test_by_two_shot_too_it_is_the_missing_rank_that_is_named():
+    ended = run("by_two_shot", 3)
+    ended_well(ended)
+    assert "missing rank 2" in ended[0].text
+
+
 def test_a_rank_that_calls_nothing_more_learns_of_the_error():
     ended_well(run("early"))
 

@@ -73,8 +73,8 @@ class Opened:
         kernels = self._compile()
         self._launches = {variant: kernel.launch for variant, kernel in kernels.items()}
         # All programs of a call must run at once; half of what fits leaves room for other streams and for ours.
-        half = max(1, min(kernel.resident for kernel in kernels.values()) // 2)
-        room = _CPU_PROGRAMS if facts.device == "cpu" else half * self._maker.multiprocessors()
+        resident = min(kernel.resident for kernel in kernels.values())
+        room = _CPU_PROGRAMS if facts.device == "cpu" else resident * self._maker.multiprocessors() // 2
         most = plans.most_programs(self._plan, workspace_bytes=facts.workspace_bytes, at_once=room)
         self.programs = most if self.limit is None else min(most, self.limit)
         word = _ANY_ADDRESS, _ANY_ADDRESS

@@ -28,8 +28,11 @@ host_clock.__triton_builtin__ = True  # the compiler looks at every name, in bra
 
 
 @triton.jit
-def look_up(local, home, epochs, before, since, INTERPRETED: tl.constexpr):
+def look_up(local, home, epochs, before, since, SECONDHAND: tl.constexpr, INTERPRETED: tl.constexpr):
     """When words stay missing: is the group dead, is the time over, did another stream come by?
+
+    SECONDHAND: what is waited for itself waits for other ranks (an owner, a neighbour). It gets a quarter more time
+    than it has itself, so that it is the one to run out and to say which rank is missing.
 
     Returns the bits to add to the state of the wait (0 done, 1 words are missing), and when it was first asked.
     """
@@ -38,7 +41,10 @@ def look_up(local, home, epochs, before, since, INTERPRETED: tl.constexpr):
     else:
         now = tl.extra.cuda.globaltimer()
     since = tl.where(since == 0, now, since)
-    over = now - since > tl.load(local, volatile=True).to(tl.int64)
+    limit = tl.load(local, volatile=True).to(tl.int64)
+    if SECONDHAND:
+        limit += limit >> 2
+    over = now - since > limit
     aborted = tl.load(home, volatile=True) != 0
     moved = tl.load(epochs, volatile=True) != before
     return tl.where(over, TIMED_OUT, 0) | tl.where(aborted, TOLD, 0) | tl.where(moved, MOVED, 0), since
@@ -127,7 +133,7 @@ def sum_slices(part, state, local, home, epochs, pid, op, row, before, epoch, N:
             late |= (word.to(tl.uint32) != epoch.to(tl.uint32)).to(tl.int32)
         looks += 1
         if looks % 1024 == 0:
-            dead, since = look_up(local, home, epochs, before, since, INTERPRETED)
+            dead, since = look_up(local, home, epochs, before, since, True, INTERPRETED)
             # Not MOVED: with no barrier here, thread 0 may be done by now, and have stored this epoch itself.
             late |= tl.where(late == 1, dead & (TOLD | TIMED_OUT), 0)
     if late > 1:

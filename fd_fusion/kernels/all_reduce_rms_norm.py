@@ -17,10 +17,11 @@ its shape is a function of (N, H, dtype) alone (`plan.py`), and nothing is speci
 Memory, one set for each (group, H, dtype), sizes in `plan.py`:
 - symmetric (every rank addresses every rank's): a control page of 256 bytes, whose first uint32 is the abort word,
   then the slots. Before the first call and at a reset the page is zero and the slots are filled with SLOT_FILL.
-- local, int64: `local_words`. [0] the limit on waiting in nanoseconds; read only when a wait is already long, so it
-  may be changed at any time. [1] the address of the error page. [2..2+N) the addresses of the ranks' symmetric
-  memory. From [16] on three words a program: its epoch, a uint32 bit pattern, and two words in which programs that
-  share a row exchange their sums, each with the epoch, which therefore is never 0.
+- local, int64: `local_words`. [0] the limit on waiting for another rank's row, in nanoseconds (a quarter more for
+  what itself waits for ranks); read only when a wait is already long, so it may be changed at any time. [1] the
+  address of the error page. [2..2+N) the addresses of the ranks' symmetric memory. From [16] on three words a
+  program: its epoch, a uint32 bit pattern, and two words in which programs that share a row exchange their sums,
+  each with the epoch, which therefore is never 0.
 - error page: 64 bytes of pinned host memory, zero at first, int64, written with plain stores: [0] record and [1]
   epoch of the first failure of this rank; [2] record and [3] epoch of the first program that found the abort word
   set. A record is code | missing ranks as bits << 4 | op << 16 | row << 40: `read_error_page`.
@@ -54,7 +55,7 @@ def _results(slot, own, words, mask, dead, local, home, epochs, before, SLICE: t
         norm, summed, _, _, _, _, _, _, late = look(slot, own, -1, words, mask, 2, SLICE, POLL, OPERANDS, UNITS)
         state = tl.max(late | dead, axis=0)  # one for all threads, each of which has looked by itself
         if state == 1:
-            dead, since = look_up(local, home, epochs, before, since, INTERPRETED)
+            dead, since = look_up(local, home, epochs, before, since, True, INTERPRETED)
     clear(slot, -1, words, both(mask, state == 0), 2, SLICE)
     return norm, summed, state, tl.load(epochs, volatile=True)
 
@@ -96,7 +97,7 @@ def _finish(slot, own, residual, weight, words, mask, dead, local, home, epochs,
         if total != total:
             state = tl.max(late | dead, axis=0)  # one for all threads, each of which has looked by itself
             if state == 1:
-                dead, since = look_up(local, home, epochs, before, since, INTERPRETED)
+                dead, since = look_up(local, home, epochs, before, since, False, INTERPRETED)
     seen = tl.load(epochs, volatile=True)
     clear(slot, rank, words, both(mask, state == 0), N, SLICE)
     if C > 1:

@@ -3,7 +3,6 @@
 compile_only.py [--both-paths] N,H,DTYPE,WEIGHT_DTYPE ...
 """
 
-import dataclasses
 import os
 import subprocess
 import sys
@@ -13,12 +12,6 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspa
 from fd_fusion.backends import triton as backend
 from fd_fusion.comm.group import Group
 from fd_fusion.tuning import Facts
-
-
-def both_paths():
-    """Have one-shot and two-shot compiled for every N, whatever the plan says."""
-    chosen = backend._plan
-    backend._plan = lambda facts: dataclasses.replace(chosen(facts), two_shot_rows=1)
 
 
 def compile_all(kernels, *flags):
@@ -32,7 +25,7 @@ def compile_all(kernels, *flags):
         process.wait(timeout=150)
 
 
-def main(kernels):
+def main(kernels, two_shot_rows):
     import torch
 
     torch.zeros(1, device="cuda")
@@ -41,12 +34,11 @@ def main(kernels):
     for kernel in kernels:
         size, hidden, dtype, weight_dtype = kernel.split(",")
         size = int(size)
-        facts = Facts(0, size, int(hidden), dtype, weight_dtype, 0.0, 1e-5, "gpu", 10 * major + minor, **limits)
+        kind = size, int(hidden), dtype, weight_dtype, 0.0, 1e-5, "gpu", 10 * major + minor
+        facts = Facts(0, *kind, **limits, two_shot_rows=two_shot_rows)
         backend.Opened(facts, Group("compile", 0, size, tuple(range(size)), None))
 
 
 if __name__ == "__main__":
-    if "--both-paths" in sys.argv:
-        sys.argv.remove("--both-paths")
-        both_paths()
-    main(sys.argv[1:])
+    both = sys.argv[1] == "--both-paths"  # whatever the plan says
+    main(sys.argv[1 + both :], 1 if both else None)

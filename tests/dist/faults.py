@@ -75,6 +75,23 @@ def late(group, options):
     opened.close()
 
 
+def by_two_shot(group, options):
+    """The owner of the row misses the last rank; the one between waits for the owner, and began before it. The last
+    rank is the one to name, by both."""
+    options.two_shot_rows = 1
+    case = Case(group.size, 1, options.hidden)
+    opened = calls.open_for(group, case, options)
+    _patience(opened, SHORT_S)
+    assert barrier(group, "ready", 60)
+    if not _faulty(group):
+        time.sleep(0 if group.rank else SHORT_S / 8)
+        text = _must_raise(opened, case, group, options)
+        assert f"missing rank {group.size - 1}" in text or "another rank" in text, text
+        print(text)
+    assert barrier(group, "given up", 60)
+    opened.close()
+
+
 def early(group, options):
     """A rank that only checks, and calls nothing, learns of the others' error too."""
     opened = calls.open_for(group, _case(group, options), options)

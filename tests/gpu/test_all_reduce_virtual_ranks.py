@@ -45,17 +45,23 @@ def values(size, hidden_size, dtype):
     ranks = VirtualRanks(plan, 3)
     whole = Case(size, 8, hidden_size, dtype)
     cases = [whole, *(whole.part(start, stop) for start, stop in ((0, 1), (3, 8), (6, 8), (2, 3)))]
-    # More precise than a computation in the dtype itself, whose roundings alone are half a unit each.
-    bound = {"bfloat16": 2.5e-3, "float16": 3e-4, "float32": 3e-7}[dtype]
+    # One rounding, which over many elements makes half a unit; fp32 counts its own arithmetic. A few elements may all
+    # be rounded by nearly a whole one.
+    unit = {"bfloat16": 2.0**-8, "float16": 2.0**-11, "float32": 5e-7}[dtype]
+    bound = 0.6 * unit if hidden_size >= 1024 else unit + 2e-7
+    summed = whole.x[0].float()
+    for x in (*whole.x[1:], whole.residual):
+        summed = summed + x.float()
+    summed = summed.to(whole.residual.dtype)
     for two_shot in (False, True, False):
         for case in cases:
             capture(size, [ranks.prepare(case, two_shot)]).replay()
             torch.cuda.synchronize()
             assert not any(ranks.failures()), ranks.failures()
-            assert max(case.errors()) < bound, (two_shot, case.rows, case.errors())
+            assert max(case.errors()) <= bound, (two_shot, case.rows, case.errors())
             rows = slice(case.start, case.start + case.rows)
             assert torch.equal(case.norm_out[0], whole.norm_out[0][rows]), (two_shot, case.rows)
-            assert torch.equal(case.residual_out[0], whole.residual_out[0][rows]), (two_shot, case.rows)
+            assert torch.equal(case.residual_out[0], summed[rows]), (two_shot, case.rows)
 
 
 def missing_rank(size, hidden_size):
