@@ -61,12 +61,12 @@ class Rank:
     def __init__(self, case, rank, region):
         self.case, self.rank = case, rank
         self.plan = plans.plan_for(case["size"], case["hidden_size"], case["dtype"], interpreted=True)
-        size = plans.symmetric_bytes(self.plan, case["programs"])
+        size = plans.symmetric_bytes(self.plan, 2 * case["programs"])
         self.page = np.zeros(plans.ERROR_PAGE_BYTES // 8, np.int64)
         base = region.ctypes.data
         words = plans.local_words(
             self.plan,
-            case["programs"],
+            2 * case["programs"],
             limit=int(case.get("limit_s", 30) * 1e9),
             error_page=self.page.ctypes.data,
             addresses=[base + peer * size for peer in range(case["size"])],
@@ -106,7 +106,7 @@ def aligned(bits):
 
 def region_bytes(case):
     plan = plans.plan_for(case["size"], case["hidden_size"], case["dtype"], interpreted=True)
-    return case["size"] * plans.symmetric_bytes(plan, case["programs"])
+    return case["size"] * plans.symmetric_bytes(plan, 2 * case["programs"])
 
 
 def fill(case, region):

@@ -207,5 +207,9 @@ def test_plans(size, dtype):
         assert block >= plan.slice_words and block & (block - 1) == 0 and plan.units in (1, 2, 4)
         assert plan.num_warps & (plan.num_warps - 1) == 0 and plan.num_warps <= 32
         for room in (1 << 20, 4 << 20, 11184810, 32 << 20):  # no more than a workspace may have, and no less
-            most = plans.most_programs(plan, workspace_bytes=room, at_once=1 << 20)
-            assert plans.total_bytes(plan, most) <= room < plans.total_bytes(plan, most + 1)
+            programs, slots = plans.programs_and_slots(plan, workspace_bytes=room, at_once=1 << 20, limit=None)
+            assert slots == 2 * programs
+            assert plans.total_bytes(plan, slots) <= room < plans.total_bytes(plan, slots + 2)
+            for limit in (1, 2, 7, slots, slots + 1):
+                fewer = plans.programs_and_slots(plan, workspace_bytes=room, at_once=4 * plan.split, limit=limit)
+                assert fewer == (min(4, limit, programs), min(8, limit, slots)) or slots < 8

@@ -40,7 +40,7 @@ def supports(facts: Facts) -> Reason | None:
     if facts.device == "gpu" and (facts.arch or 0) < 80:
         return because("old_gpu", got=facts.arch, need=80)
     plan = _plan(facts)
-    if (need := plans.total_bytes(plan, 1)) > facts.workspace_bytes:
+    if (need := plans.total_bytes(plan, 1 if row_limit(facts) == 1 else 2)) > facts.workspace_bytes:
         return because("workspace_small", need=need, got=facts.workspace_bytes)
     return None
 
@@ -75,8 +75,9 @@ class Opened:
         # All programs of a call must run at once; half of what fits leaves room for other streams and for ours.
         resident = min(kernel.resident for kernel in kernels.values())
         room = _CPU_PROGRAMS if facts.device == "cpu" else resident * self._maker.multiprocessors() // 2
-        most = plans.most_programs(self._plan, workspace_bytes=facts.workspace_bytes, at_once=room)
-        self.programs = most if self.limit is None else min(most, self.limit)
+        self.programs, self._slots = plans.programs_and_slots(
+            self._plan, workspace_bytes=facts.workspace_bytes, at_once=room, limit=self.limit
+        )
         word = _ANY_ADDRESS, _ANY_ADDRESS
         store = runtime_triton.load_kernel("probe", "store_word")
         self._store_word = runtime_triton.prepare(store, word, {}, facts.device).launch
@@ -140,9 +141,9 @@ class Opened:
     def _device_counts(self) -> dict[str, int]:
         """What the kernel itself counted since open or reset, replays of graphs too.
 
-        rows: finished rows. calls: turns of program 0, which are calls where none has more rows than programs.
+        rows: finished rows. calls: turns of slot 0, which are calls where none has more than two rows a program.
         """
-        words = 3 * self.programs * self._plan.split
+        words = 3 * self._slots * self._plan.split
         data = self._maker.read(self._workspace.local + 8 * plans.PROGRAM_WORDS, 8 * words)
         epochs = struct.unpack(f"<{words}q", data)[:: 3 * self._plan.split]
         return {"rows": sum(epochs), "calls": epochs[0]}
@@ -201,7 +202,7 @@ class Opened:
     def _open(self) -> None:
         """The collective half of `open`."""
         timeout_s = self._facts.timeout_s
-        layout = _layout(self._plan, self.programs)
+        layout = _layout(self._plan, self._slots)
         self._workspace = open_workspace(self._group, layout, self._maker, self._push, timeout_s=timeout_s)
         self._own = self._workspace.local, self._workspace.memory.own
         _, refusal = attempt(self._run_once)
@@ -227,14 +228,14 @@ def _plan(facts: Facts) -> plans.Plan:
     return dataclasses.replace(plan, two_shot_rows=None if facts.two_shot_rows == NEVER else facts.two_shot_rows)
 
 
-def _layout(plan: plans.Plan, programs: int) -> Layout:
+def _layout(plan: plans.Plan, slots: int) -> Layout:
     return Layout(
         control_bytes=plans.CONTROL_BYTES,
-        symmetric_bytes=plans.symmetric_bytes(plan, programs),
+        symmetric_bytes=plans.symmetric_bytes(plan, slots),
         fill=plans.SLOT_FILL,
-        local_bytes=plans.local_bytes(plan, programs),
+        local_bytes=plans.local_bytes(plan, slots),
         local_words=lambda limit, page, addresses: plans.local_words(
-            plan, programs, limit=limit, error_page=page, addresses=addresses
+            plan, slots, limit=limit, error_page=page, addresses=addresses
         ),
         page_bytes=plans.ERROR_PAGE_BYTES,
         read_error=_read_error,

@@ -65,7 +65,8 @@ class VirtualRanks:
 
     def __init__(self, plan: plans.Plan, programs: int, limit_ns: int = 5_000_000_000):
         self.plan, self.programs = plan, programs
-        size = plans.symmetric_bytes(plan, programs)
+        slots = 2 * programs
+        size = plans.symmetric_bytes(plan, slots)
         full = {"fill_value": plans.SLOT_FILL, "dtype": torch.uint8, "device": "cuda"}
         self.symmetric = [torch.full((size,), **full) for _ in range(plan.size)]
         for memory in self.symmetric:
@@ -75,7 +76,7 @@ class VirtualRanks:
         addresses = [memory.data_ptr() for memory in self.symmetric]
         self.local = []
         for page in self.pages:
-            mine = plans.local_words(plan, programs, limit=limit_ns, error_page=page.data_ptr(), addresses=addresses)
+            mine = plans.local_words(plan, slots, limit=limit_ns, error_page=page.data_ptr(), addresses=addresses)
             self.local.append(torch.tensor(mine, dtype=torch.int64, device="cuda"))
 
     def arguments(self, case: Case, rank: int, op: int = 0) -> tuple:
@@ -94,7 +95,7 @@ class VirtualRanks:
 
     def rows_done(self) -> list[int]:
         """How many rows each rank's kernel has finished, by the epochs that it counts on the device."""
-        step = 3 * self.plan.split  # the first program of each that share a row
+        step = 3 * self.plan.split  # the first of the programs that share a slot
         return [sum(mine.tolist()[plans.PROGRAM_WORDS :: step]) for mine in self.local]
 
     def failures(self) -> list:

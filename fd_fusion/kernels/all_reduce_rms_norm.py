@@ -6,10 +6,11 @@
 A rank pushes its row into a slot of every peer (one-shot), or of the row's owner, which pushes the finished rows
 back (two-shot; the owner of row t is rank t % N). A row travels as 4-byte words. A word of ones means "not yet", and
 is never sent (`_words.py`): a reader looks until none is left, then makes the words unsent again. Slots belong to
-programs, not rows: program g works on the rows g, g+G, ..., counts its own epochs and alternates between two
-buffers by `epoch & 1`. Reuse is safe because a rank in epoch e of a program has seen every peer start e-1, hence
-finish e-2; that holds on both paths and on any mixture of them, since they share the epochs
-(tests/protocol_model.py).
+programs, not rows: program g of G works on the rows g, g+G, ..., in its two slots in turn, and pushes the next row
+before it waits for this one. Each slot counts its own epochs and alternates between two buffers by `epoch & 1`. Reuse
+is safe because a rank in epoch e of a slot has seen every peer start e-1, hence finish e-2; that holds on both paths
+and on any mixture of them, since they share the epochs. Nobody waits in a circle: of a program's rows that some rank
+has not finished, all ranks have pushed the first one (tests/protocol_model.py).
 
 Bits: equal on all ranks, for every T and on both paths. What comes behind the words is one and the same `_finish`,
 its shape is a function of (N, H, dtype) alone (`plan.py`), and nothing is specialized on a run-time value.
@@ -20,7 +21,7 @@ Memory, one set for each (group, H, dtype), sizes in `plan.py`:
 - local, int64: `local_words`. [0] the limit on waiting for another rank's row, in nanoseconds (a quarter more for
   what itself waits for ranks); read only when a wait is already long, so it may be changed at any time. [1] the
   address of the error page. [2..2+N) the addresses of the ranks' symmetric memory. From [16] on three words a
-  program: its epoch, a uint32 bit pattern, and two words in which programs that share a row exchange their sums,
+  slot: its epoch, a uint32 bit pattern, and two words in which programs that share a row exchange their sums,
   each with the epoch, which therefore is never 0.
 - error page: 64 bytes of pinned host memory, zero at first, int64, written with plain stores: [0] record and [1]
   epoch of the first failure of this rank; [2] record and [3] epoch of the first program that found the abort word
@@ -108,6 +109,30 @@ def _finish(slot, own, residual, weight, words, mask, dead, local, home, epochs,
     return norm, pack(a, b, DTYPE, INTERPRETED), state, seen
 
 
+@triton.jit
+def _next(before):
+    """The epoch behind this one. 0 is what nobody has written; the parity alternates."""
+    return tl.where(before >= 0xFFFFFFFF, 2, before + 1)
+
+
+@triton.jit
+def _push(x, table, local, home, words, mask, row, slot, rank, N: tl.constexpr, WORDS: tl.constexpr,
+          SLICE: tl.constexpr, TWO_SHOT: tl.constexpr):  # fmt: skip
+    """Send a row, by two-shot to its owner alone. Returns the words sent, the slot's epoch so far, and TOLD or 0."""
+    # All that the stores need is asked for at once: volatile loads stay in this order.
+    own = tl.load(x + row.to(tl.int64) * WORDS, mask=mask, other=0, volatile=True)
+    before = tl.load(local + HEAD + 3 * slot, volatile=True)
+    aborted = tl.load(home, volatile=True)
+    peers = peers_of(table, rank, N)
+    own = sendable(own)
+    dead = tl.where(aborted != 0, TOLD, 0)
+    to = CONTROL + (slot * (2 * N + 4) + (_next(before) & 1).to(tl.int32) * N + rank) * SLICE
+    for i in tl.static_range(1, N):
+        wanted = (dead == 0) & ((rank + i) % N == row % N) if TWO_SHOT else dead == 0
+        tl.store(peers[i - 1] + to + words, own, mask=both(mask, wanted), cache_modifier=".wt")
+    return own, before, dead
+
+
 @triton.jit(do_not_specialize=["x", "residual", "weight", "norm_out", "residual_out", "local", "home", "rows",
                                "rank", "op"])  # fmt: skip
 def all_reduce_rms_norm(x, residual, weight, norm_out, residual_out, local, home, rows, rank, op, eps, weight_offset,
@@ -127,41 +152,42 @@ def all_reduce_rms_norm(x, residual, weight, norm_out, residual_out, local, home
         rows: T, equal on all ranks, at least 1. rank: in the group. op: a number below 2^24 for the error page.
         eps, weight_offset: fp32; eps > 0.
     """
-    pid = tl.program_id(0)
     stride = tl.num_programs(0) // C
+    lanes = 2 * tl.program_id(0) + tl.num_programs(0)  # what the slots of this program's two lanes add up to
     table = at(local, tl.int64) + 2
     local = at(local, tl.uint64)
     home = at(home, tl.uint32)
-    epochs = local + HEAD + 3 * pid
+    slot = tl.program_id(0)
     words = tl.arange(0, BLOCK)
-    mask = words < (WORDS if C == 1 else tl.minimum(SLICE, WORDS - (pid % C) * SLICE))
-    row = pid // C
+    mask = words < (WORDS if C == 1 else tl.minimum(SLICE, WORDS - (slot % C) * SLICE))
+    x = at(x, tl.uint32) + (slot % C) * SLICE + words
+    row = slot // C
+    own, before, dead = _push(x, table, local, home, words, mask, row, slot, rank, N, WORDS, SLICE, TWO_SHOT)
     while row < rows:  # not a range: the interpreter of some versions cannot take its bounds from arguments
-        # All that the first stores need is asked for at once: volatile loads stay in this order.
-        here = row.to(tl.int64) * WORDS + (pid % C) * SLICE
-        own = tl.load(at(x, tl.uint32) + here + words, mask=mask, other=0, volatile=True)
-        before = tl.load(epochs, volatile=True)
-        aborted = tl.load(home, volatile=True)
-        peers = peers_of(table, rank, N)
-        own = sendable(own)
-        epoch = tl.where(before >= 0xFFFFFFFF, 2, before + 1)  # 0 is what nobody has written; parity alternates
-        dead = tl.where(aborted != 0, TOLD, 0)
+        following = row + stride
+        following_before, following_dead = before, dead
+        if following < rows:  # on its way before this row is waited for
+            _, following_before, following_dead = _push(
+                x, table, local, home, words, mask, following, lanes - slot, rank, N, WORDS, SLICE,
+                TWO_SHOT)  # fmt: skip
+        here = row.to(tl.int64) * WORDS + (slot % C) * SLICE
+        epochs = local + HEAD + 3 * slot
+        epoch = _next(before)
         parity = (epoch & 1).to(tl.int32)
-        first = CONTROL + (pid * (2 * N + 4) + parity * N) * SLICE
-        second = CONTROL + (pid * (2 * N + 4) + 2 * N + parity * 2) * SLICE
+        first = CONTROL + (slot * (2 * N + 4) + parity * N) * SLICE
+        second = CONTROL + (slot * (2 * N + 4) + 2 * N + parity * 2) * SLICE
         owner = row % N
-        for i in tl.static_range(1, N):
-            wanted = (dead == 0) & ((rank + i) % N == owner) if TWO_SHOT else dead == 0
-            tl.store(peers[i - 1] + first + rank * SLICE + words, own, mask=both(mask, wanted), cache_modifier=".wt")
         if TWO_SHOT and owner != rank:
             norm, summed, state, seen = _results(
                 home + second, own, words, mask, dead, local, home, epochs, before, SLICE, POLL_RESULTS, OPERANDS,
                 UNITS, INTERPRETED)  # fmt: skip
         else:
+            peers = peers_of(table, rank, N) if TWO_SHOT else ()
             norm, summed, state, seen = _finish(
                 home + first, own, at(residual, tl.uint32) + here, weight, words, mask, dead, local, home, epochs,
-                pid, rank, op, row, before, epoch, eps, weight_offset, N, WORDS if DTYPE == "float32" else 2 * WORDS,
-                SLICE, C, DTYPE, WEIGHT_DTYPE, HAS_RESIDUAL, POLL, OPERANDS, UNITS, INTERPRETED)  # fmt: skip
+                slot, rank, op, row, before, epoch, eps, weight_offset, N,
+                WORDS if DTYPE == "float32" else 2 * WORDS, SLICE, C, DTYPE, WEIGHT_DTYPE, HAS_RESIDUAL, POLL,
+                OPERANDS, UNITS, INTERPRETED)  # fmt: skip
             if TWO_SHOT:
                 for i in tl.static_range(1, N):
                     to = peers[i - 1] + second + words
@@ -186,8 +212,10 @@ def all_reduce_rms_norm(x, residual, weight, norm_out, residual_out, local, home
         if seen != before:  # what counts is what thread 0 saw: it alone stores scalars, this epoch too
             report(local, state | MOVED, 0, op, row, epoch, N)
         tl.store(epochs, epoch)
-        if row + stride < rows:  # the words made unsent must be so before any word of the next row
-            tl.debug_barrier()
-            tl.atomic_xchg(epochs, epoch, sem="acq_rel", scope="sys")
-            tl.debug_barrier()
-        row += stride
+        if following < rows:
+            own = sendable(tl.load(x + following.to(tl.int64) * WORDS, mask=mask, other=0, volatile=True))
+            if following + stride < rows:  # what was made unsent must be so before any word of that row, in this slot
+                tl.debug_barrier()
+                tl.atomic_xchg(epochs, epoch, sem="acq_rel", scope="sys")
+                tl.debug_barrier()
+        row, slot, before, dead = following, lanes - slot, following_before, following_dead

@@ -1,6 +1,6 @@
 """The shape of the fused all-reduce kernel's work and memory: plain arithmetic, no Triton.
 
-Everything here is a function of (N, H, dtype) and, for the memory, of the number of programs G: equal on all
+Everything here is a function of (N, H, dtype) and, for the memory, of the number of slots: equal on all
 ranks, for every T and on both paths, because the bits of the result depend on it.
 """
 
@@ -51,8 +51,8 @@ class Plan:
         return 1 << max(0, -(-self.slice_words // (128 * self.num_warps)) - 1).bit_length()
 
     @property
-    def program_bytes(self) -> int:
-        """Symmetric memory of one program: two parities of N rows of words, and of the two rows of results."""
+    def slot_bytes(self) -> int:
+        """Symmetric memory of a slice of a slot: two parities of N rows of words, and of the two rows of results."""
         return 2 * (self.size + 2) * self.slice_words * 4
 
 
@@ -73,9 +73,10 @@ def plan_for(size: int, hidden_size: int, dtype: str, *, interpreted: bool = Fal
     return Plan(size, hidden_size, dtype, split, num_warps, _two_shot_rows(size, words * 4), interpreted)
 
 
-# Where something else than `_split` says was measured to be faster on an H100: (N, words): (split, warps).
+# Where something else than `_split` says was measured to be faster, on H100 or H200: (N, words): (split, warps).
 _MEASURED = {
     (2, 1440): (1, 4),
+    (2, 2048): (1, 4),
     (2, 3072): (2, 4),
     (2, 3584): (2, 4),
     (2, 4096): (2, 4),
@@ -109,42 +110,50 @@ def _two_shot_rows(size: int, row_bytes: int) -> int | None:
     return math.ceil(1.5 / saved_us) if saved_us > 0 else None
 
 
-def symmetric_bytes(plan: Plan, programs: int) -> int:
-    """Symmetric memory of each rank: the control page, then a slot for each of `programs` rows in flight."""
-    return CONTROL_BYTES + programs * plan.split * plan.program_bytes
+def symmetric_bytes(plan: Plan, slots: int) -> int:
+    """Symmetric memory of each rank: the control page, then `slots` slots, each for a row in flight."""
+    return CONTROL_BYTES + slots * plan.split * plan.slot_bytes
 
 
-def local_bytes(plan: Plan, programs: int) -> int:
-    """Local memory of each rank: the head, then an epoch and two words of exchange for each program."""
-    return 8 * (PROGRAM_WORDS + 3 * programs * plan.split)
+def local_bytes(plan: Plan, slots: int) -> int:
+    """Local memory of each rank: the head, then an epoch and two words of exchange for each slot and slice."""
+    return 8 * (PROGRAM_WORDS + 3 * slots * plan.split)
 
 
-def total_bytes(plan: Plan, programs: int) -> int:
-    """All memory of each rank for G = `programs`."""
-    return symmetric_bytes(plan, programs) + local_bytes(plan, programs)
+def total_bytes(plan: Plan, slots: int) -> int:
+    """All memory of each rank."""
+    return symmetric_bytes(plan, slots) + local_bytes(plan, slots)
 
 
-def local_words(plan: Plan, programs: int, *, limit: int, error_page: int, addresses: list[int]) -> list[int]:
+def local_words(plan: Plan, slots: int, *, limit: int, error_page: int, addresses: list[int]) -> list[int]:
     """The whole local memory before the first call, as int64 words.
 
     Args:
-        limit: how long a program waits, in nanoseconds.
+        limit: how long a program waits for a row of another rank, in nanoseconds.
         error_page: address of the pinned error page, as the device sees it.
         addresses: of the ranks' symmetric memory as mapped in this process, in rank order.
     """
     assert len(addresses) == plan.size
-    words = [0] * (local_bytes(plan, programs) // 8)
+    words = [0] * (local_bytes(plan, slots) // 8)
     words[: 2 + plan.size] = [limit, error_page, *addresses]
     return words
 
 
-def most_programs(plan: Plan, *, workspace_bytes: int, at_once: int) -> int:
-    """G, the most rows in flight: what the memory allows, and `at_once` programs, which must be sure to run at the
-    same time and leave room for other streams (half of what the device holds). 0: too little memory.
+def programs_and_slots(plan: Plan, *, workspace_bytes: int, at_once: int, limit: int | None) -> tuple[int, int]:
+    """G, the most rows that are worked on at once, and the number of slots: two for each, unless calls of up to
+    `limit` rows need fewer.
+
+    Bounded by what the memory allows, and by `at_once` programs, which must be sure to run at the same time and leave
+    room for other streams (half of what the device holds). (0, 0): too little memory.
     """
     fixed = total_bytes(plan, 0)
     in_memory = (workspace_bytes - fixed) // (total_bytes(plan, 1) - fixed)
-    return min(in_memory, max(1, at_once // plan.split))
+    programs = max(1, at_once // plan.split)
+    if limit is not None and limit <= in_memory:
+        programs = min(programs, limit)
+        return programs, min(2 * programs, limit)
+    programs = min(programs, in_memory // 2)
+    return programs, 2 * programs
 
 
 def grid(plan: Plan, programs: int, rows: int) -> tuple[int]:
