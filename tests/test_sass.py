@@ -102,8 +102,8 @@ def check(case, got):
     assert max(len([line for line in body if "LDG" in line]) for body in loops) >= size, name
     stores = [line for line in sass if re.search(r"\bSTG\.E\.128\b", line)]
     strong = [line for line in stores if ".STRONG.SYS" in line]
-    # Pushed: a row to each peer, at two places, and by two-shot two; made unsent: N rows, and by two-shot two. The rest
-    # is output.
+    # Pushed: a row to each peer, at two places, and by two-shot two; made unsent: N rows, by two-shot two. The rest:
+    # output.
     most = (2 * (size - 1) + size + two_shot * (2 * (size - 1) + 2)) * got["units"]
     assert size <= len(strong) <= most, (name, len(strong), most)
     assert len(stores) - len(strong) <= 4 * got["units"], name

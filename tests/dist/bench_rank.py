@@ -131,7 +131,7 @@ class FlashInfer:
             return norm_out, residual_out
 
         found = {}
-        if case.rows <= 128:
+        if case.rows <= self.one_shot_rows:
             found["flashinfer one-shot"] = lambda: run(True)
         if case.rows > case.size:
             found["flashinfer two-shot"] = lambda: run(False)
