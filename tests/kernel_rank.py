@@ -61,12 +61,12 @@ class Rank:
     def __init__(self, case, rank, region):
         self.case, self.rank = case, rank
         self.plan = plans.plan_for(case["size"], case["hidden_size"], case["dtype"], interpreted=True)
-        size = plans.symmetric_bytes(self.plan, 2 * case["programs"])
+        size = plans.symmetric_bytes(self.plan, case["slots"])
         self.page = np.zeros(plans.ERROR_PAGE_BYTES // 8, np.int64)
         base = region.ctypes.data
         words = plans.local_words(
             self.plan,
-            2 * case["programs"],
+            case["slots"],
             limit=int(case.get("limit_s", 30) * 1e9),
             error_page=self.page.ctypes.data,
             addresses=[base + peer * size for peer in range(case["size"])],
@@ -90,7 +90,7 @@ class Rank:
         # Imported here: the test process reads this module's inputs, and must not load Triton in this mode.
         from fd_fusion.kernels.all_reduce_rms_norm import all_reduce_rms_norm
 
-        launch = all_reduce_rms_norm[plans.grid(self.plan, self.case["programs"], rows)]
+        launch = all_reduce_rms_norm[plans.grid(self.plan, self.case["programs"], self.case["slots"], rows)]
         launch(*address, rows, self.rank, step, 1e-5, self.case.get("weight_offset", 0.0), **constants)
         return norm_out, residual_out
 
@@ -106,7 +106,7 @@ def aligned(bits):
 
 def region_bytes(case):
     plan = plans.plan_for(case["size"], case["hidden_size"], case["dtype"], interpreted=True)
-    return case["size"] * plans.symmetric_bytes(plan, 2 * case["programs"])
+    return case["size"] * plans.symmetric_bytes(plan, case["slots"])
 
 
 def fill(case, region):

@@ -43,7 +43,14 @@ def run(cases, timeout_s=100):
 
 
 def case(size, hidden_size, dtype="bfloat16", **more):
-    base = {"size": size, "hidden_size": hidden_size, "dtype": dtype, "weight_dtype": dtype, "programs": 3}
+    base = {
+        "size": size,
+        "hidden_size": hidden_size,
+        "dtype": dtype,
+        "weight_dtype": dtype,
+        "programs": 2,
+        "slots": 4,
+    }
     base |= {"rows": [1, 3, 5, 2], "two_shot": [False, True, False, True]}
     return base | more
 
@@ -90,6 +97,7 @@ def check(cases, timeout_s=100):
 WRAPS = [  # parities and tags across the two places where a 32-bit epoch could go wrong
     case(2, 64, epoch=2**31 - 2, rows=[2] * 5, two_shot=[False, True, False, False, True]),
     case(2, 64, epoch=2**32 - 3, rows=[4] * 5, two_shot=[True, False, False, True, True]),
+    case(2, 64, slots=3, rows=[3, 4, 7, 2, 3], two_shot=[True, False, True, False, False]),
 ]
 
 
@@ -155,8 +163,7 @@ def is_nan(results, number, step):
 
 @pytest.mark.parametrize("two_shot", [False, True])
 def test_a_missing_rank(two_shot):
-    """The last rank never comes to call 1: the others write NaN, go on writing NaN at once, and one names it (by
-    two-shot another may name the owner of the row, which waits itself)."""
+    """The last rank never comes to call 1: the others write NaN, go on writing NaN at once, and one names it."""
     results = run([case(3, 64, rows=[2] * 3, two_shot=[two_shot] * 3, limit_s=2, absent=[2, 1])])
     pages = [plans.read_error_page(rank["0.page"].tolist()) for rank in results]
     for rank, page in enumerate(pages[:2]):
@@ -208,8 +215,18 @@ def test_plans(size, dtype):
         assert plan.num_warps & (plan.num_warps - 1) == 0 and plan.num_warps <= 32
         for room in (1 << 20, 4 << 20, 11184810, 32 << 20):  # no more than a workspace may have, and no less
             programs, slots = plans.programs_and_slots(plan, workspace_bytes=room, at_once=1 << 20, limit=None)
-            assert slots == 2 * programs
-            assert plans.total_bytes(plan, slots) <= room < plans.total_bytes(plan, slots + 2)
-            for limit in (1, 2, 7, slots, slots + 1):
-                fewer = plans.programs_and_slots(plan, workspace_bytes=room, at_once=4 * plan.split, limit=limit)
-                assert fewer == (min(4, limit, programs), min(8, limit, slots)) or slots < 8
+            assert slots == programs and plans.total_bytes(plan, slots) <= room < plans.total_bytes(plan, slots + 1)
+            for limit in (1, 2, 7, slots, slots + 1):  # of four programs
+                most = min(limit, slots)
+                found = plans.programs_and_slots(plan, workspace_bytes=room, at_once=4 * plan.split, limit=limit)
+                assert found == (min(4, most), min(8, most))
+
+
+@pytest.mark.parametrize("programs, slots", [(1, 1), (1, 2), (2, 3), (4, 7), (4, 8)])
+def test_two_rows_under_way_never_share_a_slot(programs, slots):
+    """What the kernel makes of the grid: program g takes the rows g, g+G, ... in its slots g and g+G in turn."""
+    plan = plans.plan_for(2, 64, "bfloat16")
+    for rows in range(1, 20 if slots > 1 else 2):
+        (at_once,) = plans.grid(plan, programs, slots, rows)
+        used = {row % (2 * at_once) for row in range(rows)}
+        assert 0 < at_once <= programs and max(used) < slots, (rows, at_once)

@@ -160,9 +160,8 @@ class Opened:
         """One launch on the current stream. `op` on the error page is the number of the call, or of its capture."""
         weight, bare = _ready(weight), residual is None
         residual = partial if bare else _ready(residual)  # without one its address is not read
-        programs = (rows if rows < self.programs else self.programs) * self._plan.split
         self._launches[rows >= self._two_shot_rows, bare](
-            programs,
+            *plans.grid(self._plan, self.programs, self._slots, rows),
             partial.data_ptr(),
             residual.data_ptr(),
             weight.data_ptr(),

@@ -64,9 +64,8 @@ class VirtualRanks:
     """The triton kernel's memory of N ranks, and its launch on one of them."""
 
     def __init__(self, plan: plans.Plan, programs: int, limit_ns: int = 5_000_000_000):
-        self.plan, self.programs = plan, programs
-        slots = 2 * programs
-        size = plans.symmetric_bytes(plan, slots)
+        self.plan, self.programs, self.slots = plan, programs, 2 * programs
+        size = plans.symmetric_bytes(plan, self.slots)
         full = {"fill_value": plans.SLOT_FILL, "dtype": torch.uint8, "device": "cuda"}
         self.symmetric = [torch.full((size,), **full) for _ in range(plan.size)]
         for memory in self.symmetric:
@@ -76,7 +75,9 @@ class VirtualRanks:
         addresses = [memory.data_ptr() for memory in self.symmetric]
         self.local = []
         for page in self.pages:
-            mine = plans.local_words(plan, slots, limit=limit_ns, error_page=page.data_ptr(), addresses=addresses)
+            mine = plans.local_words(
+                plan, self.slots, limit=limit_ns, error_page=page.data_ptr(), addresses=addresses
+            )
             self.local.append(torch.tensor(mine, dtype=torch.int64, device="cuda"))
 
     def arguments(self, case: Case, rank: int, op: int = 0) -> tuple:
@@ -87,7 +88,7 @@ class VirtualRanks:
     def prepare(self, case: Case, two_shot: bool = False) -> Callable[[int], Any]:
         """Compile and load what `case` needs. Returns a function that launches it on a rank."""
         constants = plans.constants(self.plan, weight_dtype=case.dtype, has_residual=True, two_shot=two_shot)
-        grid = plans.grid(self.plan, self.programs, case.rows)
+        grid = plans.grid(self.plan, self.programs, self.slots, case.rows)
         compiled = all_reduce_rms_norm.warmup(*self.arguments(case, 0), grid=grid, **constants)
         compiled._init_handles()
         launch = all_reduce_rms_norm[grid]

@@ -140,25 +140,23 @@ def local_words(plan: Plan, slots: int, *, limit: int, error_page: int, addresse
 
 
 def programs_and_slots(plan: Plan, *, workspace_bytes: int, at_once: int, limit: int | None) -> tuple[int, int]:
-    """G, the most rows that are worked on at once, and the number of slots: two for each, unless calls of up to
-    `limit` rows need fewer.
+    """G, the most rows that are worked on at once, and the number of slots: two for each, unless the memory allows
+    fewer or calls of up to `limit` rows need fewer.
 
-    Bounded by what the memory allows, and by `at_once` programs, which must be sure to run at the same time and leave
-    room for other streams (half of what the device holds). (0, 0): too little memory.
+    `at_once` programs must be sure to run at the same time and leave room for other streams (half of what the device
+    holds). (0, 0): too little memory.
     """
     fixed = total_bytes(plan, 0)
-    in_memory = (workspace_bytes - fixed) // (total_bytes(plan, 1) - fixed)
-    programs = max(1, at_once // plan.split)
-    if limit is not None and limit <= in_memory:
-        programs = min(programs, limit)
-        return programs, min(2 * programs, limit)
-    programs = min(programs, in_memory // 2)
-    return programs, 2 * programs
+    most = (workspace_bytes - fixed) // (total_bytes(plan, 1) - fixed)
+    most = most if limit is None else min(most, limit)
+    programs = min(most, max(1, at_once // plan.split))
+    return programs, min(most, 2 * programs)
 
 
-def grid(plan: Plan, programs: int, rows: int) -> tuple[int]:
-    """The launch grid of a call of `rows` rows, G = `programs`."""
-    return (min(rows, programs) * plan.split,)
+def grid(plan: Plan, programs: int, slots: int, rows: int) -> tuple[int]:
+    """The launch grid of a call of `rows` rows. A program has two slots, unless there is one for every row."""
+    at_once = min(rows, programs) if rows <= slots else min(programs, slots // 2)
+    return (at_once * plan.split,)
 
 
 def constants(plan: Plan, *, weight_dtype: str, has_residual: bool, two_shot: bool) -> dict[str, Any]:
