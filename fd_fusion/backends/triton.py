@@ -40,7 +40,7 @@ def supports(facts: Facts) -> Reason | None:
     if facts.device == "gpu" and (facts.arch or 0) < 80:
         return because("old_gpu", got=facts.arch, need=80)
     plan = _plan(facts)
-    if (need := plans.total_bytes(plan, 1 if row_limit(facts) == 1 else 2)) > facts.workspace_bytes:
+    if (need := plans.total_bytes(plan, 2)) > facts.workspace_bytes:
         return because("workspace_small", need=need, got=facts.workspace_bytes)
     return None
 

@@ -141,16 +141,16 @@ def local_words(plan: Plan, slots: int, *, limit: int, error_page: int, addresse
 
 def programs_and_slots(plan: Plan, *, workspace_bytes: int, at_once: int, limit: int | None) -> tuple[int, int]:
     """G, the most rows that are worked on at once, and the number of slots: two for each, unless the memory allows
-    fewer or calls of up to `limit` rows need fewer.
+    fewer or calls of up to `limit` rows need fewer; but two at least, with which calls of any T can be made.
 
     `at_once` programs must be sure to run at the same time and leave room for other streams (half of what the device
-    holds). (0, 0): too little memory.
+    holds). `workspace_bytes` must hold two slots.
     """
     fixed = total_bytes(plan, 0)
     most = (workspace_bytes - fixed) // (total_bytes(plan, 1) - fixed)
-    most = most if limit is None else min(most, limit)
-    programs = min(most, max(1, at_once // plan.split))
-    return programs, min(most, 2 * programs)
+    limit = most if limit is None else limit
+    programs = min(most, limit, max(1, at_once // plan.split))
+    return programs, max(2, min(most, limit, 2 * programs))
 
 
 def grid(plan: Plan, programs: int, slots: int, rows: int) -> tuple[int]:
