@@ -1,10 +1,12 @@
 """Virtual ranks without a GPU: what a graph that is captured makes them wait for."""
 
 import contextlib
+import gc
 import importlib
 import itertools
 import sys
 import types
+import weakref
 
 import pytest
 
@@ -17,7 +19,9 @@ class FakeTorch(types.ModuleType):
     def __init__(self):
         super().__init__("torch")
         self.turn, self.current, self.before, self.Tensor = itertools.count(), [], {}, object
-        cuda = self.cuda = types.SimpleNamespace(CUDAGraph=object, current_stream=lambda: self.current[-1])
+        cuda = self.cuda = types.SimpleNamespace(
+            CUDAGraph=type("CUDAGraph", (), {}), current_stream=lambda: self.current[-1]
+        )
         cuda.Stream, cuda.stream, cuda.graph = lambda: Stream(self), self.on, self.graph
 
     @contextlib.contextmanager
@@ -68,3 +72,21 @@ def test_no_rank_of_a_graph_waits_for_another(size, torch):
             behind.add(rank)
 
         virtual_ranks.capture(size, [launch])
+
+
+def test_a_graph_keeps_the_memory_whose_addresses_it_holds(torch):
+    """What captured it may be gone by the time it is replayed; other tensors must not come to lie there."""
+
+    class Memory:
+        def launch(self, rank):
+            pass
+
+    memory = Memory()
+    kept = weakref.ref(memory)
+    graph = importlib.import_module("fd_fusion.cli.virtual_ranks").capture(2, [memory.launch])
+    del memory
+    gc.collect()
+    assert kept() is not None
+    del graph
+    gc.collect()
+    assert kept() is None

@@ -142,6 +142,7 @@ def capture(size: int, launches: list[Callable[[int], Any]], flush: torch.Tensor
     them until that tensor has been written, which throws everything else out of L2."""
     root, *streams = _streams()[: 1 + size]
     graph = torch.cuda.CUDAGraph()
+    graph.launches = launches  # they hold the memory whose addresses are in the graph
     with torch.cuda.graph(graph, stream=root):
         for batch in [launches] if flush is None else [[launch] for launch in launches]:
             if flush is not None:
