@@ -28,10 +28,11 @@ Memory, one set for each (group, H, dtype), sizes in `plan.py`:
   set. A record is code | missing ranks as bits << 4 | op << 16 | row << 40: `read_error_page`.
 
 Bounded wait: the first program that runs out of time sets the abort word of every rank, writes its error page and
-NaN. A program that finds the abort word set pushes nothing, waits for nothing and writes NaN. On a rank that starts
-no further call the abort word is the only sign, so its host must look at that too. Then the workspace is dead until a
-collective reset (synchronize, barrier, fill all three memories again, barrier). Two streams on one workspace: an
-epoch that moved while a program ran is reported and ends the group likewise.
+NaN. A program that finds the abort word set pushes nothing, waits for nothing and writes NaN; of that one call, a
+row that was pushed before may still come out right. On a rank that starts no further call the abort word is the only
+sign, so its host must look at that too. Then the workspace is dead until a collective reset (synchronize, barrier,
+fill all three memories again, barrier). Two streams on one workspace: an epoch that moved while a program ran is
+reported and ends the group likewise.
 
 Source: empty words as the sign are the idea of TensorRT-LLM's Lamport kernels, pushing words that need no flag that
 of NCCL's LL protocol; the code is new.
