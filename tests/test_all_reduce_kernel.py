@@ -97,7 +97,7 @@ def check(cases, timeout_s=100):
 WRAPS = [  # parities and tags across the two places where a 32-bit epoch could go wrong
     case(2, 64, epoch=2**31 - 2, rows=[2] * 5, two_shot=[False, True, False, False, True]),
     case(2, 64, epoch=2**32 - 3, rows=[4] * 5, two_shot=[True, False, False, True, True]),
-    case(2, 64, slots=3, rows=[3, 4, 7, 2, 3], two_shot=[True, False, True, False, False]),
+    case(2, 64, slots=3, rows=[3, 4, 7, 2, 3], two_shot=[True, False, True, False, False], payload="special"),
 ]
 
 
@@ -175,9 +175,9 @@ def test_a_missing_rank(two_shot):
 
 
 def test_a_late_rank_and_a_second_stream():
-    """Rank 1 comes after rank 0 has given up: it must not return finite numbers, though all words have come. And
-    while rank 0 waits, its epoch moves, as if a second stream had finished a call meanwhile."""
-    one = case(2, 64, rows=[1], two_shot=[False], late=[1, 0], late_s=2)
+    """Rank 1 comes after rank 0 has given up: it must not return finite numbers, though all words of two
+    rows have come. And while rank 0 waits, its epoch moves, as if a second stream had finished a call meanwhile."""
+    one = case(2, 64, rows=[5], two_shot=[False], late=[1, 0], late_s=2)
     results = run([one | {"limit_s": 0.5}, one | {"other_stream": [0, 0]}])
     pages = [[plans.read_error_page(rank[f"{number}.page"].tolist()) for rank in results] for number in (0, 1)]
     assert pages[0][0]["code"] == plans.TIMED_OUT and pages[0][0]["missing"] == [1], pages

@@ -107,6 +107,8 @@ def check(case, got):
     most = (2 * (size - 1) + size + two_shot * (2 * (size - 1) + 2)) * got["units"]
     assert size <= len(strong) <= most, (name, len(strong), most)
     assert len(stores) - len(strong) <= 4 * got["units"], name
+    fence = re.search(r"\bBAR\.(?:(?!\bBAR\.).)*\bMEMBAR\.\w+\.SYS\b(?:(?!\bBAR\.).)*\bBAR\.", "\n".join(sass), re.S)
+    assert fence, f"{name}: nothing orders what is made unsent before the next row but one"
     wide = [line for line in sass if re.search(r"\b(LDG|STG)\.E\.(U8|U16|S8|S16)", line)]
     assert not wide, (name, wide)
 

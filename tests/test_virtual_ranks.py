@@ -7,10 +7,12 @@ import itertools
 import sys
 import types
 import weakref
+from unittest.mock import MagicMock
 
 import pytest
 
 import fd_fusion.cli
+from fd_fusion.kernels.plan import plan_for
 
 
 class FakeTorch(types.ModuleType):
@@ -90,3 +92,16 @@ def test_a_graph_keeps_the_memory_whose_addresses_it_holds(torch):
     del graph
     gc.collect()
     assert kept() is None
+
+
+@pytest.mark.parametrize(
+    "size, hidden, dtype, most",
+    [(8, 7168, "bfloat16", 8), (8, 8192, "float32", 4), (8, 16384, "bfloat16", 6), (2, 4096, "bfloat16", 8)],
+)
+def test_all_programs_of_all_ranks_run_at_once(torch, monkeypatch, size, hidden, dtype, most):
+    """Eight ranks of 64 programs of 128 threads: of fp32 132 multiprocessors hold two each, which are four ranks."""
+    virtual_ranks = importlib.import_module("fd_fusion.cli.virtual_ranks")
+    monkeypatch.setattr(virtual_ranks, "torch", fake := MagicMock())
+    fake.cuda.get_device_properties.return_value.multi_processor_count = 132
+    ranks = virtual_ranks.VirtualRanks(plan_for(size, hidden, dtype), 8)
+    assert (ranks.programs, ranks.slots) == (most, 2 * most)

@@ -19,6 +19,7 @@ import torch
 
 from fd_fusion.kernels import plan as plans
 from fd_fusion.kernels.all_reduce_rms_norm import all_reduce_rms_norm
+from fd_fusion.runtime_triton import programs_at_once
 
 EPS = 1e-6
 
@@ -60,11 +61,21 @@ class Case:
         return errors[0], errors[1]
 
 
+def most_programs(plan: plans.Plan, multiprocessors: int) -> int:
+    """How many programs of each rank, a row each, are sure to run at once on one GPU, on either path. They wait for
+    each other: beside ranks that fill the GPU, the last one would never start."""
+    constants = plans.constants(plan, weight_dtype=plan.dtype, has_residual=True, two_shot=True)
+    at_once = programs_at_once(plan.num_warps, constants["maxnreg"]) * multiprocessors
+    return max(1, at_once // (plan.size * plan.split))
+
+
 class VirtualRanks:
     """The triton kernel's memory of N ranks, and its launch on one of them."""
 
     def __init__(self, plan: plans.Plan, programs: int, limit_ns: int = 5_000_000_000):
-        self.plan, self.programs, self.slots = plan, programs, 2 * programs
+        most = most_programs(plan, torch.cuda.get_device_properties("cuda").multi_processor_count)
+        self.plan, self.programs = plan, min(programs, most)
+        self.slots = 2 * self.programs
         size = plans.symmetric_bytes(plan, self.slots)
         full = {"fill_value": plans.SLOT_FILL, "dtype": torch.uint8, "device": "cuda"}
         self.symmetric = [torch.full((size,), **full) for _ in range(plan.size)]

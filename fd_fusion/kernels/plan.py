@@ -155,7 +155,7 @@ def programs_and_slots(plan: Plan, *, workspace_bytes: int, at_once: int, limit:
 
 def grid(plan: Plan, programs: int, slots: int, rows: int) -> tuple[int]:
     """The launch grid of a call of `rows` rows. A program has two slots, unless there is one for every row."""
-    at_once = min(rows, programs) if rows <= slots else min(programs, slots // 2)
+    at_once = slots // 2 if rows > slots else programs if rows > programs else rows
     return (at_once * plan.split,)
 
 
