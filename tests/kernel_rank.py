@@ -71,8 +71,8 @@ class Rank:
             error_page=self.page.ctypes.data,
             addresses=[base + peer * size for peer in range(case["size"])],
         )
-        self.local = np.array(words, np.int64)
-        self.local[16::3] = case.get("epoch", 0)
+        self.local = np.array(words + [-1] * 64, np.int64)  # with words behind it that nobody may touch
+        self.local[plans.PROGRAM_WORDS : len(words) : 3] = case.get("epoch", 0)
 
     def call(self, step, rows, x, residual, weight, two_shot=False):
         """Returns norm_out and residual_out, as bits. x and residual may be written over."""
@@ -134,6 +134,7 @@ def main(folder, rank):
             outputs = member.call(step, rows, x, residual, weight, two_shot=case["two_shot"][step])
             results[f"{number}.{step}.norm"], results[f"{number}.{step}.residual"] = outputs
         results[f"{number}.page"] = member.page
+        assert (member.local[-64:] == -1).all(), "stores behind the local memory"
     np.savez(folder / f"{rank}.npz", **results)
 
 
