@@ -163,8 +163,10 @@ def constants(plan: Plan, *, weight_dtype: str, has_residual: bool, two_shot: bo
     """The kernel's constexpr arguments and launch options, by name."""
     units = plan.units
     # Found by compiling: nothing spills. Fewer registers are more rows in flight, which is speed for large T.
-    wide = plan.dtype == "float32"
-    many = 192 if wide and two_shot else 168 if wide or (two_shot and plan.size in (2, 8) and units > 1) else 128
+    if plan.dtype == "float32":
+        registers = 192 if two_shot else 168
+    else:
+        registers = 168 if two_shot and plan.size in (2, 8) and units > 1 else 128
     return {
         "N": plan.size,
         "WORDS": plan.words,
@@ -183,7 +185,7 @@ def constants(plan: Plan, *, weight_dtype: str, has_residual: bool, two_shot: bo
         "num_warps": plan.num_warps,
         "num_stages": 1,
         # At least two programs fit on a multiprocessor.
-        "maxnreg": min(many, 32768 // (32 * plan.num_warps)),
+        "maxnreg": min(registers, 32768 // (32 * plan.num_warps)),
         "enable_fp_fusion": False,
     }
 
