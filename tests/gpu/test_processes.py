@@ -1,7 +1,7 @@
-"""The triton backend as real processes over CUDA IPC: several on one GPU, one a GPU where there are several.
+"""The triton backend as real processes over CUDA IPC: one a GPU, and four where there are only one or two GPUs.
 
-On one GPU the processes share it through MPS, with pipe and log folders of their own; a rank that is to be killed
-runs without it, since killing a client of MPS ends the others too.
+Processes that share a GPU do so through MPS, with pipe and log folders of its own; a rank that is to be killed runs
+without it, since killing a client of MPS ends the others too.
 """
 
 import os
@@ -18,9 +18,8 @@ from tests.support.ranks import run_ranks
 torch = pytest.importorskip("torch", reason="needs torch on a GPU")
 GPUS = torch.cuda.device_count()
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(GPUS == 0, reason="needs a CUDA GPU")]
-SIZES = [size for size in (2, 4, 8) if size <= (4 if GPUS == 1 else max(GPUS, 2))]
-# Programs of all ranks must run at once, on one GPU too: a small workspace keeps them few.
-ROOM = ("--workspace_mb", 1 if GPUS == 1 else 32)
+SIZES = [size for size in (2, 4, 8) if size <= max(GPUS, 4)]
+UNSHARED = max(size for size in SIZES if size <= max(GPUS, 2))  # without MPS; two take turns on one GPU
 KINDS = [("float32",) * 2, ("bfloat16",) * 2, ("bfloat16", "float32"), ("float16",) * 2]
 
 
@@ -33,10 +32,15 @@ def compiled():
     compile_all(kernels)
 
 
+def room(size):
+    # Programs of all ranks of a GPU must run at once: a small workspace keeps them few.
+    return "--workspace_mb", 1 if size > GPUS else 32
+
+
 @pytest.fixture(scope="module")
-def shared():
+def mps():
     """The environment in which several processes use one GPU at the same time."""
-    if GPUS > 1:
+    if max(SIZES) <= GPUS:
         yield {}
         return
     with tempfile.TemporaryDirectory(prefix="fd_fusion_mps_") as folder:
@@ -49,8 +53,9 @@ def shared():
         subprocess.run(control, input="quit\n", text=True, env={**os.environ, **env}, timeout=60)
 
 
-def agreed(script, size, *args, env, timeout_s=120):
-    ended = run_ranks(script, size, *args, "--device", "gpu", *ROOM, env=env, timeout_s=timeout_s)
+def agreed(script, size, *args, mps, timeout_s=120):
+    env = mps if size > GPUS else {}
+    ended = run_ranks(script, size, *args, "--device", "gpu", *room(size), env=env, timeout_s=timeout_s)
     text = "\n".join(rank.text for rank in ended)
     assert [rank.status for rank in ended] == [0] * size, text
     assert len({re.search("digest (.*)", rank.text)[1] for rank in ended}) == 1, text
@@ -58,44 +63,42 @@ def agreed(script, size, *args, env, timeout_s=120):
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_numbers_payloads_delays_and_several_workspaces(size, shared):
+def test_numbers_payloads_delays_and_several_workspaces(size, mps):
     what = ["numbers", "payload", "delayed", "together", "strange_inputs"]
-    rows = (1, 3, 0, 15, 17, 150 if GPUS == 1 else 600, 2)  # 600: two-shot
-    agreed("triton_calls.py", size, *what, "--hidden", 1024, "--rows", *rows, env=shared)
+    rows = (1, 3, 0, 15, 17, 150 if size > GPUS else 600, 2)  # 600: two-shot
+    agreed("triton_calls.py", size, *what, "--hidden", 1024, "--rows", *rows, mps=mps)
 
 
 @pytest.mark.parametrize("hidden", [2880, 7168])
-def test_other_hidden_sizes(hidden, shared):
-    agreed("triton_calls.py", max(SIZES), "delayed", "--hidden", hidden, env=shared)
+def test_other_hidden_sizes(hidden, mps):
+    agreed("triton_calls.py", max(SIZES), "delayed", "--hidden", hidden, mps=mps)
 
 
-@pytest.mark.skipif(4 not in SIZES, reason="needs one or four GPUs")
-def test_subgroups(shared):
-    agreed("triton_calls.py", 4, "subgroups", "--hidden", 4096, env=shared)
+def test_subgroups(mps):
+    agreed("triton_calls.py", 4, "subgroups", "--hidden", 4096, mps=mps)
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_a_hundred_thousand_calls_by_replay(size, shared):
-    agreed("replays.py", size, "replays", "--hidden", 4096, env=shared)
+def test_a_hundred_thousand_calls_by_replay(size, mps):
+    agreed("replays.py", size, "replays", "--hidden", 4096, mps=mps)
 
 
-def test_paddle_s_driver_object_with_no_torch_to_import(shared):
-    agreed("without_torch.py", 2, "without_torch", "--hidden", 1024, env=shared)
+def test_paddle_s_driver_object_with_no_torch_to_import(mps):
+    agreed("without_torch.py", 2, "without_torch", "--hidden", 1024, mps=mps)
 
 
-def test_host_time(shared):
-    agreed("replays.py", 2, "host_time", "--hidden", 4096, env=shared)
+def test_host_time(mps):
+    agreed("replays.py", 2, "host_time", "--hidden", 4096, mps=mps)
 
 
 @pytest.mark.parametrize("what", ["late", "early", "full_memory"])
 def test_faults(what):
-    size = 2 if GPUS == 1 else max(SIZES)
-    agreed("faults.py", size, what, "--hidden", 4096, env={})
+    agreed("faults.py", UNSHARED, what, "--hidden", 4096, mps={})
 
 
 @pytest.mark.parametrize("when", ["before", "in", "after"])
 def test_survivors_name_a_killed_rank(when):
-    args = ("--device", "gpu", "--hidden", 4096, *ROOM)
+    args = ("--device", "gpu", "--hidden", 4096, *room(2))
     *survivors, killed = run_ranks("faults.py", 2, f"killed_{when}", *args, timeout_s=90)
     assert killed.status == -signal.SIGKILL, killed.text
     for rank in survivors:
@@ -103,6 +106,6 @@ def test_survivors_name_a_killed_rank(when):
 
 
 def test_a_rank_that_exits_in_the_middle_of_a_step():
-    args = ("--device", "gpu", "--hidden", 4096, *ROOM)
+    args = ("--device", "gpu", "--hidden", 4096, *room(2))
     for rank in run_ranks("faults.py", 2, "exit_in_step", *args, timeout_s=90):
         assert rank.status == 0, rank.text
