@@ -42,7 +42,7 @@ class FusionConfig:
     enable_qk_rms_norm: bool = True
     backend: str = "auto"
     max_token_num: int | None = None
-    workspace_mb: int = 32
+    workspace_mb: int = 40  # two slots for each row that a GPU of 132 multiprocessors works on at once are 33 MiB
     timeout_s: float = 30.0
     strict: bool = False
 

@@ -58,14 +58,14 @@ def limit_source(facts: Facts) -> str:
 
 def built_in_limit(device: str, size: int, hidden_size: int) -> int:
     """Rows up to which fusing is expected to win: a fixed number of bytes a rank sends, by group size, and no more
-    than 64 rows where there are more than two ranks. Over NVLink no size below was slower than NCCL and a norm
-    (examples/results/all_reduce_nvlink_n*.json; two ranks won at every measured size, also above this limit; four
-    were measured with an earlier kernel, eight never).
+    than 2048 rows of two ranks, 64 of more. Over NVLink no size below was slower than NCCL and a norm
+    (examples/results/all_reduce_nvlink_n*.json; two ranks won at every size that was measured; four were measured
+    with an earlier kernel, eight never).
 
     On a CPU nothing is won in any case, and the number only bounds the memory of a gather.
     """
     if device == "cpu":
         return 512
     if size == 2:
-        return max(1, (1 << 22) // hidden_size)
+        return max(1, min(2048, (1 << 24) // hidden_size))
     return max(1, min(64, (1 << 19 if size <= 4 else 1 << 18) // hidden_size))

@@ -141,7 +141,7 @@ FACTS = Facts(0, 2, 4096, "bfloat16", "bfloat16", 0.0, 1e-6, "gpu", 90, False, N
 
 def test_the_order_of_limits():
     tuned = {**vars(FACTS), "tuned_rows": 77}
-    assert row_limit(FACTS) == 1024 and limit_source(FACTS) == "built in"
+    assert row_limit(FACTS) == 2048 and limit_source(FACTS) == "built in"
     assert row_limit(Facts(**tuned)) == 77 and limit_source(Facts(**tuned)) == "tuning table"
     asked = Facts(**{**tuned, "max_token_num": 5})
     assert row_limit(asked) == 5 and limit_source(asked) == "max_token_num"

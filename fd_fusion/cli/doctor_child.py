@@ -17,7 +17,7 @@ from fd_fusion.cli.doctor_machine import tool
 from fd_fusion.cli.findings import Finding, guarded, of_reason
 from fd_fusion.cli.ranks import child_environment
 from fd_fusion.cli.signals import held_back
-from fd_fusion.config import BACKENDS
+from fd_fusion.config import BACKENDS, FusionConfig
 from fd_fusion.reasons import FusionError, because
 from fd_fusion.tuning import Facts
 
@@ -76,7 +76,7 @@ def facts_for(size: int, device: str, arch: int | None, rank: int = 0) -> Facts:
         arch=arch,
         deterministic=False,
         max_token_num=None,
-        workspace_bytes=32 << 20,
+        workspace_bytes=FusionConfig.workspace_mb << 20,
         timeout_s=30.0,
     )
 

@@ -24,7 +24,7 @@ from fd_fusion.config import FusionConfig
 from fd_fusion.tuning_table import Fingerprint, Limits, store_limits, table_lock, table_path, versions_here
 
 _ROUNDS = {"cpu": 3, "gpu": 11, "virtual": 5}
-_ROWS = {"cpu": "1,2", "gpu": "1,2,4,8,16,32,48,64,96,128,192,256,384,512,768,1024"}
+_ROWS = {"cpu": "1,2", "gpu": "1,2,4,8,16,32,48,64,96,128,192,256,384,512,768,1024,1536,2048"}
 _DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -68,7 +68,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", choices=_DTYPES, default="bfloat16", help="of the activations (default: bfloat16)")
     parser.add_argument("--rows", help="numbers of rows to measure, such as 1,8,64")
     parser.add_argument("--rounds", type=int, help="measurements, of which the median counts (default: 11)")
-    parser.add_argument("--workspace-mb", type=int, default=32, help="as in the fusion config (default: 32)")
+    mb = FusionConfig.workspace_mb
+    parser.add_argument("--workspace-mb", type=int, default=mb, help=f"as in the fusion config (default: {mb})")
     parser.add_argument("--timeout-s", type=float, default=30.0, help="wait for a missing rank (default: 30)")
     parser.add_argument("--json", action="store_true", help="print the same as data")
     return parser

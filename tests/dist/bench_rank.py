@@ -27,6 +27,7 @@ from fd_fusion.backends import triton as backend
 from fd_fusion.comm.cuda_ipc import CudaIpc
 from fd_fusion.comm.group import Vote, agree
 from fd_fusion.comm.symmetric_memory import attempt, open_symmetric_memory
+from fd_fusion.config import FusionConfig
 from fd_fusion.kernels import plan as plans
 from fd_fusion.tuning import Facts
 from tests.support import tensors
@@ -212,7 +213,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--flashinfer")
     parser.add_argument("--nccl", action="store_true")
-    parser.add_argument("--workspace_mb", type=int, default=32)
+    parser.add_argument("--workspace_mb", type=int, default=FusionConfig.workspace_mb)
     parser.add_argument("--seconds", type=float, default=200)
     options = parser.parse_args()
     began = time.monotonic()
