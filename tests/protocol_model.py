@@ -3,8 +3,7 @@ run, words arrive, time runs out and aborts become known.
 
 Row k of a launch is worked on in lane k % 2. A lane has an epoch and two buffers of its own. Row k+1 is pushed before
 row k is waited for, so a program holds up to two rows that are pushed. In launches of one row each nothing is ahead,
-and there is one lane. What a push goes by is looked up early: row 1 when row 0 is pushed, row k+2 when row k is over,
-before the fence. That may be long before the push, and an abort that becomes known meanwhile is not heeded.
+and there is one lane.
 
 A row is one word, whose value is the number of the row, counted through all launches. A store to another rank is a
 message that arrives at any later time, in any order. Clearing is local; a fence, or the end of a kernel, puts it
@@ -42,7 +41,6 @@ class Rules:
     signed_remainder: bool = False
     abort_not_spread: bool = False
     abort_not_heeded: bool = False  # by a push
-    own_failure_not_heeded: bool = False  # by the push that is looked up when a row has just failed
     no_fence: bool = False  # between two rows
     clear_out_of_order: bool = False  # not even the end of a kernel orders it
 
@@ -78,7 +76,6 @@ class Thread(NamedTuple):
     rows: tuple[int, ...]
     pushed: tuple[Pushed, ...] = ()
     cleared: frozenset = frozenset()  # places with words that are taken, which the others may still find there
-    ahead: tuple[int, bool] | None = None  # the lane's epoch and whether the abort word is set, for the next push
 
 
 class State(NamedTuple):
@@ -129,7 +126,8 @@ def _steps(rules, state, wrong):
         yield _arrive(state, message, wrong)
     for number, thread in enumerate(state.threads):
         if thread.rows:  # one row is pushed, and the next if it is of the same launch, before one is waited for
-            if len(thread.pushed) < 1 + _in_launch(rules, thread, 1):
+            launches = [rules.rows[row][0] for row in thread.rows[:2]]
+            if len(thread.pushed) < launches.count(launches[0]):
                 yield _push(rules, state, number, thread, wrong)
             else:
                 yield from _finish(rules, state, number, thread, wrong)
@@ -154,22 +152,14 @@ def _send(rules, state, sent, wrong):
     return state
 
 
-def _in_launch(rules, thread, further):
-    """Whether the row so many behind the first is of the same launch."""
-    launches = [rules.rows[row][0] for row in thread.rows]
-    return len(launches) > further and launches[further] == launches[0]
-
-
 def _push(rules, state, number, thread, wrong):
     """Push the first row that is not pushed yet."""
     rank, row = thread.rank, thread.rows[len(thread.pushed)]
     _, k, owner = rules.rows[row]
     lane = rules.lane(row)
-    before, dead = thread.ahead or (state.epochs[LANES * rank + lane], rank in state.aborted)
-    if rules.one_slot and thread.pushed:
-        before = thread.pushed[0].epoch
+    before = thread.pushed[0].epoch if rules.one_slot and thread.pushed else state.epochs[LANES * rank + lane]
     epoch = 2 if before >= 0xFFFFFFFF else before + 1
-    dead = dead and not rules.abort_not_heeded
+    dead = rank in state.aborted and not rules.abort_not_heeded
     if (parity := rules.parity(epoch)) not in (0, 1):
         wrong.add(f"there is no buffer {parity}")
     if not rules.clear_out_of_order and (k == 0 or not rules.no_fence):
@@ -177,10 +167,7 @@ def _push(rules, state, number, thread, wrong):
         thread = thread._replace(cleared=frozenset())
     to = set(range(rules.size)) if owner is None else {owner}
     sent = {(PUSH, (peer, lane, parity, rank), row) for peer in to - {rank} if not dead}
-    ahead = None
-    if k == 0 and _in_launch(rules, thread, 1):
-        ahead = state.epochs[LANES * rank + rules.lane(row + 1)], rank in state.aborted
-    thread = thread._replace(pushed=(*thread.pushed, Pushed(before, epoch, dead)), ahead=ahead)
+    thread = thread._replace(pushed=(*thread.pushed, Pushed(before, epoch, dead)))
     return _send(rules, state._replace(threads=_put(state.threads, number, thread)), sent, wrong)
 
 
@@ -218,11 +205,8 @@ def _done(rules, state, number, thread, right):
     """The row is over: its epoch is written back. A second stream shows by an epoch that is not the one read."""
     rank, row, pushed = thread.rank, thread.rows[0], thread.pushed[0]
     place = LANES * rank + rules.lane(row)
-    known = state.aborted - {rank} if rules.own_failure_not_heeded and not right else state.aborted
     aborted = state.aborted if state.epochs[place] == pushed.before else state.aborted | {rank}
-    ahead = (pushed.epoch, rank in known) if _in_launch(rules, thread, 2) else None
-    thread = thread._replace(rows=thread.rows[1:], pushed=thread.pushed[1:], ahead=ahead)
-    threads = _put(state.threads, number, thread)
+    threads = _put(state.threads, number, thread._replace(rows=thread.rows[1:], pushed=thread.pushed[1:]))
     epochs = _put(state.epochs, place, pushed.epoch)
     failed, finite = (state.failed, max(state.finite, row)) if right else (min(state.failed, row), state.finite)
     return state._replace(threads=threads, epochs=epochs, aborted=aborted, failed=failed, finite=finite)

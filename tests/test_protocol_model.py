@@ -111,13 +111,6 @@ def test_a_push_that_does_not_heed_the_abort_is_found(shape, at_once):
 
 
 @planted
-@pytest.mark.parametrize("size", [2, 3])
-def test_a_push_that_does_not_heed_the_row_that_has_just_failed_is_found(size, at_once):
-    found = explore(Rules(size, ((None,) * 3,), timeouts=True, own_failure_not_heeded=True, at_once=at_once))
-    assert found == {"finite numbers after the error"}
-
-
-@planted
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (5,)])
 def test_clearing_out_of_order_is_found(shape, at_once):
     assert explore(Rules(2, cut((None,) * 5, shape), clear_out_of_order=True, at_once=at_once))

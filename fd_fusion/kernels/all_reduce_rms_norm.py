@@ -117,23 +117,21 @@ def _next(before):
 
 
 @triton.jit
-def _fetch(x, home, mask, row, WORDS: tl.constexpr):
-    """This rank's words of a row, and TOLD if the abort word is set. Volatile loads stay where they are asked for."""
+def _push(x, table, local, home, words, mask, row, slot, rank, N: tl.constexpr, WORDS: tl.constexpr,
+          SLICE: tl.constexpr, TWO_SHOT: tl.constexpr):  # fmt: skip
+    """Send a row, by two-shot to its owner alone. Returns the words sent, the slot's epoch so far, and TOLD or 0."""
+    # All that the stores need is asked for at once: volatile loads stay in this order.
     own = tl.load(x + row.to(tl.int64) * WORDS, mask=mask, other=0, volatile=True)
-    return own, tl.where(tl.load(home, volatile=True) != 0, TOLD, 0)
-
-
-@triton.jit
-def _push(own, before, dead, table, words, mask, row, slot, rank, N: tl.constexpr, SLICE: tl.constexpr,
-          TWO_SHOT: tl.constexpr):  # fmt: skip
-    """Send a row, by two-shot to its owner alone. Returns the words sent."""
+    before = tl.load(local + HEAD + 3 * slot, volatile=True)
+    aborted = tl.load(home, volatile=True)
     peers = peers_of(table, rank, N)
     own = sendable(own)
+    dead = tl.where(aborted != 0, TOLD, 0)
     to = CONTROL + (slot * (2 * N + 4) + (_next(before) & 1).to(tl.int32) * N + rank) * SLICE
     for i in tl.static_range(1, N):
         wanted = (dead == 0) & ((rank + i) % N == row % N) if TWO_SHOT else dead == 0
         tl.store(peers[i - 1] + to + words, own, mask=both(mask, wanted), cache_modifier=".wt")
-    return own
+    return own, before, dead
 
 
 @triton.jit(do_not_specialize=["x", "residual", "weight", "norm_out", "residual_out", "local", "home", "rows",
@@ -165,18 +163,13 @@ def all_reduce_rms_norm(x, residual, weight, norm_out, residual_out, local, home
     mask = words < (WORDS if C == 1 else tl.minimum(SLICE, WORDS - (slot % C) * SLICE))
     x = at(x, tl.uint32) + (slot % C) * SLICE + words
     row = slot // C
-    own, dead = _fetch(x, home, mask, row, WORDS)
-    before = tl.load(local + HEAD + 3 * slot, volatile=True)
-    own = _push(own, before, dead, table, words, mask, row, slot, rank, N, SLICE, TWO_SHOT)
-    ahead, ahead_before, ahead_dead = own, before, dead
-    if row + stride < rows:
-        ahead, ahead_dead = _fetch(x, home, mask, row + stride, WORDS)
-        ahead_before = tl.load(local + HEAD + 3 * (lanes - slot), volatile=True)
+    own, before, dead = _push(x, table, local, home, words, mask, row, slot, rank, N, WORDS, SLICE, TWO_SHOT)
     while row < rows:  # not a range: the interpreter of some versions cannot take its bounds from arguments
-        following, following_before, following_dead = row + stride, ahead_before, ahead_dead
+        following = row + stride
+        following_before, following_dead = before, dead
         if following < rows:  # on its way before this row is waited for
-            _push(
-                ahead, ahead_before, ahead_dead, table, words, mask, following, lanes - slot, rank, N, SLICE,
+            _, following_before, following_dead = _push(
+                x, table, local, home, words, mask, following, lanes - slot, rank, N, WORDS, SLICE,
                 TWO_SHOT)  # fmt: skip
         here = row.to(tl.int64) * WORDS + (slot % C) * SLICE
         epochs = local + HEAD + 3 * slot
@@ -220,15 +213,11 @@ def all_reduce_rms_norm(x, residual, weight, norm_out, residual_out, local, home
         if seen != before:  # what counts is what thread 0 saw: it alone stores scalars, this epoch too
             report(local, state | MOVED, 0, op, row, epoch, N)
         tl.store(epochs, epoch)
-        ahead, ahead_before, ahead_dead = own, before, dead
-        if following < rows:  # its words once more: to keep them would take too many registers
+        if following < rows:
             own = tl.load(x + following.to(tl.int64) * WORDS, mask=mask, other=0, volatile=True)
-            if following + stride < rows:
-                ahead, ahead_dead = _fetch(x, home, mask, following + stride, WORDS)
-                ahead_before, ahead_dead = epoch, ahead_dead | tl.where(state != 0, TOLD, 0)
-                # What was made unsent must be so before any word of that row, in this slot. The loads come meanwhile.
+            if following + stride < rows:  # what was made unsent must be so before any word of that row, in this slot
                 tl.debug_barrier()
                 tl.atomic_xchg(epochs, epoch, sem="acq_rel", scope="sys")
                 tl.debug_barrier()
-            own = sendable(own)
+            own = sendable(own)  # it comes while the fence waits; to keep it from the push on takes too many registers
         row, slot, before, dead = following, lanes - slot, following_before, following_dead
