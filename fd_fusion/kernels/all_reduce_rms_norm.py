@@ -214,10 +214,11 @@ def all_reduce_rms_norm(x, residual, weight, norm_out, residual_out, local, home
             report(local, state | MOVED, 0, op, row, epoch, N)
         tl.store(epochs, epoch)
         if following < rows:
+            # Once more, since to keep it from the push on takes too many registers; it comes while the fence waits.
             own = tl.load(x + following.to(tl.int64) * WORDS, mask=mask, other=0, volatile=True)
             if following + stride < rows:  # what was made unsent must be so before any word of that row, in this slot
                 tl.debug_barrier()
                 tl.atomic_xchg(epochs, epoch, sem="acq_rel", scope="sys")
                 tl.debug_barrier()
-            own = sendable(own)  # it comes while the fence waits; to keep it from the push on takes too many registers
+            own = sendable(own)
         row, slot, before, dead = following, lanes - slot, following_before, following_dead
