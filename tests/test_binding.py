@@ -242,8 +242,9 @@ def test_a_reduction_that_somebody_else_does_is_no_pair(inner):
     assert first.reason.code == ("reduced_inside" if inner else "not_reduced")
 
 
-def test_workspace_mb_is_shared_by_the_workspaces_of_all_groups(monkeypatch):
-    """Two sizes in one group and one in another; a peer in the second has a fourth elsewhere."""
+def test_workspace_mb_is_shared_by_the_workspaces_of_all_groups_and_models(monkeypatch):
+    """Two sizes in one group and one in another; a peer in the second has a fourth elsewhere, and less is left to it.
+    Models that were bound before have taken 2.5 MiB."""
     groups = [Group(name, 0, 2, (0, 1 + number), None) for number, name in enumerate("ab")]
     kinds = [(groups[0], 64), (groups[0], 128), (groups[0], 64), (groups[1], 64)]
     fields = {"dtype": "float32", "weight_dtype": "float32", "weight_offset": 0.0}
@@ -251,15 +252,20 @@ def test_workspace_mb_is_shared_by_the_workspaces_of_all_groups(monkeypatch):
     given = []
 
     def agree(group, topic, vote, timeout_s):
-        digest, spaces = vote.data
-        return Verdict((vote.data, [digest, spaces + (group is groups[1])]), ())
+        digest, spaces, free = vote.data
+        other = [digest, spaces + 1, free - (2 << 20)] if group is groups[1] else vote.data
+        return Verdict((vote.data, other), ())
 
-    def open_for(group, pairs, config, deterministic, spaces):
-        given.append((group.name, pairs[0].hidden_size, spaces))
+    def open_for(group, pairs, config, deterministic, workspace_bytes):
+        given.append((group.name, pairs[0].hidden_size, workspace_bytes))
         return None, because("no_paddle", detail=""), ()
 
     monkeypatch.setattr(binding, "agree", agree)
     monkeypatch.setattr(binding, "open_for", open_for)
-    state = Bound(Report(FusionConfig(), "a test", "none"))
-    binding._open(state, pairs, FusionConfig(), False, None)
-    assert given == [("a", 64, 3), ("a", 128, 3), ("b", 64, 4)]
+    models = [DemoDecoder(0, 1), DemoDecoder(0, 1)]
+    for model, nbytes in zip(models, (2 << 20, 1 << 19)):
+        bound = Bound(None, openings=[SimpleNamespace(opened=SimpleNamespace(bytes=nbytes))])
+        monkeypatch.setitem(binding._bound, model, bound)
+    config = FusionConfig(workspace_mb=10)
+    binding._open(Bound(Report(config, "a test", "none")), pairs, config, False, None)
+    assert given == [("a", 64, 2621440), ("a", 128, 2621440), ("b", 64, 1441792)], "7.5 MiB by 3, and 5.5 by 4"

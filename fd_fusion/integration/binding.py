@@ -152,25 +152,27 @@ def _open(state: Bound, pairs: list[Pair], config: FusionConfig, deterministic: 
         else:
             by_group.setdefault(pair.group, []).append(pair)
     spaces = len({(group, pair.hidden_size, pair.dtype) for group in by_group for pair in by_group[group]})
+    taken = sum(opening.opened.bytes for bound in _bound.values() for opening in bound.openings)
     # Every rank goes through the groups in one order, so that no two of them wait for each other crosswise.
     for group in sorted(by_group, key=lambda group: (group.size, group.ranks)):
-        refusal, most = _structure_refusal(group, by_group[group], config, deterministic, failure, spaces)
+        room = spaces, (config.workspace_mb << 20) - taken
+        refusal, each = _structure_refusal(group, by_group[group], config, deterministic, failure, room)
         if refusal is not None:
             refuse(report, by_group[group], *refusal, config)
             continue
         state.groups.append(group)
-        _open_group(state, group, by_group[group], config, deterministic, most)
+        _open_group(state, group, by_group[group], config, deterministic, each)
 
 
 def _open_group(
-    state: Bound, group: Group, pairs: list[Pair], config: FusionConfig, deterministic: bool, shares: int
+    state: Bound, group: Group, pairs: list[Pair], config: FusionConfig, deterministic: bool, workspace_bytes: int
 ) -> None:
     """One workspace for each hidden size and dtype of the group; a Site for each of its pairs."""
     spaces: dict[tuple[int, str], list[Pair]] = {}
     for pair in pairs:
         spaces.setdefault((pair.hidden_size, pair.dtype), []).append(pair)
     for key in sorted(spaces):
-        opened, reason, ranks = open_for(group, spaces[key], config, deterministic, shares)
+        opened, reason, ranks = open_for(group, spaces[key], config, deterministic, workspace_bytes)
         if opened is None:
             refuse(state.report, spaces[key], reason, ranks, config)
             continue
@@ -197,18 +199,27 @@ def _site_of(pair: Pair, opening: Opening) -> Site:
 
 
 def _structure_refusal(
-    group: Group, pairs: list[Pair], config: FusionConfig, deterministic: bool, failure: Reason | None, spaces: int
+    group: Group,
+    pairs: list[Pair],
+    config: FusionConfig,
+    deterministic: bool,
+    failure: Reason | None,
+    room: tuple[int, int],
 ) -> tuple[tuple[Reason, tuple[int, ...]] | None, int]:
-    """The first vote of a group: None if every rank built the same, else (reason, ranks); and the most workspaces, of
-    all its groups, that any of the ranks has to fit into `workspace_mb`."""
+    """The first vote of a group: None if every rank built the same, else (reason, ranks); and the bytes that each of
+    its workspaces may have, so that all fit into what is left of `workspace_mb` on every rank.
+
+    Args: room: how many workspaces this rank needs, of all its groups, and the bytes that are left for them.
+    """
     shape = [[pair.name, pair.hidden_size, pair.dtype, pair.weight_dtype, pair.weight_offset] for pair in pairs]
     text = json.dumps([__version__, shape, config.to_dict(), deterministic])
     digest = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
-    verdict = agree(group, "structure", Vote(failure, [digest, spaces]), timeout_s=config.timeout_s)
+    verdict = agree(group, "structure", Vote(failure, [digest, *room]), timeout_s=config.timeout_s)
     if not verdict.ok:
         return (verdict.reason, tuple(rank for rank, _ in verdict.refusals)), 0
     others = [rank for rank, data in enumerate(verdict.data) if data[0] != verdict.data[0][0]]
     if others:
         detail = f"its pairs, config or version are not those of rank 0 ({len(shape)} pairs on rank {group.rank})"
         return (because("structure_differs", rank=others[0], detail=detail), tuple(others)), 0
-    return None, max(data[1] for data in verdict.data)
+    most, least = max(data[1] for data in verdict.data), min(data[2] for data in verdict.data)
+    return None, max(0, least) // most

@@ -30,11 +30,11 @@ class Opening:
 
 
 def open_for(
-    group: Group, pairs: Sequence[Any], config: FusionConfig, deterministic: bool, spaces: int
+    group: Group, pairs: Sequence[Any], config: FusionConfig, deterministic: bool, workspace_bytes: int
 ) -> tuple[Opening | None, Reason | None, tuple[int, ...]]:
     """Collective: open a backend for pairs of one hidden size and dtype.
 
-    Args: spaces: how many workspaces share `config.workspace_mb`.
+    Args: workspace_bytes: the most that the workspace may have, equal on all ranks.
     Returns: (opening, None, ()), or (None, the reason of the first candidate, the ranks that refused). Any refusal
         of any rank moves all of them to the next candidate.
     """
@@ -46,7 +46,7 @@ def open_for(
         return None, because("never_wins", **shape), ()
     first: tuple[Reason, tuple[int, ...]] | None = None
     for name in _candidates(config.backend, device, tuned):
-        facts = [_facts(group, pair, config, deterministic, device, arch, spaces) for pair in pairs]
+        facts = [_facts(group, pair, config, deterministic, device, arch, workspace_bytes) for pair in pairs]
         if tuned:
             found = {"tuned_rows": tuned.rows.get(name) or None, "two_shot_rows": tuned.two_shot_rows or NEVER}
             facts = [dataclasses.replace(one, **found) for one in facts]
@@ -114,7 +114,13 @@ def _load(name: str, facts: list[Facts]) -> tuple[Any, Reason | None]:
 
 
 def _facts(
-    group: Group, pair: Any, config: FusionConfig, deterministic: bool, device: str, arch: int | None, spaces: int
+    group: Group,
+    pair: Any,
+    config: FusionConfig,
+    deterministic: bool,
+    device: str,
+    arch: int | None,
+    workspace_bytes: int,
 ) -> Facts:
     return Facts(
         rank=group.rank,
@@ -128,6 +134,6 @@ def _facts(
         arch=arch,
         deterministic=deterministic,
         max_token_num=config.max_token_num,
-        workspace_bytes=(config.workspace_mb << 20) // spaces,
+        workspace_bytes=workspace_bytes,
         timeout_s=config.timeout_s,
     )
