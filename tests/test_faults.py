@@ -27,6 +27,10 @@ def test_by_two_shot_too_it_is_the_missing_rank_that_is_named():
     assert "missing rank 2" in ended[0].text
 
 
+def test_a_machine_that_is_suspended_has_no_missing_rank():
+    ended_well(run("paused"))
+
+
 def test_a_rank_that_calls_nothing_more_learns_of_the_error():
     ended_well(run("early"))
 

@@ -19,11 +19,17 @@ CONTROL = tl.constexpr(64)  # 4-byte words of the control page
 
 def host_clock():
     """The interpreter's clock, in nanoseconds, as `globaltimer` gives them; the rank that is waited for may need
-    this processor. Never compiled. Monotonic: a wall clock that is set while a rank waits would end its group."""
+    this processor. Never compiled. Monotonic: a wall clock that is set while a rank waits would end its group; and
+    while this process does not run, because the whole machine may be suspended, it goes on by half a second at most.
+    """
     os.sched_yield()
-    return time.monotonic_ns()
+    seen, shown = _clock
+    now = time.monotonic_ns()
+    _clock[:] = now, shown + min(now - seen, 500_000_000)
+    return _clock[1]
 
 
+_clock = [0, 0]  # when the machine's clock was last looked at, and what it was taken for
 host_clock.__triton_builtin__ = True  # the compiler looks at every name, in branches that it drops too
 
 

@@ -5,6 +5,7 @@ faults.py WHAT [--device gpu] ...     WHAT: a function below; the last rank is t
 
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -90,6 +91,24 @@ def by_two_shot(group, options):
         assert f"missing rank {group.size - 1}" in text or "another rank" in text, text
         print(text)
     assert barrier(group, "given up", 60)
+    opened.close()
+
+
+def paused(group, options):
+    """The whole machine stops in the middle of a call, for longer than the limit, as when it is suspended. Nobody is
+    missing: time in which the waiting process itself did not run is not counted. Interpreter only."""
+    opened = calls.open_for(group, _case(group, options), options)
+    limit_s = 2 * SHORT_S
+    _patience(opened, limit_s)
+    calls.check(opened, _case(group, options), group.rank, options.device)
+    go_on = f"sleep {0.5 + limit_s + 2}; kill -CONT {os.getpid()}"
+    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGSTOP)).start()
+    with subprocess.Popen(["sh", "-c", go_on]):
+        for _ in range(2 * _faulty(group)):
+            time.sleep(0.7)  # the first ends while all are stopped, the second is what the others still wait for
+        start = time.monotonic()
+        calls.check(opened, _case(group, options, 1), group.rank, options.device)
+        assert _faulty(group) or time.monotonic() - start > limit_s, "nobody was stopped"
     opened.close()
 
 
