@@ -153,9 +153,9 @@ def _open(state: Bound, pairs: list[Pair], config: FusionConfig, deterministic: 
             by_group.setdefault(pair.group, []).append(pair)
     spaces = len({(group, pair.hidden_size, pair.dtype) for group in by_group for pair in by_group[group]})
     taken = sum(opening.opened.bytes for bound in _bound.values() for opening in bound.openings)
+    room = spaces, (config.workspace_mb << 20) - taken
     # Every rank goes through the groups in one order, so that no two of them wait for each other crosswise.
     for group in sorted(by_group, key=lambda group: (group.size, group.ranks)):
-        room = spaces, (config.workspace_mb << 20) - taken
         refusal, each = _structure_refusal(group, by_group[group], config, deterministic, failure, room)
         if refusal is not None:
             refuse(report, by_group[group], *refusal, config)
