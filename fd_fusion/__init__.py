@@ -4,7 +4,18 @@ Importing this package loads no Paddle, Triton, FlashInfer or torch: every publi
 """
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # what runs is __getattr__
+    from fd_fusion.config import FusionConfig as FusionConfig
+    from fd_fusion.integration.binding import bind as bind
+    from fd_fusion.integration.binding import check as check
+    from fd_fusion.integration.binding import report as report
+    from fd_fusion.integration.binding import unbind as unbind
+    from fd_fusion.layers.qk_rms_norm import QKRMSNorm as QKRMSNorm
+    from fd_fusion.layers.rms_norm import RMSNorm as RMSNorm
+    from fd_fusion.layers.row_parallel_linear import RowParallelLinear as RowParallelLinear
+    from fd_fusion.reasons import FusionTimeout as FusionTimeout
 
 __version__ = "0.1.0"
 
@@ -19,10 +30,25 @@ _HOME = {
     "RowParallelLinear": "layers.row_parallel_linear",
     "QKRMSNorm": "layers.qk_rms_norm",
 }
-__all__ = ["__version__", *_HOME]
+__all__ = [
+    "FusionConfig",
+    "FusionTimeout",
+    "QKRMSNorm",
+    "RMSNorm",
+    "RowParallelLinear",
+    "__version__",
+    "bind",
+    "check",
+    "report",
+    "unbind",
+]
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'fd_fusion' has no attribute {name!r}")
     return getattr(importlib.import_module(f"fd_fusion.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
