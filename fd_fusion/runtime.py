@@ -10,7 +10,7 @@ import functools
 import os
 import socket
 import threading
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 from fd_fusion.reasons import FusionError, because
@@ -75,15 +75,24 @@ def _send_at_once(port: int) -> None:
                     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
 
-@functools.cache
 def tcp_store() -> TcpStore | None:
-    """The job's store, as Paddle's launcher announces it; None where there is no such job."""
-    host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+    """The job's store, as Paddle's launcher or spawn announces it; None where there is no such job (yet)."""
+    address = store_address(os.environ)
+    return _connect(*address, int(os.environ.get("PADDLE_TRAINERS_NUM", "1"))) if address else None
+
+
+def store_address(environ: Mapping[str, str]) -> tuple[str, int] | None:
+    """Host and port, found in the order of `init_parallel_env`: spawn names none, and the first rank's is taken."""
+    host, port = environ.get("MASTER_ADDR"), environ.get("MASTER_PORT", "")
     if not (host and port):
-        host, _, port = os.environ.get("PADDLE_MASTER", "").rpartition(":")
-    if not (host and port.isdigit()):
-        return None
-    return TcpStore(host, int(port), int(os.environ.get("PADDLE_TRAINERS_NUM", "1")), 30)
+        first = environ.get("PADDLE_TRAINER_ENDPOINTS", "").partition(",")[0]
+        host, _, port = (environ.get("PADDLE_MASTER") or first).rpartition(":")
+    return (host, int(port)) if host and port.isdigit() else None
+
+
+@functools.cache
+def _connect(host: str, port: int, world_size: int) -> TcpStore:
+    return TcpStore(host, port, world_size, 30)
 
 
 def how_to_tell_users() -> Callable[[], Hashable]:

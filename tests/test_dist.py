@@ -1,7 +1,7 @@
 """The rank scripts of tests/dist, as real processes under paddle.distributed.launch (gloo, no GPU)."""
 
 import pytest
-from support.launch import launch
+from support.launch import launch, spawn
 
 
 @pytest.mark.parametrize("nproc, args", [(1, []), (2, []), (4, ["auto", "eager"]), (2, ["triton", "eager"])])
@@ -26,3 +26,8 @@ def test_subgroups(tmp_path):
     results = launch("subgroups.py", 4, tmp_path)
     bits = [result["bits"] for result in results]
     assert bits[0] == bits[1] != bits[2] == bits[3]
+
+
+def test_paddle_spawn(tmp_path):
+    for result in spawn("spawned.py", 2, tmp_path):
+        assert result["sites"] == 2 and result["off"] is None and result["worst"] < 1e-5
