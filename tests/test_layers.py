@@ -9,6 +9,7 @@ import pytest
 from support.values import check, wide
 
 from fd_fusion import FusionConfig, QKRMSNorm, RMSNorm, RowParallelLinear, reference
+from fd_fusion.backends import paddle as formulas
 from fd_fusion.integration import native
 from fd_fusion.integration.qk import Kernel
 from fd_fusion.reference import round_to
@@ -130,6 +131,50 @@ def test_traced_layers_give_the_eager_bits(full_graph):
             x, residual = values([rows, 16]), values([rows, 32], seed=1)
             for got, want in zip(traced(x, residual), forward(x, residual)):
                 assert (got == want).all()
+
+
+class InPlace:
+    """What `bind` gives to a QKRMSNorm, with the stock formula in place of the kernel."""
+
+    def __init__(self, layer):
+        self._layer = layer
+
+    def __call__(self, qkv):
+        return self._layer.stock_forward(qkv)
+
+
+def layers_of_one_rank(bound):
+    """The three layers, eval(); `bound` as `bind` would, on one rank."""
+    norm, linear, qk = RMSNorm(32), RowParallelLinear(16, 32, has_bias=True), QKRMSNorm(D, 2, 1)
+    for layer in (norm, linear, qk):
+        layer.eval()
+    if bound:
+        site = Site("linear -> norm", fused=None, reduce=lambda x: x, norm=norm.stock_forward, limit=0)
+        norm.__dict__["site"] = linear.__dict__["site"] = site
+        qk.__dict__["kernel"] = InPlace(qk)
+    return norm, linear, qk
+
+
+@pytest.mark.parametrize("bound", [False, True], ids=["stock", "bound"])
+@pytest.mark.parametrize("full_graph", [True, False], ids=["ast", "sot"])
+def test_a_traced_sum_leaves_its_input_alone(full_graph, bound, monkeypatch):
+    """A graph holds one value for two equal products: an all-reduce in place would sum it twice."""
+    monkeypatch.setattr(formulas, "all_reduce", lambda x, group=None: x.add_(x))  # two ranks of equal shares
+    norm, linear, _ = layers_of_one_rank(False)
+    if bound:
+        site = Site("linear -> norm", fused=None, reduce=formulas.all_reduce, norm=norm.stock_forward, limit=0)
+        norm.__dict__["site"] = linear.__dict__["site"] = site
+
+    def forward(x, residual):
+        out, total = norm(linear(x), residual)
+        again, same = norm(linear(x))
+        return out, total, again, same
+
+    traced = paddle.jit.to_static(forward, full_graph=full_graph)
+    x, residual = values([3, 16]), values([3, 32], seed=1)
+    with paddle.no_grad():
+        for got, want in zip(traced(x, residual), forward(x, residual)):
+            assert np.allclose(got.numpy(), want.numpy(), atol=1e-5)
 
 
 def test_layers_keep_their_config_and_their_names():

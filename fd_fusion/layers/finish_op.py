@@ -6,6 +6,9 @@ Under `paddle.jit.to_static` (AST and SOT) the op's body runs as Python whenever
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import paddle
 from paddle.base.dygraph.base import in_sot_simulation_mode
 from paddle.static import MetaTensor, register_op
@@ -26,7 +29,7 @@ def _like_partial(partial, *rest):
     output_names=["norm_out", "residual_out"],
 )
 def _finish(partial, residual, site):
-    return by_number[site].complete(partial, residual)
+    return by_number[site].complete(_own(partial, by_number[site]), residual)
 
 
 @register_op(
@@ -36,9 +39,15 @@ def _finish(partial, residual, site):
     output_names=["norm_out", "residual_out"],
 )
 def _finish_without_residual(partial, site):
-    norm_out, residual_out = by_number[site].complete(partial, None)
-    # A graph may not give an input back as an output, and the stock norm returns x itself as the residual.
-    return norm_out, residual_out.clone() if residual_out is partial else residual_out
+    return by_number[site].complete(_own(partial, by_number[site]), None)
+
+
+def _own(partial, site):
+    """The partial sum, or a copy where it is reduced in place, or given back as the residual.
+
+    A graph may reuse the memory of an input, and two equal products are one value in it, which would be summed twice.
+    """
+    return partial if site.fuses(math.prod(partial.shape[:-1])) else partial.clone()
 
 
 def finish(site: Site, partial: paddle.Tensor, residual: paddle.Tensor | None):
@@ -64,9 +73,15 @@ def hand_over(site: Site, partial: paddle.Tensor) -> paddle.Tensor:
     input_names=["x"],
     output_names=["total"],
 )
-def all_reduce(x, group):
-    """The sum of x over the group, eager and traced."""
-    return formulas.all_reduce(x, group)
+def _all_reduce(x, group):
+    return formulas.all_reduce(x.clone(), group)  # in place, or x itself: see _own
+
+
+def all_reduce(x: paddle.Tensor, group: Any) -> paddle.Tensor:
+    """The sum of x over the group: in place in eager mode, a new tensor in a traced graph."""
+    if paddle.in_dynamic_mode() and not in_sot_simulation_mode():
+        return formulas.all_reduce(x, group)
+    return _all_reduce(x, group)
 
 
 @register_op(
