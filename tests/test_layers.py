@@ -6,6 +6,7 @@ import pickle
 import numpy as np
 import paddle
 import pytest
+from paddle.static import InputSpec
 from support.values import check, wide
 
 from fd_fusion import FusionConfig, QKRMSNorm, RMSNorm, RowParallelLinear, reference
@@ -156,6 +157,26 @@ def layers_of_one_rank(bound):
 
 
 @pytest.mark.parametrize("bound", [False, True], ids=["stock", "bound"])
+@pytest.mark.parametrize("how", ["ast", "ast, H too", "sot"])  # SOT takes no InputSpec, and finds out by itself
+def test_traced_with_sizes_that_are_not_known(how, bound):
+    norm, linear, qk = layers_of_one_rank(bound)
+
+    def forward(x, residual):
+        out, total = norm(linear(x), residual)
+        alone, _ = norm(linear(x))
+        return qk(out), total, alone
+
+    spec = [InputSpec([None, size if how == "ast" else None], "float32") for size in (16, 32)]
+    ast = how != "sot"
+    traced = paddle.jit.to_static(forward, full_graph=ast, input_spec=spec if ast else None)
+    with paddle.no_grad():
+        for rows in (3, 1, 5, 2):
+            x, residual = values([rows, 16]), values([rows, 32], seed=1)
+            for got, want in zip(traced(x, residual), forward(x, residual)):
+                assert (got == want).all()
+
+
+@pytest.mark.parametrize("bound", [False, True], ids=["stock", "bound"])
 @pytest.mark.parametrize("full_graph", [True, False], ids=["ast", "sot"])
 def test_a_traced_sum_leaves_its_input_alone(full_graph, bound, monkeypatch):
     """A graph holds one value for two equal products: an all-reduce in place would sum it twice."""
@@ -175,6 +196,30 @@ def test_a_traced_sum_leaves_its_input_alone(full_graph, bound, monkeypatch):
     with paddle.no_grad():
         for got, want in zip(traced(x, residual), forward(x, residual)):
             assert np.allclose(got.numpy(), want.numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize("what", ["hidden", "residual", "dimensions", "dtype", "linear", "qk"])
+def test_a_trace_says_what_cannot_fit(what):
+    """A size that is known is compared, and one that is not is told as None."""
+    norm, linear, qk = layers_of_one_rank(False)
+    spec = {
+        "hidden": (norm, [None, 31], None, "float32", r"x has shape \[None, 31\], expected a last dimension of 32"),
+        "residual": (norm, [None, 32], [None, 1], "float32", r"residual is \[None, 1\] float32, expected"),
+        "dimensions": (
+            norm,
+            [None, None],
+            [None],
+            "float32",
+            r"residual is \[None\] float32, expected \[None, None\]",
+        ),
+        "dtype": (norm, [None, 32], [None, 32], "float16", r"residual is \[None, 32\] float16, expected"),
+        "linear": (linear, [None, 17], None, "float32", r"x has shape \[None, 17\], expected a last dimension of 16"),
+        "qk": (qk, [None, 23], None, "float32", r"qkv is \[None, 23\], expected \[T, at least 24\]"),
+    }
+    layer, shape, other, dtype, says = spec[what]
+    specs = [InputSpec(shape, "float32")] + ([InputSpec(other, dtype)] if other else [])
+    with pytest.raises(ValueError, match=says):
+        paddle.jit.to_static(layer, full_graph=True, input_spec=specs).forward.concrete_program  # noqa: B018
 
 
 def test_layers_keep_their_config_and_their_names():

@@ -13,6 +13,7 @@ from fd_fusion.backends import paddle as formulas
 from fd_fusion.config import FusionConfig
 from fd_fusion.layers.finish_op import run_on_copy
 from fd_fusion.layers.rms_norm import RMSNorm
+from fd_fusion.layers.shapes import told
 
 
 class QKRMSNorm(nn.Layer):
@@ -56,8 +57,9 @@ class QKRMSNorm(nn.Layer):
         not needed. Raises: ValueError: fewer columns than q and k take, or not two dimensions.
         """
         q_size, k_size = self.q_heads * self.head_dim, self.kv_heads * self.head_dim
-        if qkv.ndim != 2 or qkv.shape[1] < q_size + k_size:
-            raise ValueError(f"QKRMSNorm: qkv is {list(qkv.shape)}, expected [T, at least {q_size + k_size}]")
+        narrow = [size for size in told(qkv.shape[1:]) if size is not None and size < q_size + k_size]
+        if qkv.ndim != 2 or narrow:
+            raise ValueError(f"QKRMSNorm: qkv is {told(qkv.shape)}, expected [T, at least {q_size + k_size}]")
         traced = not paddle.in_dynamic_mode() or in_sot_simulation_mode()
         if self.kernel is not None:
             return run_on_copy(qkv, self.kernel) if traced else self.kernel(qkv)
