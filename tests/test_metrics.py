@@ -146,6 +146,19 @@ def test_without_prometheus_client_the_log_says_so(caplog, monkeypatch):
     assert "prometheus_client is not installed" in caplog.text
 
 
+@pytest.mark.skipif(not importlib.util.find_spec("prometheus_client"), reason="prometheus_client is not installed")
+@pytest.mark.parametrize("name", ["PROMETHEUS_MULTIPROC_DIR", "prometheus_multiproc_dir"])
+def test_prometheus_client_that_was_imported_too_early(name, caplog, monkeypatch, tmp_path):
+    """It looks at its variable once, at import: set later, the numbers would stay in this process."""
+    from prometheus_client import values
+
+    monkeypatch.setattr(values, "ValueClass", values.MutexValue)  # as where no variable is set
+    made = []
+    monkeypatch.setattr(metrics, "Prometheus", lambda: made.append(1))
+    assert metrics.choose({name: str(tmp_path)}) is metrics.to_log and not made
+    assert f"prometheus_client was imported before {name} was set" in caplog.text
+
+
 WORKER = """
 import sys, test_metrics as t
 from fd_fusion.integration import metrics

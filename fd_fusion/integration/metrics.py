@@ -57,11 +57,17 @@ def tick(reports: Callable[[], list[Report]], *, every_s: float = EVERY_S) -> No
 
 def choose(environ: Mapping[str, str]) -> Callable[[list[Report]], None]:
     """How the numbers leave this process: prometheus_client's folder, or the log."""
-    folder = environ.get("PROMETHEUS_MULTIPROC_DIR") or environ.get("prometheus_multiproc_dir")
-    if not folder:
+    name = next(filter(environ.get, ("PROMETHEUS_MULTIPROC_DIR", "prometheus_multiproc_dir")), None)
+    if name is None:
         return to_log
+    folder = environ[name]
     try:
-        return Prometheus()
+        from prometheus_client import values
+
+        if getattr(values.ValueClass, "_multiprocess", True):  # which class it is was settled at import
+            return Prometheus()
+        why = f"prometheus_client was imported before {name} was set; set it before the server starts"
+        logger.warning("fd_fusion: metrics go to this log: %s", why)
     except ImportError:
         logger.warning("fd_fusion: metrics go to this log: prometheus_client is not installed")
     except (OSError, ValueError) as error:  # a folder that cannot be written; names that are taken
