@@ -123,7 +123,7 @@ def store_limits(key: Fingerprint, limits: Limits, path: Path) -> None:
         "limits": limits.to_dict(),
         "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
     }
-    text = json.dumps({"schema": _SCHEMA, "entries": [*entries, entry]}, indent=1)
+    text = json.dumps({"schema": _SCHEMA, "entries": [*entries, entry]}, indent=1, allow_nan=False)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     part.unlink(missing_ok=True)
     fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)

@@ -1,5 +1,6 @@
 """`python -m fd_fusion demo`: the runs agree with the truth, and whatever goes wrong is told in one sentence."""
 
+import dataclasses
 import importlib.metadata
 import importlib.util
 import json
@@ -18,6 +19,7 @@ from support.launch import launch
 from fd_fusion.cli import demo, demo_launch, demo_report
 from fd_fusion.cli.demo_config import DecoderConfig
 from fd_fusion.cli.demo_reference import Truth
+from fd_fusion.cli.plain_json import to_json
 
 ROOT = Path(__file__).parents[1]
 
@@ -66,7 +68,6 @@ def test_the_runs_agree(nproc, extra, tmp_path):
 def test_json_has_these_keys(tmp_path):
     truth, results = made_up()
     outcome = demo_report.judge(DecoderConfig(), 2, truth, results)
-    json.dumps(outcome)
     expected = "version nproc decoder report calls difference budget step_ms prefill_ms ranks_bit_equal"
     assert list(outcome) == [*expected.split(), "weights_unchanged", "router_margin", "agree"]
     assert outcome["agree"]
@@ -107,6 +108,23 @@ def test_the_verdict_sees(fault):
         "rank": "bits differ in the bound",
     }
     assert says.get(fault, "weights changed when bound") in demo_report.lines(outcome)[-1]
+
+
+@pytest.mark.parametrize("number", [np.nan, np.inf])
+def test_a_truth_that_is_no_number_agrees_with_nothing(number):
+    """A checkpoint that holds NaN: every error is NaN, and so is the budget."""
+    truth, results = made_up()
+    truth.logits[1, 2] = number
+    results[0]["bound"] = results[1]["bound"] = results[0]["stock"] = results[1]["stock"] = {
+        "logits": truth.logits.astype(np.float32).tobytes().hex(),
+        "ms": [2.0, 1.0],
+    }
+    outcome = demo_report.judge(DecoderConfig(), 2, dataclasses.replace(truth, plain_error=float(number)), results)
+    last = demo_report.lines(outcome)[-1]
+    assert not outcome["agree"] and last.startswith("verdict: the numbers do not agree: ")
+    assert "the exact result, or the same in float32, holds NaN or Inf; look at the weights" in last
+    text = to_json(outcome)
+    assert "NaN" not in text and "Infinity" not in text and json.loads(text)["difference"]["bound"] is None
 
 
 # --- what goes wrong ------------------------------------------------------------------------------------------------

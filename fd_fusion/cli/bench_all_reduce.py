@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from fd_fusion.cli.bench_all_reduce_report import draw, tables
+from fd_fusion.cli.plain_json import to_json
 
 HIDDEN = (2880, 4096, 5120, 6144, 7168, 8192)
 WIRE_GBPS = 400
@@ -44,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     result = json.loads(args.render.read_text()) if args.render else _by_children(args)
     if args.output:
-        args.output.write_text(json.dumps(result, indent=1) + "\n")
+        args.output.write_text(to_json(result, 1) + "\n")
     print(tables(result))
     if args.plot:
         draw(result, args.plot)

@@ -10,7 +10,6 @@ import argparse
 import contextlib
 import importlib.metadata
 import importlib.util
-import json
 import shutil
 import sys
 import tempfile
@@ -25,6 +24,7 @@ from fd_fusion.cli.demo_config import DecoderConfig
 from fd_fusion.cli.demo_launch import RunFailed, launch, read_results, stop, watch
 from fd_fusion.cli.demo_rank import units
 from fd_fusion.cli.demo_reference import Truth, make_truth
+from fd_fusion.cli.plain_json import to_json
 from fd_fusion.cli.ranks import write_whole
 from fd_fusion.cli.signals import ending_well, held_back, undisturbed
 from fd_fusion.config import BACKENDS, FusionConfig
@@ -114,7 +114,7 @@ def _demo(args: argparse.Namespace) -> int:
     outcome = demo_report.judge(checkpoint.config, args.nproc, truth, results)
     print("\n".join(demo_report.lines(outcome)))
     if args.json:
-        args.json.write_text(json.dumps(outcome, indent=2) + "\n")
+        args.json.write_text(to_json(outcome, 2) + "\n")
     return 0 if outcome["agree"] else 1
 
 
@@ -135,14 +135,14 @@ def _check_packages(backend: str) -> None:
 def _run(folder: Path, checkpoint: Checkpoint, fusion: FusionConfig, args) -> tuple[Truth, list[dict]]:
     """Start the ranks; while they load, compute the truth and give them the tokens to feed in."""
     job = {"checkpoint": str(checkpoint.folder.resolve()), "nproc": args.nproc, "prompt_len": args.prompt_len}
-    write_whole(folder / "run.json", json.dumps({**job, "config": fusion.to_dict()}))
+    write_whole(folder / "run.json", to_json({**job, "config": fusion.to_dict()}))
     prompt = np.random.default_rng(args.seed).integers(checkpoint.config.vocab_size, size=args.prompt_len).tolist()
     found: list[Truth | Exception] = []
 
     def find_truth() -> None:
         try:
             truth = make_truth(checkpoint, prompt, args.steps)
-            write_whole(folder / "tokens.json", json.dumps(truth.tokens))
+            write_whole(folder / "tokens.json", to_json(truth.tokens))
             found.append(truth)
         except Exception as error:  # raised in the main thread, which looks for it
             found.append(error)

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fd_fusion.cli.demo_config import DecoderConfig, Weight, expected_weights
+from fd_fusion.cli.plain_json import to_json
 
 # The names that safetensors gives to dtypes. NumPy has no bfloat16: its bits are widened after reading.
 DTYPES = {"F32": np.float32, "F16": np.float16, "F64": np.float64, "BF16": np.uint16}
@@ -23,7 +24,7 @@ def write_checkpoint(folder: Path, config: DecoderConfig, seed: int) -> None:
     rng = np.random.default_rng(seed)
     weights = {name: _random(rng, name, weight) for name, weight in expected_weights(config).items()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "np"})
-    (folder / "config.json").write_text(json.dumps(config.to_json(), indent=2) + "\n")
+    (folder / "config.json").write_text(to_json(config.to_json(), 2) + "\n")
 
 
 def _random(rng: np.random.Generator, name: str, weight: Weight) -> np.ndarray:

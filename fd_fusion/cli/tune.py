@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.util
-import json
 import socket
 import sys
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 
 from fd_fusion import __version__
 from fd_fusion.cli import doctor_child, tune_limits
+from fd_fusion.cli.plain_json import to_json
 from fd_fusion.cli.ranks import RanksFailed, run_ranks
 from fd_fusion.cli.signals import ending_well
 from fd_fusion.cli.tune_virtual import MOST_ROWS
@@ -52,7 +52,7 @@ def main(argv: list[str]) -> int:
         return _fail(f"{error}; nothing was stored" + (f"; its log ends with\n{error.log}" if error.log else ""))
     except KeyboardInterrupt:
         return _fail("interrupted; nothing was stored", 130)
-    print(json.dumps(outcome, indent=2) if args.json else "\n".join(lines(outcome)))
+    print(to_json(outcome, 2) if args.json else "\n".join(lines(outcome)))
     return 0 if tune_limits.by_backend(outcome["times"]) else 1
 
 

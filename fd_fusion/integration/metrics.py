@@ -102,7 +102,7 @@ def to_log(reports: list[Report]) -> None:
             data.setdefault(name, {})["/".join(filter(None, labels))] = value
         else:
             data[name] = value
-    logger.info("fd_fusion metrics %s", json.dumps(data, sort_keys=True))
+    logger.info("fd_fusion metrics %s", json.dumps(data, sort_keys=True, allow_nan=False))
 
 
 class Prometheus:
