@@ -176,6 +176,28 @@ def strange_inputs(group, options):
     opened.close()
 
 
+def weights(group, options):
+    """Weights of several dtypes in one workspace, in turn; another dtype or length is refused, and nothing is read."""
+    kinds = ("bfloat16", "float32", "float16")
+    case = Case(group.size, 2, options.hidden)
+    opened = open_for(group, case, options, other_weight_dtypes=kinds[1:2])
+    opened.freeze()
+    for seed in range(2):
+        for kind in kinds[:2]:
+            check(opened, dataclasses.replace(case, weight_dtype=kind, seed=seed), group.rank, options.device)
+    x = tensors.tensor(case.partial(group.rank), case.dtype, options.device)
+    weight = case.common()[1]
+    for wrong, dtype in ((weight, "float16"), (weight[:-8], case.dtype), (weight[None], case.dtype)):
+        try:
+            opened.finish(x, None, tensors.tensor(wrong, dtype, options.device), case.eps, 0.0)
+        except ValueError as error:
+            assert "weights" in str(error), error
+        else:
+            raise AssertionError("a wrong weight was taken")
+    check(opened, case, group.rank, options.device)
+    opened.close()
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("what", nargs="+")
