@@ -81,6 +81,10 @@ def test_through_the_launcher_of_paddle(tmp_path):
         ({"dtype": "float64"}, "dtype"),
         ({"weight_dtype": "int8"}, "dtype"),
         ({"other_weight_dtypes": ("bfloat16", "int8")}, "dtype"),
+        ({"eps": 0.0}, "eps"),
+        ({"eps": -1e-6}, "eps"),
+        ({"eps": 1e-50}, "eps"),  # zero in float32
+        ({"eps": float("nan")}, "eps"),
         ({"hidden_size": 60}, "hidden_size"),
         ({"workspace_bytes": 100}, "workspace_small"),
         ({"device": "gpu", "arch": 75}, "old_gpu"),

@@ -38,6 +38,8 @@ def supports(facts: Facts) -> Reason | None:
             return because("dtype", got=dtype, allowed=", ".join(plans.DTYPE_BYTES))
     if facts.hidden_size * plans.DTYPE_BYTES[facts.dtype] % 16:
         return because("hidden_size", got=facts.hidden_size, need="a whole number of 16-byte units")
+    if not plans.SMALLEST <= facts.eps < float("inf"):
+        return because("eps", got=facts.eps)
     if facts.device == "gpu" and (facts.arch or 0) < 80:
         return because("old_gpu", got=facts.arch, need=80)
     plan = _plan(facts)

@@ -212,7 +212,7 @@ def _structure_refusal(
 
     Args: room: how many workspaces this rank needs, of all its groups, and the bytes that are left for them.
     """
-    facts = ("name", "hidden_size", "dtype", "weight_dtype", "weight_offset")
+    facts = ("name", "hidden_size", "dtype", "weight_dtype", "weight_offset", "eps")
     shape = [[getattr(pair, fact) for fact in facts] for pair in pairs]
     text = json.dumps([__version__, shape, config.to_dict(), deterministic])
     digest = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
