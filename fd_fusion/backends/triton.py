@@ -20,6 +20,7 @@ from fd_fusion.comm.posix_shm import PosixShm
 from fd_fusion.comm.symmetric_memory import Maker, attempt, settle
 from fd_fusion.comm.workspace import Layout, Workspace, open_workspace
 from fd_fusion.kernels import plan as plans
+from fd_fusion.kernels.epochs import Turns
 from fd_fusion.reasons import FusionTimeout, Reason, because
 from fd_fusion.tuning import NEVER, Facts, row_limit
 
@@ -95,6 +96,7 @@ class Opened:
         ]
         self._two_shot_rows = self._plan.two_shot_rows or 1 << 62
         self._calls = itertools.count()
+        self._turns = Turns(self._slots)
         self._workspace: Workspace | None = None
 
     @property
@@ -133,7 +135,10 @@ class Opened:
 
     def reset(self) -> None:
         """Collective: go on after a FusionTimeout, on all ranks or on none. Raises FusionError."""
+        attempt(self._device_counts)  # for the last time; a count that fails is no reason for the ranks to part
+        self._turns.pause()
         self._workspace.reset()
+        self._turns.start_anew()
 
     def stats(self) -> dict[str, Any]:
         plan, workspace = self._plan, self._workspace
@@ -150,14 +155,14 @@ class Opened:
         }
 
     def _device_counts(self) -> dict[str, int]:
-        """What the kernel itself counted since open or reset, replays of graphs too.
+        """What the kernel itself counted since open, replays of graphs too.
 
         rows: finished rows. calls: turns of slot 0, which are calls where none has more than two rows a program.
         """
         words = 3 * self._slots * self._plan.split
         data = self._maker.read(self._workspace.local + 8 * plans.PROGRAM_WORDS, 8 * words)
-        epochs = struct.unpack(f"<{words}q", data)[:: 3 * self._plan.split]
-        return {"rows": sum(epochs), "calls": epochs[0]}
+        turns = self._turns.seen(struct.unpack(f"<{words}Q", data)[:: 3 * self._plan.split])
+        return {"rows": sum(turns), "calls": turns[0]}
 
     def close(self) -> None:
         """Give the memory back; may be repeated, and waits no more than seconds for the other ranks."""
