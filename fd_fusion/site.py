@@ -168,4 +168,5 @@ class Site:
 
 def _rows(tensor: Tensor) -> int:
     """T of [..., H]."""
-    return math.prod(tensor.shape[:-1])
+    shape = tensor.shape
+    return shape[0] if len(shape) == 2 else math.prod(shape[:-1])

@@ -30,6 +30,12 @@ class Facts:
     timeout_s: float
     tuned_rows: int | None = None  # the tuning table's limit for the backend that is asked, if it has one
     two_shot_rows: int | None = None  # the tuning table's, NEVER for never; None leaves it to the backend
+    other_weight_dtypes: tuple[str, ...] = ()  # of the other pairs of the workspace; equal on all ranks too
+
+    @property
+    def weight_dtypes(self) -> tuple[str, ...]:
+        """All of them, each once, in one order on all ranks."""
+        return tuple(sorted({self.weight_dtype, *self.other_weight_dtypes}))
 
 
 def row_limit(facts: Facts) -> int | None:

@@ -4,6 +4,9 @@ A program stores its sum where all can read it, two buffers by `epoch & 1`, each
 by themselves, with no barrier. A store becomes visible at any later time, those to one place in their order. A call
 of a program begins when all its threads are done with the one before, as after a kernel's end or the fence between
 two rows. Thread 0 stores the program's epoch when it is done.
+
+A thread whose time runs out, or that learns that the group is dead, takes NaN for the sum, and the group must be told
+by then: the other threads of that program may have found all words, and see nothing wrong.
 """
 
 from dataclasses import dataclass, replace
@@ -19,11 +22,13 @@ class Rules:
     split: int
     calls: int
     failures: bool = False  # whether a program may have no sum: its words did not come
+    timeouts: bool = False  # whether a thread that waits may run out of time
     epoch: int = 0  # before the first call, a uint32
     one_buffer: bool = False
     words_without_epoch: bool = False
     failure_kept_back: bool = False
     own_epoch_taken_for_another_stream_s: bool = False
+    only_thread_0_reports: bool = False
 
     def parity(self, epoch):
         return 0 if self.one_buffer else epoch & 1
@@ -41,7 +46,8 @@ class Program:
 class State:
     programs: tuple[Program, ...]
     words: tuple[tuple, ...]  # by place: the stores to it, (epoch, sum) each, of which the first is the visible one
-    results: frozenset = frozenset()  # (call, what a thread found)
+    results: frozenset = frozenset()  # (call, what a thread found), as long as nobody is told
+    told: bool = False  # whether the abort words are set
 
 
 def explore(rules):
@@ -70,12 +76,14 @@ def _steps(rules, state, wrong):
             continue
         if not program.begun:
             yield _begin(rules, state, number, program, SUM)
-            if rules.failures:
+            if rules.failures or state.told:
                 yield _begin(rules, state, number, program, NAN)
             continue
         for thread in THREADS:
             if thread not in program.done:
                 yield from _look(rules, state, number, program, thread, wrong)
+                if rules.timeouts:
+                    yield _give_up(rules, state, number, program, thread, wrong)
 
 
 def _begin(rules, state, number, program, own):
@@ -98,13 +106,25 @@ def _look(rules, state, number, program, thread, wrong):
     if any(epoch != program.epoch for epoch, _ in found):
         wrong.add("sums of another call are added")
     total = NAN if any(value == NAN for _, value in found) else SUM
-    results = state.results | {(program.call, total)}
+    results = state.results if state.told else state.results | {(program.call, total)}
     if {(program.call, NAN), (program.call, SUM)} <= results:
         wrong.add("two threads of a row found different sums")
+    yield _done(state, number, program, thread, results)
+
+
+def _give_up(rules, state, number, program, thread, wrong):
+    """A thread has waited long enough, or finds the abort word set."""
+    state = replace(state, told=state.told or thread == 0 or not rules.only_thread_0_reports)
+    if not state.told:
+        wrong.add("a row is NaN in part and nobody is told")
+    return _done(state, number, program, thread, frozenset())
+
+
+def _done(state, number, program, thread, results):
     program = replace(program, done=tuple(sorted((*program.done, thread))))
     if program.done == THREADS:
         program = Program(program.call + 1, program.epoch)
-    yield replace(state, programs=_put(state.programs, number, program), results=results)
+    return replace(state, programs=_put(state.programs, number, program), results=results)
 
 
 def _put(values, place, value):

@@ -83,7 +83,11 @@ def check_values(case, step, results, number):
 
 
 def check(cases, timeout_s=100):
-    results = run(cases, timeout_s)
+    return check_results(cases, run(cases, timeout_s))
+
+
+def check_results(cases, results):
+    """All ranks have the same bits, which are right, and nobody ran out of time."""
     for number, one in enumerate(cases):
         for step in range(len(one["rows"])):
             for name in ("norm", "residual"):

@@ -247,7 +247,7 @@ def test_workspace_mb_is_shared_by_the_workspaces_of_all_groups_and_models(monke
     Models that were bound before have taken 2.5 MiB."""
     groups = [Group(name, 0, 2, (0, 1 + number), None) for number, name in enumerate("ab")]
     kinds = [(groups[0], 64), (groups[0], 128), (groups[0], 64), (groups[1], 64)]
-    fields = {"dtype": "float32", "weight_dtype": "float32", "weight_offset": 0.0}
+    fields = {"dtype": "float32", "weight_dtype": "float32", "weight_offset": 0.0, "eps": 1e-6}
     pairs = [SimpleNamespace(name=str(n), group=g, hidden_size=h, **fields) for n, (g, h) in enumerate(kinds)]
     given = []
 

@@ -142,6 +142,16 @@ def test_any_program_of_a_row_may_fail(split, calls):
     assert sums_model.explore(sums_model.Rules(split, calls, failures=True)) == set()
 
 
+@pytest.mark.parametrize("split, calls", [(2, 3), (3, 1)])
+def test_a_thread_that_waits_for_a_sum_may_run_out_of_time(split, calls):
+    assert sums_model.explore(sums_model.Rules(split, calls, failures=split == 2, timeouts=True)) == set()
+
+
+def test_a_time_out_that_thread_0_alone_can_report_is_found():
+    found = sums_model.explore(sums_model.Rules(2, 1, timeouts=True, only_thread_0_reports=True))
+    assert found == {"a row is NaN in part and nobody is told"}
+
+
 @pytest.mark.parametrize(
     "bug, found",
     [

@@ -61,6 +61,11 @@ def compile_case(arch, size, hidden, dtype, weight_dtype, two_shot):
         # Labels as they stand, instructions without address and predicate.
         "sass": re.findall(r"^(\.L_\S+:|\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\d+ )?\S.*;)", sass, re.M),
         "stack": int(re.search(r"STACK:(\d+)", usage)[1]),
+        # Stores of 8 bytes by so many threads, each its own: scalars are stored by thread 0 alone.
+        "told_by": [
+            int(count) for count in re.findall(r"tt\.store .*: tensor<(\d+)x!tt\.ptr<i64>", compiled.asm["ttgir"])
+        ],
+        "split": plan.split,
         "convert_layout": compiled.asm["ttgir"].count("convert_layout"),
         "registers": int(re.search(r"REG:(\d+)", usage)[1]),
         "units": plan.units,
@@ -109,6 +114,8 @@ def check(case, got):
     assert len(stores) - len(strong) <= 4 * got["units"], name
     fence = re.search(r"\bBAR\.(?:(?!\bBAR\.).)*\bMEMBAR\.\w+\.SYS\b(?:(?!\bBAR\.).)*\bBAR\.", "\n".join(sass), re.S)
     assert fence, f"{name}: nothing orders what is made unsent before the next row but one"
+    # A thread that waits for a neighbour's sum reports by itself when its time is over: epoch and record.
+    assert got["told_by"] == [got["threads"]] * 2 * (got["split"] > 1), (name, got["told_by"])
     wide = [line for line in sass if re.search(r"\b(LDG|STG)\.E\.(U8|U16|S8|S16)", line)]
     assert not wide, (name, wide)
 

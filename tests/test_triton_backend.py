@@ -47,7 +47,7 @@ def test_special_payloads_and_delays_of_three_ranks():
 
 
 def test_several_workspaces_and_strange_inputs_of_two_ranks():
-    agreed(2, "together", "strange_inputs")
+    agreed(2, "together", "strange_inputs", "weights", "wrap")
 
 
 def test_subgroups_beside_the_whole_group():
@@ -80,6 +80,11 @@ def test_through_the_launcher_of_paddle(tmp_path):
         ({"size": 9}, "world_size"),
         ({"dtype": "float64"}, "dtype"),
         ({"weight_dtype": "int8"}, "dtype"),
+        ({"other_weight_dtypes": ("bfloat16", "int8")}, "dtype"),
+        ({"eps": 0.0}, "eps"),
+        ({"eps": -1e-6}, "eps"),
+        ({"eps": 1e-50}, "eps"),  # zero in float32
+        ({"eps": float("nan")}, "eps"),
         ({"hidden_size": 60}, "hidden_size"),
         ({"workspace_bytes": 100}, "workspace_small"),
         ({"device": "gpu", "arch": 75}, "old_gpu"),

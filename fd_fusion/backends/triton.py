@@ -10,6 +10,7 @@ import dataclasses
 import importlib.util
 import itertools
 import struct
+from collections.abc import Callable
 from typing import Any
 
 from fd_fusion import runtime_triton
@@ -19,6 +20,7 @@ from fd_fusion.comm.posix_shm import PosixShm
 from fd_fusion.comm.symmetric_memory import Maker, attempt, settle
 from fd_fusion.comm.workspace import Layout, Workspace, open_workspace
 from fd_fusion.kernels import plan as plans
+from fd_fusion.kernels.epochs import Turns
 from fd_fusion.reasons import FusionTimeout, Reason, because
 from fd_fusion.tuning import NEVER, Facts, row_limit
 
@@ -32,11 +34,13 @@ def supports(facts: Facts) -> Reason | None:
         return because("no_triton", detail="it is not installed")
     if facts.size not in plans.SIZES:
         return because("world_size", got=facts.size, allowed=f"{plans.SIZES[0]} to {plans.SIZES[-1]}")
-    for dtype in (facts.dtype, facts.weight_dtype):
+    for dtype in (facts.dtype, *facts.weight_dtypes):
         if dtype not in plans.DTYPE_BYTES:
             return because("dtype", got=dtype, allowed=", ".join(plans.DTYPE_BYTES))
     if facts.hidden_size * plans.DTYPE_BYTES[facts.dtype] % 16:
         return because("hidden_size", got=facts.hidden_size, need="a whole number of 16-byte units")
+    if not plans.SMALLEST <= facts.eps < float("inf"):
+        return because("eps", got=facts.eps)
     if facts.device == "gpu" and (facts.arch or 0) < 80:
         return because("old_gpu", got=facts.arch, need=80)
     plan = _plan(facts)
@@ -82,10 +86,17 @@ class Opened:
         store = runtime_triton.load_kernel("probe", "store_word")
         self._store_word = runtime_triton.prepare(store, word, {}, facts.device).launch
         self._framework = runtime_triton.framework()
-        self._empty_like = self._framework.empty_like
+        self._empty_like = runtime_triton.empty_like()
         self._dtype = getattr(self._framework, facts.dtype)
+        self._weight_shape = [facts.hidden_size]
+        # The launches of a weight's dtype, found by identity: to compare or to hash dtypes takes a microsecond.
+        self._of_weights = [
+            (getattr(self._framework, name), {key[1:]: run for key, run in self._launches.items() if key[0] == name})
+            for name in facts.weight_dtypes
+        ]
         self._two_shot_rows = self._plan.two_shot_rows or 1 << 62
         self._calls = itertools.count()
+        self._turns = Turns(self._slots)
         self._workspace: Workspace | None = None
 
     @property
@@ -98,7 +109,8 @@ class Opened:
         Args:
             partial: this rank's partial sums, [T, H]. residual: [T, H] or None. weight: [H].
         Returns: (norm_out, residual_out), [T, H], new tensors. If a rank is missing: NaN, and `check` raises.
-        Raises: ValueError: another shape or dtype than this was opened for. FusionTimeout: on a CPU, at once.
+        Raises: ValueError: another shape or dtype than this was opened for, the weight's too, which may have been
+            replaced. FusionTimeout: on a CPU, at once.
         """
         rows, hidden = partial.shape
         alike = residual is None or (residual.shape == partial.shape and self._is_of_dtype(residual))
@@ -106,10 +118,11 @@ class Opened:
             got = [None if tensor is None else (list(tensor.shape), tensor.dtype) for tensor in (partial, residual)]
             expected = f"{self._facts.hidden_size} {self._facts.dtype}"
             raise ValueError(f"opened for rows of {expected}, got partial {got[0]}, residual {got[1]}")
+        launches = self._launches_for(weight)
         partial = _ready(partial)  # before it is copied: torch's empty_like keeps the order of a transposed tensor
         norm_out, residual_out = self._empty_like(partial), self._empty_like(partial)
         if rows:
-            self._launch(partial, residual, weight, norm_out, residual_out, rows, eps, weight_offset)
+            self._launch(launches, partial, residual, weight, norm_out, residual_out, rows, eps, weight_offset)
         return norm_out, residual_out
 
     def check(self) -> None:
@@ -122,7 +135,10 @@ class Opened:
 
     def reset(self) -> None:
         """Collective: go on after a FusionTimeout, on all ranks or on none. Raises FusionError."""
+        attempt(self._device_counts)  # for the last time; a count that fails is no reason for the ranks to part
+        self._turns.pause()
         self._workspace.reset()
+        self._turns.start_anew()
 
     def stats(self) -> dict[str, Any]:
         plan, workspace = self._plan, self._workspace
@@ -139,14 +155,14 @@ class Opened:
         }
 
     def _device_counts(self) -> dict[str, int]:
-        """What the kernel itself counted since open or reset, replays of graphs too.
+        """What the kernel itself counted since open, replays of graphs too.
 
         rows: finished rows. calls: turns of slot 0, which are calls where none has more than two rows a program.
         """
         words = 3 * self._slots * self._plan.split
         data = self._maker.read(self._workspace.local + 8 * plans.PROGRAM_WORDS, 8 * words)
-        epochs = struct.unpack(f"<{words}q", data)[:: 3 * self._plan.split]
-        return {"rows": sum(epochs), "calls": epochs[0]}
+        turns = self._turns.seen(struct.unpack(f"<{words}Q", data)[:: 3 * self._plan.split])
+        return {"rows": sum(turns), "calls": turns[0]}
 
     def close(self) -> None:
         """Give the memory back; may be repeated, and waits no more than seconds for the other ranks."""
@@ -156,11 +172,24 @@ class Opened:
     def _is_of_dtype(self, tensor) -> bool:
         return tensor.dtype is self._dtype or tensor.dtype == self._dtype  # to compare takes a microsecond
 
-    def _launch(self, partial, residual, weight, norm_out, residual_out, rows, eps, weight_offset):
+    def _launches_for(self, weight) -> dict[tuple[bool, bool], Callable[..., None]]:
+        """By (two-shot, without residual). The kernel would read past the end, or one dtype as another."""
+        dtype = weight.dtype
+        if weight.shape == self._weight_shape:
+            for known, launches in self._of_weights:
+                if dtype is known:
+                    return launches
+            for known, launches in self._of_weights:
+                if dtype == known:
+                    return launches
+        expected = f"[{self._facts.hidden_size}] of {' or '.join(self._facts.weight_dtypes)}"
+        raise ValueError(f"opened for weights {expected}, got {list(weight.shape)} of {dtype}; bind the model anew")
+
+    def _launch(self, launches, partial, residual, weight, norm_out, residual_out, rows, eps, weight_offset):
         """One launch on the current stream. `op` on the error page is the number of the call, or of its capture."""
         weight, bare = _ready(weight), residual is None
         residual = partial if bare else _ready(residual)  # without one its address is not read
-        self._launches[rows >= self._two_shot_rows, bare](
+        launches[rows >= self._two_shot_rows, bare](
             *plans.grid(self._plan, self.programs, self._slots, rows),
             partial.data_ptr(),
             residual.data_ptr(),
@@ -177,18 +206,19 @@ class Opened:
         if self._facts.device == "cpu" and (reason := self._workspace.error()) is not None:
             raise FusionTimeout(reason)
 
-    def _compile(self) -> dict[tuple[bool, bool], runtime_triton.Loaded]:
-        """By (two-shot, without residual). Nothing is specialized on a value, so each is right for all calls."""
+    def _compile(self) -> dict[tuple[str, bool, bool], runtime_triton.Loaded]:
+        """By (weight dtype, two-shot, without residual): all that any call can need, since nothing compiles later.
+        Nothing is specialized on a value, so each is right for all calls."""
         kernel = runtime_triton.load_kernel("all_reduce_rms_norm", "all_reduce_rms_norm")
         like = (*(_ANY_ADDRESS,) * 7, 2, 0, 0, 1e-5, 0.0)
-        options = {"weight_dtype": self._facts.weight_dtype}
         return {
-            (two_shot, bare): runtime_triton.prepare(
+            (name, two_shot, bare): runtime_triton.prepare(
                 kernel,
                 like,
-                plans.constants(self._plan, has_residual=not bare, two_shot=two_shot, **options),
+                plans.constants(self._plan, weight_dtype=name, has_residual=not bare, two_shot=two_shot),
                 self._facts.device,
             )
+            for name in self._facts.weight_dtypes
             for two_shot in {False, self._plan.two_shot_rows is not None or self._facts.device == "cpu"}
             for bare in (False, True)
         }
@@ -211,11 +241,13 @@ class Opened:
         """Run every kernel that can be chosen: a first launch may allocate."""
         facts, here = self._facts, self._framework
         place = {"device": "cuda"} if here.__name__ == "torch" and facts.device == "gpu" else {}
-        weight = here.ones([facts.hidden_size], dtype=getattr(here, facts.weight_dtype), **place)
-        for rows in sorted({1, self._plan.two_shot_rows or 1}) if facts.device == "gpu" else [1]:
+        for weight_dtype, two_shot, bare in self._launches:
+            if two_shot and facts.device == "cpu":  # one kernel in two modes: nothing is loaded, and it takes long
+                continue
+            rows = (self._plan.two_shot_rows or 1) if two_shot else 1
             x = here.ones([rows, facts.hidden_size], dtype=getattr(here, facts.dtype), **place)
-            for residual in (x, None):
-                self.finish(x, residual, weight, 1e-5, 0.0)
+            weight = here.ones([facts.hidden_size], dtype=getattr(here, weight_dtype), **place)
+            self.finish(x, None if bare else x, weight, 1e-5, 0.0)
         self._maker.synchronize()
         self.check()
 

@@ -187,9 +187,10 @@ def _site_of(pair: Pair, opening: Opening) -> Site:
     run, weight, eps, offset = opening.opened.finish, pair.weight, pair.eps, pair.weight_offset
 
     def fused(partial, residual):
-        if partial.ndim == 2:
+        shape = partial.shape
+        if len(shape) == 2:
             return run(partial, residual, weight(), eps, offset)
-        shape, flat = partial.shape, [-1, partial.shape[-1]]
+        flat = [-1, shape[-1]]
         residual = None if residual is None else residual.reshape(flat)
         norm_out, residual_out = run(partial.reshape(flat), residual, weight(), eps, offset)
         return norm_out.reshape(shape), residual_out.reshape(shape)
@@ -211,7 +212,8 @@ def _structure_refusal(
 
     Args: room: how many workspaces this rank needs, of all its groups, and the bytes that are left for them.
     """
-    shape = [[pair.name, pair.hidden_size, pair.dtype, pair.weight_dtype, pair.weight_offset] for pair in pairs]
+    facts = ("name", "hidden_size", "dtype", "weight_dtype", "weight_offset", "eps")
+    shape = [[getattr(pair, fact) for fact in facts] for pair in pairs]
     text = json.dumps([__version__, shape, config.to_dict(), deterministic])
     digest = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
     verdict = agree(group, "structure", Vote(failure, [digest, *room]), timeout_s=config.timeout_s)

@@ -47,9 +47,10 @@ def open_for(
     first: tuple[Reason, tuple[int, ...]] | None = None
     for name in _candidates(config.backend, device, tuned):
         facts = [_facts(group, pair, config, deterministic, device, arch, workspace_bytes) for pair in pairs]
+        found: dict[str, Any] = {"other_weight_dtypes": tuple(pair.weight_dtype for pair in pairs)}
         if tuned:
-            found = {"tuned_rows": tuned.rows.get(name) or None, "two_shot_rows": tuned.two_shot_rows or NEVER}
-            facts = [dataclasses.replace(one, **found) for one in facts]
+            found |= {"tuned_rows": tuned.rows.get(name) or None, "two_shot_rows": tuned.two_shot_rows or NEVER}
+        facts = [dataclasses.replace(one, **found) for one in facts]
         opened, reason, ranks = _try(name, facts, group, config.timeout_s)
         if opened is not None:
             return Opening(name, opened, limit_source(facts[0]), note), None, ()

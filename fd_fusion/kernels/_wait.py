@@ -57,17 +57,21 @@ def look_up(local, home, epochs, before, since, SECONDHAND: tl.constexpr, INTERP
 
 
 @triton.jit
-def report(local, state, missing, op, row, epoch, N: tl.constexpr):
-    """Write the error page, once, and tell every rank unless told of it. Plain stores: threads may differ here."""
+def report(local, state, missing, op, row, epoch, who, N: tl.constexpr):
+    """Write the error page, once, and tell every rank unless told of it. Plain stores: threads may differ here.
+
+    who: zero, or a zero for each thread. A scalar is stored by thread 0 alone, whoever else comes here.
+    """
     told = (state & TOLD) != 0
     code = tl.where(told, 2, tl.where((state & MOVED) != 0, 3, 1))
     page = at(tl.load(local + 1), tl.uint64) + tl.where(told, 2, 0)
+    every = who == 0
     record = (row.to(tl.uint64) << 40) | (op.to(tl.uint64) << 16) | (code | (missing << 4)).to(tl.uint64)
     first = tl.load(page, volatile=True) == 0
-    tl.store(page + 1, epoch, mask=first, cache_modifier=".wt")
-    tl.store(page, record, mask=first, cache_modifier=".wt")
+    tl.store(page + 1 + who, epoch, mask=both(every, first), cache_modifier=".wt")
+    tl.store(page + who, record, mask=both(every, first), cache_modifier=".wt")
     for p in tl.static_range(N):
-        tl.store(at(tl.load(local + 2 + p), tl.uint32), 1, mask=code != 2, cache_modifier=".wt")
+        tl.store(at(tl.load(local + 2 + p), tl.uint32) + who, 1, mask=both(every, code != 2), cache_modifier=".wt")
 
 
 @triton.jit
@@ -119,10 +123,10 @@ def clear(slot, me, words, mask, N: tl.constexpr, SLICE: tl.constexpr):
 
 @triton.jit
 def sum_slices(part, state, local, home, epochs, pid, op, row, before, epoch, N: tl.constexpr, C: tl.constexpr,
-                INTERPRETED: tl.constexpr):  # fmt: skip
+                THREADS: tl.constexpr, INTERPRETED: tl.constexpr):  # fmt: skip
     """The sum over the C programs of a row, in slice order. A program that failed hands on NaN, so nobody waits
-    for it. Each thread polls by itself: words carry the epoch, so all see the same, and there is no barrier
-    (tests/sums_model.py)."""
+    for it. Each thread polls by itself: words carry the epoch, so all that find them see the same, and there is no
+    barrier. One whose time is over reports by itself, since the others may have found all (tests/sums_model.py)."""
     sums = epochs - 3 * (pid % C) + 1 + (epoch & 1).to(tl.int32)
     bits = tl.where(state == 0, part, float("nan")).to(tl.uint32, bitcast=True).to(tl.uint64)
     tl.store(sums + 3 * (pid % C), (bits << 32) | epoch, cache_modifier=".wt")
@@ -143,5 +147,5 @@ def sum_slices(part, state, local, home, epochs, pid, op, row, before, epoch, N:
             # Not MOVED: with no barrier here, thread 0 may be done by now, and have stored this epoch itself.
             late |= tl.where(late == 1, dead & (TOLD | TIMED_OUT), 0)
     if late > 1:
-        report(local, late, 0, op, row, epoch, N)
+        report(local, late, 0, op, row, epoch, tl.zeros((THREADS,), tl.int32), N)
     return tl.where(late == 0, total, float("nan"))

@@ -104,7 +104,8 @@ def _finish(slot, own, residual, weight, words, mask, dead, local, home, epochs,
     clear(slot, rank, words, both(mask, state == 0), N, SLICE)
     if C > 1:
         total = sum_slices(
-            total, state, local, home, epochs, pid, op, row, before, epoch, N, C, INTERPRETED)  # fmt: skip
+            total, state, local, home, epochs, pid, op, row, before, epoch, N, C, words.shape[0] // (4 * UNITS),
+            INTERPRETED)  # fmt: skip
     scale = tl.rsqrt(total * (1.0 / H) + eps)
     norm = pack(a * scale * (wa + weight_offset), b * scale * (wb + weight_offset), DTYPE, INTERPRETED)
     return norm, pack(a, b, DTYPE, INTERPRETED), state, seen
@@ -207,11 +208,11 @@ def all_reduce_rms_norm(x, residual, weight, norm_out, residual_out, local, home
                         home + first + p * SLICE + words, mask=both(mask, p != rank), other=0, volatile=True
                     )
                     missing |= tl.max((word == ONES).to(tl.int32), axis=0) << p
-            report(local, state, missing, op, row, epoch, N)
+            report(local, state, missing, op, row, epoch, 0, N)
             tl.store(norm_out_row, tl.full(words.shape, NAN, tl.uint32), mask=mask)
             tl.store(residual_out_row, tl.full(words.shape, NAN, tl.uint32), mask=mask)
         if seen != before:  # what counts is what thread 0 saw: it alone stores scalars, this epoch too
-            report(local, state | MOVED, 0, op, row, epoch, N)
+            report(local, state | MOVED, 0, op, row, epoch, 0, N)
         tl.store(epochs, epoch)
         if following < rows:
             # Once more, since to keep it from the push on takes too many registers; it comes while the fence waits.

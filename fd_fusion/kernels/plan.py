@@ -18,6 +18,7 @@ SLOT_FILL = 0xFF  # the byte that all slots are filled with before the first cal
 CONTROL_BYTES = 256  # the control page, at the start of every rank's symmetric memory
 PROGRAM_WORDS = 16  # 8-byte words of local memory before the epochs: limit, error page, the addresses of N ranks
 ERROR_PAGE_BYTES = 64
+SMALLEST = 2.0**-126  # what fp32 holds: the hardware's rsqrt takes less for zero
 
 # What the error page says, in its word 0 (bits 0..3). See all_reduce_rms_norm.py.
 TIMED_OUT, TOLD, TWO_STREAMS = 1, 2, 3

@@ -87,7 +87,7 @@ def host_time(group, options):
     x = tensors.tensor(case.partial(group.rank), case.dtype, options.device)
     out = torch.empty_like(x), torch.empty_like(x)
     addresses = [t.data_ptr() for t in (x, residual, weight, *out)]
-    run, kernel = opened._launches[False, False], runtime_triton.load_kernel(*2 * ["all_reduce_rms_norm"])
+    run, kernel = opened._launches[case.weight_dtype, False, False], runtime_triton.load_kernel(*2 * ["all_reduce_rms_norm"])
     constants = plans.constants(opened._plan, weight_dtype=case.dtype, has_residual=True, two_shot=False)
     args = (*addresses, *opened._own, 1, group.rank, 0, case.eps, 0.0)
     parts = {

@@ -16,6 +16,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspa
 
 from fd_fusion.backends import triton as backend
 from fd_fusion.comm.group import working
+from fd_fusion.kernels import plan as plans
 from fd_fusion.tuning import Facts
 from tests.support import tensors
 from tests.support.all_reduce_cases import Case, judge
@@ -173,6 +174,54 @@ def strange_inputs(group, options):
             assert str(options.hidden) in str(error)
         else:
             raise AssertionError("a wrong shape was taken")
+    opened.close()
+
+
+def weights(group, options):
+    """Weights of several dtypes in one workspace, in turn; another dtype or length is refused, and nothing is read."""
+    kinds = ("bfloat16", "float32", "float16")
+    case = Case(group.size, 2, options.hidden)
+    opened = open_for(group, case, options, other_weight_dtypes=kinds[1:2])
+    opened.freeze()
+    for seed in range(2):
+        for kind in kinds[:2]:
+            check(opened, dataclasses.replace(case, weight_dtype=kind, seed=seed), group.rank, options.device)
+    x = tensors.tensor(case.partial(group.rank), case.dtype, options.device)
+    weight = case.common()[1]
+    for wrong, dtype in ((weight, "float16"), (weight[:-8], case.dtype), (weight[None], case.dtype)):
+        try:
+            opened.finish(x, None, tensors.tensor(wrong, dtype, options.device), case.eps, 0.0)
+        except ValueError as error:
+            assert "weights" in str(error), error
+        else:
+            raise AssertionError("a wrong weight was taken")
+    check(opened, case, group.rank, options.device)
+    opened.close()
+
+
+def wrap(group, options):
+    """The count of rows goes on where the epochs wrap, and through a reset, whatever it was last seen at."""
+    case = Case(group.size, 3, options.hidden)
+    opened = open_for(group, case, options)
+
+    def rows():
+        return opened.stats()["device"]["rows"]
+
+    words = 3 * opened._slots * opened._plan.split
+    place = opened._workspace.local + 8 * plans.PROGRAM_WORDS
+    for slot in range(0, words, 3):
+        parity = opened._maker.read(place + 8 * slot, 8)[0] & 1
+        opened._maker.write(place + 8 * slot, (2**32 - 4 + parity).to_bytes(8, "little"))
+    before = rows()
+    for number in range(1, 6):
+        check(opened, dataclasses.replace(case, seed=number), group.rank, options.device)
+        if number != 3:
+            assert rows() == before + 3 * number, (number, rows(), before)
+    check(opened, case, group.rank, options.device)
+    opened.reset()
+    assert rows() == before + 18
+    check(opened, case, group.rank, options.device)
+    assert rows() == before + 21 and opened.stats()["device"]["calls"] > 0
     opened.close()
 
 
