@@ -148,6 +148,10 @@ TABLE: dict[str, Entry] = {
     "deterministic": Entry(
         "deterministic mode is on and the {backend} backend is not batch invariant", "name the triton backend"
     ),
+    "qk_zero": Entry(
+        "{site}: its weights are zero, so nothing shows whether the kernel is right",
+        "bind when the weights are loaded",
+    ),
     "qk_stock": Entry(
         "q and k are normalised by the stock formula: backend {backend} on a {device}", "name the triton backend"
     ),

@@ -229,6 +229,29 @@ def test_one_norm_fed_over_two_groups_has_no_site():
     assert "[[0, 1], [0, 2]]" in str(first.reason)
 
 
+class Block(paddle.nn.Layer):
+    """A mixture of experts: a router in float32 comes first, whatever the experts are of."""
+
+    def __init__(self, dtype, row_parallel):
+        super().__init__()
+        self.site, self.group, self.reduce_results = None, None, True
+        self.router = self.create_parameter([32, 8], dtype="float32")
+        if row_parallel:
+            self.down = fd_fusion.RowParallelLinear(32, 32, reduce_results=False, dtype=dtype)
+            self.wide = self.create_parameter([64, 64], dtype="float32")
+        else:
+            self.experts = self.create_parameter([8, 32, 32], dtype=dtype)
+
+
+@pytest.mark.parametrize("row_parallel", [False, True])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_the_dtype_of_a_pair_is_that_of_what_is_handed_over(dtype, row_parallel):
+    model = DemoDecoder(0, 1, layers=1)
+    model.layers[0].mlp = Block(dtype, row_parallel)
+    attention, block = native.find_pairs(model)
+    assert (attention.dtype, block.dtype) == ("float32", dtype)
+
+
 @pytest.mark.parametrize("inner", [False, True])
 def test_a_reduction_that_somebody_else_does_is_no_pair(inner):
     model = DemoDecoder(0, 1, layers=1)

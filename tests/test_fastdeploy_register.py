@@ -364,13 +364,14 @@ def test_the_q_and_k_norm_takes_a_kernel_in_every_call_form():
     holder = paddle.nn.Layer()
     holder.qk_norm = QKRMSNorm(fd_config, head_dim=8, q_size=16, kv_size=8, eps=1e-5, prefix="a")
     holder.qk_norm.q_norm.weight.set_value(paddle.rand([8]))
-    (norm,) = qk_norms_of(holder)
+    (norm,) = qk_norms_of(holder, fd_config)
     detach = norm.attach(lambda qkv: qkv)
     with pytest.raises(TypeError, match="unbind"):  # the copy would normalise by the weights of this one
         copy.deepcopy(holder.qk_norm)
     detach()
     copy.deepcopy(holder.qk_norm)
     assert (norm.q_heads, norm.kv_heads, norm.head_dim, norm.width) == (2, 1, 8, 32)
+    assert norm.dtype == "float32"
     assert norm.eps == fd_config.model_config.rms_norm_eps != holder.qk_norm.eps
 
     def kernel(qkv):

@@ -155,7 +155,7 @@ def _bind(model: Any, fd_config: Any, resolved: Resolved, example: Callable) -> 
     try:
         found, rejected = find_pairs(model, adapters.activation_dtype(fd_config))
         pairs = [*(adapters.pair_of(pair, fd_config) for pair in found), *rejected]
-        qk_norms = adapters.qk_norms_of(model)
+        qk_norms = adapters.qk_norms_of(model, fd_config)
     except Exception as error:  # if this rank alone comes here, the others see it missing in the vote, and run stock
         return say_unreadable(model, error)
     report = bind(

@@ -41,16 +41,16 @@ def pair_of(found: HostPair, fd_config: Any) -> Pair:
     )
 
 
-def qk_norms_of(model: Any) -> list[QKNorm]:
+def qk_norms_of(model: Any, fd_config: Any) -> list[QKNorm]:
     """The host's layers that normalise q and k, as `bind` wants them."""
     return [
-        _qk_norm(name, layer)
+        _qk_norm(name, layer, activation_dtype(fd_config))
         for name, layer in model.named_sublayers()
         if type(layer).__name__ == "QKRMSNorm" and hasattr(layer, "q_norm")
     ]
 
 
-def _qk_norm(name: str, layer: Any) -> QKNorm:
+def _qk_norm(name: str, layer: Any, dtype: str) -> QKNorm:
     stock = layer.forward
     return QKNorm(
         name=name,
@@ -63,6 +63,7 @@ def _qk_norm(name: str, layer: Any) -> QKNorm:
         weights=lambda: (layer.q_norm.weight, layer.k_norm.weight),
         stock=lambda qkv: stock(qkv, _NoGraph),
         attach=lambda kernel: _set_forward(layer, _qk_forward(stock, kernel)),
+        dtype=dtype,
     )
 
 

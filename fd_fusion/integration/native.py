@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -39,8 +41,7 @@ def _pair(link: Link) -> Pair | Rejected:
         name=link.name,
         group=formulas.group_of(handle),
         hidden_size=norm.hidden_size,
-        # Paddle has no half-precision model on a CPU, so the activations are of the producer's dtype.
-        dtype=formulas.dtype_name(next(iter(link.producer.parameters()))),
+        dtype=_partial_dtype(link.producer),
         weight_dtype=formulas.dtype_name(norm.weight),
         eps=norm.eps,
         weight_offset=norm.weight_offset,
@@ -49,6 +50,21 @@ def _pair(link: Link) -> Pair | Rejected:
         weight=lambda: norm.weight,
         attach=lambda site: _attach(link, site),
     )
+
+
+def _partial_dtype(producer: Any) -> str:
+    """Of what is handed over: the dtype of the row-parallel layers, since a product has that of its weight. A block
+    without any is taken by most of its numbers: its experts, not a router or a scale in float32 beside them.
+    """
+    elements: Counter[str] = Counter()
+    for layer in producer.sublayers(include_self=True):
+        weight = getattr(layer, "weight", None)
+        if hasattr(layer, "reduce_results") and weight is not None:
+            elements[formulas.dtype_name(weight)] += math.prod(weight.shape)
+    if not elements:
+        for parameter in producer.parameters():
+            elements[formulas.dtype_name(parameter)] += math.prod(parameter.shape)
+    return elements.most_common(1)[0][0]
 
 
 def _attach(link: Link, site: Site) -> Callable[[], None]:
