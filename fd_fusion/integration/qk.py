@@ -15,7 +15,7 @@ import paddle
 from fd_fusion import runtime
 from fd_fusion.backends.paddle import dtype_name
 from fd_fusion.config import FusionConfig
-from fd_fusion.integration.proof import as_numpy, relative_errors
+from fd_fusion.integration.outputs import as_numpy, relative_errors
 from fd_fusion.reasons import Reason, because
 from fd_fusion.reference import UNIT_ROUNDOFF
 
@@ -90,5 +90,5 @@ def _try(norm: QKNorm) -> Reason | None:
     allowed = 8 * UNIT_ROUNDOFF[dtype]
     if not error <= allowed:
         facts = {"error": f"{error:.2e}", "budget": f"{allowed:.2e}"}
-        return because("proof_failed", site=norm.name, output="q and k", **facts)
+        return because("qk_differs", site=norm.name, **facts)
     return None

@@ -41,6 +41,11 @@ def _finish_without_residual(partial, site):
     return norm_out, residual_out.clone() if residual_out is partial else residual_out
 
 
+def is_eager() -> bool:
+    """Not inside the tracing of a static graph, by AST or by SOT."""
+    return paddle.in_dynamic_mode() and not in_sot_simulation_mode()
+
+
 def finish(site: Site, partial: paddle.Tensor, residual: paddle.Tensor | None):
     """`site.finish` in eager mode, with its checks; the opaque op while a graph is being traced."""
     if paddle.in_dynamic_mode() and not in_sot_simulation_mode():
