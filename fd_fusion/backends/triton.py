@@ -13,6 +13,7 @@ import struct
 from typing import Any
 
 from fd_fusion import runtime_triton
+from fd_fusion.backends.triton_first_calls import run_all
 from fd_fusion.comm.cuda_ipc import CudaIpc
 from fd_fusion.comm.group import Group
 from fd_fusion.comm.posix_shm import PosixShm
@@ -63,6 +64,8 @@ def open(facts: Facts, group: Group) -> Opened:
 
 class Opened:
     """One workspace and its kernels. `limit`: the most rows T of a call, None for any number."""
+
+    in_rank_order = True  # the exact bits of the contract's sum
 
     def __init__(self, facts: Facts, group: Group):
         """The local half of `open`: import and compile, no vote and no memory."""
@@ -208,14 +211,8 @@ class Opened:
         settle(self._group, "ran", refusal, None, timeout_s)
 
     def _run_once(self) -> None:
-        """Run every kernel that can be chosen: a first launch may allocate."""
-        facts, here = self._facts, self._framework
-        place = {"device": "cuda"} if here.__name__ == "torch" and facts.device == "gpu" else {}
-        weight = here.ones([facts.hidden_size], dtype=getattr(here, facts.weight_dtype), **place)
-        for rows in sorted({1, self._plan.two_shot_rows or 1}) if facts.device == "gpu" else [1]:
-            x = here.ones([rows, facts.hidden_size], dtype=getattr(here, facts.dtype), **place)
-            for residual in (x, None):
-                self.finish(x, residual, weight, 1e-5, 0.0)
+        """Run every kernel that can be chosen, and compare what it gives: a first launch may allocate."""
+        run_all(self, self._facts, self._framework)
         self._maker.synchronize()
         self.check()
 
