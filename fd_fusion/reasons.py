@@ -74,19 +74,50 @@ TABLE: dict[str, Entry] = {
         "check the reductions of the blocks before this site",
     ),
     "already_reduced": Entry(
-        "{site}: every rank handed over the same bits, so the sum was reduced before",
+        "{site}: the norm gets, in the stock forward, what the producer hands over, so the sum was reduced before",
         "remove the block's own all-reduce, or leave the pair unbound",
     ),
     "proof_failed": Entry(
-        "{site}: fused and stock results differ by {error}, more than {budget} of {output}",
+        "{site}: in row {row} the kernel's {output} is off by {times} times what is allowed",
         "report it with the output of `python -m fd_fusion doctor`",
     ),
+    "qk_differs": Entry(
+        "{site}: q and k differ from the stock formula by {error}, more than {budget}",
+        "report it with the output of `python -m fd_fusion doctor`",
+    ),
+    "qk_wrote_v": Entry(
+        "{site}: the kernel of q and k changed v", "report it with the output of `python -m fd_fusion doctor`"
+    ),
     "outputs_differ": Entry(
-        "the model's output {output} differs from stock by {error}, more than {budget}",
-        "a partial sum is read outside its pair: report it with the model's class",
+        "with the pairs' own hand-overs and nothing fused, the model's output {output} is not that of the stock "
+        "forward; the first pair whose norm gives something else: {site}",
+        "the model's data flow is not the one that its pairs expect: report it with the model's class",
+    ),
+    "stock_differs": Entry(
+        "the stock forward does not repeat its own bits, so the outputs were compared within twice its own spread",
+        "nothing to do; in the host's deterministic mode they are compared bit by bit",
+    ),
+    "hooked": Entry(
+        "{layer} has a forward hook that would read a partial sum", "remove the hook, or unbind the model"
+    ),
+    "overwritten": Entry(
+        "{site}: the partial sum was overwritten between its producer and its norm",
+        "the model's data flow is not the one that this pair expects: report it with the model's class",
+    ),
+    "zeros": Entry(
+        "{site}: every rank handed over zeros, which prove nothing: the model runs as stock until they are not",
+        "load the weights; the next eager forward tries again",
+    ),
+    "no_rows_yet": Entry(
+        "the forward had no rows, which proves nothing: the model runs as stock until there are some",
+        "nothing to do; the next eager forward tries again",
+    ),
+    "inputs_not_copied": Entry(
+        "the arguments of the first forward cannot be copied, so it cannot be run a second time: {error}",
+        "give bind an example",
     ),
     "proof_raised": Entry("{site}: the fused call raised {error}", "see the log of this rank"),
-    "forward_raised": Entry("the first forward after bind raised {error}", "see the log of this rank"),
+    "forward_raised": Entry("a forward of bind, the {which} one, raised {error}", "see the log of this rank"),
     # Using a Site.
     "double_hand_over": Entry(
         "{site}: a second partial sum was handed over before the first was finished",
@@ -95,6 +126,11 @@ TABLE: dict[str, Entry] = {
     "other_tensor": Entry(
         "{site}: finish() got another tensor than the one handed over",
         "something changed the partial sum between the linear and the norm: unbind the model or report its class",
+    ),
+    "changed_in_place": Entry(
+        "{site}: the partial sum was changed in place between its producer and its norm, so the change would count "
+        "once for each rank",
+        "change the sum after the norm, or unbind the model",
     ),
     "nothing_handed_over": Entry(
         "{site}: finish() was called with nothing handed over", "run the pair's linear before its norm"
@@ -262,8 +298,9 @@ TABLE: dict[str, Entry] = {
     "flashinfer_differs": Entry(
         "rank {rank} has FlashInfer {got}, rank 0 has {need}", "install the same FlashInfer on every rank"
     ),
-    "flashinfer_wrong": Entry(
-        "the first call gave {got} where {need} was due", "report it with the output of `python -m fd_fusion doctor`"
+    "first_call_wrong": Entry(
+        "the first call of {variant} gave a wrong {output}: {wrong} of {words} words, the first at {where}",
+        "report it with the output of `python -m fd_fusion doctor`",
     ),
 }
 

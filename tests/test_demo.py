@@ -234,9 +234,9 @@ def test_seeded_bugs_are_caught(tmp_path):
     results = launch("seeded_bug.py", 2, tmp_path)
     assert results[0].keys() == results[1].keys()
     codes = {
-        "forgets_to_reduce": ["forward_raised"],
+        "forgets_to_reduce": ["nothing_handed_over"],
         "flag_says_no": ["residual_differs"],
-        "reduces_after": ["already_reduced"],
+        "reduces_after": ["outputs_differ"],
         "reduces_twice": ["already_reduced"],
     }
     for result in results:

@@ -31,3 +31,41 @@ def test_subgroups(tmp_path):
 def test_paddle_spawn(tmp_path):
     for result in spawn("spawned.py", 2, tmp_path):
         assert result["sites"] == 2 and result["off"] is None and result["worst"] < 1e-5
+
+
+SITE = "layers.1.self_attn.o_proj -> layers.1.post_attention_layernorm"
+MISSES = {  # scenario: (reason, what its sentence names)
+    "delta_in_place": ("changed_in_place", SITE),
+    "overwritten_in_place": ("overwritten", SITE),
+    "reduced_again": ("outputs_differ", SITE),
+    "reader_between": ("outputs_differ", "layers.1.mlp.down_proj -> layers.2.input_layernorm"),
+    "reader_after": ("outputs_differ", "output 0"),
+    "another_tensor": ("other_tensor", SITE),
+}
+
+
+def test_what_the_proving_pass_sees(tmp_path):
+    first, second = launch("proof_scenarios.py", 2, tmp_path)
+    assert first == second, "both ranks come to the same end"
+    for name, (code, text) in MISSES.items():
+        for found in first[name].values():
+            assert found["codes"] == [code] and text in found["text"], (name, found)
+            assert found["stock"] and not found["proven"], name
+    for name in ("healthy", "equal_shards", "nan_in_stock"):
+        for found in first[name].values():
+            assert found["proven"] and found["calls"] == 6 and not found["codes"], (name, found)
+    hooks = first["hooks"]
+    assert hooks["producer"]["codes"] == ["hooked"] and hooks["producer"]["calls"] == 5
+    assert hooks["around"]["codes"] == ["hooked"] and "layers.1.self_attn has" in hooks["around"]["text"]
+    assert hooks["around"]["stock"] and first["changed_after_bind"] == {"code": "changed_in_place"}
+    for found in first["zeros_then_weights"].values():
+        assert found == {"waiting": "zeros", "proven": True, "fused": 6, "near": True, "left": False}
+    assert first["no_rows_first"] == {"waiting": "no_rows_yet", "codes": [], "proven": True, "fused": 6}
+    raised = first["every_forward_raises"]
+    assert [one["raised"] for one in raised] == [False, True] * 3
+    for one, which in zip(raised, (1, 1, 2, 2, 3, 3)):
+        assert f"on purpose in forward {which}" in one["text"] and "rank 1" in one["text"]
+    assert first["stock_does_not_repeat"] == {
+        "within": {"proven": True, "codes": [], "spread": True},
+        "stock_repeats": {"proven": False, "codes": ["outputs_differ"], "spread": False},
+    }

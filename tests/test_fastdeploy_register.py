@@ -289,20 +289,21 @@ def test_a_waiting_model_is_proven_before_capture_and_frozen_after(monkeypatch, 
 
     class Model:
         def forward(self):
-            order.append("forward")
+            """Not noted."""
 
     model = Model()
     gpu_worker.model_runner = SimpleNamespace(
         model=model,
         _dummy_run=lambda num_tokens, batch_size: order.append(f"dummy {num_tokens}"),
-        capture_model=lambda: order.append("capture"),
+        capture_model=lambda: order.append("capture as stock" if model.forward() else "capture"),
     )
     gpu_worker.graph_optimize_and_warm_up_model()
-    waiting = lambda: None  # noqa: E731
-    waiting.binds_at_first_call = True
+    waiting = lambda: 1 / 0  # noqa: E731  # voting while a graph is captured
+    waiting.binds_at_first_call, waiting.__wrapped__ = True, lambda: "stock"
     model.__dict__["forward"] = waiting
     gpu_worker.graph_optimize_and_warm_up_model()
-    assert order == ["capture", "freeze", "dummy 2", "capture", "freeze"]
+    assert order == ["capture", "freeze", "dummy 2", "capture as stock", "freeze"]
+    assert model.__dict__["forward"] is waiting, "tried again afterwards"
 
 
 def test_a_host_that_gives_out_our_own_logger(monkeypatch):

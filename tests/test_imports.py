@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "fd_fusion"
 LEVELS = [
     {"reasons", "reference", "__init__"},
-    {"config", "tuning", "tuning_table", "site"},
+    {"config", "exact", "tuning", "tuning_table", "site"},
     {"runtime", "runtime_triton", "runtime_flashinfer", "comm", "kernels"},
     {"backends"},
     {"layers"},

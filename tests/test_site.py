@@ -9,7 +9,9 @@ from fd_fusion.site import Site
 
 
 class Fake:
-    """Stands for a tensor: only its shape counts."""
+    """Stands for a tensor: only its shape and its version count."""
+
+    inplace_version = 0
 
     def __init__(self, *shape):
         self.shape = shape
@@ -63,15 +65,69 @@ def test_nothing_fuses_before_the_proof():
     assert calls == ["reduce", "norm"] and site.calls == {"not_proven": 1} and not site.proven
 
 
+class Prover:
+    """The proving pass of a test: it notes what it is told."""
+
+    def __init__(self):
+        self.seen, self.missed = [], []
+
+    def keep(self, site, partial):
+        return ("kept", partial)
+
+    def take(self, site, partial, kept):
+        return kept[1]
+
+    def prove(self, *args):
+        self.seen.append(args)
+        return "stock", "sum"
+
+    def miss(self, reason):
+        self.missed.append(reason.code)
+
+
 def test_the_proving_pass_sees_every_finish_and_counts_hand_overs():
     site, calls = make(proven=False)
-    seen = []
-    site.start_proof(lambda *args: seen.append(args) or ("stock", "sum"))
-    finish(site, 2)
-    assert len(seen) == 1 and seen[0][0] is site and site.handed == 1 and calls == []
+    site.checked = False  # a host's graphs: what proves is eager all the same
+    site.start_proof(prover := Prover())
+    partial = finish(site, 2)
+    assert [args[:2] for args in prover.seen] == [(site, partial)] and site.handed == 1 and calls == []
     site.end_proof(True)
     finish(site, 2)
     assert calls == ["fused"]
+
+
+def test_in_the_proving_pass_a_misuse_is_recorded_and_nothing_is_raised():
+    site, _ = make()
+    site.start_proof(prover := Prover())
+    site.finish(Fake(1, 8), None)
+    site.hand_over(Fake(1, 8))
+    site.hand_over(partial := Fake(1, 8))
+    partial.inplace_version += 1
+    site.finish(partial, None)
+    site.hand_over(Fake(1, 8))
+    site.finish(Fake(1, 8), None)
+    assert prover.missed == ["nothing_handed_over", "double_hand_over", "changed_in_place", "other_tensor"]
+
+
+def test_a_change_in_place_between_the_ends_is_an_error():
+    site, calls = make()
+    partial = site.hand_over(Fake(1, 8))
+    partial.inplace_version += 1
+    with pytest.raises(HandOverError, match="a -> b") as error:
+        site.finish(partial, None)
+    assert error.value.reason.code == "changed_in_place" and calls == []
+    finish(site, 1)
+
+
+def test_a_hook_that_came_after_bind_is_told_once(caplog):
+    hooks = {}
+    site, _ = make(hooks=(hooks,))
+    finish(site, 1)
+    assert not caplog.records
+    hooks[0] = "a hook"
+    finish(site, 1)
+    finish(site, 1)
+    assert [record.levelname for record in caplog.records] == ["WARNING"] and "a -> b" in caplog.text
 
 
 def test_a_failure_in_the_fused_call_is_raised_and_never_falls_back():

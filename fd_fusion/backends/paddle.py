@@ -114,6 +114,7 @@ class Opened:
     """Gather the partial sums and add them in rank order, in float32. Nothing is held open."""
 
     bytes = 0
+    in_rank_order = True  # the exact bits of the contract's sum
 
     def __init__(self, facts: Facts, group: Group):
         self.limit = row_limit(facts)

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fd_fusion import runtime_triton
+from fd_fusion.backends.triton_first_calls import run_all
 from fd_fusion.comm.cuda_ipc import CudaIpc
 from fd_fusion.comm.group import Group
 from fd_fusion.comm.posix_shm import PosixShm
@@ -67,6 +68,8 @@ def open(facts: Facts, group: Group) -> Opened:
 
 class Opened:
     """One workspace and its kernels. `limit`: the most rows T of a call, None for any number."""
+
+    in_rank_order = True  # the exact bits of the contract's sum
 
     def __init__(self, facts: Facts, group: Group):
         """The local half of `open`: import and compile, no vote and no memory."""
@@ -238,16 +241,8 @@ class Opened:
         settle(self._group, "ran", refusal, None, timeout_s)
 
     def _run_once(self) -> None:
-        """Run every kernel that can be chosen: a first launch may allocate."""
-        facts, here = self._facts, self._framework
-        place = {"device": "cuda"} if here.__name__ == "torch" and facts.device == "gpu" else {}
-        for weight_dtype, two_shot, bare in self._launches:
-            if two_shot and facts.device == "cpu":  # one kernel in two modes: nothing is loaded, and it takes long
-                continue
-            rows = (self._plan.two_shot_rows or 1) if two_shot else 1
-            x = here.ones([rows, facts.hidden_size], dtype=getattr(here, facts.dtype), **place)
-            weight = here.ones([facts.hidden_size], dtype=getattr(here, weight_dtype), **place)
-            self.finish(x, None if bare else x, weight, 1e-5, 0.0)
+        """Run every kernel that can be chosen, and compare what it gives: a first launch may allocate."""
+        run_all(self, self._facts, self._framework)
         self._maker.synchronize()
         self.check()
 

@@ -15,8 +15,9 @@ from fd_fusion import __version__, runtime
 from fd_fusion.comm.group import Group, Vote, agree
 from fd_fusion.config import FusionConfig, Resolved, resolve
 from fd_fusion.integration import metrics, native
+from fd_fusion.integration.forwards import ExampleOf
 from fd_fusion.integration.opening import Opening, open_for
-from fd_fusion.integration.pairs import Pair
+from fd_fusion.integration.pairs import Pair, without_hooked
 from fd_fusion.integration.qk import QKNorm, settle_qk_norms
 from fd_fusion.integration.report import Report
 from fd_fusion.integration.settling import Bound, attach_and_prove, logger, refuse, undo_all
@@ -32,19 +33,35 @@ def bind(
     *,
     pairs: Sequence[Pair | Rejected] | None = None,
     qk_norms: Sequence[QKNorm] | None = None,
-    example: Callable[[], Sequence[Any]] | None = None,
+    example: Callable[[], Any] | None = None,
+    example_of: ExampleOf | None = None,
     deterministic: bool = False,
     source: str = "an argument",
     resolved: Resolved | None = None,
 ) -> Report:
     """Collective: give the pairs of `model` their Sites. Every rank of every group calls it with the same arguments.
 
+    Nothing is fused before a proving pass, in eager mode, has shown on all ranks:
+    1. Data flow: with the hand-overs in place, nothing fused, and NaN in every tensor that was handed over, the
+       model's outputs are the bits of a stock forward. Where two stock forwards differ from each other they are
+       within twice that, and the report's `spread` says so. What does not reach an output is not seen.
+    2. Kernel: every variant that can be launched gave known answers at open (`paddle` has no kernel of its own). At
+       each Site, with and without the residual, the fused call gives the same sums as the host on exact integers, and
+       norms within roundings of the host's; and on up to four rows of the real partial sums, at sixteen columns, the
+       contract's bits (FlashInfer: within six standard deviations of independent roundings), and norms within a
+       rounding of their own sums.
+    It shows that for the inputs and weights of that forward. Zero sums, or no rows, show nothing: the model stays
+    stock and the next eager forward is tried.
+
     Args:
         model: a built `paddle.nn.Layer`, its weights loaded.
         config: asks for fusion; without it the config that the layers carry, or the environment's, counts.
         pairs, qk_norms: the host's; this package's own layers are looked for when None.
-        example: runs a forward of two rows and returns the model's outputs, the same input on all ranks. With it the
-            proving pass runs here, and the outputs are compared with stock; without it the first forward is the pass.
+        example: runs a forward of two rows and returns the model's outputs, the same input on all ranks; it is run
+            twice, and a third time if the outputs are not the same bits. Without it the model's first eager forward
+            is run so before itself, on copies of its arguments: give an example where they hold large caches, or
+            where a forward changes the model.
+        example_of: a host's (forward, args, kwargs) -> example, in place of those copies.
         deterministic: the host is in its deterministic or batch-invariant mode.
         source: where `config` comes from, for the log.
         resolved: the outcome of a host's own `resolve`, in place of config and source.
@@ -60,7 +77,7 @@ def bind(
     if resolved.config is None:
         report.off = resolved.reason
         return report
-    found = native.find_pairs(model) if pairs is None else pairs
+    found = without_hooked(native.find_pairs(model) if pairs is None else pairs)
     report.rejected += [pair for pair in found if isinstance(pair, Rejected)]
     found = [pair for pair in found if isinstance(pair, Pair)]
     if not resolved.config.enable_all_reduce_rms_norm:
@@ -74,7 +91,7 @@ def bind(
             _open(state, found, resolved.config, deterministic, failure)
         if failure is not None:
             raise BindError(failure)
-        attach_and_prove(model, state, example)
+        attach_and_prove(model, state, example, example_of)
     except BaseException:
         undo_all(state)
         raise
@@ -138,7 +155,7 @@ def _settle_qk(state: Bound, norms: Sequence[QKNorm]) -> Reason | None:
     state.qk_norms, report.qk_stock = settle_qk_norms(norms, config)
     report.qk_fused = [norm.name for norm in state.qk_norms]
     insisted = config.strict or config.backend != "auto"
-    failed = [why for why in report.qk_stock.values() if why.code in ("backend_failed", "proof_failed")]
+    failed = [why for why in report.qk_stock.values() if why.code in ("backend_failed", "qk_differs", "qk_wrote_v")]
     return failed[0] if insisted and failed else None
 
 
@@ -196,7 +213,8 @@ def _site_of(pair: Pair, opening: Opening) -> Site:
         return norm_out.reshape(shape), residual_out.reshape(shape)
 
     limit, user = opening.opened.limit, runtime.how_to_tell_users()
-    return Site(pair.name, fused=fused, reduce=pair.reduce, norm=pair.norm, limit=limit, user=user)
+    ends = {"reduce": pair.reduce, "norm": pair.norm, "hooks": pair.hooks}
+    return Site(pair.name, fused=fused, **ends, limit=limit, user=user)
 
 
 def _structure_refusal(

@@ -119,25 +119,29 @@ def _resolve(fd_config: Any) -> Resolved:
 def _bind_in_first_forward(model: Any, fd_config: Any, resolved: Resolved) -> None:
     """The first eager forward binds: it is the profile run, or the one that `worker` runs before graph capture.
 
-    It runs four times: stock, proving, fused, and for the caller. The host repeats a forward in the same way when it
-    warms up a graph, so its inputs allow it. A model with a recurrent state is not compared by its outputs.
+    It runs three times: stock, proving, and for the caller. The host repeats a forward in the same way when it warms
+    up a graph, so its inputs allow it and are not copied. A model with a recurrent state is not compared by its
+    outputs.
     """
     from fd_fusion.integration.fastdeploy_adapters import is_eager, without_upstream_fusion
     from fd_fusion.integration.fastdeploy_pairs import has_state
 
     stateful = has_state(model)
 
+    def example_of(forward, args, kwargs):
+        def example():
+            with without_upstream_fusion(model):
+                outputs = forward(*args, **kwargs)
+            return [] if stateful else _two_rows(outputs)
+
+        return example
+
     def forward(*args, **kwargs):
         if not is_eager():
             return stock(*args, **kwargs)
         del model.__dict__["forward"]
 
-        def example():
-            with without_upstream_fusion(model):
-                outputs = stock(*args, **kwargs)
-            return [] if stateful else _two_rows(outputs)
-
-        _bind(model, fd_config, resolved, example)
+        _bind(model, fd_config, resolved, example_of)
         return model.forward(*args, **kwargs)
 
     stock = model.forward
@@ -146,7 +150,7 @@ def _bind_in_first_forward(model: Any, fd_config: Any, resolved: Resolved) -> No
     model.__dict__["forward"] = forward
 
 
-def _bind(model: Any, fd_config: Any, resolved: Resolved, example: Callable) -> None:
+def _bind(model: Any, fd_config: Any, resolved: Resolved, example_of: Callable) -> None:
     """Collective. Raises: BindError: strict, or a named backend, and something failed; on all ranks."""
     from fd_fusion.integration import fastdeploy_adapters as adapters
     from fd_fusion.integration.binding import bind
@@ -162,7 +166,7 @@ def _bind(model: Any, fd_config: Any, resolved: Resolved, example: Callable) -> 
         model,
         pairs=pairs,
         qk_norms=qk_norms,
-        example=example,
+        example_of=example_of,
         deterministic=_is_deterministic(),
         resolved=resolved,
     )

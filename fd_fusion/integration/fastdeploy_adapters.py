@@ -7,13 +7,12 @@ from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 import paddle
-from paddle.base.dygraph.base import in_sot_simulation_mode
 
 from fd_fusion.backends import paddle as formulas
 from fd_fusion.integration.fastdeploy_pairs import HostPair, dtype_name
 from fd_fusion.integration.pairs import Pair
 from fd_fusion.integration.qk import QKNorm
-from fd_fusion.layers.finish_op import finish, hand_over, run_on_copy
+from fd_fusion.layers.finish_op import finish, hand_over, is_eager, run_on_copy
 from fd_fusion.site import Site
 
 _ABSENT = object()
@@ -38,6 +37,8 @@ def pair_of(found: HostPair, fd_config: Any) -> Pair:
         norm=stock_norm,
         weight=lambda: norm.weight,
         attach=lambda site: _attach(found, site),
+        producer=found.producer,
+        reader=norm,
     )
 
 
@@ -83,11 +84,6 @@ def _qk_forward(stock: Callable, kernel: Callable) -> Callable:
 
     forward.__wrapped__ = stock
     return forward
-
-
-def is_eager() -> bool:
-    """Not inside the tracing of a static graph, by AST or by SOT."""
-    return paddle.in_dynamic_mode() and not in_sot_simulation_mode()
 
 
 def _attach(found: HostPair, site: Site) -> Callable[[], None]:

@@ -7,9 +7,10 @@ after graphs are captured          workspaces are frozen
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from fd_fusion.reasons import Reason, because
@@ -83,11 +84,27 @@ def _proven_before_capture(stock: Callable) -> Callable:
         forward = runner.model.__dict__.get("forward")
         if getattr(forward, "binds_at_first_call", False):  # still to come: the host did not profile
             _eagerly(lambda: runner._dummy_run(num_tokens=2, batch_size=1))
-        result = stock(self, *args, **kwargs)
+        with _never_in_a_graph(runner.model):
+            result = stock(self, *args, **kwargs)
         binding.freeze()
         return result
 
     return graph_optimize_and_warm_up_model
+
+
+@contextlib.contextmanager
+def _never_in_a_graph(model: Any) -> Iterator[None]:
+    """A model that even that forward could not prove, with zero weights for example, is captured as stock: no forward
+    votes while a graph is captured. It is tried again afterwards."""
+    forward = model.__dict__.get("forward")
+    waits = getattr(forward, "binds_at_first_call", False)
+    if waits:
+        model.__dict__["forward"] = forward.__wrapped__
+    try:
+        yield
+    finally:
+        if waits:
+            model.__dict__["forward"] = forward
 
 
 def _eagerly(run: Callable[[], Any]) -> None:

@@ -50,6 +50,11 @@ def _own(partial, site):
     return partial if site.fuses(math.prod(partial.shape[:-1])) else partial.clone()
 
 
+def is_eager() -> bool:
+    """Not inside the tracing of a static graph, by AST or by SOT."""
+    return paddle.in_dynamic_mode() and not in_sot_simulation_mode()
+
+
 def finish(site: Site, partial: paddle.Tensor, residual: paddle.Tensor | None):
     """`site.finish` in eager mode, with its checks; the opaque op while a graph is being traced."""
     if paddle.in_dynamic_mode() and not in_sot_simulation_mode():

@@ -71,7 +71,7 @@ fused = {}
 for rows in (0, 1, LIMIT - 1, LIMIT):
     fused[rows] = model(x[:rows])
     assert fused[rows].shape == [rows, 32] and (rows == 0 or close(fused[rows], stock[:rows])), rows
-assert counts()["fused"] == start["fused"] + 3 and counts()["no_rows"] == 1
+assert counts()["fused"] == start.get("fused", 0) + 3 and counts()["no_rows"] == 1
 assert (fused[1] == fused[LIMIT][:1]).all(), "the same bits for every T"
 three_d = model(x[:4].reshape([2, 2, 32]))
 assert three_d.shape == [2, 2, 32] and (three_d.reshape([4, 32]) == fused[4]).all()
@@ -109,12 +109,10 @@ fd_fusion.unbind(model)
 assert not changed(model), changed(model)
 assert (model(x) == stock).all() and fd_fusion.report() == []
 
-# Without an example the first forward is the proving pass: stock results, then fused ones.
+# Without an example the proving pass runs on the arguments of the first forward, which is fused after it.
 report = fd_fusion.bind(model, config)
 assert not report.proven and "not proven" in report.lines()[0]
-assert (model(x[:3]) == stock_of_3).all() and report.proven
-assert counts() == {"not_proven": 1}
-model(x[:3])
+assert close(model(x[:3]), stock_of_3) and report.proven
 assert counts() == {"not_proven": 1, "fused": 1}
 fd_fusion.unbind(model)
 assert not changed(model), changed(model)
