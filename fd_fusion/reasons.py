@@ -265,33 +265,73 @@ TABLE: dict[str, Entry] = {
 
 @dataclass(frozen=True)
 class Reason:
-    """Why something is off: a code of `TABLE` and the facts of its sentence. `str()` gives the sentence."""
+    """Why something is off: a code of `TABLE` and the facts of its sentence. `str()` gives the sentence.
+
+    told: sentence and remedy of a rank with another version, whose code or facts are not in this table.
+    cause: what that rank said, where the code is "refused".
+    """
 
     code: str
     facts: tuple[tuple[str, Any], ...] = ()
+    told: tuple[str, str] | None = None
+    cause: Reason | None = None
 
     def __str__(self) -> str:
-        return TABLE[self.code].sentence.format(**dict(self.facts))
+        return self.told[0] if self.told else TABLE[self.code].sentence.format(**dict(self.facts))
 
     @property
     def remedy(self) -> str:
+        if self.told:
+            return self.told[1]
+        if self.cause is not None:
+            return f"on rank {dict(self.facts)['rank']}: {self.cause.remedy}"
         return TABLE[self.code].remedy.format(**dict(self.facts))
 
+    @property
+    def root(self) -> Reason:
+        """What was wrong in the first place: the innermost cause."""
+        return self if self.cause is None else self.cause.root
+
     def to_dict(self) -> dict[str, Any]:
-        return {"code": self.code, "facts": dict(self.facts), "text": str(self), "remedy": self.remedy}
+        cause = {"cause": self.cause.to_dict()} if self.cause is not None else {}
+        return {"code": self.code, "facts": dict(self.facts), "text": str(self), "remedy": self.remedy, **cause}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Reason:
-        return because(data["code"], **data["facts"])
+        """Of another rank: what this version does not know is kept as it was told. Raises ValueError."""
+        try:
+            code, facts = data["code"], dict(data["facts"])
+            if _facts_of(code) == set(facts):
+                cause = data.get("cause")
+                return cls(code, _sorted(facts), cause=cls.from_dict(cause) if cause else None)
+            return cls(code, _sorted(facts), told=(str(data["text"]), str(data["remedy"])))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"not a reason: {type(error).__name__}: {error}") from None
 
 
 def because(code: str, **facts: Any) -> Reason:
     """Make a `Reason`. An unknown code or a missing fact is our own mistake and asserts at once."""
-    entry = TABLE.get(code)
-    assert entry is not None, f"no reason {code!r} in the table"
-    fields = {f for text in (entry.sentence, entry.remedy) for _, f, _, _ in string.Formatter().parse(text) if f}
+    fields = _facts_of(code)
+    assert fields is not None, f"no reason {code!r} in the table"
     assert fields == set(facts), f"reason {code!r} takes {sorted(fields)}, got {sorted(facts)}"
-    return Reason(code, tuple(sorted(facts.items())))
+    return Reason(code, _sorted(facts))
+
+
+def refused_by(rank: int, why: Reason) -> Reason:
+    """That `rank` refused, and all that it said: its sentence, its remedy, its code."""
+    return Reason("refused", _sorted({"rank": rank, "why": str(why)}), cause=why)
+
+
+def _facts_of(code: str) -> set[str] | None:
+    """The names in the sentence and the remedy of a code; None if there is no such code."""
+    entry = TABLE.get(code)
+    if entry is None:
+        return None
+    return {f for text in (entry.sentence, entry.remedy) for _, f, _, _ in string.Formatter().parse(text) if f}
+
+
+def _sorted(facts: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
+    return tuple(sorted(facts.items()))
 
 
 class FusionError(RuntimeError):

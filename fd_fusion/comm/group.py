@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from fd_fusion.reasons import FusionError, Reason, because
+from fd_fusion.reasons import FusionError, Reason, because, refused_by
 
 _SEAL = 1 << 20  # a waiter's mark on the ballot; rank 0's own mark is 1, so both fit into one counter
 _PATIENCE = 10  # a rank that shows progress is waited for this many times the limit
@@ -82,9 +82,7 @@ class Verdict:
         if self.ok:
             return None
         rank, why = self.refusals[0]
-        return (
-            why if why.code in ("never_voted", "gave_up", "refused") else because("refused", rank=rank, why=str(why))
-        )
+        return why if why.code in ("never_voted", "gave_up", "refused") else refused_by(rank, why)
 
 
 def agree(group: Group, topic: str, vote: Vote, *, timeout_s: float) -> Verdict:
