@@ -10,7 +10,10 @@ __version__ = "0.1.0"
 
 _HOME = {
     "FusionConfig": "config",
+    "FusionError": "reasons",
     "FusionTimeout": "reasons",
+    "BindError": "reasons",
+    "HandOverError": "reasons",
     "bind": "integration.binding",
     "unbind": "integration.binding",
     "report": "integration.binding",

@@ -13,10 +13,14 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Entry:
-    """A row of the table: `sentence` with {named} facts, and the `remedy` that a user can act on."""
+    """A row of the table: `sentence` with {named} facts, and the `remedy` that a user can act on.
+
+    rule: what is left out by design, or because nobody asked for it: never an error, under `strict` neither.
+    """
 
     sentence: str
     remedy: str
+    rule: bool = False
 
 
 TABLE: dict[str, Entry] = {
@@ -24,15 +28,16 @@ TABLE: dict[str, Entry] = {
     "not_asked": Entry(
         "fusion was not asked for",
         "set FD_FUSION_CONFIG='{{}}', pass --fusion-config, or give the model a FusionConfig",
+        rule=True,
     ),
-    "kill_switch": Entry("FD_FUSION_DISABLE is set", "unset FD_FUSION_DISABLE to allow fusion"),
-    "disabled": Entry("{flag} is false in the fusion config", "set {flag} to true"),
+    "kill_switch": Entry("FD_FUSION_DISABLE is set", "unset FD_FUSION_DISABLE to allow fusion", rule=True),
+    "disabled": Entry("{flag} is false in the fusion config", "set {flag} to true", rule=True),
     "two_configs": Entry(
         "layers of one model carry different fusion configs: {first} and {second}",
         "give every layer of the model the same FusionConfig",
     ),
     # Whether a pair can have a Site.
-    "one_rank": Entry("one rank: there is nothing to reduce", "nothing to do"),
+    "one_rank": Entry("one rank: there is nothing to reduce", "nothing to do", rule=True),
     "no_pairs": Entry(
         "no known (row-parallel linear, norm) pair in {model}", "see the README for the supported decoders"
     ),
@@ -63,6 +68,7 @@ TABLE: dict[str, Entry] = {
         "rank {rank} built another model: {detail}",
         "start every rank with the same model, config and versions",
     ),
+    "bind_raised": Entry("bind raised {error}", "see the log of this rank"),
     # The proving pass.
     "not_proven": Entry("the proving pass has not run yet", "run one forward in eager mode"),
     "unmatched": Entry(
@@ -107,7 +113,7 @@ TABLE: dict[str, Entry] = {
     "no_rows": Entry("T=0: there is nothing to compute", "nothing to do"),
     "tracing": Entry("the proving pass runs in eager mode only", "run one eager forward before capture"),
     # fastdeploy
-    "draft_model": Entry("{model} is a draft model: its layers are used in another way", "nothing to do"),
+    "draft_model": Entry("{model} is a draft model: its layers are used in another way", "nothing to do", rule=True),
     "sequence_parallel": Entry("sequence-parallel MoE splits the rows over the ranks", "nothing to do"),
     "expert_parallel": Entry("expert parallel: the experts are not split over the group", "nothing to do"),
     "proxy_rmsnorm": Entry("FD_USE_PHI_RMSNORM asks for another norm", "unset FD_USE_PHI_RMSNORM to fuse"),
@@ -117,7 +123,7 @@ TABLE: dict[str, Entry] = {
     ),
     "split_token": Entry("the linear splits its rows over the ranks", "nothing to do"),
     "unknown_block": Entry("{block} reduces in a way that is not known", "report it with the version of FastDeploy"),
-    "pipeline_boundary": Entry("layer {layer} is not on this rank", "nothing to do"),
+    "pipeline_boundary": Entry("layer {layer} is not on this rank", "nothing to do", rule=True),
     "quantised_norm": Entry("the norm quantises its output", "nothing to do"),
     "norm_bias": Entry("the norm has a bias", "nothing to do"),
     "wide_residual": Entry(
@@ -148,7 +154,9 @@ TABLE: dict[str, Entry] = {
         "deterministic mode is on and the {backend} backend is not batch invariant", "name the triton backend"
     ),
     "qk_stock": Entry(
-        "q and k are normalised by the stock formula: backend {backend} on a {device}", "name the triton backend"
+        "q and k are normalised by the stock formula: backend {backend} on a {device}",
+        "name the triton backend",
+        rule=True,
     ),
     # comm and the triton backend.
     "other_machine": Entry(
@@ -205,6 +213,7 @@ TABLE: dict[str, Entry] = {
     "never_wins": Entry(
         "the tuning table says that fusing never wins here for {size} ranks, H={hidden_size}, {dtype}",
         "set max_token_num to fuse all the same",
+        rule=True,
     ),
     "open_failed": Entry("the workspace could not be opened: {error}", "see the log of this rank"),
     "dead_group": Entry(
@@ -288,6 +297,11 @@ class Reason:
         return TABLE[self.code].remedy.format(**dict(self.facts))
 
     @property
+    def is_rule(self) -> bool:
+        """Whether this is never an error."""
+        return self.code in TABLE and TABLE[self.code].rule
+
+    @property
     def root(self) -> Reason:
         """What was wrong in the first place: the innermost cause."""
         return self if self.cause is None else self.cause.root
@@ -347,7 +361,7 @@ class HandOverError(FusionError):
 
 
 class BindError(FusionError):
-    """`bind` failed under `strict` or for a named backend; raised on all ranks alike, after the vote."""
+    """What `strict` or a named backend insists on is off; raised on all ranks alike, after the vote."""
 
 
 class FusionTimeout(FusionError):

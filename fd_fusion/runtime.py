@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import os
 import socket
 import threading
@@ -16,6 +17,7 @@ from typing import Any
 from fd_fusion.reasons import FusionError, because
 
 MIN_PADDLE = (3, 3)
+_logger = logging.getLogger("fd_fusion")
 
 
 def require_paddle() -> Any:
@@ -81,9 +83,18 @@ def tcp_store() -> TcpStore | None:
     host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
     if not (host and port):
         host, _, port = os.environ.get("PADDLE_MASTER", "").rpartition(":")
-    if not (host and port.isdigit()):
+    if not (host and port.isdecimal()):
         return None
-    return TcpStore(host, int(port), int(os.environ.get("PADDLE_TRAINERS_NUM", "1")), 30)
+    size = os.environ.get("PADDLE_TRAINERS_NUM", "")
+    try:
+        return TcpStore(host, int(port), int(size) if size.isdecimal() else 1, 30)
+    except (
+        RuntimeError,
+        ValueError,
+        OSError,
+    ) as error:  # nobody serves it there
+        _logger.warning("fd_fusion: no store at %s:%s: %s", host, port, error)
+        return None
 
 
 def how_to_tell_users() -> Callable[[], Hashable]:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from fd_fusion.comm.circle import Known
 from fd_fusion.comm.group import Group, Vote, agree
 from fd_fusion.config import FusionConfig
 from fd_fusion.integration.opening import Opening
@@ -32,13 +33,38 @@ class Bound:
     undo: list[Callable[[], None]] = field(default_factory=list)  # of the Sites
     qk_norms: list[QKNorm] = field(default_factory=list)
     undo_qk: list[Callable[[], None]] = field(default_factory=list)
+    known: Known = field(default_factory=dict)  # which ranks are in which groups
+    live: list[Group] = field(default_factory=list)  # groups that still vote
+    broken: Reason | None = None  # why this rank does not know all of its circle
+    circle: Group | None = None  # all ranks that must come to one outcome
+    failures: list[Reason] = field(default_factory=list)  # what was tried and did not work
+    on: bool = True  # somewhere in the circle; a bind that failed may be tried again
 
 
 def refuse(report: Report, pairs: list[Pair], reason: Reason, ranks: tuple[int, ...], config: FusionConfig) -> None:
     """Leave the pairs stock; an error instead if the user insisted. All ranks come here with the same verdict."""
-    report.rejected += [Rejected(pair.name, reason, ranks) for pair in pairs]
-    if reason.code != "never_wins" and (config.strict or config.backend != "auto"):  # a rule is no failure
+    leave_stock(report, pairs, reason, ranks)
+    if not reason.root.is_rule and (config.strict or config.backend != "auto"):
         raise BindError(reason)
+
+
+def leave_stock(report: Report, pairs: list[Pair], reason: Reason, ranks: tuple[int, ...]) -> None:
+    report.rejected += [Rejected(pair.name, reason, ranks) for pair in pairs]
+
+
+def insisted_failure(state: Bound) -> Reason | None:
+    """What is off on this rank though the user insists on it: the meaning of `strict` and of a named backend.
+
+    A named backend must not fail where it is tried. Strict: nothing may be off, whatever the reason, but what a rule
+    of the table of reasons leaves out.
+    """
+    config, report = state.report.config, state.report
+    off = list(state.failures)
+    if config.strict:
+        off += [report.off, *(one.reason for one in report.rejected), *report.qk_stock.values()]
+    elif config.backend == "auto":
+        return None
+    return next((reason for reason in off if reason is not None and not reason.root.is_rule), None)
 
 
 def attach_and_prove(model: Any, state: Bound, example: Callable[[], Sequence[Any]] | None) -> None:
@@ -91,19 +117,22 @@ def _conclude(state: Bound, proof: Proof, refusal: Reason | None) -> bool:
 def _vote(state: Bound, refusal: Reason | None, proof: Proof | None = None) -> tuple[Reason | None, tuple[int, ...]]:
     """One outcome for all ranks of all groups of the model: (reason, ranks), or (None, ()).
 
-    A refusal has to reach the ranks that share no group with its rank, so there are as many rounds as groups.
+    What the ranks of a group compare, each group compares; the outcome is one ballot of the whole circle. So every
+    rank casts the same ballots in each group, whatever it found and however the groups overlap.
     """
     config, ranks = state.report.config, ()
-    for _ in state.groups:
-        for group in state.groups:
-            pairs = [pair for pair, _ in state.sites if pair.group == group]
-            samples = {pair.name: proof.samples[pair.name] for pair in pairs} if proof and not refusal else None
-            verdict = agree(group, "proof", Vote(refusal, samples), timeout_s=config.timeout_s)
-            if not verdict.ok:
-                refusal, ranks = refusal or verdict.reason, tuple(rank for rank, _ in verdict.refusals)
-            elif samples is not None:
-                refusal = joint_refusal({pair.name: pair.dtype for pair in pairs}, verdict.data)
-    return refusal, ranks
+    for group in state.groups:
+        pairs = [pair for pair, _ in state.sites if pair.group == group]
+        samples = {pair.name: proof.samples[pair.name] for pair in pairs} if proof and not refusal else None
+        verdict = agree(group, "proof", Vote(refusal, samples), timeout_s=config.timeout_s)
+        if verdict.missing:
+            refusal, ranks = refusal or verdict.reason, verdict.missing
+        elif verdict.ok and samples is not None:  # a rank that refuses says so once more, to the whole circle
+            refusal = joint_refusal({pair.name: pair.dtype for pair in pairs}, verdict.data)
+    if state.circle is None:
+        return refusal, ranks
+    verdict = agree(state.circle, "outcome", Vote(refusal), timeout_s=config.timeout_s)
+    return verdict.reason, tuple(rank for rank, _ in verdict.refusals)
 
 
 def _settle(state: Bound, refusal: Reason | None, ranks: tuple[int, ...]) -> bool:
@@ -112,7 +141,7 @@ def _settle(state: Bound, refusal: Reason | None, ranks: tuple[int, ...]) -> boo
         site.end_proof(refusal is None)
     if refusal is None:
         return True
-    report = state.report
+    report, state.on = state.report, False
     undo_all(state)  # the norms of q and k too: they took part in what the pass showed
     report.qk_stock.update(dict.fromkeys(report.qk_fused, refusal))
     report.qk_fused = []
