@@ -188,12 +188,18 @@ def _unreadable(rank: int, what: str, error: Exception) -> Reason:
 
 def _await_verdict(group: Group, ballot: str, timeout_s: float) -> Verdict:
     """Another rank: read the verdict, or seal the ballot if rank 0 shows no sign of life."""
-    key = f"{ballot}/verdict"
+    key, meetings = f"{ballot}/verdict", meetings_key(group)
+
+    def is_over(_: int) -> bool:
+        """The verdict is there, or rank 0 has raised and is at another meeting: then it will never be."""
+        return is_published(group.store, key) or group.store.add(meetings, 0) > group.place.meeting
+
     # Rank 0 may itself be waiting up to the limit for a third rank, so it is given one limit more.
-    missing = _wait(group, {0: key}, 2 * timeout_s)
+    missing = wait_for(is_over, {0: Signs(group.store, group.ranks[0], 2 * timeout_s)})
     if missing and group.store.add(f"{ballot}/seal", _SEAL) % _SEAL:
-        missing = _wait(group, {0: key}, timeout_s)  # rank 0 was just about to write it
-    if missing:
+        just_about = {0: Signs(group.store, group.ranks[0], timeout_s)}
+        missing = wait_for(is_over, just_about)
+    if missing or not is_published(group.store, key):
         return Verdict((None,) * group.size, ((0, because("never_voted", rank=0, seconds=timeout_s)),), (0,))
     text = group.store.get(key)
     try:
@@ -208,6 +214,11 @@ def _wait(group: Group, keys: dict[int, str], timeout_s: float) -> set[int]:
     """Wait until each rank has published its key. Returns the missing ranks."""
     signs = {rank: Signs(group.store, group.ranks[rank], timeout_s) for rank in keys}
     return wait_for(lambda rank: is_published(group.store, keys[rank]), signs)
+
+
+def meetings_key(group: Group) -> str:
+    """How many meetings rank 0 has opened."""
+    return f"fd_fusion/{group.name}/meetings"
 
 
 def meeting_key(group: Group, number: int) -> str:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import time
 
-from fd_fusion.comm.group import Group, Place, meeting_key
+from fd_fusion.comm.group import Group, Place, meeting_key, meetings_key
 from fd_fusion.comm.waiting import Signs, is_published, pauses, publish
 from fd_fusion.reasons import FusionError, Reason, because
 
@@ -36,7 +36,7 @@ def convene(group: Group, label: str, *, timeout_s: float) -> Reason | None:
 
 
 def _open(group: Group, label: str) -> None:
-    number = group.store.add(_count_key(group), 1)
+    number = group.store.add(meetings_key(group), 1)
     publish(group.store, _label_key(group, number), label)
     _enter(group.place, number)
 
@@ -47,7 +47,7 @@ def _join(group: Group, label: str, timeout_s: float) -> Reason | None:
     # Rank 0 may wait up to the limit for a third rank of another group, so it is given one limit more.
     patience, own = (Signs(group.store, group.ranks[0], limit) for limit in (2 * timeout_s, timeout_s))
     for pause in pauses():
-        newest = group.store.add(_count_key(group), 0)
+        newest = group.store.add(meetings_key(group), 0)
         for number in range(place.meeting + 1, newest + 1):
             theirs = _label(group, number)
             if theirs is None and number == newest:
@@ -76,10 +76,6 @@ def _label(group: Group, number: int) -> str | None:
         return None
     text = group.store.get(key)
     return text.decode() if isinstance(text, bytes) else text
-
-
-def _count_key(group: Group) -> str:
-    return f"fd_fusion/{group.name}/meetings"
 
 
 def _label_key(group: Group, number: int) -> str:
