@@ -80,6 +80,8 @@ def conclude_opening(state: Bound) -> None:
     circle = None if state.broken is not None else circle_of(state.live, state.known)
     if circle is None:  # nobody to tell, or a rank that did not come: every live group has heard of it
         state.on = state.broken is None and not state.failures
+        if failure is None and (config.strict or config.backend != "auto"):
+            failure = state.broken
         if failure is not None:
             raise BindError(failure)
         return
