@@ -15,13 +15,19 @@ if TYPE_CHECKING:  # what runs is __getattr__
     from fd_fusion.layers.qk_rms_norm import QKRMSNorm as QKRMSNorm
     from fd_fusion.layers.rms_norm import RMSNorm as RMSNorm
     from fd_fusion.layers.row_parallel_linear import RowParallelLinear as RowParallelLinear
+    from fd_fusion.reasons import BindError as BindError
+    from fd_fusion.reasons import FusionError as FusionError
     from fd_fusion.reasons import FusionTimeout as FusionTimeout
+    from fd_fusion.reasons import HandOverError as HandOverError
 
 __version__ = "0.1.0"
 
 _HOME = {
     "FusionConfig": "config",
+    "FusionError": "reasons",
     "FusionTimeout": "reasons",
+    "BindError": "reasons",
+    "HandOverError": "reasons",
     "bind": "integration.binding",
     "unbind": "integration.binding",
     "report": "integration.binding",
@@ -31,8 +37,11 @@ _HOME = {
     "QKRMSNorm": "layers.qk_rms_norm",
 }
 __all__ = [
+    "BindError",
     "FusionConfig",
+    "FusionError",
     "FusionTimeout",
+    "HandOverError",
     "QKRMSNorm",
     "RMSNorm",
     "RowParallelLinear",

@@ -34,7 +34,9 @@ class FusionConfig:
             In deterministic mode it has no effect.
         workspace_mb: bounds all workspaces of a process together, in MiB.
         timeout_s: how long a fused call waits for a missing rank, in seconds.
-        strict: a failure at bind is an error on all ranks instead of one warning.
+        strict: nothing may be off: what would be one warning is an error at bind, on all ranks. Left out are only
+            what was not asked for and what a rule of the table of reasons excludes: one rank, a draft model, a layer
+            on another pipeline rank, a tuning table that says fusing never wins, q and k with another backend.
     Raises: ValueError: a value of the wrong type or out of range; the message names the key.
     """
 
@@ -72,7 +74,7 @@ class FusionConfig:
         """A config from JSON text such as '{"backend": "triton"}'. Raises ValueError."""
         try:
             data = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:  # also a number or a nesting beyond Python's own limits
             raise ValueError(f"fusion config: {text!r} is not JSON: {error}; expected an object like {{}}") from None
         return cls.from_dict(data)
 

@@ -13,10 +13,14 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Entry:
-    """A row of the table: `sentence` with {named} facts, and the `remedy` that a user can act on."""
+    """A row of the table: `sentence` with {named} facts, and the `remedy` that a user can act on.
+
+    rule: what is left out by design, or because nobody asked for it: never an error, under `strict` neither.
+    """
 
     sentence: str
     remedy: str
+    rule: bool = False
 
 
 TABLE: dict[str, Entry] = {
@@ -24,15 +28,16 @@ TABLE: dict[str, Entry] = {
     "not_asked": Entry(
         "fusion was not asked for",
         "set FD_FUSION_CONFIG='{{}}', pass --fusion-config, or give the model a FusionConfig",
+        rule=True,
     ),
-    "kill_switch": Entry("FD_FUSION_DISABLE is set", "unset FD_FUSION_DISABLE to allow fusion"),
-    "disabled": Entry("{flag} is false in the fusion config", "set {flag} to true"),
+    "kill_switch": Entry("FD_FUSION_DISABLE is set", "unset FD_FUSION_DISABLE to allow fusion", rule=True),
+    "disabled": Entry("{flag} is false in the fusion config", "set {flag} to true", rule=True),
     "two_configs": Entry(
         "layers of one model carry different fusion configs: {first} and {second}",
         "give every layer of the model the same FusionConfig",
     ),
     # Whether a pair can have a Site.
-    "one_rank": Entry("one rank: there is nothing to reduce", "nothing to do"),
+    "one_rank": Entry("one rank: there is nothing to reduce", "nothing to do", rule=True),
     "no_pairs": Entry(
         "no known (row-parallel linear, norm) pair in {model}", "see the README for the supported decoders"
     ),
@@ -63,6 +68,7 @@ TABLE: dict[str, Entry] = {
         "rank {rank} built another model: {detail}",
         "start every rank with the same model, config and versions",
     ),
+    "bind_raised": Entry("bind raised {error}", "see the log of this rank"),
     # The proving pass.
     "not_proven": Entry("the proving pass has not run yet", "run one forward in eager mode"),
     "unmatched": Entry(
@@ -143,7 +149,7 @@ TABLE: dict[str, Entry] = {
     "no_rows": Entry("T=0: there is nothing to compute", "nothing to do"),
     "tracing": Entry("the proving pass runs in eager mode only", "run one eager forward before capture"),
     # fastdeploy
-    "draft_model": Entry("{model} is a draft model: its layers are used in another way", "nothing to do"),
+    "draft_model": Entry("{model} is a draft model: its layers are used in another way", "nothing to do", rule=True),
     "sequence_parallel": Entry("sequence-parallel MoE splits the rows over the ranks", "nothing to do"),
     "expert_parallel": Entry("expert parallel: the experts are not split over the group", "nothing to do"),
     "proxy_rmsnorm": Entry("FD_USE_PHI_RMSNORM asks for another norm", "unset FD_USE_PHI_RMSNORM to fuse"),
@@ -153,7 +159,7 @@ TABLE: dict[str, Entry] = {
     ),
     "split_token": Entry("the linear splits its rows over the ranks", "nothing to do"),
     "unknown_block": Entry("{block} reduces in a way that is not known", "report it with the version of FastDeploy"),
-    "pipeline_boundary": Entry("layer {layer} is not on this rank", "nothing to do"),
+    "pipeline_boundary": Entry("layer {layer} is not on this rank", "nothing to do", rule=True),
     "quantised_norm": Entry("the norm quantises its output", "nothing to do"),
     "norm_bias": Entry("the norm has a bias", "nothing to do"),
     "wide_residual": Entry(
@@ -189,7 +195,9 @@ TABLE: dict[str, Entry] = {
         "bind when the weights are loaded",
     ),
     "qk_stock": Entry(
-        "q and k are normalised by the stock formula: backend {backend} on a {device}", "name the triton backend"
+        "q and k are normalised by the stock formula: backend {backend} on a {device}",
+        "name the triton backend",
+        rule=True,
     ),
     # comm and the triton backend.
     "other_machine": Entry(
@@ -246,6 +254,7 @@ TABLE: dict[str, Entry] = {
     "never_wins": Entry(
         "the tuning table says that fusing never wins here for {size} ranks, H={hidden_size}, {dtype}",
         "set max_token_num to fuse all the same",
+        rule=True,
     ),
     "open_failed": Entry("the workspace could not be opened: {error}", "see the log of this rank"),
     "dead_group": Entry(
@@ -307,33 +316,78 @@ TABLE: dict[str, Entry] = {
 
 @dataclass(frozen=True)
 class Reason:
-    """Why something is off: a code of `TABLE` and the facts of its sentence. `str()` gives the sentence."""
+    """Why something is off: a code of `TABLE` and the facts of its sentence. `str()` gives the sentence.
+
+    told: sentence and remedy of a rank with another version, whose code or facts are not in this table.
+    cause: what that rank said, where the code is "refused".
+    """
 
     code: str
     facts: tuple[tuple[str, Any], ...] = ()
+    told: tuple[str, str] | None = None
+    cause: Reason | None = None
 
     def __str__(self) -> str:
-        return TABLE[self.code].sentence.format(**dict(self.facts))
+        return self.told[0] if self.told else TABLE[self.code].sentence.format(**dict(self.facts))
 
     @property
     def remedy(self) -> str:
+        if self.told:
+            return self.told[1]
+        if self.cause is not None:
+            return f"on rank {dict(self.facts)['rank']}: {self.cause.remedy}"
         return TABLE[self.code].remedy.format(**dict(self.facts))
 
+    @property
+    def is_rule(self) -> bool:
+        """Whether this is never an error."""
+        return self.code in TABLE and TABLE[self.code].rule
+
+    @property
+    def root(self) -> Reason:
+        """What was wrong in the first place: the innermost cause."""
+        return self if self.cause is None else self.cause.root
+
     def to_dict(self) -> dict[str, Any]:
-        return {"code": self.code, "facts": dict(self.facts), "text": str(self), "remedy": self.remedy}
+        cause = {"cause": self.cause.to_dict()} if self.cause is not None else {}
+        return {"code": self.code, "facts": dict(self.facts), "text": str(self), "remedy": self.remedy, **cause}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Reason:
-        return because(data["code"], **data["facts"])
+        """Of another rank: what this version does not know is kept as it was told. Raises ValueError."""
+        try:
+            code, facts = data["code"], dict(data["facts"])
+            if _facts_of(code) == set(facts):
+                cause = data.get("cause")
+                return cls(code, _sorted(facts), cause=cls.from_dict(cause) if cause else None)
+            return cls(code, _sorted(facts), told=(str(data["text"]), str(data["remedy"])))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"not a reason: {type(error).__name__}: {error}") from None
 
 
 def because(code: str, **facts: Any) -> Reason:
     """Make a `Reason`. An unknown code or a missing fact is our own mistake and asserts at once."""
-    entry = TABLE.get(code)
-    assert entry is not None, f"no reason {code!r} in the table"
-    fields = {f for text in (entry.sentence, entry.remedy) for _, f, _, _ in string.Formatter().parse(text) if f}
+    fields = _facts_of(code)
+    assert fields is not None, f"no reason {code!r} in the table"
     assert fields == set(facts), f"reason {code!r} takes {sorted(fields)}, got {sorted(facts)}"
-    return Reason(code, tuple(sorted(facts.items())))
+    return Reason(code, _sorted(facts))
+
+
+def refused_by(rank: int, why: Reason) -> Reason:
+    """That `rank` refused, and all that it said: its sentence, its remedy, its code."""
+    return Reason("refused", _sorted({"rank": rank, "why": str(why)}), cause=why)
+
+
+def _facts_of(code: str) -> set[str] | None:
+    """The names in the sentence and the remedy of a code; None if there is no such code."""
+    entry = TABLE.get(code)
+    if entry is None:
+        return None
+    return {f for text in (entry.sentence, entry.remedy) for _, f, _, _ in string.Formatter().parse(text) if f}
+
+
+def _sorted(facts: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
+    return tuple(sorted(facts.items()))
 
 
 class FusionError(RuntimeError):
@@ -349,7 +403,7 @@ class HandOverError(FusionError):
 
 
 class BindError(FusionError):
-    """`bind` failed under `strict` or for a named backend; raised on all ranks alike, after the vote."""
+    """What `strict` or a named backend insists on is off; raised on all ranks alike, after the vote."""
 
 
 class FusionTimeout(FusionError):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import os
 import socket
 import threading
@@ -16,6 +17,7 @@ from typing import Any
 from fd_fusion.reasons import FusionError, because
 
 MIN_PADDLE = (3, 3)
+_logger = logging.getLogger("fd_fusion")
 
 
 def require_paddle() -> Any:
@@ -78,7 +80,12 @@ def _send_at_once(port: int) -> None:
 def tcp_store() -> TcpStore | None:
     """The job's store, as Paddle's launcher or spawn announces it; None where there is no such job (yet)."""
     address = store_address(os.environ)
-    return _connect(*address, int(os.environ.get("PADDLE_TRAINERS_NUM", "1"))) if address else None
+    size = os.environ.get("PADDLE_TRAINERS_NUM", "")
+    try:
+        return address and _connect(*address, int(size) if size.isdecimal() else 1)
+    except (RuntimeError, ValueError, OSError) as error:  # nobody serves it there
+        _logger.warning("fd_fusion: no store at %s:%s: %s", *address, error)
+        return None
 
 
 def store_address(environ: Mapping[str, str]) -> tuple[str, int] | None:
@@ -87,7 +94,7 @@ def store_address(environ: Mapping[str, str]) -> tuple[str, int] | None:
     if not (host and port):
         first = environ.get("PADDLE_TRAINER_ENDPOINTS", "").partition(",")[0]
         host, _, port = (environ.get("PADDLE_MASTER") or first).rpartition(":")
-    return (host, int(port)) if host and port.isdigit() else None
+    return (host, int(port)) if host and port.isdecimal() else None
 
 
 @functools.cache

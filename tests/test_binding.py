@@ -15,7 +15,7 @@ from fd_fusion import FusionConfig, exact
 from fd_fusion.backends import paddle as formulas
 from fd_fusion.comm import group as group_module
 from fd_fusion.comm.group import Group, Verdict, agree
-from fd_fusion.integration import binding, native, opening, settling
+from fd_fusion.integration import binding, joining, native, opening, settling
 from fd_fusion.integration.evidence import Contract
 from fd_fusion.integration.forwards import on_copies
 from fd_fusion.integration.outputs import first_difference, relative_errors, tensors_of, within_spread
@@ -392,20 +392,21 @@ def test_workspace_mb_is_shared_by_the_workspaces_of_all_groups_and_models(monke
     given = []
 
     def agree(group, topic, vote, timeout_s):
-        digest, spaces, free = vote.data
-        other = [digest, spaces + 1, free - (2 << 20)] if group is groups[1] else vote.data
+        *same, spaces, free = vote.data
+        other = [*same, spaces + 1, free - (2 << 20)] if group is groups[1] else vote.data
         return Verdict((vote.data, other), ())
 
     def open_for(group, pairs, config, deterministic, workspace_bytes):
         given.append((group.name, pairs[0].hidden_size, workspace_bytes))
         return None, because("no_paddle", detail=""), ()
 
-    monkeypatch.setattr(binding, "agree", agree)
+    monkeypatch.setattr(joining, "agree", agree)
     monkeypatch.setattr(binding, "open_for", open_for)
     models = [DemoDecoder(0, 1), DemoDecoder(0, 1)]
     for model, nbytes in zip(models, (2 << 20, 1 << 19)):
         bound = Bound(None, openings=[SimpleNamespace(opened=SimpleNamespace(bytes=nbytes))])
         monkeypatch.setitem(binding._bound, model, bound)
     config = FusionConfig(workspace_mb=10)
-    binding._open(Bound(Report(config, "a test", "none")), pairs, config, False, None)
+    state = Bound(Report(config, "a test", "none"), live=groups)
+    binding._open(state, pairs, config, False, None, dict.fromkeys(groups, ("digest", 0)))
     assert given == [("a", 64, 2621440), ("a", 128, 2621440), ("b", 64, 1441792)], "7.5 MiB by 3, and 5.5 by 4"

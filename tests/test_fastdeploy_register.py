@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent / "host"))
 from fd_fusion.config import ENV_CONFIG, ENV_DISABLE
 from fd_fusion.integration import fastdeploy as plugin
 from fd_fusion.integration import fastdeploy_worker as worker
-from fd_fusion.reasons import FusionTimeout, because
+from fd_fusion.reasons import BindError, FusionTimeout, because
 
 HOST = Path(__file__).parent / "host"
 LOADERS = """
@@ -207,6 +207,29 @@ def test_an_unforeseen_shape_of_the_host_is_one_warning_and_stock(monkeypatch, h
     assert "off" in caplog.text
 
 
+def test_strict_ends_the_load_of_a_model_that_cannot_fuse_but_for_a_rule(monkeypatch, host_worker):
+    """Expert parallel and FD_USE_PHI_RMSNORM raised nothing, and no report held such a model."""
+    from fd_fusion.integration import binding
+
+    class Model:
+        pass
+
+    monkeypatch.setenv(ENV_CONFIG, '{"strict": true}')
+    experts = fd_config_of()
+    experts.parallel_config.expert_parallel_size = 2
+    models = [Model(), Model(), Model()]
+    with pytest.raises(BindError, match="expert parallel"):
+        plugin._after_load(models[0], experts)
+    plugin._after_load(models[1], fd_config_of(size=1))
+    monkeypatch.setenv("FD_USE_PHI_RMSNORM", "1")
+    with pytest.raises(BindError, match="FD_USE_PHI_RMSNORM"):
+        plugin._after_load(models[2], fd_config_of())
+    monkeypatch.setenv(ENV_CONFIG, "{}")
+    plugin._after_load(models[2], fd_config_of())
+    codes = [binding._reports[model].off.code for model in models]
+    assert codes == ["expert_parallel", "one_rank", "proxy_rmsnorm"]
+
+
 @pytest.mark.parametrize("newer", [True, False])
 def test_no_token_leaves_after_a_timeout(newer, monkeypatch, host_worker):
     """Both places where a version publishes: the check runs first, and raises."""
@@ -246,7 +269,7 @@ def test_what_a_pooling_model_gives_waits_for_the_device(monkeypatch, host_worke
     from fd_fusion.integration import binding
 
     order = []
-    monkeypatch.setattr(binding, "report", lambda: ["a bound model"])
+    monkeypatch.setattr(binding, "report", lambda: [SimpleNamespace(sites=["one"])])
     monkeypatch.setattr(binding, "check", lambda: order.append("check"))
     monkeypatch.setattr(worker, "_wait_for_device", lambda: order.append("wait"))
     monkeypatch.setattr(host_worker.runner, "_publish", lambda rank, tokens: order.append("publish"))

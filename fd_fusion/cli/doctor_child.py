@@ -143,7 +143,8 @@ def _table(here: Any, facts: Facts) -> Iterator[Finding]:
             "framework", "table", "ok", f"tuned limits for {shape}: {dict(limits.rows)}", data=limits.to_dict()
         )
     else:
-        text = f"nothing tuned for {shape} in {path}: the built-in limits count"
+        where = path or "~/.cache, since this user has no home"
+        text = f"nothing tuned for {shape} in {where}: the built-in limits count"
         yield Finding("framework", "table", "note", text, f"python -m fd_fusion tune --nproc {facts.size}")
 
 

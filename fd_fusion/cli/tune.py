@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import importlib.util
 import socket
 import sys
@@ -44,7 +45,7 @@ def main(argv: list[str]) -> int:
     except BlockingIOError:
         return _fail("another tune is running: wait for it, or end it")
     except OSError as error:
-        folder = table_path().parent
+        folder = getattr(table_path(), "parent", "a home folder")
         return _fail(
             f"the table cannot be kept in {folder} ({error.strerror}): set XDG_CACHE_HOME to a folder of yours"
         )
@@ -93,6 +94,8 @@ def tune(args: argparse.Namespace) -> dict[str, Any]:
         if not rows:
             raise ValueError(f"--rows {args.rows}: {args.nproc} virtual ranks on one GPU take up to {most} rows")
     path = table_path()
+    if path is None and mode == "gpu":
+        raise OSError(errno.ENOENT, "this user has none")
     # Held while measuring, so that no two disturb each other; and a folder that cannot be written shows at once.
     with table_lock(path) if mode == "gpu" else contextlib.nullcontext():
         try:

@@ -5,26 +5,35 @@ Knows no host: what a pair is, how its ends take a Site and how its stock path r
 
 from __future__ import annotations
 
-import hashlib
-import json
+import contextlib
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from fd_fusion import __version__, runtime
-from fd_fusion.comm.group import Group, Vote, agree
+from fd_fusion import runtime
+from fd_fusion.comm.circle import in_order
+from fd_fusion.comm.group import Group
 from fd_fusion.config import FusionConfig, Resolved, resolve
 from fd_fusion.integration import metrics, native
 from fd_fusion.integration.forwards import ExampleOf
+from fd_fusion.integration.joining import (
+    by_group,
+    conclude_opening,
+    group_of_last_resort,
+    join,
+    label_of,
+    structure_refusal,
+)
 from fd_fusion.integration.opening import Opening, open_for
 from fd_fusion.integration.pairs import Pair, without_hooked
 from fd_fusion.integration.qk import QKNorm, settle_qk_norms
 from fd_fusion.integration.report import Report
-from fd_fusion.integration.settling import Bound, attach_and_prove, logger, refuse, undo_all
-from fd_fusion.reasons import BindError, FusionTimeout, Reason, because
+from fd_fusion.integration.settling import Bound, attach_and_prove, leave_stock, logger, undo_all
+from fd_fusion.reasons import BindError, FusionError, FusionTimeout, Reason, because
 from fd_fusion.site import Rejected, Site
 
 _bound: weakref.WeakKeyDictionary[Any, Bound] = weakref.WeakKeyDictionary()
+_reports: weakref.WeakKeyDictionary[Any, Report] = weakref.WeakKeyDictionary()  # of models that are off too
 
 
 def bind(
@@ -38,6 +47,8 @@ def bind(
     deterministic: bool = False,
     source: str = "an argument",
     resolved: Resolved | None = None,
+    group: Group | None = None,
+    refusal: Reason | None = None,
 ) -> Report:
     """Collective: give the pairs of `model` their Sites. Every rank of every group calls it with the same arguments.
 
@@ -65,35 +76,46 @@ def bind(
         deterministic: the host is in its deterministic or batch-invariant mode.
         source: where `config` comes from, for the log.
         resolved: the outcome of a host's own `resolve`, in place of config and source.
-    Returns: the report. Binding twice with one config returns the first report.
-    Raises: ValueError: a malformed config. BindError: strict, or a named backend, and something failed; on all ranks.
+        group: ranks that vote in any case, also for a model in which this rank finds no pair.
+        refusal: why this rank cannot bind; the others hear of it in the vote.
+    Returns: the report. Binding twice with one config returns the first report, unless something failed: then it is
+        tried again.
+    Raises: ValueError: a malformed config. BindError: something is off that `strict`, or a named backend, insists on;
+        on all ranks alike.
     """
     resolved = resolved or _resolve(model, config, source)
     if model in _bound:
-        if _bound[model].report.config == resolved.config:
+        if _bound[model].report.config == resolved.config and _bound[model].on:
             return _bound[model].report
         unbind(model)
-    report = Report(resolved.config, resolved.source, type(model).__name__)
+    report = _reports[model] = Report(resolved.config, resolved.source, type(model).__name__)
     if resolved.config is None:
         report.off = resolved.reason
         return report
     found = without_hooked(native.find_pairs(model) if pairs is None else pairs)
     report.rejected += [pair for pair in found if isinstance(pair, Rejected)]
     found = [pair for pair in found if isinstance(pair, Pair)]
-    if not resolved.config.enable_all_reduce_rms_norm:
+    if refusal is not None:
+        report.off = refusal
+    elif not resolved.config.enable_all_reduce_rms_norm:
         report.off = because("disabled", flag="enable_all_reduce_rms_norm")
     elif not found and not report.rejected:
         report.off = because("no_pairs", model=type(model).__name__)
     state = Bound(report)
     try:
-        failure = _settle_qk(state, native.find_qk_norms(model) if qk_norms is None else qk_norms)
+        failure = refusal or _settle_qk(state, native.find_qk_norms(model) if qk_norms is None else qk_norms)
+        state.failures += [failure] if failure is not None else []
+        pairs_of = by_group(found, group or group_of_last_resort(report, found))
+        labels = {one: label_of(model, of, resolved.config, deterministic) for one, of in pairs_of.items()}
+        join(state, {one: "/".join(map(str, label)) for one, label in labels.items()})
         if resolved.config.enable_all_reduce_rms_norm:
-            _open(state, found, resolved.config, deterministic, failure)
-        if failure is not None:
-            raise BindError(failure)
+            _open(state, found, resolved.config, deterministic, failure, labels)
+        conclude_opening(state)
         attach_and_prove(model, state, example, example_of)
-    except BaseException:
+    except BaseException as error:
         undo_all(state)
+        report.off = error.reason if isinstance(error, FusionError) else because("bind_raised", error=_told(error))
+        report.sites.clear()
         raise
     _bound[model] = state
     report.log(logger)
@@ -105,14 +127,25 @@ def unbind(model: Any) -> None:
 
     A graph that was captured or traced while the model was bound uses them, and must not run again.
     """
-    state = _bound.pop(model, None)
+    state, _ = _bound.pop(model, None), _reports.pop(model, None)
     if state is not None:
         undo_all(state)
 
 
 def report() -> list[Report]:
-    """The reports of the models that are bound in this process."""
-    return [state.report for state in _bound.values()]
+    """The reports of the models of this process for which `bind` was called, those that are off too."""
+    return list(_reports.values())
+
+
+def note_off(model: Any, resolved: Resolved, reason: Reason) -> None:
+    """Keep a report of a model that a host leaves stock without a vote, for a reason that all its ranks share.
+
+    Raises: BindError: under `strict`, unless the reason is a rule.
+    """
+    with contextlib.suppress(TypeError):  # what is no layer, and cannot be held weakly, has no report
+        _reports[model] = Report(resolved.config, resolved.source, type(model).__name__, off=reason)
+    if resolved.config is not None and resolved.config.strict and not reason.is_rule:
+        raise BindError(reason)
 
 
 def check() -> None:
@@ -149,6 +182,10 @@ def _resolve(model: Any, config: Any, source: str) -> Resolved:
     return resolve(config, explicit_source=source)
 
 
+def _told(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
 def _settle_qk(state: Bound, norms: Sequence[QKNorm]) -> Reason | None:
     """Choose what the q and k norms run. Returns a failure that the user does not want to be spared."""
     config, report = state.report.config, state.report
@@ -159,26 +196,36 @@ def _settle_qk(state: Bound, norms: Sequence[QKNorm]) -> Reason | None:
     return failed[0] if insisted and failed else None
 
 
-def _open(state: Bound, pairs: list[Pair], config: FusionConfig, deterministic: bool, failure: Reason | None) -> None:
+def _open(
+    state: Bound,
+    pairs: list[Pair],
+    config: FusionConfig,
+    deterministic: bool,
+    failure: Reason | None,
+    labels: Mapping[Group, tuple[str, int]],
+) -> None:
     """Settle, group by group, which pairs get a Site. `failure` of this rank is a refusal that all ranks hear of."""
-    report = state.report
-    by_group: dict[Group, list[Pair]] = {}
-    for pair in pairs:
-        if pair.group.size == 1:
-            report.rejected.append(Rejected(pair.name, because("one_rank")))
-        else:
-            by_group.setdefault(pair.group, []).append(pair)
-    spaces = len({(group, pair.hidden_size, pair.dtype) for group in by_group for pair in by_group[group]})
+    report, failure = state.report, failure or state.broken
+    report.rejected += [Rejected(pair.name, because("one_rank")) for pair in pairs if pair.group.size == 1]
+    pairs_of = {group: [pair for pair in pairs if pair.group == group] for group in labels}
+    spaces = len({(group, pair.hidden_size, pair.dtype) for group in pairs_of for pair in pairs_of[group]})
     taken = sum(opening.opened.bytes for bound in _bound.values() for opening in bound.openings)
     room = spaces, (config.workspace_mb << 20) - taken
-    # Every rank goes through the groups in one order, so that no two of them wait for each other crosswise.
-    for group in sorted(by_group, key=lambda group: (group.size, group.ranks)):
-        refusal, each = _structure_refusal(group, by_group[group], config, deterministic, failure, room)
-        if refusal is not None:
-            refuse(report, by_group[group], *refusal, config)
-            continue
-        state.groups.append(group)
-        _open_group(state, group, by_group[group], config, deterministic, each)
+    for group in in_order(pairs_of):
+        if group not in state.live:  # a rank did not come
+            refused, each = (state.broken, ()), 0
+        else:
+            refused, each = structure_refusal(group, len(pairs_of[group]), labels[group], failure, room, config)
+        if refused is not None:
+            _leave_stock(state, pairs_of[group], *refused)
+        elif pairs_of[group]:
+            _open_group(state, group, pairs_of[group], config, deterministic, each)
+
+
+def _leave_stock(state: Bound, pairs: list[Pair], reason: Reason, ranks: tuple[int, ...]) -> None:
+    """Of one group; the others go on, and `conclude_opening` tells all of them."""
+    leave_stock(state.report, pairs, reason, ranks)
+    state.failures.append(reason)
 
 
 def _open_group(
@@ -191,13 +238,15 @@ def _open_group(
     for key in sorted(spaces):
         opened, reason, ranks = open_for(group, spaces[key], config, deterministic, workspace_bytes)
         if opened is None:
-            refuse(state.report, spaces[key], reason, ranks, config)
+            _leave_stock(state, spaces[key], reason, ranks)
             continue
         state.openings.append(opened)
         for pair in spaces[key]:
             site = _site_of(pair, opened)
             state.sites.append((pair, site))
             state.report.add_site(site, opened, group)
+    if any(pair.group == group for pair, _ in state.sites):
+        state.groups.append(group)
 
 
 def _site_of(pair: Pair, opening: Opening) -> Site:
@@ -215,31 +264,3 @@ def _site_of(pair: Pair, opening: Opening) -> Site:
     limit, user = opening.opened.limit, runtime.how_to_tell_users()
     ends = {"reduce": pair.reduce, "norm": pair.norm, "hooks": pair.hooks}
     return Site(pair.name, fused=fused, **ends, limit=limit, user=user)
-
-
-def _structure_refusal(
-    group: Group,
-    pairs: list[Pair],
-    config: FusionConfig,
-    deterministic: bool,
-    failure: Reason | None,
-    room: tuple[int, int],
-) -> tuple[tuple[Reason, tuple[int, ...]] | None, int]:
-    """The first vote of a group: None if every rank built the same, else (reason, ranks); and the bytes that each of
-    its workspaces may have, so that all fit into what is left of `workspace_mb` on every rank.
-
-    Args: room: how many workspaces this rank needs, of all its groups, and the bytes that are left for them.
-    """
-    facts = ("name", "hidden_size", "dtype", "weight_dtype", "weight_offset", "eps")
-    shape = [[getattr(pair, fact) for fact in facts] for pair in pairs]
-    text = json.dumps([__version__, shape, config.to_dict(), deterministic])
-    digest = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
-    verdict = agree(group, "structure", Vote(failure, [digest, *room]), timeout_s=config.timeout_s)
-    if not verdict.ok:
-        return (verdict.reason, tuple(rank for rank, _ in verdict.refusals)), 0
-    others = [rank for rank, data in enumerate(verdict.data) if data[0] != verdict.data[0][0]]
-    if others:
-        detail = f"its pairs, config or version are not those of rank 0 ({len(shape)} pairs on rank {group.rank})"
-        return (because("structure_differs", rank=others[0], detail=detail), tuple(others)), 0
-    most, least = max(data[1] for data in verdict.data), min(data[2] for data in verdict.data)
-    return None, max(0, least) // most

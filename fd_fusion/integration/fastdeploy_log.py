@@ -44,8 +44,8 @@ def say_off(model: Any, reason: Reason) -> None:
     logger.warning("fd_fusion %s: %s: off: %s", __version__, type(model).__name__, reason)
 
 
-def say_unreadable(model: Any, error: Exception) -> None:
-    """The same for a model of a shape that nobody foresaw; the traceback at debug level."""
+def unreadable(model: Any, error: Exception) -> Reason:
+    """Why a model of a shape that nobody foresaw is off; the traceback at debug level."""
     cls = type(model)
     logger.debug("fd_fusion: %s could not be read", cls.__name__, exc_info=error)
-    say_off(model, because("symbol_moved", path=f"{cls.__module__}.{cls.__name__} ({type(error).__name__}: {error})"))
+    return because("symbol_moved", path=f"{cls.__module__}.{cls.__name__} ({type(error).__name__}: {error})")

@@ -64,7 +64,9 @@ def _checked(stock: Callable, waits: bool) -> Callable:
     def publish(*args, **kwargs):
         from fd_fusion.integration import binding
 
-        if (waits or _is_pooled(args[0] if args else kwargs.get("sampler_or_pooler_output"))) and binding.report():
+        if (waits or _is_pooled(args[0] if args else kwargs.get("sampler_or_pooler_output"))) and any(
+            one.sites for one in binding.report()
+        ):
             _wait_for_device()
         binding.check()
         return stock(*args, **kwargs)

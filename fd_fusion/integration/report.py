@@ -75,12 +75,12 @@ class Report:
     def lines(self) -> list[str]:
         """One line on what fuses, and one for each reason why something does not, with the number of sites."""
         lines = [self._headline()]
-        for reason, count in Counter(str(line.reason) for line in self.rejected).items():
+        for reason, count in Counter(_told(line.reason) for line in self.rejected).items():
             lines.append(f"fd_fusion: {count} pair{'s' * (count != 1)} stock: {reason}")
         for reason in dict.fromkeys(line.opening.note for line in self.workspaces if line.opening.note):
             lines.append(f"fd_fusion: {reason}; {reason.remedy}")
         lines += [f"fd_fusion: {reason}" for reason in (self.waiting, self.spread) if reason is not None]
-        for reason, count in Counter(str(reason) for reason in self.qk_stock.values()).items():
+        for reason, count in Counter(map(_told, self.qk_stock.values())).items():
             lines.append(f"fd_fusion: {count} q and k norm{'s' * (count != 1)} stock: {reason}")
         return lines
 
@@ -138,6 +138,11 @@ class Report:
         logger.log(logging.INFO if _global_rank() == 0 else logging.DEBUG, lines[0])
         for line in lines[1:]:
             logger.warning(line)
+
+
+def _told(reason: Reason) -> str:
+    """The sentence, and the remedy where there is something to do."""
+    return str(reason) if reason.remedy == "nothing to do" else f"{reason}; {reason.remedy}"
 
 
 def _space(line: SiteLine) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from fd_fusion.comm.circle import Known
 from fd_fusion.comm.group import Group, Vote, agree
 from fd_fusion.config import FusionConfig
 from fd_fusion.integration.evidence import Contract
@@ -37,13 +38,38 @@ class Bound:
     undo: list[Callable[[], None]] = field(default_factory=list)  # of the Sites
     qk_norms: list[QKNorm] = field(default_factory=list)
     undo_qk: list[Callable[[], None]] = field(default_factory=list)
+    known: Known = field(default_factory=dict)  # which ranks are in which groups
+    live: list[Group] = field(default_factory=list)  # groups that still vote
+    broken: Reason | None = None  # why this rank does not know all of its circle
+    circle: Group | None = None  # all ranks that must come to one outcome
+    failures: list[Reason] = field(default_factory=list)  # what was tried and did not work
+    on: bool = True  # somewhere in the circle; a bind that failed may be tried again
 
 
 def refuse(report: Report, pairs: list[Pair], reason: Reason, ranks: tuple[int, ...], config: FusionConfig) -> None:
     """Leave the pairs stock; an error instead if the user insisted. All ranks come here with the same verdict."""
-    report.rejected += [Rejected(pair.name, reason, ranks) for pair in pairs]
-    if reason.code != "never_wins" and (config.strict or config.backend != "auto"):  # a rule is no failure
+    leave_stock(report, pairs, reason, ranks)
+    if not reason.root.is_rule and (config.strict or config.backend != "auto"):
         raise BindError(reason)
+
+
+def leave_stock(report: Report, pairs: list[Pair], reason: Reason, ranks: tuple[int, ...]) -> None:
+    report.rejected += [Rejected(pair.name, reason, ranks) for pair in pairs]
+
+
+def insisted_failure(state: Bound) -> Reason | None:
+    """What is off on this rank though the user insists on it: the meaning of `strict` and of a named backend.
+
+    A named backend must not fail where it is tried. Strict: nothing may be off, whatever the reason, but what a rule
+    of the table of reasons leaves out.
+    """
+    config, report = state.report.config, state.report
+    off = list(state.failures)
+    if config.strict:
+        off += [report.off, *(one.reason for one in report.rejected), *report.qk_stock.values()]
+    elif config.backend == "auto":
+        return None
+    return next((reason for reason in off if reason is not None and not reason.root.is_rule), None)
 
 
 def attach_and_prove(
@@ -151,12 +177,19 @@ class Ballot:
     def goes_on(self) -> bool:
         return self.refusal is None and self.again is None
 
-    def hear(self, ranks: Sequence[dict[str, Any]], proof: Proof | None) -> None:
+    def finds(self) -> dict[str, Any]:
+        """What this rank states beside a refusal."""
+        return {"again": self.again and self.again.to_dict(), "differs": self.differs}
+
+    def refuse(self, reason: Reason, ranks: tuple[int, ...]) -> None:
+        self.refusal, self.ranks = reason, ranks
+
+    def hear(self, ranks: Sequence[dict[str, Any]], proof: Proof | None = None) -> None:
         """The data of all ranks of a group, none of which refused: the same conclusions on each of them."""
         self.differs = self.differs or any(data["differs"] for data in ranks)
         for data in ranks:
             self.again = self.again or (data["again"] and Reason.from_dict(data["again"]))
-        words = [data["words"] for data in ranks]
+        words = [data.get("words") for data in ranks]
         if proof is not None and all(words) and self.again is None:
             self.refusal = proof.joint_refusal(words)
             self.again = None if self.refusal else vacuous(words)
@@ -165,24 +198,25 @@ class Ballot:
 def _vote(state: Bound, ballot: Ballot, proof: Proof | None = None) -> None:
     """Make the ballot one outcome for all ranks of all groups of the model.
 
-    A refusal has to reach the ranks that share no group with its rank, so there are as many rounds as groups. The
-    words of the proof are the group's own, and go through the first round alone.
+    What the ranks of a group compare, each group compares; the outcome is one ballot of the whole circle. So every
+    rank casts the same ballots in each group, whatever it found and however the groups overlap.
     """
-    for turn in range(len(state.groups)):
-        for group in state.groups:
-            names = [pair.name for pair, _ in state.sites if pair.group == group]
-            shown = proof.words if proof is not None and ballot.goes_on and not turn else {}
-            data = {
-                "words": {name: shown[name] for name in names if name in shown} or None,
-                "again": ballot.again and ballot.again.to_dict(),
-                "differs": ballot.differs,
-            }
-            verdict = agree(group, "proof", Vote(ballot.refusal, data), timeout_s=state.report.config.timeout_s)
-            if verdict.ok:
-                ballot.hear(verdict.data, None if turn else proof)
-            else:
-                ballot.refusal = ballot.refusal or verdict.reason
-                ballot.ranks = tuple(rank for rank, _ in verdict.refusals)
+    timeout_s = state.report.config.timeout_s
+    for group in state.groups:
+        names = [pair.name for pair, _ in state.sites if pair.group == group]
+        shown = proof.words if proof is not None and ballot.goes_on else {}
+        data = {"words": {name: shown[name] for name in names if name in shown} or None, **ballot.finds()}
+        verdict = agree(group, "proof", Vote(ballot.refusal, data), timeout_s=timeout_s)
+        if verdict.missing:
+            ballot.refuse(ballot.refusal or verdict.reason, verdict.missing)
+        elif verdict.ok:  # a rank that refuses says so once more, to the whole circle
+            ballot.hear(verdict.data, proof)
+    if state.circle is not None:
+        verdict = agree(state.circle, "outcome", Vote(ballot.refusal, ballot.finds()), timeout_s=timeout_s)
+        if verdict.ok:
+            ballot.hear(verdict.data)
+        else:
+            ballot.refuse(verdict.reason, tuple(rank for rank, _ in verdict.refusals))
 
 
 def _settle(state: Bound, refusal: Reason | None, ranks: tuple[int, ...]) -> None:
@@ -195,6 +229,7 @@ def _settle(state: Bound, refusal: Reason | None, ranks: tuple[int, ...]) -> Non
         state.undo += [pair.attach(site) for pair, site in state.sites]
         state.undo_qk += [norm.attach(Kernel(norm)) for norm in state.qk_norms]
         return
+    state.on = False
     undo_all(state)
     report.qk_stock.update(dict.fromkeys(report.qk_fused, refusal))  # they took part in what the pass showed
     report.qk_fused = []
