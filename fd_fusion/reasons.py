@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import string
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,10 @@ TABLE: dict[str, Entry] = {
         "another rank ran out of time in a fused call and ended it for the whole group",
         "see the logs of the other ranks; restart the ranks, or call reset() on every rank",
     ),
-    "closed": Entry("the workspace is closed", "bind the model again"),
+    "closed": Entry(
+        "the workspace is closed: its model was unbound, or is gone",
+        "bind the model again, then trace and capture it again",
+    ),
     # cli and the tuning table.
     "two_paddles": Entry(
         "two distributions of Paddle overwrite each other's files: paddlepaddle {first}, paddlepaddle-gpu {second}",
@@ -300,6 +303,11 @@ class FusionError(RuntimeError):
     def __init__(self, reason: Reason):
         super().__init__(f"fd_fusion: {reason}. Remedy: {reason.remedy}.")
         self.reason = reason
+
+
+def closed(*_: Any, **__: Any) -> NoReturn:
+    """Put in the place of what was closed: every call of it raises, and a call before that pays nothing."""
+    raise FusionError(because("closed"))
 
 
 class HandOverError(FusionError):

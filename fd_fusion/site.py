@@ -18,7 +18,7 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
 
-from fd_fusion.reasons import HandOverError, Reason, because
+from fd_fusion.reasons import HandOverError, Reason, because, closed
 
 Tensor = Any
 Finished = tuple[Tensor, Tensor]  # (norm_out, residual_out)
@@ -27,6 +27,12 @@ Norm = Callable[[Tensor, Tensor], Finished]
 # A traced graph can hold no Python object: there a site goes by its number.
 _numbers = itertools.count(1)
 by_number: weakref.WeakValueDictionary[str, Site] = weakref.WeakValueDictionary()
+
+
+def site_of(number: str) -> Site:
+    """The Site of a traced graph. Raises: FusionError: its model was unbound, or is gone."""
+    site = by_number.get(number)
+    return closed() if site is None else site
 
 
 @dataclass(frozen=True)
@@ -160,6 +166,13 @@ class Site:
 
     def end_proof(self, proven: bool) -> None:
         self._proven, self._prove, self._pending = proven, None, None
+
+    def close(self) -> None:
+        """Every later use raises `closed`, from a layer that was kept or a graph that was traced."""
+        self._proven, self._prove, self._pending = False, None, None
+        self._fused = self._reduce = self._norm = closed
+        for entry in ("hand_over", "finish", "finish_stock", "complete", "stock", "fused"):
+            setattr(self, entry, closed)
 
     def fused(self, partial: Tensor, residual: Tensor | None) -> Finished:
         """The fused call by itself, for the proving pass."""

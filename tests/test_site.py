@@ -1,11 +1,12 @@
 """A Site by itself, with strings for tensors: who may hand over what, when it fuses, and what it counts."""
 
+import gc
 import threading
 
 import pytest
 
-from fd_fusion.reasons import HandOverError
-from fd_fusion.site import Site
+from fd_fusion.reasons import FusionError, HandOverError
+from fd_fusion.site import Site, site_of
 
 
 class Fake:
@@ -130,3 +131,31 @@ def test_a_norm_given_with_the_call_takes_the_place_of_the_bound_one():
     partial = site.hand_over(Fake(3, 8))
     assert site.finish(partial, None, lambda total, residual: ("other", total)) == ("other", partial)
     assert calls == ["reduce"]
+
+
+def closed(use):
+    with pytest.raises(FusionError) as error:
+        use()
+    return error.value.reason.code == "closed"
+
+
+def test_a_closed_site_raises_from_every_entry():
+    """What it calls is gone: at T above the limit too, and at T=0, and with a partial sum handed over before."""
+    site, calls = make()
+    site.hand_over(partial := Fake(1, 8))
+    site.close()
+    for rows in (0, 1, 5):
+        assert closed(lambda: site.hand_over(Fake(rows, 8)))  # noqa: B023
+        assert closed(lambda: site.finish(partial, None)) and closed(lambda: site.complete(Fake(rows, 8), None))  # noqa: B023
+        assert closed(lambda: site.finish_stock(partial, None, lambda *_: ("out", "sum")))
+    assert closed(lambda: site.fused(partial, None)) and not site.fuses(1) and calls == []
+    site.close()
+
+
+def test_the_number_of_a_site_that_is_gone_is_closed():
+    site, _ = make()
+    number = site.number
+    assert site_of(number) is site
+    del site
+    gc.collect()
+    assert closed(lambda: site_of(number)) and closed(lambda: site_of("no such number"))

@@ -131,6 +131,8 @@ def undo_all(state: Bound) -> None:
 def _undo_sites(state: Bound) -> None:
     while state.undo:
         state.undo.pop()()
+    for _, site in state.sites:  # a graph that was traced while the model was bound still calls it
+        site.close()
     while state.openings:
         with contextlib.suppress(Exception):  # a workspace that cannot be closed in time is left to process exit
             state.openings.pop().opened.close()

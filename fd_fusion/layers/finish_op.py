@@ -11,7 +11,7 @@ from paddle.base.dygraph.base import in_sot_simulation_mode
 from paddle.static import MetaTensor, register_op
 
 from fd_fusion.backends import paddle as formulas
-from fd_fusion.site import Site, by_number
+from fd_fusion.site import Site, site_of
 
 
 def _like_partial(partial, *rest):
@@ -26,7 +26,7 @@ def _like_partial(partial, *rest):
     output_names=["norm_out", "residual_out"],
 )
 def _finish(partial, residual, site):
-    return by_number[site].complete(partial, residual)
+    return site_of(site).complete(partial, residual)
 
 
 @register_op(
@@ -36,7 +36,7 @@ def _finish(partial, residual, site):
     output_names=["norm_out", "residual_out"],
 )
 def _finish_without_residual(partial, site):
-    norm_out, residual_out = by_number[site].complete(partial, None)
+    norm_out, residual_out = site_of(site).complete(partial, None)
     # A graph may not give an input back as an output, and the stock norm returns x itself as the residual.
     return norm_out, residual_out.clone() if residual_out is partial else residual_out
 
