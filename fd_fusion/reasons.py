@@ -183,6 +183,10 @@ TABLE: dict[str, Entry] = {
         "another rank ran out of time in a fused call and ended it for the whole group",
         "see the logs of the other ranks; restart the ranks, or call reset() on every rank",
     ),
+    "dropped": Entry(
+        "a bound {model} was dropped without unbind: its workspace of {bytes} bytes stays open until the next bind",
+        "call fd_fusion.unbind(model) on every rank before the model goes",
+    ),
     "closed": Entry(
         "the workspace is closed: its model was unbound, or is gone",
         "bind the model again, then trace and capture it again",

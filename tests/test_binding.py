@@ -11,7 +11,7 @@ import fd_fusion
 from fd_fusion import FusionConfig
 from fd_fusion.comm import group as group_module
 from fd_fusion.comm.group import Group, Verdict, agree
-from fd_fusion.integration import binding, native, opening, settling
+from fd_fusion.integration import binding, lifecycle, native, opening, settling
 from fd_fusion.integration.pairs import find_links
 from fd_fusion.integration.proof import Proof, joint_refusal, outputs_refusal, relative_errors
 from fd_fusion.integration.report import Report
@@ -262,10 +262,9 @@ def test_workspace_mb_is_shared_by_the_workspaces_of_all_groups_and_models(monke
 
     monkeypatch.setattr(binding, "agree", agree)
     monkeypatch.setattr(binding, "open_for", open_for)
-    models = [DemoDecoder(0, 1), DemoDecoder(0, 1)]
-    for model, nbytes in zip(models, (2 << 20, 1 << 19)):
-        bound = Bound(None, openings=[SimpleNamespace(opened=SimpleNamespace(bytes=nbytes))])
-        monkeypatch.setitem(binding._bound, model, bound)
+    monkeypatch.setattr(lifecycle, "_held", ())
+    for nbytes in (2 << 20, 1 << 19):
+        lifecycle.hold(Group("another", 0, 2, (0, 1), None), SimpleNamespace(bytes=nbytes))
     config = FusionConfig(workspace_mb=10)
     binding._open(Bound(Report(config, "a test", "none")), pairs, config, False, None)
     assert given == [("a", 64, 2621440), ("a", 128, 2621440), ("b", 64, 1441792)], "7.5 MiB by 3, and 5.5 by 4"

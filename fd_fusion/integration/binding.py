@@ -14,7 +14,7 @@ from typing import Any
 from fd_fusion import __version__, runtime
 from fd_fusion.comm.group import Group, Vote, agree
 from fd_fusion.config import FusionConfig, Resolved, resolve
-from fd_fusion.integration import metrics, native
+from fd_fusion.integration import lifecycle, metrics, native
 from fd_fusion.integration.opening import Opening, open_for
 from fd_fusion.integration.pairs import Pair
 from fd_fusion.integration.qk import QKNorm, settle_qk_norms
@@ -78,7 +78,9 @@ def bind(
     except BaseException:
         undo_all(state)
         raise
-    _bound[model] = state
+    with lifecycle.lock:
+        _bound[model] = state
+    lifecycle.watch_model(model, [opening.opened for opening in state.openings])
     report.log(logger)
     return report
 
@@ -88,22 +90,25 @@ def unbind(model: Any) -> None:
 
     A graph that was captured or traced while the model was bound uses them, and must not run again.
     """
-    state = _bound.pop(model, None)
+    with lifecycle.lock:
+        state = _bound.pop(model, None)
     if state is not None:
         undo_all(state)
 
 
 def report() -> list[Report]:
     """The reports of the models that are bound in this process."""
-    return [state.report for state in _bound.values()]
+    with lifecycle.lock:
+        return [state.report for state in _bound.values()]
 
 
 def check() -> None:
-    """Raise FusionTimeout if a fused call of any bound model ran out of time. For use before tokens are published."""
+    """Raise FusionTimeout if a fused call of any bound model ran out of time. For use before tokens are published.
+
+    Nothing else is raised: what goes wrong with the metrics, which it writes once a minute, is one line in the log.
+    """
     try:
-        for state in _bound.values():
-            for opening in state.openings:
-                opening.opened.check()
+        lifecycle.check()
     except FusionTimeout:
         metrics.tick(report, every_s=1.0)  # this process may end before the minute is over
         raise
@@ -152,10 +157,11 @@ def _open(state: Bound, pairs: list[Pair], config: FusionConfig, deterministic: 
         else:
             by_group.setdefault(pair.group, []).append(pair)
     spaces = len({(group, pair.hidden_size, pair.dtype) for group in by_group for pair in by_group[group]})
-    taken = sum(opening.opened.bytes for bound in _bound.values() for opening in bound.openings)
-    room = spaces, (config.workspace_mb << 20) - taken
     # Every rank goes through the groups in one order, so that no two of them wait for each other crosswise.
-    for group in sorted(by_group, key=lambda group: (group.size, group.ranks)):
+    groups = sorted(by_group, key=lambda group: (group.size, group.ranks))
+    lifecycle.close_dropped(groups, config.timeout_s)
+    room = spaces, (config.workspace_mb << 20) - lifecycle.taken_bytes()
+    for group in groups:
         refusal, each = _structure_refusal(group, by_group[group], config, deterministic, failure, room)
         if refusal is not None:
             refuse(report, by_group[group], *refusal, config)
@@ -177,6 +183,7 @@ def _open_group(
             refuse(state.report, spaces[key], reason, ranks, config)
             continue
         state.openings.append(opened)
+        lifecycle.hold(group, opened.opened)
         for pair in spaces[key]:
             site = _site_of(pair, opened)
             state.sites.append((pair, site))

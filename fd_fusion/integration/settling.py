@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -10,6 +9,7 @@ from typing import Any
 
 from fd_fusion.comm.group import Group, Vote, agree
 from fd_fusion.config import FusionConfig
+from fd_fusion.integration import lifecycle
 from fd_fusion.integration.opening import Opening
 from fd_fusion.integration.pairs import Pair
 from fd_fusion.integration.proof import Proof, joint_refusal, outputs_refusal
@@ -134,5 +134,4 @@ def _undo_sites(state: Bound) -> None:
     for _, site in state.sites:  # a graph that was traced while the model was bound still calls it
         site.close()
     while state.openings:
-        with contextlib.suppress(Exception):  # a workspace that cannot be closed in time is left to process exit
-            state.openings.pop().opened.close()
+        lifecycle.close(state.openings.pop().opened)

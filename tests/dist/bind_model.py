@@ -3,6 +3,7 @@
 argv: the backend, "auto" if none; then "eager" to leave out to_static, whose tracing takes most of the time.
 """
 
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from support import rank as this
 from support.tiny import DemoDecoder, hidden
 
 import fd_fusion
+from fd_fusion.integration import lifecycle
 from fd_fusion.reasons import FusionError, HandOverError
 
 LIMIT = 4
@@ -135,4 +137,13 @@ model(x[:3])
 assert counts() == {"not_proven": 1, "fused": 1}
 fd_fusion.unbind(model)
 assert not changed(model), changed(model)
+
+# Models that are dropped without unbind: all that is open counts, and the next bind closes what nobody has any more.
+small = dataclasses.replace(config, workspace_mb=1)
+for _ in range(3):
+    dropped = DemoDecoder(rank, size)
+    assert fd_fusion.bind(dropped, small, example=lambda: (dropped(x[:2]),)).proven
+    assert len(lifecycle.held()) == 1 and lifecycle.taken_bytes() <= 1 << 20
+fd_fusion.unbind(dropped)
+assert not lifecycle.held()
 this.record(ok=True, bits=fused[LIMIT].numpy().tobytes().hex())
