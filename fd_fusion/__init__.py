@@ -15,6 +15,8 @@ _HOME = {
     "unbind": "integration.binding",
     "report": "integration.binding",
     "check": "integration.binding",
+    "freeze": "integration.binding",
+    "reset": "integration.binding",
     "RMSNorm": "layers.rms_norm",
     "RowParallelLinear": "layers.row_parallel_linear",
     "QKRMSNorm": "layers.qk_rms_norm",

@@ -44,6 +44,24 @@ class Rejected:
     ranks: tuple[int, ...] = ()
 
 
+class Forwards:
+    """Counts the forwards of one model. All its Sites share it, and so tell what an earlier forward left behind."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        self._then: tuple[int, Callable[[], bool]] = (0, bool)
+
+    def start(self, *_: Any) -> None:
+        """At the start of each eager forward: the hook of the model. What is pending from before is dropped."""
+        self.number += 1
+        if self.number == self._then[0] and not self._then[1]():
+            self._then = self.number + 1, self._then[1]
+
+    def at_second(self, action: Callable[[], bool]) -> None:
+        """Run `action` when the second forward from now starts, and at each later start until it returns True."""
+        self._then = self.number + 2, action
+
+
 class Site:
     """One pair. Both layers hold the same object, as a plain attribute.
 
@@ -54,6 +72,7 @@ class Site:
         norm: (sum, residual or None) -> (norm_out, residual_out): the host's own norm.
         limit: the most rows that are fused; None means any number.
         user: who runs now, for example (thread, stream); two users at once are an error.
+        forwards: of the model, shared by its Sites; without it a forward that raised costs the next one an error.
     """
 
     def __init__(
@@ -65,6 +84,7 @@ class Site:
         norm: Norm,
         limit: int | None,
         user: Callable[[], Hashable] = threading.get_ident,
+        forwards: Forwards | None = None,
     ):
         self.name = name
         self.limit = limit
@@ -76,7 +96,8 @@ class Site:
         self._fused, self._reduce, self._norm, self._user = fused, reduce, norm, user
         self._proven = False
         self._prove: Callable[[Site, Tensor, Tensor, Norm], Finished] | None = None
-        self._pending: tuple[Tensor, Hashable] | None = None
+        self._forwards = forwards or Forwards()
+        self._pending: tuple[Tensor, Hashable, int] | None = None  # the tensor, its user, the number of the forward
 
     @property
     def proven(self) -> bool:
@@ -98,18 +119,19 @@ class Site:
     def hand_over(self, partial: Tensor) -> Tensor:
         """The producer's end: give the partial sum away unreduced. Returns it, the very same object.
 
-        Raises: HandOverError: one is still unfinished. A second try after the error starts afresh.
+        One that a forward left behind when it raised is dropped.
+        Raises: HandOverError: one of this forward is still unfinished. A second try after the error starts afresh.
         """
         if not self.checked or not _rows(partial):  # a host may skip its norm where there are no rows
             return partial
-        user = self._user()
-        if self._pending is not None:
+        user, forward = self._user(), self._forwards.number
+        if self._pending is not None and self._pending[2] == forward:
             first = self._pending[1]
             if first != user:
                 raise HandOverError(because("two_users", site=self.name, first=str(first), second=str(user)))
             self._pending = None
             raise HandOverError(because("double_hand_over", site=self.name))
-        self._pending = (partial, user)
+        self._pending = (partial, user, forward)
         self.handed += 1
         return partial
 
@@ -130,13 +152,13 @@ class Site:
         if not self.checked or not _rows(partial):
             return
         pending, self._pending = self._pending, None
-        if pending is None:
+        if pending is None or pending[2] != self._forwards.number:
             raise HandOverError(because("nothing_handed_over", site=self.name))
-        if pending[0] is not partial:
-            raise HandOverError(because("other_tensor", site=self.name))
-        if pending[1] != self._user():
+        if pending[1] != self._user():  # before the tensor, which is another one if two forwards run at once
             first, second = str(pending[1]), str(self._user())
             raise HandOverError(because("two_users", site=self.name, first=first, second=second))
+        if pending[0] is not partial:
+            raise HandOverError(because("other_tensor", site=self.name))
 
     def complete(self, partial: Tensor, residual: Tensor | None, norm: Norm | None = None) -> Finished:
         """Finish a partial sum [..., H] of T rows: one kernel if `fuses(T)`, else all-reduce and the stock norm.

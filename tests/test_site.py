@@ -6,7 +6,7 @@ import threading
 import pytest
 
 from fd_fusion.reasons import FusionError, HandOverError
-from fd_fusion.site import Site, site_of
+from fd_fusion.site import Forwards, Site, site_of
 
 
 class Fake:
@@ -159,3 +159,48 @@ def test_the_number_of_a_site_that_is_gone_is_closed():
     del site
     gc.collect()
     assert closed(lambda: site_of(number)) and closed(lambda: site_of("no such number"))
+
+
+def test_a_forward_that_raised_costs_the_next_one_nothing():
+    """On this rank alone perhaps: an error in its next forward would leave the other ranks waiting."""
+    forwards = Forwards()
+    site, calls = make(forwards=forwards)
+    forwards.start()
+    left = site.hand_over(Fake(1, 8))  # and then the forward raises
+    forwards.start()
+    finish(site, 1)
+    assert calls == ["fused"]
+    forwards.start()
+    site.hand_over(Fake(1, 8))
+    with pytest.raises(HandOverError) as error:
+        site.hand_over(Fake(1, 8))
+    assert error.value.reason.code == "double_hand_over", "twice in one forward is still an error"
+    site.hand_over(left)
+    forwards.start()
+    with pytest.raises(HandOverError) as error:
+        site.finish(left, None)
+    assert error.value.reason.code == "nothing_handed_over", "nor may a forward finish what another began"
+
+
+def test_two_forwards_at_once_are_an_error_of_one_of_them():
+    forwards = Forwards()
+    user = [1]
+    site, _ = make(forwards=forwards, user=lambda: user[0])
+    forwards.start()
+    first = site.hand_over(Fake(1, 8))
+    forwards.start()
+    user[0] = 2
+    site.hand_over(Fake(1, 8))
+    user[0] = 1
+    with pytest.raises(HandOverError) as error:
+        site.finish(first, None)
+    assert error.value.reason.code == "two_users"
+
+
+def test_what_is_to_be_done_at_the_second_forward_is_done_once_and_waits_until_it_may():
+    forwards, done, may = Forwards(), [], [False, True]
+    forwards.start()
+    forwards.at_second(lambda: done.append(forwards.number) or may[len(done) - 1])
+    for _ in range(6):
+        forwards.start()
+    assert done == [3, 4]

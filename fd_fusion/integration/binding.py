@@ -21,7 +21,7 @@ from fd_fusion.integration.qk import QKNorm, settle_qk_norms
 from fd_fusion.integration.report import Report
 from fd_fusion.integration.settling import Bound, attach_and_prove, logger, refuse, undo_all
 from fd_fusion.reasons import BindError, FusionTimeout, Reason, because
-from fd_fusion.site import Rejected, Site
+from fd_fusion.site import Forwards, Rejected, Site
 
 _bound: weakref.WeakKeyDictionary[Any, Bound] = weakref.WeakKeyDictionary()
 
@@ -67,7 +67,7 @@ def bind(
         report.off = because("disabled", flag="enable_all_reduce_rms_norm")
     elif not found and not report.rejected:
         report.off = because("no_pairs", model=type(model).__name__)
-    state = Bound(report)
+    state = Bound(report, freezes_itself=pairs is None)
     try:
         failure = _settle_qk(state, native.find_qk_norms(model) if qk_norms is None else qk_norms)
         if resolved.config.enable_all_reduce_rms_norm:
@@ -116,10 +116,35 @@ def check() -> None:
 
 
 def freeze() -> None:
-    """After graph capture: nothing allocates any more, and a rank is waited for `timeout_s`, not ten times that."""
-    for state in _bound.values():
-        for opening in state.openings:
-            opening.opened.freeze()
+    """Wait less for a missing rank from now on. Collective in spirit only: a rank that calls it later waits longer.
+
+        a fused call waits at most   10 x timeout_s before freeze, while a rank may still compile or capture
+                                     timeout_s      after it
+
+    For every bound model of this process. FastDeploy's worker calls it after its graphs were captured. A model of
+    this package's own layers freezes by itself when the second eager forward after its proving pass starts (the
+    first has run every fused op, so nothing is left to compile), or at the first later one that is not being
+    captured; call `freeze()` where all that follows are replays of graphs. Not while a graph is being captured.
+    `check`, `reset` and `bind` may follow it; a model that is bound later starts with the long wait.
+    Raises: FusionError (`closed`): the model was unbound by another thread meanwhile.
+    """
+    lifecycle.freeze()
+
+
+def reset() -> None:
+    """Collective: go on after a FusionTimeout. Every rank calls it, with no fused call under way on any of them.
+
+    Every workspace of this process is reset, oldest first: all ranks wait until all have ended what they run, then
+    clear their memory, and vote on the outcome. Each is usable again on all ranks of its group, or on none.
+
+        a silent rank is waited for at most   2 x t + t for each workspace,
+                                              t = timeout_s once frozen, else 10 x timeout_s
+
+    Numbers that were computed between the timeout and the reset are NaN or unfit: throw them away.
+    Raises: FusionError: a rank is missing (`never_voted`), or could not clear its memory; that workspace stays dead,
+        the others were reset all the same. Restart the ranks then.
+    """
+    lifecycle.reset()
 
 
 def _resolve(model: Any, config: Any, source: str) -> Resolved:
@@ -185,12 +210,12 @@ def _open_group(
         state.openings.append(opened)
         lifecycle.hold(group, opened.opened)
         for pair in spaces[key]:
-            site = _site_of(pair, opened)
+            site = _site_of(pair, opened, state.forwards)
             state.sites.append((pair, site))
             state.report.add_site(site, opened, group)
 
 
-def _site_of(pair: Pair, opening: Opening) -> Site:
+def _site_of(pair: Pair, opening: Opening, forwards: Forwards) -> Site:
     run, weight, eps, offset = opening.opened.finish, pair.weight, pair.eps, pair.weight_offset
 
     def fused(partial, residual):
@@ -202,7 +227,7 @@ def _site_of(pair: Pair, opening: Opening) -> Site:
         return norm_out.reshape(shape), residual_out.reshape(shape)
 
     limit, user = opening.opened.limit, runtime.how_to_tell_users()
-    return Site(pair.name, fused=fused, reduce=pair.reduce, norm=pair.norm, limit=limit, user=user)
+    return Site(pair.name, fused=fused, reduce=pair.reduce, norm=pair.norm, limit=limit, user=user, forwards=forwards)
 
 
 def _structure_refusal(

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from fd_fusion import runtime
 from fd_fusion.comm.group import Group, Vote, agree
 from fd_fusion.config import FusionConfig
 from fd_fusion.integration import lifecycle
@@ -16,7 +17,7 @@ from fd_fusion.integration.proof import Proof, joint_refusal, outputs_refusal
 from fd_fusion.integration.qk import Kernel, QKNorm
 from fd_fusion.integration.report import Report
 from fd_fusion.reasons import BindError, Reason, because
-from fd_fusion.site import Rejected, Site
+from fd_fusion.site import Forwards, Rejected, Site
 
 logger = logging.getLogger("fd_fusion")
 
@@ -32,6 +33,8 @@ class Bound:
     undo: list[Callable[[], None]] = field(default_factory=list)  # of the Sites
     qk_norms: list[QKNorm] = field(default_factory=list)
     undo_qk: list[Callable[[], None]] = field(default_factory=list)
+    forwards: Forwards = field(default_factory=Forwards)
+    freezes_itself: bool = False  # no host does it after its graphs were captured
 
 
 def refuse(report: Report, pairs: list[Pair], reason: Reason, ranks: tuple[int, ...], config: FusionConfig) -> None:
@@ -50,6 +53,7 @@ def attach_and_prove(model: Any, state: Bound, example: Callable[[], Sequence[An
     sites = [site for _, site in state.sites]
     proof = Proof(sites, {pair.name: pair.group.size for pair, _ in state.sites})
     state.undo += [pair.attach(site) for pair, site in state.sites]
+    state.undo.append(model.register_forward_pre_hook(state.forwards.start).remove)
     if example is None:
         _prove_first_forward(model, state, proof)
         return
@@ -111,6 +115,8 @@ def _settle(state: Bound, refusal: Reason | None, ranks: tuple[int, ...]) -> boo
     for _, site in state.sites:
         site.end_proof(refusal is None)
     if refusal is None:
+        if state.freezes_itself:
+            state.forwards.at_second(lambda: _freeze(state))
         return True
     report = state.report
     undo_all(state)  # the norms of q and k too: they took part in what the pass showed
@@ -119,6 +125,19 @@ def _settle(state: Bound, refusal: Reason | None, ranks: tuple[int, ...]) -> boo
     report.sites.clear()
     refuse(report, [pair for pair, _ in state.sites], refusal, ranks, report.config)
     return False
+
+
+def _freeze(state: Bound) -> bool:
+    """Freeze, unless a graph is being captured: the limit is a word in device memory. Returns whether it was done.
+
+    By now a whole forward has run fused on this rank, so that nothing is left to compile. Ranks may come here in
+    different forwards: the limit is each rank's own, and until it freezes a rank only waits longer.
+    """
+    if runtime.is_capturing():
+        return False
+    for opening in state.openings:
+        opening.opened.freeze()
+    return True
 
 
 def undo_all(state: Bound) -> None:

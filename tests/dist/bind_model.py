@@ -59,6 +59,8 @@ if size == 1:
     this.record(ok=True)
     sys.exit()
 assert len(report.sites) == 6 and report.proven and not report.rejected, report.lines()
+frozen = lambda: {line.opening.opened.stats().get("frozen") for line in report.sites} - {None}  # noqa: E731
+assert frozen() in ({False}, set()), "the first fused forward may still compile"
 assert fd_fusion.bind(model, config) is report, "binding twice"
 assert fd_fusion.report() == [report]
 assert states_equal(state, {key: value.numpy() for key, value in model.state_dict().items()})
@@ -74,6 +76,11 @@ for rows in (0, 1, LIMIT - 1, LIMIT):
     fused[rows] = model(x[:rows])
     assert fused[rows].shape == [rows, 32] and (rows == 0 or close(fused[rows], stock[:rows])), rows
 assert counts()["fused"] == start["fused"] + 3 and counts()["no_rows"] == 1
+assert frozen() in ({True}, set()), "a forward has run fused: from now on a rank is waited for timeout_s alone"
+fd_fusion.freeze()
+fd_fusion.reset()  # with nothing to mend it changes nothing
+assert (model(x[:LIMIT]) == fused[LIMIT]).all()
+assert {line.opening.opened.stats().get("generation", 1) for line in report.sites} == {1}
 assert (fused[1] == fused[LIMIT][:1]).all(), "the same bits for every T"
 three_d = model(x[:4].reshape([2, 2, 32]))
 assert three_d.shape == [2, 2, 32] and (three_d.reshape([4, 32]) == fused[4]).all()
@@ -107,6 +114,16 @@ for misuse, code in (
     except HandOverError as error:
         assert error.reason.code == code and "layers.1.self_attn.o_proj" in str(error), error
 assert close(model(x[:2]), stock[:2])
+
+# A forward that raises between the two ends costs the next one nothing.
+for layer in (norm, model.norm, linear):
+    raising = layer.register_forward_pre_hook(lambda *_: 1 / 0)
+    try:
+        model(x[:2])
+        raise AssertionError("no error")
+    except ZeroDivisionError:
+        raising.remove()
+    assert (model(x[:2]) == fused[LIMIT][:2]).all()
 
 sites = [line.site for line in report.sites]
 fd_fusion.unbind(model)
