@@ -103,6 +103,10 @@ TABLE: dict[str, Entry] = {
         "{site}: used by {second} while {first} had not finished",
         "run a bound model from one thread and one stream at a time",
     ),
+    "gradients": Entry(
+        "{layer}: gradients are recorded, and a fused op has none",
+        "run the model under paddle.no_grad(), or unbind it to train it",
+    ),
     "too_many_rows": Entry("T={rows} is above the limit of {limit} rows", "raise max_token_num, or tune the limit"),
     "no_rows": Entry("T=0: there is nothing to compute", "nothing to do"),
     "tracing": Entry("the proving pass runs in eager mode only", "run one eager forward before capture"),

@@ -92,6 +92,7 @@ class Site:
         by_number[self.number] = self
         self.calls: Counter[str] = Counter()  # by "fused", or the code of the reason why not
         self.checked = True  # off where a tracer may take a hand-over and its finish apart
+        self.refuses_gradients = True  # off where the host only infers, whether it records gradients or not
         self.handed = 0  # partial sums handed over since the proving pass began
         self._fused, self._reduce, self._norm, self._user = fused, reduce, norm, user
         self._proven = False

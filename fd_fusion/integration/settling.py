@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import paddle
+
 from fd_fusion import runtime
 from fd_fusion.comm.group import Group, Vote, agree
 from fd_fusion.config import FusionConfig
@@ -46,6 +48,7 @@ def refuse(report: Report, pairs: list[Pair], reason: Reason, ranks: tuple[int, 
 
 def attach_and_prove(model: Any, state: Bound, example: Callable[[], Sequence[Any]] | None) -> None:
     """Install the kernels and Sites, and run the proving pass here or leave it to the first forward."""
+    example = example and paddle.no_grad()(example)  # nobody differentiates it, and a Site refuses gradients
     stock = list(example()) if example and state.sites else []
     state.undo_qk += [norm.attach(Kernel(norm)) for norm in state.qk_norms]
     if not state.sites:
