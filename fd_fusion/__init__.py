@@ -10,7 +10,9 @@ if TYPE_CHECKING:  # what runs is __getattr__
     from fd_fusion.config import FusionConfig as FusionConfig
     from fd_fusion.integration.binding import bind as bind
     from fd_fusion.integration.binding import check as check
+    from fd_fusion.integration.binding import freeze as freeze
     from fd_fusion.integration.binding import report as report
+    from fd_fusion.integration.binding import reset as reset
     from fd_fusion.integration.binding import unbind as unbind
     from fd_fusion.layers.qk_rms_norm import QKRMSNorm as QKRMSNorm
     from fd_fusion.layers.rms_norm import RMSNorm as RMSNorm
@@ -32,6 +34,8 @@ _HOME = {
     "unbind": "integration.binding",
     "report": "integration.binding",
     "check": "integration.binding",
+    "freeze": "integration.binding",
+    "reset": "integration.binding",
     "RMSNorm": "layers.rms_norm",
     "RowParallelLinear": "layers.row_parallel_linear",
     "QKRMSNorm": "layers.qk_rms_norm",
@@ -48,7 +52,9 @@ __all__ = [
     "__version__",
     "bind",
     "check",
+    "freeze",
     "report",
+    "reset",
     "unbind",
 ]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import string
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 
 @dataclass(frozen=True)
@@ -145,6 +145,10 @@ TABLE: dict[str, Entry] = {
         "{site}: used by {second} while {first} had not finished",
         "run a bound model from one thread and one stream at a time",
     ),
+    "gradients": Entry(
+        "{layer}: gradients are recorded, and a fused op has none",
+        "run the model under paddle.no_grad(), or unbind it to train it",
+    ),
     "too_many_rows": Entry("T={rows} is above the limit of {limit} rows", "raise max_token_num, or tune the limit"),
     "no_rows": Entry("T=0: there is nothing to compute", "nothing to do"),
     "tracing": Entry("the proving pass runs in eager mode only", "run one eager forward before capture"),
@@ -232,7 +236,14 @@ TABLE: dict[str, Entry] = {
         "another rank ran out of time in a fused call and ended it for the whole group",
         "see the logs of the other ranks; restart the ranks, or call reset() on every rank",
     ),
-    "closed": Entry("the workspace is closed", "bind the model again"),
+    "dropped": Entry(
+        "a bound {model} was dropped without unbind: its workspace of {bytes} bytes stays open until the next bind",
+        "call fd_fusion.unbind(model) on every rank before the model goes",
+    ),
+    "closed": Entry(
+        "the workspace is closed: its model was unbound, or is gone",
+        "bind the model again, then trace and capture it again",
+    ),
     # cli and the tuning table.
     "two_paddles": Entry(
         "two distributions of Paddle overwrite each other's files: paddlepaddle {first}, paddlepaddle-gpu {second}",
@@ -396,6 +407,11 @@ class FusionError(RuntimeError):
     def __init__(self, reason: Reason):
         super().__init__(f"fd_fusion: {reason}. Remedy: {reason.remedy}.")
         self.reason = reason
+
+
+def closed(*_: Any, **__: Any) -> NoReturn:
+    """Put in the place of what was closed: every call of it raises, and a call before that pays nothing."""
+    raise FusionError(because("closed"))
 
 
 class HandOverError(FusionError):

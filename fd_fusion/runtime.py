@@ -113,6 +113,19 @@ def how_to_tell_users() -> Callable[[], Hashable]:
     return lambda: (threading.get_ident(), stream())
 
 
+def is_capturing() -> bool:
+    """Whether the current stream is being captured into a CUDA graph, or cannot be asked: then only launch on it."""
+    if device_of()[0] == "cpu":
+        return False
+    import ctypes
+
+    import paddle
+
+    status, stream = ctypes.c_int(), paddle._C._cuda_getCurrentRawStream(paddle.cuda.current_device())
+    code = ctypes.CDLL("libcuda.so.1").cuStreamIsCapturing(ctypes.c_void_p(stream), ctypes.byref(status))
+    return bool(code or status.value)
+
+
 def device_of() -> tuple[str, int | None]:
     """("gpu", 90) on an sm_90 GPU, ("cpu", None) on a CPU: where Paddle puts new tensors."""
     import paddle

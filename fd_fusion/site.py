@@ -19,7 +19,7 @@ from collections.abc import Callable, Hashable, Sized
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from fd_fusion.reasons import HandOverError, Reason, because
+from fd_fusion.reasons import HandOverError, Reason, because, closed
 
 Tensor = Any
 Finished = tuple[Tensor, Tensor]  # (norm_out, residual_out)
@@ -30,6 +30,12 @@ logger = logging.getLogger("fd_fusion")
 # A traced graph can hold no Python object: there a site goes by its number.
 _numbers = itertools.count(1)
 by_number: weakref.WeakValueDictionary[str, Site] = weakref.WeakValueDictionary()
+
+
+def site_of(number: str) -> Site:
+    """The Site of a traced graph. Raises: FusionError: its model was unbound, or is gone."""
+    site = by_number.get(number)
+    return closed() if site is None else site
 
 
 @dataclass(frozen=True)
@@ -54,6 +60,24 @@ class Prover(Protocol):
     def miss(self, reason: Reason) -> None: ...
 
 
+class ForwardCount:
+    """Counts the forwards of one model. All its Sites share it, and so tell what an earlier forward left behind."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        self._then: tuple[int, Callable[[], bool]] = (0, bool)
+
+    def start(self, *_: Any) -> None:
+        """At the start of each eager forward: the hook of the model. What is pending from before is dropped."""
+        self.number += 1
+        if self.number == self._then[0] and not self._then[1]():
+            self._then = self.number + 1, self._then[1]
+
+    def at_second(self, action: Callable[[], bool]) -> None:
+        """Run `action` when the second forward from now starts, and at each later start until it returns True."""
+        self._then = self.number + 2, action
+
+
 class Site:
     """One pair. Both layers hold the same object, as a plain attribute.
 
@@ -65,6 +89,7 @@ class Site:
         limit: the most rows that are fused; None means any number.
         user: who runs now, for example (thread, stream); two users at once are an error.
         hooks: the hooks of the layers at both ends that would read a partial sum; empty ones cost nothing.
+        forwards: of the model, shared by its Sites; without it a forward that raised costs the next one an error.
     """
 
     def __init__(
@@ -77,6 +102,7 @@ class Site:
         limit: int | None,
         user: Callable[[], Hashable] = threading.get_ident,
         hooks: tuple[Sized, ...] = (),
+        forwards: ForwardCount | None = None,
     ):
         self.name = name
         self.limit = limit
@@ -84,12 +110,14 @@ class Site:
         by_number[self.number] = self
         self.calls: Counter[str] = Counter()  # by "fused", or the code of the reason why not
         self.checked = True  # off where a tracer may take a hand-over and its finish apart
+        self.refuses_gradients = True  # off where the host only infers, whether it records gradients or not
         self.handed = 0  # partial sums handed over since the proving pass began
         self._fused, self._reduce, self._norm, self._user, self._hooks = fused, reduce, norm, user, hooks
         self._proven = False
         self._prover: Prover | None = None
-        # (the tensor, who handed it over, its in-place version then, what the proving pass finishes in its place)
-        self._pending: tuple[Tensor, Hashable, int, Tensor] | None = None
+        self._forwards = forwards or ForwardCount()
+        # (the tensor, its user, the number of the forward, its in-place version, what the proving pass finishes)
+        self._pending: tuple[Tensor, Hashable, int, int, Tensor] | None = None
 
     @property
     def proven(self) -> bool:
@@ -111,7 +139,8 @@ class Site:
     def hand_over(self, partial: Tensor) -> Tensor:
         """The producer's end: give the partial sum away unreduced. Returns it, the very same object.
 
-        Raises: HandOverError: one is still unfinished. A second try after the error starts afresh.
+        One that a forward left behind when it raised is dropped.
+        Raises: HandOverError: one of this forward is still unfinished. A second try after the error starts afresh.
         """
         for hooks in self._hooks:
             if hooks:
@@ -122,14 +151,14 @@ class Site:
             return partial
         if not self.checked and self._prover is None:
             return partial
-        user, pending = self._user(), self._pending
-        if pending is not None:
+        user, pending, forward = self._user(), self._pending, self._forwards.number
+        if pending is not None and pending[2] == forward:
             if pending[1] != user:
                 self._wrong("two_users", first=str(pending[1]), second=str(user))
             self._pending = None
             self._wrong("double_hand_over")
         kept = partial if self._prover is None else self._prover.keep(self, partial)
-        self._pending = (partial, user, getattr(partial, "inplace_version", 0), kept)
+        self._pending = (partial, user, forward, getattr(partial, "inplace_version", 0), kept)
         self.handed += 1
         return partial
 
@@ -150,14 +179,14 @@ class Site:
         if not _rows(partial) or not (self.checked or self._prover is not None):
             return partial
         pending, self._pending = self._pending, None
-        if pending is None:
+        if pending is None or pending[2] != self._forwards.number:
             self._wrong("nothing_handed_over")
             return partial
-        tensor, first, version, kept = pending
-        if tensor is not partial:
-            self._wrong("other_tensor")
-        elif first != (second := self._user()):
+        tensor, first, _, version, kept = pending
+        if first != (second := self._user()):  # before the tensor, which is another one if two forwards run at once
             self._wrong("two_users", first=str(first), second=str(second))
+        elif tensor is not partial:
+            self._wrong("other_tensor")
         elif getattr(partial, "inplace_version", 0) != version:
             self._wrong("changed_in_place")
         return partial if self._prover is None else self._prover.take(self, partial, kept)
@@ -207,6 +236,13 @@ class Site:
     def holds(self, tensor: Any) -> bool:
         """Whether this very tensor is handed over and not finished."""
         return self._pending is not None and self._pending[0] is tensor
+
+    def close(self) -> None:
+        """Every later use raises `closed`, from a layer that was kept or a graph that was traced."""
+        self._proven, self._prover, self._pending = False, None, None
+        self._fused = self._reduce = self._norm = closed
+        for entry in ("hand_over", "finish", "finish_stock", "complete", "stock", "fused"):
+            setattr(self, entry, closed)
 
     def fused(self, partial: Tensor, residual: Tensor | None) -> Finished:
         """The fused call by itself, for the proving pass."""

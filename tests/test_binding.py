@@ -15,7 +15,7 @@ from fd_fusion import FusionConfig, exact
 from fd_fusion.backends import paddle as formulas
 from fd_fusion.comm import group as group_module
 from fd_fusion.comm.group import Group, Verdict, agree
-from fd_fusion.integration import binding, joining, native, opening, settling
+from fd_fusion.integration import binding, joining, lifecycle, native, opening, settling
 from fd_fusion.integration.evidence import Contract
 from fd_fusion.integration.forwards import on_copies
 from fd_fusion.integration.outputs import first_difference, relative_errors, tensors_of, within_spread
@@ -402,10 +402,9 @@ def test_workspace_mb_is_shared_by_the_workspaces_of_all_groups_and_models(monke
 
     monkeypatch.setattr(joining, "agree", agree)
     monkeypatch.setattr(binding, "open_for", open_for)
-    models = [DemoDecoder(0, 1), DemoDecoder(0, 1)]
-    for model, nbytes in zip(models, (2 << 20, 1 << 19)):
-        bound = Bound(None, openings=[SimpleNamespace(opened=SimpleNamespace(bytes=nbytes))])
-        monkeypatch.setitem(binding._bound, model, bound)
+    monkeypatch.setattr(lifecycle, "_held", ())
+    for nbytes in (2 << 20, 1 << 19):
+        lifecycle.hold(Group("another", 0, 2, (0, 1), None), SimpleNamespace(bytes=nbytes))
     config = FusionConfig(workspace_mb=10)
     state = Bound(Report(config, "a test", "none"), live=groups)
     binding._open(state, pairs, config, False, None, dict.fromkeys(groups, ("digest", 0)))

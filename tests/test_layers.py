@@ -13,6 +13,7 @@ from fd_fusion import FusionConfig, QKRMSNorm, RMSNorm, RowParallelLinear, refer
 from fd_fusion.backends import paddle as formulas
 from fd_fusion.integration import native
 from fd_fusion.integration.qk import Kernel
+from fd_fusion.reasons import FusionError
 from fd_fusion.reference import round_to
 from fd_fusion.site import Site
 
@@ -246,3 +247,64 @@ def test_a_copy_of_a_bound_layer_is_not_bound():
     (norm,) = native.find_qk_norms(qk)
     norm.attach(Kernel(norm))
     assert copy.deepcopy(qk).kernel is None and qk.kernel is not None
+
+
+def bound_pair():
+    """A linear, and a norm with a Site whose fused op has no gradient, as a kernel has none."""
+    linear, norm = RowParallelLinear(8, 8), RMSNorm(8)
+    site = Site("a -> b", fused=lambda x, r: (x.detach(), x.detach()), reduce=None, norm=None, limit=None)
+    site.end_proof(True)
+    site.checked = False
+    norm.__dict__["site"] = site
+    return linear, norm, site
+
+
+def refuses_gradients(use):
+    with pytest.raises(FusionError) as error:
+        use()
+    return error.value.reason.code == "gradients"
+
+
+def test_a_fused_finish_in_training_is_an_error_and_not_a_gradient_of_zero():
+    linear, norm, site = bound_pair()
+    x = values([2, 8])
+    for mode in (linear.train, linear.eval):
+        mode()
+        assert refuses_gradients(lambda: norm(linear(x)))
+        with paddle.no_grad():
+            norm(linear(x))
+    norm(x)  # nothing that it was made from has a gradient
+    site.refuses_gradients = False
+    norm(linear(x))
+
+
+def test_a_fused_finish_in_a_traced_training_is_an_error_too():
+    """By SOT ours; in a whole graph Paddle's, which finds an op that has no gradient."""
+    linear, norm, _ = bound_pair()
+
+    def forward(x):
+        return norm(linear(x))[0]
+
+    for full_graph, kind in ((True, ValueError), (False, FusionError)):
+        traced = paddle.jit.to_static(forward, full_graph=full_graph)
+        with pytest.raises(kind):
+            traced(values([2, 8])).sum().backward()
+
+
+def test_the_q_and_k_norm_in_training():
+    """Bound an error; not bound the gradient of the formula: in place there was none, for q, for k or a weight."""
+    norm, qkv = QKRMSNorm(D, 2, 1), values([3, 4 * D])
+    qkv.stop_gradient = False
+    out = norm(qkv * 1.0)
+    (out * values([3, 4 * D], seed=3)).sum().backward()
+    got = [qkv.grad, norm.q_norm.weight.grad, norm.k_norm.weight.grad]
+    assert all(float(one.abs().max()) > 0 for one in got)
+    epsilon, row = 1e-2, qkv.detach().clone()
+    row[1, 3] += epsilon
+    with paddle.no_grad():
+        change = ((norm(row) - norm(qkv.detach().clone())) * values([3, 4 * D], seed=3)).sum() / epsilon
+    assert abs(float(change) - float(qkv.grad[1, 3])) < 2e-2
+    norm.__dict__["kernel"] = lambda x: x
+    assert refuses_gradients(lambda: norm(qkv * 1.0))
+    with paddle.no_grad():
+        norm(qkv * 1.0)

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from fd_fusion.comm.group import Group
 from fd_fusion.config import FusionConfig
-from fd_fusion.integration import metrics
+from fd_fusion.integration import binding, lifecycle, metrics
 from fd_fusion.integration.opening import Opening
 from fd_fusion.integration.report import Report, SiteLine
 from fd_fusion.reasons import FusionTimeout, because
@@ -51,6 +52,7 @@ def report_of(opened, sites=3, **more):
 def fresh(monkeypatch):
     monkeypatch.setattr(metrics, "_next", 0.0)
     monkeypatch.setattr(metrics, "_exporter", None)
+    monkeypatch.setattr(metrics, "_failures", set())
     monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR", raising=False)
 
 
@@ -112,13 +114,37 @@ def test_one_line_of_json_a_minute(caplog, monkeypatch):
     assert len(caplog.records) == 2
 
 
-def test_a_timeout_is_told_at_once(caplog, monkeypatch):
-    from fd_fusion.integration import binding
+def bind(monkeypatch, opened):
+    monkeypatch.setattr(binding, "_reports", {"model": report_of(opened)})
+    monkeypatch.setattr(lifecycle, "_held", ())
+    lifecycle.hold(Group("g", 0, 2, (0, 1), None), opened)
 
+
+def test_a_failing_reader_hides_no_timeout_and_holds_no_token_up(caplog, monkeypatch):
+    class CudaError(RuntimeError):
+        pass
+
+    def stats():
+        raise CudaError("cuMemcpyDtoHAsync_v2: CUDA_ERROR_ILLEGAL_ADDRESS")
+
+    now = [0.0]
+    monkeypatch.setattr(metrics, "time", types.SimpleNamespace(monotonic=lambda: now.append(now[-1] + 61) or now[-1]))
+    opened = Opened()
+    opened.stats, opened.check = stats, lambda: None
+    bind(monkeypatch, opened)
+    for _ in range(3):
+        binding.check()
+    opened.check = lambda: (_ for _ in ()).throw(FusionTimeout(because("aborted")))
+    with pytest.raises(FusionTimeout):
+        binding.check()
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert "CudaError: cuMemcpyDtoHAsync_v2" in line
+
+
+def test_a_timeout_is_told_at_once(caplog, monkeypatch):
     caplog.set_level(logging.INFO, "fd_fusion")
     opened = Opened(timeouts=1)
-    state = types.SimpleNamespace(openings=[types.SimpleNamespace(opened=opened)], report=report_of(opened))
-    monkeypatch.setattr(binding, "_bound", {"model": state})
+    bind(monkeypatch, opened)
     opened.check = lambda: None
     binding.check()
 

@@ -1,11 +1,12 @@
 """A Site by itself, with strings for tensors: who may hand over what, when it fuses, and what it counts."""
 
+import gc
 import threading
 
 import pytest
 
-from fd_fusion.reasons import HandOverError
-from fd_fusion.site import Site
+from fd_fusion.reasons import FusionError, HandOverError
+from fd_fusion.site import ForwardCount, Site, site_of
 
 
 class Fake:
@@ -186,3 +187,76 @@ def test_a_norm_given_with_the_call_takes_the_place_of_the_bound_one():
     partial = site.hand_over(Fake(3, 8))
     assert site.finish(partial, None, lambda total, residual: ("other", total)) == ("other", partial)
     assert calls == ["reduce"]
+
+
+def closed(use):
+    with pytest.raises(FusionError) as error:
+        use()
+    return error.value.reason.code == "closed"
+
+
+def test_a_closed_site_raises_from_every_entry():
+    """What it calls is gone: at T above the limit too, and at T=0, and with a partial sum handed over before."""
+    site, calls = make()
+    site.hand_over(partial := Fake(1, 8))
+    site.close()
+    for rows in (0, 1, 5):
+        assert closed(lambda: site.hand_over(Fake(rows, 8)))  # noqa: B023
+        assert closed(lambda: site.finish(partial, None)) and closed(lambda: site.complete(Fake(rows, 8), None))  # noqa: B023
+        assert closed(lambda: site.finish_stock(partial, None, lambda *_: ("out", "sum")))
+    assert closed(lambda: site.fused(partial, None)) and not site.fuses(1) and calls == []
+    site.close()
+
+
+def test_the_number_of_a_site_that_is_gone_is_closed():
+    site, _ = make()
+    number = site.number
+    assert site_of(number) is site
+    del site
+    gc.collect()
+    assert closed(lambda: site_of(number)) and closed(lambda: site_of("no such number"))
+
+
+def test_a_forward_that_raised_costs_the_next_one_nothing():
+    """On this rank alone perhaps: an error in its next forward would leave the other ranks waiting."""
+    forwards = ForwardCount()
+    site, calls = make(forwards=forwards)
+    forwards.start()
+    left = site.hand_over(Fake(1, 8))  # and then the forward raises
+    forwards.start()
+    finish(site, 1)
+    assert calls == ["fused"]
+    forwards.start()
+    site.hand_over(Fake(1, 8))
+    with pytest.raises(HandOverError) as error:
+        site.hand_over(Fake(1, 8))
+    assert error.value.reason.code == "double_hand_over", "twice in one forward is still an error"
+    site.hand_over(left)
+    forwards.start()
+    with pytest.raises(HandOverError) as error:
+        site.finish(left, None)
+    assert error.value.reason.code == "nothing_handed_over", "nor may a forward finish what another began"
+
+
+def test_two_forwards_at_once_are_an_error_of_one_of_them():
+    forwards = ForwardCount()
+    user = [1]
+    site, _ = make(forwards=forwards, user=lambda: user[0])
+    forwards.start()
+    first = site.hand_over(Fake(1, 8))
+    forwards.start()
+    user[0] = 2
+    site.hand_over(Fake(1, 8))
+    user[0] = 1
+    with pytest.raises(HandOverError) as error:
+        site.finish(first, None)
+    assert error.value.reason.code == "two_users"
+
+
+def test_what_is_to_be_done_at_the_second_forward_is_done_once_and_waits_until_it_may():
+    forwards, done, may = ForwardCount(), [], [False, True]
+    forwards.start()
+    forwards.at_second(lambda: done.append(forwards.number) or may[len(done) - 1])
+    for _ in range(6):
+        forwards.start()
+    assert done == [3, 4]

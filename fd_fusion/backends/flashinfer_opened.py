@@ -15,7 +15,7 @@ from fd_fusion.backends.flashinfer_watchdog import Watchdog
 from fd_fusion.comm.group import Group
 from fd_fusion.comm.symmetric_memory import CLOSE_TIMEOUT_S, attempt, settle
 from fd_fusion.comm.workspace import WARM_UP
-from fd_fusion.reasons import FusionError, Reason, because
+from fd_fusion.reasons import FusionError, Reason, because, closed
 from fd_fusion.tuning import Facts
 
 ELEMENT_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
@@ -76,10 +76,16 @@ class Opened:
         return not self._two_shot or rows <= facts.size or nbytes <= _ONE_SHOT_BYTES[facts.size]
 
     def check(self) -> None:
-        """Nothing to raise: a call that runs out of time ends the process."""
+        """Nothing to raise but `closed`: a call that runs out of time ends the process."""
+        self._need_open()
+
+    def reset(self) -> None:
+        """Nothing to reset, since a call that runs out of time ends the process."""
+        self._need_open()
 
     def freeze(self) -> None:
         """From now on a call may wait `timeout_s`. Nothing allocates but the outputs."""
+        self._need_open()
         self._watchdog.limit_s = self._facts.timeout_s
 
     def stats(self) -> dict[str, Any]:
@@ -89,7 +95,7 @@ class Opened:
         """Give the workspace back, all ranks together, in bounded time; leave it to the exit if a call hangs."""
         if self._closed:
             return
-        self._closed = True
+        self._closed, self.finish, self._call = True, closed, closed  # `_call`: whoever kept `finish` calls nothing
         atexit.unregister(self.close)
         idle = self._watchdog.idle_within(CLOSE_TIMEOUT_S)
         if self._release(wait=idle):
@@ -112,6 +118,10 @@ class Opened:
         except FusionError:
             self.close()
             raise
+
+    def _need_open(self) -> None:
+        if self._closed:
+            closed()
 
     def _require(self, partial: Tensor, residual: Tensor, weight: Tensor, weight_offset: float) -> None:
         """The kernel checks none of this: it would read past the end, or one dtype as another."""

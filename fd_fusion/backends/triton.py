@@ -22,7 +22,7 @@ from fd_fusion.comm.symmetric_memory import Maker, attempt, settle
 from fd_fusion.comm.workspace import Layout, Workspace, open_workspace
 from fd_fusion.kernels import plan as plans
 from fd_fusion.kernels.epochs import Turns
-from fd_fusion.reasons import FusionTimeout, Reason, because
+from fd_fusion.reasons import FusionTimeout, Reason, because, closed
 from fd_fusion.tuning import NEVER, Facts, row_limit
 
 _CPU_PROGRAMS = 4  # rows in flight under the interpreter, where programs run one after another anyway
@@ -144,6 +144,7 @@ class Opened:
         self._turns.start_anew()
 
     def stats(self) -> dict[str, Any]:
+        """Facts and counts; of a closed workspace those that need no memory."""
         plan, workspace = self._plan, self._workspace
         return {
             "bytes": workspace.bytes,
@@ -163,12 +164,14 @@ class Opened:
         rows: finished rows. calls: turns of slot 0, which are calls where none has more than two rows a program.
         """
         words = 3 * self._slots * self._plan.split
-        data = self._maker.read(self._workspace.local + 8 * plans.PROGRAM_WORDS, 8 * words)
+        data = self._workspace.read(self._workspace.local + 8 * plans.PROGRAM_WORDS, 8 * words)
         turns = self._turns.seen(struct.unpack(f"<{words}Q", data)[:: 3 * self._plan.split])
         return {"rows": sum(turns), "calls": turns[0]}
 
     def close(self) -> None:
         """Give the memory back; may be repeated, and waits no more than seconds for the other ranks."""
+        self.finish = closed
+        self._launches_for = closed  # whoever kept `finish` launches nothing either
         if self._workspace is not None:
             self._workspace.close()
 

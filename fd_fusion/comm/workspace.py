@@ -61,6 +61,7 @@ class Workspace:
         self._page, self._page_of_kernel = memory.maker.host_page(layout.page_bytes)
         self._words = (ctypes.c_int64 * (layout.page_bytes // 8)).from_address(self._page)
         self._closed = False
+        self._use = threading.RLock()  # held while memory is read, so that no other thread gives it back meanwhile
 
     @property
     def bytes(self) -> int:
@@ -72,7 +73,14 @@ class Workspace:
 
     def error(self) -> Reason | None:
         """What kernels of this rank wrote on the error page, or None. Cheap: reads host memory."""
-        return self.layout.read_error(self._words[:]) if any(self._words) else None
+        with self._use:
+            return self.layout.read_error(self._words[:]) if not self._closed and any(self._words) else None
+
+    def read(self, address: int, nbytes: int) -> bytes:
+        """What lies at an address of this workspace. Raises: FusionError: it is closed."""
+        with self._use:
+            self._need_open()
+            return self.memory.maker.read(address, nbytes)
 
     def check(self) -> None:
         """To be called before results leave the process, when the calls that made them have ended.
@@ -82,16 +90,17 @@ class Workspace:
         """
         self._need_open()
         reason = self.error()
-        if reason is None and any(self.memory.maker.read(self.memory.own, 4)):
+        if reason is None and any(self.read(self.memory.own, 4)):
             reason = self.error() or because("aborted")
         if reason is not None:
             raise FusionTimeout(reason)
 
     def freeze(self) -> None:
         """From now on a call waits `timeout_s`, and nothing allocates."""
-        self._need_open()
-        self.frozen = True
-        self.memory.maker.write(self.local, self._limit().to_bytes(8, "little"))
+        with self._use:
+            self._need_open()
+            self.frozen = True
+            self.memory.maker.write(self.local, self._limit().to_bytes(8, "little"))
 
     def reset(self) -> None:
         """Collective: make the workspace usable again after an error, on all ranks or on none.
@@ -113,9 +122,10 @@ class Workspace:
 
     def close(self, *, wait: bool = True) -> None:
         """Give everything back; may be repeated. Waits a few seconds for the other ranks, never longer."""
-        if self._closed or os.getpid() != self._pid:  # a forked child owns nothing of this
-            return
-        self._closed = True
+        with self._use:  # not longer: the watcher holds its own lock while it reads
+            if self._closed or os.getpid() != self._pid:  # a forked child owns nothing of this
+                return
+            self._closed = True
         watcher.unwatch(self)
         if self in _open:
             _open.remove(self)

@@ -14,7 +14,7 @@ from fd_fusion import runtime
 from fd_fusion.comm.circle import in_order
 from fd_fusion.comm.group import Group
 from fd_fusion.config import FusionConfig, Resolved, resolve
-from fd_fusion.integration import metrics, native
+from fd_fusion.integration import lifecycle, metrics, native
 from fd_fusion.integration.forwards import ExampleOf
 from fd_fusion.integration.joining import (
     by_group,
@@ -30,7 +30,7 @@ from fd_fusion.integration.qk import QKNorm, settle_qk_norms
 from fd_fusion.integration.report import Report
 from fd_fusion.integration.settling import Bound, attach_and_prove, leave_stock, logger, undo_all
 from fd_fusion.reasons import BindError, FusionError, FusionTimeout, Reason, because
-from fd_fusion.site import Rejected, Site
+from fd_fusion.site import ForwardCount, Rejected, Site
 
 _bound: weakref.WeakKeyDictionary[Any, Bound] = weakref.WeakKeyDictionary()
 _reports: weakref.WeakKeyDictionary[Any, Report] = weakref.WeakKeyDictionary()  # of models that are off too
@@ -101,7 +101,7 @@ def bind(
         report.off = because("disabled", flag="enable_all_reduce_rms_norm")
     elif not found and not report.rejected:
         report.off = because("no_pairs", model=type(model).__name__)
-    state = Bound(report)
+    state = Bound(report, freezes_itself=pairs is None)
     try:
         failure = refusal or _settle_qk(state, native.find_qk_norms(model) if qk_norms is None else qk_norms)
         state.failures += [failure] if failure is not None else []
@@ -117,7 +117,9 @@ def bind(
         report.off = error.reason if isinstance(error, FusionError) else because("bind_raised", error=_told(error))
         report.sites.clear()
         raise
-    _bound[model] = state
+    with lifecycle.lock:
+        _bound[model] = state
+    lifecycle.watch_model(model, [opening.opened for opening in state.openings])
     report.log(logger)
     return report
 
@@ -127,14 +129,16 @@ def unbind(model: Any) -> None:
 
     A graph that was captured or traced while the model was bound uses them, and must not run again.
     """
-    state, _ = _bound.pop(model, None), _reports.pop(model, None)
+    with lifecycle.lock:
+        state, _ = _bound.pop(model, None), _reports.pop(model, None)
     if state is not None:
         undo_all(state)
 
 
 def report() -> list[Report]:
     """The reports of the models of this process for which `bind` was called, those that are off too."""
-    return list(_reports.values())
+    with lifecycle.lock:
+        return list(_reports.values())
 
 
 def note_off(model: Any, resolved: Resolved, reason: Reason) -> None:
@@ -142,18 +146,19 @@ def note_off(model: Any, resolved: Resolved, reason: Reason) -> None:
 
     Raises: BindError: under `strict`, unless the reason is a rule.
     """
-    with contextlib.suppress(TypeError):  # what is no layer, and cannot be held weakly, has no report
+    with contextlib.suppress(TypeError), lifecycle.lock:  # what is no layer, and cannot be held weakly, has no report
         _reports[model] = Report(resolved.config, resolved.source, type(model).__name__, off=reason)
     if resolved.config is not None and resolved.config.strict and not reason.is_rule:
         raise BindError(reason)
 
 
 def check() -> None:
-    """Raise FusionTimeout if a fused call of any bound model ran out of time. For use before tokens are published."""
+    """Raise FusionTimeout if a fused call of any bound model ran out of time. For use before tokens are published.
+
+    Nothing else is raised: what goes wrong with the metrics, which it writes once a minute, is one line in the log.
+    """
     try:
-        for state in _bound.values():
-            for opening in state.openings:
-                opening.opened.check()
+        lifecycle.check()
     except FusionTimeout:
         metrics.tick(report, every_s=1.0)  # this process may end before the minute is over
         raise
@@ -161,10 +166,35 @@ def check() -> None:
 
 
 def freeze() -> None:
-    """After graph capture: nothing allocates any more, and a rank is waited for `timeout_s`, not ten times that."""
-    for state in _bound.values():
-        for opening in state.openings:
-            opening.opened.freeze()
+    """Wait less for a missing rank from now on. Collective in spirit only: a rank that calls it later waits longer.
+
+        a fused call waits at most   10 x timeout_s before freeze, while a rank may still compile or capture
+                                     timeout_s      after it
+
+    For every bound model of this process. FastDeploy's worker calls it after its graphs were captured. A model of
+    this package's own layers freezes by itself when the second eager forward after its proving pass starts (the
+    first has run every fused op, so nothing is left to compile), or at the first later one that is not being
+    captured; call `freeze()` where all that follows are replays of graphs. Not while a graph is being captured.
+    `check`, `reset` and `bind` may follow it; a model that is bound later starts with the long wait.
+    Raises: FusionError (`closed`): the model was unbound by another thread meanwhile.
+    """
+    lifecycle.freeze()
+
+
+def reset() -> None:
+    """Collective: go on after a FusionTimeout. Every rank calls it, with no fused call under way on any of them.
+
+    Every workspace of this process is reset, oldest first: all ranks wait until all have ended what they run, then
+    clear their memory, and vote on the outcome. Each is usable again on all ranks of its group, or on none.
+
+        a silent rank is waited for at most   2 x t + t for each workspace,
+                                              t = timeout_s once frozen, else 10 x timeout_s
+
+    Numbers that were computed between the timeout and the reset are NaN or unfit: throw them away.
+    Raises: FusionError: a rank is missing (`never_voted`), or could not clear its memory; that workspace stays dead,
+        the others were reset all the same. Restart the ranks then.
+    """
+    lifecycle.reset()
 
 
 def _resolve(model: Any, config: Any, source: str) -> Resolved:
@@ -209,8 +239,8 @@ def _open(
     report.rejected += [Rejected(pair.name, because("one_rank")) for pair in pairs if pair.group.size == 1]
     pairs_of = {group: [pair for pair in pairs if pair.group == group] for group in labels}
     spaces = len({(group, pair.hidden_size, pair.dtype) for group in pairs_of for pair in pairs_of[group]})
-    taken = sum(opening.opened.bytes for bound in _bound.values() for opening in bound.openings)
-    room = spaces, (config.workspace_mb << 20) - taken
+    lifecycle.close_dropped([group for group in in_order(pairs_of) if group in state.live], config.timeout_s)
+    room = spaces, (config.workspace_mb << 20) - lifecycle.taken_bytes()
     for group in in_order(pairs_of):
         if group not in state.live:  # a rank did not come
             refused, each = (state.broken, ()), 0
@@ -241,15 +271,16 @@ def _open_group(
             _leave_stock(state, spaces[key], reason, ranks)
             continue
         state.openings.append(opened)
+        lifecycle.hold(group, opened.opened)
         for pair in spaces[key]:
-            site = _site_of(pair, opened)
+            site = _site_of(pair, opened, state.forwards)
             state.sites.append((pair, site))
             state.report.add_site(site, opened, group)
     if any(pair.group == group for pair, _ in state.sites):
         state.groups.append(group)
 
 
-def _site_of(pair: Pair, opening: Opening) -> Site:
+def _site_of(pair: Pair, opening: Opening, forwards: ForwardCount) -> Site:
     run, weight, eps, offset = opening.opened.finish, pair.weight, pair.eps, pair.weight_offset
 
     def fused(partial, residual):
@@ -263,4 +294,4 @@ def _site_of(pair: Pair, opening: Opening) -> Site:
 
     limit, user = opening.opened.limit, runtime.how_to_tell_users()
     ends = {"reduce": pair.reduce, "norm": pair.norm, "hooks": pair.hooks}
-    return Site(pair.name, fused=fused, **ends, limit=limit, user=user)
+    return Site(pair.name, fused=fused, **ends, limit=limit, user=user, forwards=forwards)

@@ -92,6 +92,7 @@ def _attach(found: HostPair, site: Site) -> Callable[[], None]:
     The constructors are long past: a bias was divided by the number of ranks when it was loaded, so the sum of the
     partial sums still holds it once.
     """
+    site.refuses_gradients = False  # the worker runs under no_grad; a host that does not reads no gradient either
     undo = [_set(switch.layer, switch.attribute, switch.off) for switch in found.switches]
     for layer in {
         id(part): part for part in (found.producer, found.norm, *(s.layer for s in found.switches))

@@ -37,9 +37,9 @@ def patch() -> Reason | None:
     if not hasattr(worker_class, "graph_optimize_and_warm_up_model") or not hasattr(runner_class, "_dummy_run"):
         return because("symbol_moved", path=f"{_WORKER}.GpuWorker.graph_optimize_and_warm_up_model")
     if saves:
-        _replace(runner_class, "_save_model_output", lambda stock: _checked(stock, waits=False))
+        _replace(runner_class, "_save_model_output", _checked)
     if hasattr(runner, "post_process"):
-        _replace(runner, "post_process", lambda stock: _checked(stock, waits=not saves))
+        _replace(runner, "post_process", lambda stock: _checked_once_done(stock, pooled_alone=saves))
     _replace(worker_class, "graph_optimize_and_warm_up_model", _proven_before_capture)
     return None
 
@@ -55,21 +55,34 @@ def _replace(owner: Any, name: str, wrap: Callable[[Callable], Callable]) -> Non
     _undo.append(lambda: delattr(owner, name) if inherited else setattr(owner, name, stock))
 
 
-def _checked(stock: Callable, waits: bool) -> Callable:
-    """`stock`, once the step that is to be published is known to be sound. `waits`: it may still be running.
-
-    What a pooling model gives leaves in post_process in every version.
-    """
+def _checked(stock: Callable) -> Callable:
+    """`stock`, which publishes a step that has ended, once that step is known to be sound."""
 
     def publish(*args, **kwargs):
         from fd_fusion.integration import binding
 
-        if (waits or _is_pooled(args[0] if args else kwargs.get("sampler_or_pooler_output"))) and any(
-            one.sites for one in binding.report()
-        ):
-            _wait_for_device()
         binding.check()
         return stock(*args, **kwargs)
+
+    return publish
+
+
+def _checked_once_done(stock: Callable, pooled_alone: bool) -> Callable:
+    """`post_process`, whose step may still be running: wait for it, then check it.
+
+    What a pooling model gives leaves here in every version. `pooled_alone`: all else leaves in _save_model_output,
+    which checks it, so that a step is checked once.
+    """
+    checked = _checked(stock)
+
+    def publish(*args, **kwargs):
+        from fd_fusion.integration import binding
+
+        if pooled_alone and not _is_pooled(args[0] if args else kwargs.get("sampler_or_pooler_output")):
+            return stock(*args, **kwargs)
+        if binding.report():
+            _wait_for_device()
+        return checked(*args, **kwargs)
 
     return publish
 

@@ -37,7 +37,7 @@ class Forwards:
         """One forward. What it raises is a reason, to be voted on: the ranks must not part ways here."""
         self._traces[which] = trace = Trace({pair.name: pair.reader for pair, _ in self._pairs})
         try:
-            with trace.watching():
+            with trace.watching(), paddle.no_grad():  # nobody differentiates it, and a Site refuses gradients
                 self._outputs[which] = tensors_of(self._example())
         except FusionError as error:
             return error.reason

@@ -37,22 +37,26 @@ _HELP = {
     "timeouts": "Fused calls that ran out of time",
 }
 _next = 0.0
+_failures: set[str] = set()
 _exporter: Callable[[list[Report]], None] | None = None
 
 
 def tick(reports: Callable[[], list[Report]], *, every_s: float = EVERY_S) -> None:
-    """Tell the numbers if the last time is `every_s` ago."""
+    """Tell the numbers if the last time is `every_s` ago. Never raises; each failure is logged once."""
     global _next, _exporter
     if (now := time.monotonic()) < _next - EVERY_S + every_s:
         return
     _next = now + EVERY_S
-    told = reports()
-    if any(report.sites for report in told):
-        _exporter = _exporter or choose(os.environ)
-        try:
+    try:
+        told = reports()
+        if any(report.sites for report in told):
+            _exporter = _exporter or choose(os.environ)
             _exporter(told)
-        except (OSError, ValueError) as error:  # tokens are not held up by their statistics
-            logger.warning("fd_fusion: no metrics this minute: %s", error)
+    except Exception as error:  # recorded: tokens are not held up, nor a FusionTimeout hidden, by statistics
+        text = f"{type(error).__name__}: {error}"
+        if text not in _failures:
+            _failures.add(text)
+            logger.warning("fd_fusion: no metrics this minute, and no such line again: %s", text)
 
 
 def choose(environ: Mapping[str, str]) -> Callable[[list[Report]], None]:

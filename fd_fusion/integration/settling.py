@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import types
 import weakref
@@ -10,9 +9,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from fd_fusion import runtime
 from fd_fusion.comm.circle import Known
 from fd_fusion.comm.group import Group, Vote, agree
 from fd_fusion.config import FusionConfig
+from fd_fusion.integration import lifecycle
 from fd_fusion.integration.evidence import Contract
 from fd_fusion.integration.forwards import AGAIN, STOCK, ExampleOf, Forwards, on_copies
 from fd_fusion.integration.opening import Opening
@@ -22,7 +23,7 @@ from fd_fusion.integration.qk import Kernel, QKNorm
 from fd_fusion.integration.report import Report
 from fd_fusion.layers.finish_op import is_eager
 from fd_fusion.reasons import BindError, Reason, because
-from fd_fusion.site import Rejected, Site
+from fd_fusion.site import ForwardCount, Rejected, Site
 
 logger = logging.getLogger("fd_fusion")
 
@@ -44,6 +45,8 @@ class Bound:
     circle: Group | None = None  # all ranks that must come to one outcome
     failures: list[Reason] = field(default_factory=list)  # what was tried and did not work
     on: bool = True  # somewhere in the circle; a bind that failed may be tried again
+    forwards: ForwardCount = field(default_factory=ForwardCount)
+    freezes_itself: bool = False  # no host does it after its graphs were captured
 
 
 def refuse(report: Report, pairs: list[Pair], reason: Reason, ranks: tuple[int, ...], config: FusionConfig) -> None:
@@ -78,7 +81,9 @@ def attach_and_prove(
     """Run the proving pass here, or leave it to the first forward; what is proven is installed."""
     if not state.sites:
         state.undo_qk += [norm.attach(Kernel(norm)) for norm in state.qk_norms]
-    elif example is None or not prove(model, state, example):
+        return
+    state.undo.append(model.register_forward_pre_hook(state.forwards.start).remove)
+    if example is None or not prove(model, state, example):
         _prove_in_first_forward(model, state, example_of or on_copies)
 
 
@@ -228,6 +233,8 @@ def _settle(state: Bound, refusal: Reason | None, ranks: tuple[int, ...]) -> Non
     if refusal is None:
         state.undo += [pair.attach(site) for pair, site in state.sites]
         state.undo_qk += [norm.attach(Kernel(norm)) for norm in state.qk_norms]
+        if state.freezes_itself:
+            state.forwards.at_second(lambda: _freeze(state))
         return
     state.on = False
     undo_all(state)
@@ -235,6 +242,19 @@ def _settle(state: Bound, refusal: Reason | None, ranks: tuple[int, ...]) -> Non
     report.qk_fused = []
     report.sites.clear()
     refuse(report, [pair for pair, _ in state.sites], refusal, ranks, report.config)
+
+
+def _freeze(state: Bound) -> bool:
+    """Freeze, unless a graph is being captured: the limit is a word in device memory. Returns whether it was done.
+
+    By now a whole forward has run fused on this rank, so that nothing is left to compile. Ranks may come here in
+    different forwards: the limit is each rank's own, and until it freezes a rank only waits longer.
+    """
+    if runtime.is_capturing():
+        return False
+    for opening in state.openings:
+        opening.opened.freeze()
+    return True
 
 
 def undo_all(state: Bound) -> None:
@@ -247,6 +267,7 @@ def undo_all(state: Bound) -> None:
 def _undo_sites(state: Bound) -> None:
     while state.undo:
         state.undo.pop()()
+    for _, site in state.sites:  # a graph that was traced while the model was bound still calls it
+        site.close()
     while state.openings:
-        with contextlib.suppress(Exception):  # a workspace that cannot be closed in time is left to process exit
-            state.openings.pop().opened.close()
+        lifecycle.close(state.openings.pop().opened)

@@ -1,7 +1,8 @@
 """`finish` of a Site, and the all-reduce, as opaque ops: a traced graph holds neither decision nor collective.
 
 Under `paddle.jit.to_static` (AST and SOT) the op's body runs as Python whenever the graph runs, with real tensors:
-`fuses(T)` is decided there, for the T of that run. Call the layer in `eval()` mode: the op has no gradient.
+`fuses(T)` is decided there, for the T of that run. The op has no gradient: eager and under SOT it raises where one is
+recorded, and a whole graph that is to be differentiated is refused by Paddle.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from paddle.base.dygraph.base import in_sot_simulation_mode
 from paddle.static import MetaTensor, register_op
 
 from fd_fusion.backends import paddle as formulas
-from fd_fusion.site import Site, by_number
+from fd_fusion.reasons import FusionError, because
+from fd_fusion.site import Site, site_of
 
 
 def _like_partial(partial, *rest):
@@ -29,7 +31,9 @@ def _like_partial(partial, *rest):
     output_names=["norm_out", "residual_out"],
 )
 def _finish(partial, residual, site):
-    return by_number[site].complete(_own(partial, by_number[site]), residual)
+    site = site_of(site)
+    refuse_gradients(site, partial)
+    return site.complete(_own(partial, site), residual)
 
 
 @register_op(
@@ -39,7 +43,9 @@ def _finish(partial, residual, site):
     output_names=["norm_out", "residual_out"],
 )
 def _finish_without_residual(partial, site):
-    return by_number[site].complete(_own(partial, by_number[site]), None)
+    site = site_of(site)
+    refuse_gradients(site, partial)
+    return site.complete(_own(partial, site), None)
 
 
 def _own(partial, site):
@@ -58,11 +64,23 @@ def is_eager() -> bool:
 def finish(site: Site, partial: paddle.Tensor, residual: paddle.Tensor | None):
     """`site.finish` in eager mode, with its checks; the opaque op while a graph is being traced."""
     if paddle.in_dynamic_mode() and not in_sot_simulation_mode():
+        refuse_gradients(site, partial)
         return site.finish(partial, residual)
     alone = residual is None  # SOT breaks the graph at `if <tensor> is None`, and takes the two apart
     if alone:
         return _finish_without_residual(partial, site.number)
     return _finish(partial, residual, site.number)
+
+
+def refuse_gradients(site: Site, partial: paddle.Tensor) -> None:
+    """Raises: FusionError: a gradient would have to pass; without a word it would be zero."""
+    if site.refuses_gradients and is_recorded(partial):
+        raise FusionError(because("gradients", layer=site.name))
+
+
+def is_recorded(x: paddle.Tensor) -> bool:
+    """Whether what is computed from x, eager, will have a gradient."""
+    return not x.stop_gradient and paddle.is_grad_enabled()
 
 
 def hand_over(site: Site, partial: paddle.Tensor) -> paddle.Tensor:

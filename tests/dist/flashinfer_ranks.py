@@ -86,8 +86,17 @@ def plain():
     biases = [call["weight_bias"] for call in kernel().CALLS[1:]]
     assert biases == [0, 1, 0, 0, 1, 0, 1] and len(kernel().BUILDS) == 1
     opened.check()
+    opened.reset()
+    kept = opened.finish
     opened.close()
     opened.close()
+    x = paddle.ones([1, H])
+    for use in (lambda: kept(x, x, x[0], EPS, 0.0), opened.finish, opened.check, opened.freeze, opened.reset):
+        try:
+            use()
+            raise AssertionError("a closed workspace was used")
+        except FusionError as error:
+            assert error.reason.code == "closed", error
     times = FOLDER / f"built{group.rank}"
     times.write_text(str(kernel().BUILDS[0]))
 

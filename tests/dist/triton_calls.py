@@ -17,6 +17,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspa
 from fd_fusion.backends import triton as backend
 from fd_fusion.comm.group import working
 from fd_fusion.kernels import plan as plans
+from fd_fusion.reasons import FusionError
 from fd_fusion.tuning import Facts
 from tests.support import tensors
 from tests.support.all_reduce_cases import Case, judge
@@ -174,7 +175,20 @@ def strange_inputs(group, options):
             assert str(options.hidden) in str(error)
         else:
             raise AssertionError("a wrong shape was taken")
+    kept = opened.finish
     opened.close()
+    calls = [lambda run=run: run(x, residual, weight, case.eps, 0.0) for run in (kept, opened.finish)]
+    for use in (*calls, opened.check, opened.freeze, opened.reset):
+        assert _is_closed(use), use
+    assert opened.stats()["device"] is None
+
+
+def _is_closed(use):
+    try:
+        use()
+    except FusionError as error:
+        return error.reason.code == "closed"
+    return False
 
 
 def weights(group, options):
