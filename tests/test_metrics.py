@@ -115,7 +115,7 @@ def test_one_line_of_json_a_minute(caplog, monkeypatch):
 
 
 def bind(monkeypatch, opened):
-    monkeypatch.setattr(binding, "_reports", {"model": report_of(opened)})
+    monkeypatch.setattr(binding, "_bound", {"model": types.SimpleNamespace(report=report_of(opened))})
     monkeypatch.setattr(lifecycle, "_held", ())
     lifecycle.hold(Group("g", 0, 2, (0, 1), None), opened)
 

@@ -138,7 +138,8 @@ def unbind(model: Any) -> None:
 def report() -> list[Report]:
     """The reports of the models of this process for which `bind` was called, those that are off too."""
     with lifecycle.lock:
-        return list(_reports.values())
+        bound = [state.report for state in _bound.values()]
+        return bound + [one for one in _reports.values() if not any(one is other for other in bound)]
 
 
 def note_off(model: Any, resolved: Resolved, reason: Reason) -> None:

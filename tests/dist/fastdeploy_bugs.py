@@ -122,7 +122,7 @@ with tempfile.TemporaryDirectory() as scratch:
         finally:
             setattr(owner, name, stock)
         (report,) = [r for r in fd_fusion.report() if r.rejected]
-        codes = {line.reason.code: str(line.reason) for line in report.rejected}
+        codes = {line.reason.root.code: str(line.reason) for line in report.rejected}
         assert not report.sites, f"{seed.__name__}: {report.lines()}"
         assert expected in codes or expected in str(codes), f"{seed.__name__}: {codes}"
         assert len(got) == len(wanted) and all(map(np.array_equal, got, wanted)), f"{seed.__name__}: not stock"
