@@ -1,7 +1,8 @@
 """`python -m fd_fusion demo`: a tensor-parallel decoder of GLM-4.5's structure, run stock and bound, and compared.
 
 This process writes the checkpoint, starts the ranks, computes the truth in NumPy meanwhile, and judges.
-Exit code: 0 when the numbers agree, 1 when they do not or a rank failed, 2 for bad arguments, 130 after Ctrl-C.
+Exit code: 0 when the numbers agree, 1 when they do not or a rank failed, 2 for bad arguments or a full disk, 130
+after Ctrl-C.
 """
 
 from __future__ import annotations
@@ -56,8 +57,10 @@ def main(argv: list[str]) -> int:
         return _fail(error, 2)
     except BrokenPipeError:  # nobody reads our output: the caller's business
         raise
-    except (FusionError, RunFailed, OSError) as error:
+    except (FusionError, RunFailed) as error:
         return _fail(error, 1)
+    except OSError as error:
+        return _fail(error, 2)
 
 
 def _fail(error: object, code: int) -> int:
