@@ -19,7 +19,7 @@ import pytest
 from support.launch import launch
 
 from fd_fusion import __main__
-from fd_fusion.cli import demo, demo_launch, demo_report
+from fd_fusion.cli import demo, demo_launch, demo_report, run_folder
 from fd_fusion.cli.demo_config import DecoderConfig
 from fd_fusion.cli.demo_reference import Truth
 from fd_fusion.cli.plain_json import to_json
@@ -48,7 +48,8 @@ def left_behind(tmp_path):
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(("nproc", "extra"), [(1, []), (2, ["--max-token-num", "4"]), (4, ["--steps", "2"])])
 def test_the_runs_agree(nproc, extra, tmp_path):
-    process = start(tmp_path, "--nproc", str(nproc), "--json", "out.json", *extra)
+    job = {"PADDLE_NNODES": "2", "PADDLE_MASTER": "10.0.0.1:9", "PADDLE_TRAINER_ID": "1"}  # of a job around us
+    process = start(tmp_path, "--nproc", str(nproc), "--json", "out.json", *extra, **job)
     out, err = process.communicate(timeout=280)
     assert process.returncode == 0, out + err
     assert err == "" and out.endswith("verdict: the numbers agree\n")
@@ -238,17 +239,39 @@ def test_a_killed_rank_is_named(tmp_path):
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("late", [False, True])
-def test_ctrl_c_leaves_nothing(late, tmp_path):
+def test_ctrl_c_leaves_nothing(tmp_path):
     process = start(tmp_path, "--steps", "40", "--hidden-size", "64")
-    if late:
-        begun(process, tmp_path)
-    else:
-        while not list(tmp_path.glob("fd_fusion_demo_*/launcher.log")):
-            time.sleep(0.02)
+    while not list(tmp_path.glob("fd_fusion_demo_*/launcher.log")):
+        time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out, err) == (130, "", "fd-fusion demo: interrupted\n")
+    assert not left_behind(tmp_path)
+
+
+@pytest.mark.timeout(300)
+def test_a_terminal_that_closes_leaves_nothing(tmp_path):
+    process = start(tmp_path, "--steps", "40", "--hidden-size", "64")
+    begun(process, tmp_path)
+    process.send_signal(signal.SIGHUP)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (129, "", "")
+    assert not left_behind(tmp_path)
+
+
+@pytest.mark.timeout(300)
+def test_ranks_do_not_outlive_a_demo_that_is_killed(tmp_path, monkeypatch):
+    """Out of memory: nothing of ours runs on, so the folder stays until the next run starts."""
+    process = start(tmp_path, "--steps", "400", "--hidden-size", "64")
+    folder = begun(process, tmp_path)
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 10
+    while left_behind(tmp_path) != [folder]:
+        assert time.monotonic() < deadline, left_behind(tmp_path)
+        time.sleep(0.02)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    run_folder.remove_old()
     assert not left_behind(tmp_path)
 
 
