@@ -210,7 +210,8 @@ def test_a_rank_says_which_server_it_is_of(same, monkeypatch):
     monkeypatch.setenv(fastdeploy_log.ENV_RUN, "7-a")
     fastdeploy_log.log_to_host()
     fastdeploy_log.logger.warning("%d sites", 4)
-    assert lines == ["3 sites", "4 sites [server 7-a]"]
+    fastdeploy_log.logger.warning("fd_fusion metrics %s", "{}")
+    assert lines == ["3 sites", "4 sites [server 7-a]", "fd_fusion metrics {}"]
 
 
 COUNTS = """

@@ -30,8 +30,8 @@ def mark_of(run: str) -> str:
 
 
 def _mark(record: logging.LogRecord) -> bool:
-    """A filter that keeps every record, and says which server it is of."""
-    if run := os.environ.get(ENV_RUN):
+    """A filter that keeps every record, and says which server it is of. Metrics stay a line that ends with JSON."""
+    if (run := os.environ.get(ENV_RUN)) and not record.msg.startswith("fd_fusion metrics"):
         record.msg, record.args = record.getMessage() + mark_of(run), ()
     return True
 
