@@ -262,7 +262,7 @@ def test_a_terminal_that_closes_leaves_nothing(tmp_path):
 @pytest.mark.timeout(300)
 def test_ranks_do_not_outlive_a_demo_that_is_killed(tmp_path, monkeypatch):
     """Out of memory: nothing of ours runs on, so the folder stays until the next run starts."""
-    process = start(tmp_path, "--steps", "400", "--hidden-size", "64")
+    process = start(tmp_path, "--steps", "40", "--hidden-size", "64")
     folder = begun(process, tmp_path)
     process.kill()
     process.wait()
