@@ -6,11 +6,12 @@ import subprocess
 import sys
 import tempfile
 import time
+import types
 from pathlib import Path
 
 import pytest
 
-from fd_fusion.cli import run_folder, tied
+from fd_fusion.cli import ranks, run_folder, tied
 
 ROOT = Path(__file__).parents[1]
 STARTS = """
@@ -88,6 +89,15 @@ def test_the_next_run_removes_the_folder_of_a_killed_one(tmp_path, monkeypatch):
         for one in (killed, living):
             one.send_signal(signal.SIGKILL)
             one.wait()
+
+
+def test_a_full_disk_is_told_before_a_rank_starts(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(run_folder.shutil, "disk_usage", lambda folder: types.SimpleNamespace(free=4096))
+    monkeypatch.setattr(ranks, "_start", None)
+    with pytest.raises(OSError, match="no room for a run; set TMPDIR"):
+        ranks.run_ranks("doctor_rank", 2, {}, timeout_s=1)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_of_a_block_that_fails_is_removed(tmp_path, monkeypatch):

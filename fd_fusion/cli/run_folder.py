@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import shutil
@@ -13,15 +14,19 @@ from pathlib import Path
 from fd_fusion.cli.signals import undisturbed
 
 PREFIX = "fd_fusion_"
+_ROOM_BYTES = 1 << 20
 _LOCK = ".lock"  # held by the process whose folder it is; the kernel lets go when that one ends, however it ends
 
 
 @contextlib.contextmanager
 def run_folder(name: str = "") -> Iterator[Path]:
-    """A new folder under TMPDIR, removed at the end of the block. Raises: OSError: it cannot be made."""
+    """A new folder under TMPDIR, removed at the end of the block. Raises: OSError: it cannot be made, or is full."""
     remove_old()
     folder = Path(tempfile.mkdtemp(prefix=PREFIX + name))
     try:
+        if shutil.disk_usage(folder).free < _ROOM_BYTES:  # a rank would die without a word, its log being there too
+            told = "there is no room for a run; set TMPDIR to a folder with some"
+            raise OSError(errno.ENOSPC, told, str(folder.parent))
         with open(folder / f"{_LOCK}.part", "wb") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             os.rename(lock.name, folder / _LOCK)  # never seen without its owner
