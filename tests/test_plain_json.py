@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fd_fusion.cli import bench_all_reduce, bench_qk_norm, doctor, tune
+from fd_fusion.cli import bench, bench_all_reduce, bench_qk_norm, doctor, tune
 from fd_fusion.cli.findings import Finding
 from fd_fusion.cli.plain_json import to_json
 
@@ -58,13 +58,20 @@ def test_tune(monkeypatch, capsys):
     assert strict(capsys.readouterr().out)["times"] == {"one_shot": {"1": None}}
 
 
-@pytest.mark.parametrize("bench, made", [(bench_all_reduce, "_by_children"), (bench_qk_norm, "measure")])
-def test_bench(bench, made, monkeypatch, tmp_path):
+@pytest.mark.parametrize("name", ["all-reduce", "qk-norm"])
+def test_bench_renders_json_alone(name, capsys, tmp_path):
+    (file := tmp_path / "x.json").write_text("{")
+    assert bench.main([name, "--render", str(file)]) == 2
+    assert "this is no JSON" in (err := capsys.readouterr().err) and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("module, made", [(bench_all_reduce, "_by_children"), (bench_qk_norm, "measure")])
+def test_bench(module, made, monkeypatch, tmp_path):
     result = {"device": "x", "copy_gbps": float("nan"), "cells": [{"errors": [float("inf")], "us": 1.0}]}
-    monkeypatch.setattr(bench, made, lambda args: result)
-    monkeypatch.setattr(bench, "tables", lambda result: "")
-    args = bench.argparse.Namespace(child=None, render=None, output=tmp_path / "out.json", plot=None)
-    bench.run(args)
+    monkeypatch.setattr(module, made, lambda args: result)
+    monkeypatch.setattr(module, "tables", lambda result: "")
+    args = module.argparse.Namespace(child=None, render=None, output=tmp_path / "out.json", plot=None)
+    module.run(args)
     assert strict((tmp_path / "out.json").read_text()) == {
         "device": "x",
         "copy_gbps": None,

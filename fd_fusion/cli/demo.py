@@ -1,7 +1,8 @@
 """`python -m fd_fusion demo`: a tensor-parallel decoder of GLM-4.5's structure, run stock and bound, and compared.
 
 This process writes the checkpoint, starts the ranks, computes the truth in NumPy meanwhile, and judges.
-Exit code: 0 when the numbers agree, 1 when they do not or a rank failed, 2 for bad arguments, 130 after Ctrl-C.
+Exit code: 0 when the numbers agree, 1 when they do not or a rank failed, 2 for bad arguments or a full disk, 130
+after Ctrl-C.
 """
 
 from __future__ import annotations
@@ -10,9 +11,7 @@ import argparse
 import contextlib
 import importlib.metadata
 import importlib.util
-import shutil
 import sys
-import tempfile
 import threading
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from fd_fusion.cli.demo_rank import units
 from fd_fusion.cli.demo_reference import Truth, make_truth
 from fd_fusion.cli.plain_json import to_json
 from fd_fusion.cli.ranks import write_whole
+from fd_fusion.cli.run_folder import run_folder
 from fd_fusion.cli.signals import ending_well, held_back, undisturbed
 from fd_fusion.config import BACKENDS, FusionConfig
 from fd_fusion.reasons import FusionError, because
@@ -56,8 +56,10 @@ def main(argv: list[str]) -> int:
         return _fail(error, 2)
     except BrokenPipeError:  # nobody reads our output: the caller's business
         raise
-    except (FusionError, RunFailed, OSError) as error:
+    except (FusionError, RunFailed) as error:
         return _fail(error, 1)
+    except OSError as error:
+        return _fail(error, 2)
 
 
 def _fail(error: object, code: int) -> int:
@@ -101,16 +103,12 @@ def _demo(args: argparse.Namespace) -> int:
     if config:
         config.check_ranks(args.nproc)
     _check_packages(args.backend)
-    folder = Path(tempfile.mkdtemp(prefix="fd_fusion_demo_"))
-    try:
+    with run_folder("demo_") as folder:
         if config:
             write_checkpoint(folder, config, args.seed)
         checkpoint = Checkpoint(args.checkpoint or folder)
         checkpoint.config.check_ranks(args.nproc)
         truth, results = _run(folder, checkpoint, fusion, args)
-    finally:
-        with undisturbed():
-            shutil.rmtree(folder, ignore_errors=True)
     outcome = demo_report.judge(checkpoint.config, args.nproc, truth, results)
     print("\n".join(demo_report.lines(outcome)))
     if args.json:

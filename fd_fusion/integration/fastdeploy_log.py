@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import os
 from typing import Any
 
 from fd_fusion import __version__
 from fd_fusion.reasons import Reason, because
 
 logger = logging.getLogger("fd_fusion")
+ENV_RUN = "FD_FUSION_RUN"  # which server this process belongs to: `fd-fusion serve` sets it, and looks for its mark
 
 
 class _ToHost(logging.Handler):
@@ -22,10 +24,23 @@ class _ToHost(logging.Handler):
         self._target.handle(record)
 
 
+def mark_of(run: str) -> str:
+    """The end of every line of one server, in a log that several may share."""
+    return f" [server {run}]"
+
+
+def _mark(record: logging.LogRecord) -> bool:
+    """A filter that keeps every record, and says which server it is of. Metrics stay a line that ends with JSON."""
+    if (run := os.environ.get(ENV_RUN)) and not record.msg.startswith("fd_fusion metrics"):
+        record.msg, record.args = record.getMessage() + mark_of(run), ()
+    return True
+
+
 def log_to_host() -> None:
     """Send what this package says to the host's log too, once a process."""
     if any(isinstance(handler, _ToHost) for handler in logger.handlers):
         return
+    logger.addFilter(_mark)  # a second time it is not added
     try:
         from fastdeploy.utils import get_logger
 
