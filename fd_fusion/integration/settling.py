@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from fd_fusion.comm.group import Group, Vote, agree
+from fd_fusion.comm.group import Group, Verdict, Vote, agree
 from fd_fusion.config import FusionConfig
 from fd_fusion.integration.evidence import Contract
 from fd_fusion.integration.forwards import AGAIN, STOCK, ExampleOf, Forwards, on_copies
@@ -181,8 +181,15 @@ def _vote(state: Bound, ballot: Ballot, proof: Proof | None = None) -> None:
             if verdict.ok:
                 ballot.hear(verdict.data, None if turn else proof)
             else:
-                ballot.refusal = ballot.refusal or verdict.reason
+                ballot.refusal = _one_report(verdict, group.size)
                 ballot.ranks = tuple(rank for rank, _ in verdict.refusals)
+
+
+def _one_report(verdict: Verdict, size: int) -> Reason:
+    """The same on every rank, on the one that refused too: the reason that all of them gave, or the first rank's."""
+    first = verdict.refusals[0][1]
+    of_all = len(verdict.refusals) == size and all(why == first for _, why in verdict.refusals)
+    return first if of_all else verdict.reason
 
 
 def _settle(state: Bound, refusal: Reason | None, ranks: tuple[int, ...]) -> None:
