@@ -97,6 +97,17 @@ def sum_spread(partials: np.ndarray, residual: np.ndarray | None, dtype: str) ->
     return 6 * UNIT_ROUNDOFF[dtype] / np.sqrt(3) * np.sqrt(squares) + _SUBNORMAL[dtype]
 
 
+def regrouped(total: np.ndarray, host: np.ndarray, partial: np.ndarray, size: int, dtype: str) -> bool:
+    """Whether two sums of the same parts in another order agree, row by row: 4 u (||host|| + sqrt(N) ||own share||).
+
+    A part that is reduced twice, or not at all, is off by about the size of the part.
+    """
+    norm = [np.linalg.norm(x.astype(np.float64), axis=-1) for x in (total.astype(np.float64) - host, host, partial)]
+    finite = np.isfinite(norm[1])
+    allowed = 4 * UNIT_ROUNDOFF[dtype] * (norm[1] + size**0.5 * norm[2]) + _SUBNORMAL[dtype] * host.shape[-1]
+    return bool((norm[0] <= allowed)[finite].all())
+
+
 def probe_partial(rank: int, size: int, hidden: int, eps: float, dtype: str) -> np.ndarray:
     """[2, H] of rank `rank`, or of the residual for `rank == size`: small integers times a power of two.
 

@@ -106,6 +106,10 @@ TABLE: dict[str, Entry] = {
     "hooked": Entry(
         "{layer} has a forward hook that would read a partial sum", "remove the hook, or unbind the model"
     ),
+    "sum_differs": Entry(
+        "{site}: the sum of the handed-over parts is not the sum that the host makes of them one by one",
+        "a part is reduced twice or not at all: report it with the model's class",
+    ),
     "overwritten": Entry(
         "{site}: the partial sum was overwritten between its producer and its norm",
         "the model's data flow is not the one that this pair expects: report it with the model's class",

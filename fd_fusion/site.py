@@ -112,6 +112,7 @@ class Site:
         self.checked = True  # off where a tracer may take a hand-over and its finish apart
         self.refuses_gradients = True  # off where the host only infers, whether it records gradients or not
         self.handed = 0  # partial sums handed over since the proving pass began
+        self.whole: Tensor | None = None  # in the proving pass, the host's own sum where it adds in another order
         self._fused, self._reduce, self._norm, self._user, self._hooks = fused, reduce, norm, user, hooks
         self._proven = False
         self._prover: Prover | None = None
@@ -220,7 +221,15 @@ class Site:
 
     def stock(self, partial: Tensor, residual: Tensor | None, norm: Norm) -> Finished:
         """All-reduce, then the host's norm: what the host does without us, bit for bit."""
-        return norm(self._reduce(partial) if _rows(partial) else partial, residual)
+        return norm(self.total(partial), residual)
+
+    def total(self, partial: Tensor) -> Tensor:
+        """The host's own all-reduce."""
+        return self._reduce(partial) if _rows(partial) else partial
+
+    @property
+    def proving(self) -> bool:
+        return self._prover is not None
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         """None in a copy of a layer: what a Site calls belongs to the layers that it was made for."""

@@ -182,3 +182,28 @@ def test_known_numbers_are_exact_and_make_eps_visible(dtype, size, eps):
     total = exact.rank_order_sum(rows[:-1], rows[-1])
     assert (to(total, dtype) == total).all() and (total == exact.rank_order_sum(rows[-2::-1], rows[-1])).all()
     assert 0.2 < (total.astype(np.float64) ** 2).mean() / eps < 5 or (dtype == "float16" and eps == 1e-12)
+
+
+def all_reduced(parts, dtype):
+    """By a host that rounds after each addition."""
+    return functools.reduce(lambda a, b: to(a + b, dtype), parts)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_parts_that_are_reduced_together_are_near_their_sums_and_a_part_too_many_is_not(dtype):
+    for seed in range(50):
+        rng = np.random.default_rng(seed)
+        size = (2, 4, 8)[seed % 3]
+        routed, shared = ([to(rng.standard_normal((2, 256)), dtype) for _ in range(size)] for _ in range(2))
+
+        host = to(all_reduced(routed, dtype) + all_reduced(shared, dtype), dtype)
+        parts = [to(a + b, dtype) for a, b in zip(routed, shared)]
+        ours = to(exact.rank_order_sum(parts, None), dtype)
+        assert exact.regrouped(ours, host, parts[0], size, dtype)
+        for wrong in (
+            ours + all_reduced(shared, dtype),
+            ours - all_reduced(shared, dtype),
+            ours - 0.25 * all_reduced(shared, dtype),
+            ours - parts[1],
+        ):
+            assert not exact.regrouped(wrong, host, parts[0], size, dtype)

@@ -93,13 +93,16 @@ def _attach(found: HostPair, site: Site) -> Callable[[], None]:
     partial sums still holds it once.
     """
     site.refuses_gradients = False  # the worker runs under no_grad; a host that does not reads no gradient either
+    on = [(switch.layer, switch.attribute, getattr(switch.layer, switch.attribute)) for switch in found.switches]
     undo = [_set(switch.layer, switch.attribute, switch.off) for switch in found.switches]
     for layer in {
         id(part): part for part in (found.producer, found.norm, *(s.layer for s in found.switches))
     }.values():
         if getattr(layer, _UPSTREAM, False):
             undo.append(_set(layer, _UPSTREAM, False))
-    undo.append(_set_forward(found.producer, _producer_forward(found.producer.forward, site)))
+    stock = found.producer.forward
+    once = _producer_forward(stock, site) if len(on) < 2 else _regrouping_forward(stock, site, on)
+    undo.append(_set_forward(found.producer, once))
     undo.append(_set_forward(found.norm, _norm_forward(found.norm.forward, site)))
     return _all(undo)
 
@@ -149,6 +152,27 @@ def _producer_forward(stock: Callable, site: Site) -> Callable:
 
     forward.__wrapped__ = stock
     return forward
+
+
+def _regrouping_forward(stock: Callable, site: Site, on: list[tuple[Any, str, Any]]) -> Callable:
+    """For a block of several reductions that become one: the sum is the same but for its roundings. The proving pass
+    is given the host's own sum too."""
+
+    def forward(*args, **kwargs):
+        if site.proving:
+            site.whole = _with_own_reductions(stock, on, args, kwargs)
+        return hand_over(site, stock(*args, **kwargs))
+
+    forward.__wrapped__ = stock
+    return forward
+
+
+def _with_own_reductions(stock: Callable, on: list[tuple[Any, str, Any]], args: tuple, kwargs: dict) -> Any:
+    undo = [_set(layer, attribute, value) for layer, attribute, value in on]
+    try:
+        return stock(*args, **kwargs)
+    finally:
+        _all(undo)()
 
 
 def _norm_forward(stock: Callable, site: Site) -> Callable:

@@ -54,16 +54,20 @@ class Trace:
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
+        layers = {name: layer for name, layer in self._norms.items() if layer is not None}
+        built = [(layer, layer.__dict__.get("_built")) for layer in layers.values()]  # a call with a hook sets it
         hooks = [
             layer.register_forward_post_hook(lambda _, inputs, outputs, name=name: self._look(name, inputs, outputs))
-            for name, layer in self._norms.items()
-            if layer is not None
+            for name, layer in layers.items()
         ]
         try:
             yield
         finally:
             for hook in hooks:
                 hook.remove()
+            for layer, before in built:
+                if before is not None:
+                    layer.__dict__["_built"] = before
 
     def _look(self, name: str, inputs: Any, outputs: Any) -> None:
         first = outputs[0] if isinstance(outputs, list | tuple) else outputs
