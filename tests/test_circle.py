@@ -102,7 +102,7 @@ def bind_all(monkeypatch, family, size, *, fails=(), proof=(), qk=(), stops=(), 
 
     def pair(group):
         shape = {"hidden_size": 8, "dtype": "float32", "weight_dtype": "float32", "eps": 1e-5, "weight_offset": 0.0}
-        calls = dict.fromkeys(("reduce", "norm", "weight", "attach"))
+        calls = dict.fromkeys(("reduce", "norm", "weight")) | {"attach": lambda site: lambda: None}
         return Pair(name=f"pair of {group.name}", group=group, **shape, **calls)
 
     def open_for(group, pairs, config, deterministic, workspace_bytes):
@@ -117,9 +117,10 @@ def bind_all(monkeypatch, family, size, *, fails=(), proof=(), qk=(), stops=(), 
         state.report.qk_fused = ["qk"] if qk else []
         return because("backend_failed", backend="triton", error="no") if here.rank in qk else None
 
-    def prove(model, state, example):
+    def prove(model, state, example, example_of):
         refusal = because("unmatched", site="a", handed=0, finished=1) if here.rank in proof else None
-        settling._settle(state, *settling._vote(state, refusal))
+        settling._vote(state, ballot := settling.Ballot(refusal))
+        settling._settle(state, ballot.refusal, ballot.ranks)
 
     monkeypatch.setattr(binding, "open_for", open_for)
     monkeypatch.setattr(binding, "_settle_qk", settle_qk)

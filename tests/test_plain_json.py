@@ -18,7 +18,7 @@ BETWEEN_OURS = {
     "cli/doctor_child.py",
     "cli/ranks.py",
     "comm/group.py",
-    "integration/binding.py",
+    "integration/joining.py",
 }
 
 

@@ -10,11 +10,9 @@ import atexit
 import ctypes
 import logging
 import os
-import signal
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from fd_fusion.comm import watcher
 from fd_fusion.comm.group import Group
@@ -179,25 +177,10 @@ def open_workspace(group: Group, layout: Layout, maker: Maker, push: Push, *, ti
 
 
 @atexit.register
-def close_all(*, wait: bool = True) -> None:
+def close_all() -> None:
     """Close every workspace of this process, oldest first: the same order on all ranks."""
     for workspace in list(_open):
-        workspace.close(wait=wait)
-
-
-def close_on_sigterm() -> None:
-    """Close without waiting when the process is told to end, then do what would have been done without us."""
-    before: Any = signal.getsignal(signal.SIGTERM)
-
-    def handle(number: int, frame: Any) -> None:
-        close_all(wait=False)
-        if callable(before):
-            before(number, frame)
-        elif before is not signal.SIG_IGN:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-
-    signal.signal(signal.SIGTERM, handle)
+        workspace.close()
 
 
 def _line(nbytes: int) -> int:
