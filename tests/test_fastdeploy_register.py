@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent / "host"))
 from fd_fusion.config import ENV_CONFIG, ENV_DISABLE
 from fd_fusion.integration import fastdeploy as plugin
 from fd_fusion.integration import fastdeploy_worker as worker
-from fd_fusion.reasons import FusionTimeout, because
+from fd_fusion.reasons import FusionError, FusionTimeout, because
 
 HOST = Path(__file__).parent / "host"
 LOADERS = """
@@ -303,6 +303,42 @@ def test_a_waiting_model_is_proven_before_capture_and_frozen_after(monkeypatch, 
     model.__dict__["forward"] = waiting
     gpu_worker.graph_optimize_and_warm_up_model()
     assert order == ["capture", "freeze", "dummy 2", "capture", "freeze"]
+
+
+def test_ranks_are_watched_from_the_freeze_on_once_a_group(monkeypatch, caplog):
+    """Behind bind the groups meet, in one order on all ranks; a meeting that fails costs a warning and no more."""
+    from fd_fusion.comm import watcher
+    from fd_fusion.comm.group import Group
+
+    met, told, ends = [], [], []
+
+    class Presence:
+        def __init__(self, group, limit_s, timeout_s):
+            if group.ranks == (4, 5):
+                raise FusionError(because("no_store", detail="none"))
+            met.append((group.ranks, limit_s))
+
+        def watch(self, on_silence):
+            told.append(on_silence)
+
+        def close(self):
+            met.append("left")
+
+    monkeypatch.setattr(worker, "open_presence", Presence)
+    monkeypatch.setattr(watcher, "end_process_on_error", ends.append)
+    worker.watch()
+    assert not ends, "nobody to watch over: nothing ends this process"
+    groups = [Group("x", 0, len(ranks), ranks, None) for ranks in ((2, 3), (0, 1), (4, 5), (7,), (0, 1))]
+    worker.meet(groups, 6.0)
+    worker.meet(groups[:2], 6.0)
+    assert met == [((0, 1), 6.0), ((2, 3), 6.0)] and not told
+    assert "no store to vote over" in caplog.text
+    worker.watch()
+    assert ends == [worker.GRACE_S] and len(told) == 2
+    told[0](because("silent_rank", rank=1, seconds=6))
+    assert "rank 1 has given no sign of life for 6 s" in caplog.text
+    worker.unpatch()
+    assert ends == [worker.GRACE_S, None] and met[2:] == ["left", "left"]
 
 
 def test_a_host_that_gives_out_our_own_logger(monkeypatch):

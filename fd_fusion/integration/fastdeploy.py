@@ -151,6 +151,7 @@ def _bind(model: Any, fd_config: Any, resolved: Resolved, example: Callable) -> 
     from fd_fusion.integration import fastdeploy_adapters as adapters
     from fd_fusion.integration.binding import bind
     from fd_fusion.integration.fastdeploy_pairs import find_pairs
+    from fd_fusion.integration.pairs import Pair
 
     try:
         found, rejected = find_pairs(model, adapters.activation_dtype(fd_config))
@@ -169,6 +170,9 @@ def _bind(model: Any, fd_config: Any, resolved: Resolved, example: Callable) -> 
     if getattr(getattr(fd_config, "graph_opt_config", None), "graph_opt_level", 0):
         for line in report.sites:
             line.site.checked = False  # proven; from now on SOT may trace one end of it and run the other
+    fused = {line.ranks for line in report.sites}
+    groups = (pair.group for pair in pairs if isinstance(pair, Pair) and pair.group.ranks in fused)
+    worker.meet(groups, resolved.config.timeout_s)
 
 
 def _is_deterministic() -> bool:

@@ -2,21 +2,35 @@
 
 before tokens leave the process    no token computed past a timeout is published
 before graphs are captured         a model whose first forward is still to come is proven first
-after graphs are captured          workspaces are frozen
+after graphs are captured          workspaces are frozen, and a rank that falls silent is named from now on
+
+A rank that is missing leaves this one in whatever waits for it: a fused call, a collective of the host, its barrier.
+Nobody can call that back, so the watching thread says the one sentence and ends the process. The launcher then ends
+the other ranks, and the server itself.
 """
 
 from __future__ import annotations
 
+import atexit
 import functools
+import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
-from fd_fusion.reasons import Reason, because
+from fd_fusion.comm import watcher
+from fd_fusion.comm.group import Group
+from fd_fusion.comm.presence import Presence, open_presence
+from fd_fusion.reasons import FusionError, Reason, because
+
+logger = logging.getLogger("fd_fusion")
+# From the sentence to the end of the process: in this time the host may end by itself, with a traceback.
+GRACE_S = 2.0
 
 _RUNNER = "fastdeploy.worker.gpu_model_runner"
 _WORKER = "fastdeploy.worker.gpu_worker"
 _undo: list[Callable[[], None]] = []
+_present: dict[tuple[int, ...], Presence] = {}  # by the ranks of a group
 
 
 def patch() -> Reason | None:
@@ -46,6 +60,33 @@ def patch() -> Reason | None:
 def unpatch() -> None:
     while _undo:
         _undo.pop()()
+    watcher.end_process_on_error(None)
+    _leave()
+
+
+def meet(groups: Iterable[Group], timeout_s: float) -> None:
+    """Collective, behind bind: open what is needed to name a rank of these groups that is silent for `timeout_s`."""
+    for group in sorted({group.ranks: group for group in groups}.values(), key=lambda group: group.ranks):
+        if group.size == 1 or group.ranks in _present:
+            continue
+        try:
+            _present[group.ranks] = open_presence(group, timeout_s, timeout_s=timeout_s)
+        except FusionError as error:  # on all ranks alike; fusion does not depend on it
+            logger.warning("fd_fusion: %s", because("no_presence", why=error))
+    atexit.register(_leave)
+
+
+def watch() -> None:
+    """The host has come up: from now on an error of the watching thread ends this process."""
+    if _present:
+        watcher.end_process_on_error(GRACE_S)
+    for presence in _present.values():
+        presence.watch(lambda reason: logger.error("fd_fusion: %s; %s", reason, reason.remedy))
+
+
+def _leave() -> None:
+    while _present:
+        _present.popitem()[1].close()
 
 
 def _replace(owner: Any, name: str, wrap: Callable[[Callable], Callable]) -> None:
@@ -85,6 +126,7 @@ def _proven_before_capture(stock: Callable) -> Callable:
             _eagerly(lambda: runner._dummy_run(num_tokens=2, batch_size=1))
         result = stock(self, *args, **kwargs)
         binding.freeze()
+        watch()
         return result
 
     return graph_optimize_and_warm_up_model
