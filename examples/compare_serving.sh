@@ -46,7 +46,8 @@ measure() { # name, then the server's command
         tail -n 40 "$scratch/$name.out" >&2
         return 1
     fi
-    grep -rhs "fd_fusion" "$scratch/$name" "$scratch/$name.out" | grep -v "fd_fusion metrics" | sort -u | tail -n 5 > "$scratch/$name.said" || true
+    # Our own log alone: others beside it hold the whole environment, secrets too.
+    grep -hs "fd_fusion" "$scratch/$name/fd_fusion.log" | grep -v "fd_fusion metrics" | sort -u | tail -n 5 > "$scratch/$name.said" || true
     stop
 }
 
