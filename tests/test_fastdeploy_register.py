@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent / "host"))
 from fd_fusion.config import ENV_CONFIG, ENV_DISABLE
 from fd_fusion.integration import fastdeploy as plugin
 from fd_fusion.integration import fastdeploy_worker as worker
-from fd_fusion.reasons import FusionError, FusionTimeout, because
+from fd_fusion.reasons import BindError, FusionError, FusionTimeout, because
 
 HOST = Path(__file__).parent / "host"
 LOADERS = """
@@ -188,6 +188,22 @@ def said(folder):
     for handler in logging.getLogger("fastdeploy.fd_fusion").handlers:
         handler.flush()
     return "".join(path.read_text() for path in folder.glob("fd_fusion.log"))
+
+
+def test_a_named_backend_that_fails_says_so_in_our_log_too(monkeypatch, caplog):
+    from fd_fusion.integration import binding, fastdeploy_adapters, fastdeploy_pairs
+
+    def refuse(*args, **kwargs):
+        raise BindError(because("no_triton", detail="it is not installed"))
+
+    monkeypatch.setattr(binding, "bind", refuse)
+    monkeypatch.setattr(fastdeploy_pairs, "find_pairs", lambda model, dtype: ([], []))
+    monkeypatch.setattr(fastdeploy_adapters, "qk_norms_of", lambda model: [])
+    resolved = SimpleNamespace(config=SimpleNamespace(timeout_s=1))
+    model_config = SimpleNamespace(dtype="float32")
+    with pytest.raises(BindError):
+        plugin._bind(object(), SimpleNamespace(model_config=model_config), resolved, list)
+    assert "Triton cannot be imported: it is not installed" in caplog.text
 
 
 def test_a_symbol_that_moved_is_named_and_the_host_runs_stock(monkeypatch, host_worker, caplog):

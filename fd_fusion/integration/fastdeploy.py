@@ -18,7 +18,7 @@ from typing import Any
 from fd_fusion.config import ENV_CONFIG, ENV_DISABLE, Resolved, resolve
 from fd_fusion.integration import fastdeploy_worker as worker
 from fd_fusion.integration.fastdeploy_log import log_to_host, logger, say_off, say_unreadable
-from fd_fusion.reasons import because
+from fd_fusion.reasons import BindError, because
 
 ENV_SOURCE = "FD_FUSION_CONFIG_SOURCE"  # set by `fd_fusion serve`: who wrote FD_FUSION_CONFIG
 _LOADERS = "fastdeploy.model_executor.model_loader.base_loader"
@@ -159,14 +159,18 @@ def _bind(model: Any, fd_config: Any, resolved: Resolved, example: Callable) -> 
         qk_norms = adapters.qk_norms_of(model)
     except Exception as error:  # if this rank alone comes here, the others see it missing in the vote, and run stock
         return say_unreadable(model, error)
-    report = bind(
-        model,
-        pairs=pairs,
-        qk_norms=qk_norms,
-        example=example,
-        deterministic=_is_deterministic(),
-        resolved=resolved,
-    )
+    try:
+        report = bind(
+            model,
+            pairs=pairs,
+            qk_norms=qk_norms,
+            example=example,
+            deterministic=_is_deterministic(),
+            resolved=resolved,
+        )
+    except BindError as error:  # it ends the worker, whose own log is not where one looks for us
+        logger.error("%s", error)
+        raise
     if getattr(getattr(fd_config, "graph_opt_config", None), "graph_opt_level", 0):
         for line in report.sites:
             line.site.checked = False  # proven; from now on SOT may trace one end of it and run the other
