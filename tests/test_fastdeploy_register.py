@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -321,40 +322,51 @@ def test_a_waiting_model_is_proven_before_capture_and_frozen_after(monkeypatch, 
     assert order == ["capture", "freeze", "dummy 2", "capture", "freeze"]
 
 
-def test_ranks_are_watched_from_the_freeze_on_once_a_group(monkeypatch, caplog):
+def test_ranks_are_watched_from_the_freeze_on_once_a_group(monkeypatch, caplog, tmp_path):
     """Behind bind the groups meet, in one order on all ranks; a meeting that fails costs a warning and no more."""
     from fd_fusion.comm import watcher
     from fd_fusion.comm.group import Group
 
-    met, told, ends = [], [], []
+    met, started, ends, beats = [], [], [], []
 
-    class Presence:
-        def __init__(self, group, limit_s, timeout_s):
-            if group.ranks == (4, 5):
-                raise FusionError(because("no_store", detail="none"))
-            met.append((group.ranks, limit_s))
+    def open_presence(group, timeout_s):
+        if group.ranks == (4, 5):
+            raise FusionError(because("no_store", detail="none"))
+        met.append((group.ranks, timeout_s))
+        presence = SimpleNamespace(beat=lambda: beats.append(group.ranks), leave=lambda: met.append("left"))
+        meeting = type("Meeting", (), {})()
+        meeting.group, meeting.presence = group, presence
+        return meeting
 
-        def watch(self, on_silence):
-            told.append(on_silence)
+    class Sentinel:
+        def __init__(self, meeting, limit_s, grace_s, log):
+            started.append((meeting.group.ranks, limit_s, grace_s, log))
 
-        def close(self):
-            met.append("left")
+        def kill(self):
+            started.append("killed")
 
-    monkeypatch.setattr(worker, "open_presence", Presence)
+        def wait(self):
+            started.append("waited for")
+
+    monkeypatch.setattr(worker, "open_presence", open_presence)
+    monkeypatch.setattr(worker.sentinel, "start", Sentinel)
     monkeypatch.setattr(watcher, "end_process_on_error", ends.append)
+    plugin.log_to_host()
     worker.watch()
-    assert not ends, "nobody to watch over: nothing ends this process"
+    assert not ends and not started, "nobody to watch over: nothing ends this process"
     groups = [Group("x", 0, len(ranks), ranks, None) for ranks in ((2, 3), (0, 1), (4, 5), (7,), (0, 1))]
     worker.meet(groups, 6.0)
     worker.meet(groups[:2], 6.0)
-    assert met == [((0, 1), 6.0), ((2, 3), 6.0)] and not told
+    assert met == [((0, 1), 6.0), ((2, 3), 6.0)] and not started
     assert "no store to vote over" in caplog.text
     worker.watch()
-    assert ends == [worker.GRACE_S] and len(told) == 2
-    told[0](because("silent_rank", rank=1, seconds=6))
-    assert "rank 1 has given no sign of life for 6 s" in caplog.text
+    log = str(tmp_path / "fd_fusion.log")
+    assert started == [((0, 1), 6.0, worker.GRACE_S, log), ((2, 3), 6.0, worker.GRACE_S, log)]
+    assert ends == [worker.GRACE_S]
+    assert any({(0, 1), (2, 3)} <= set(beats) or time.sleep(0.01) for _ in range(300)), "this process counts too"
     worker.unpatch()
     assert ends == [worker.GRACE_S, None] and met[2:] == ["left", "left"]
+    assert started[2:] == 2 * ["killed", "waited for"]
 
 
 def test_a_host_that_gives_out_our_own_logger(monkeypatch):

@@ -4,12 +4,11 @@ import ctypes
 import signal
 import subprocess
 import sys
-from types import SimpleNamespace
+import time
 
 import pytest
 
-from fd_fusion.comm import watcher
-from fd_fusion.comm.group import Group
+from fd_fusion.comm import sentinel, watcher
 from fd_fusion.comm.presence import Presence
 from tests.support.ranks import run_ranks
 
@@ -21,13 +20,9 @@ class Ranks:
 
     def __init__(self):
         self.now = 100.0
-        self._words = (ctypes.c_int64 * 3)()
-        addresses = tuple(ctypes.addressof(self._words) + 8 * rank for rank in range(3))
-        self.all = [Presence(self._memory(rank, addresses), LIMIT_S, lambda: self.now) for rank in range(3)]
-
-    def _memory(self, rank, addresses):
-        group = Group("test", rank, 3, (4, 5, 6), None)
-        return SimpleNamespace(group=group, addresses=addresses, close=lambda wait: True)
+        counts = [ctypes.c_int64() for _ in range(3)]
+        self.all = [Presence(counts, rank, (4, 5, 6)) for rank in range(3)]
+        self._listen = [one.listener(LIMIT_S, lambda: self.now) for one in self.all]
 
     def run(self, seconds, ranks, step_s=0.01):
         """Let these ranks look every `step_s`. Returns what they said, by rank."""
@@ -35,7 +30,8 @@ class Ranks:
         for _ in range(round(seconds / step_s)):
             self.now += step_s
             for rank in ranks:
-                if reason := self.all[rank].look():
+                self.all[rank].beat()
+                if reason := self._listen[rank]():
                     said.setdefault(rank, reason)
         return said
 
@@ -77,9 +73,8 @@ def test_a_starved_rank_is_not_named_and_names_nobody():
 def test_who_left_is_not_missing():
     ranks = Ranks()
     ranks.run(1, [0, 1, 2])
-    ranks.all[1].close()
-    ranks.all[1].close()
-    assert not ranks.run(60, [0, 2])
+    ranks.all[1].leave()
+    assert not ranks.run(60, [0, 1, 2]), "nor does it come back"
 
 
 END = """
@@ -101,9 +96,23 @@ def test_an_error_ends_the_process_behind_the_grace_and_only_where_it_was_asked_
     assert ("fd_fusion: rank 1 is missing; this process ends" in ended.stderr) == (status != 0)
 
 
-def test_a_stopped_process_is_named_and_one_that_goes_on_in_time_is_not():
+def test_a_stopped_process_is_named_to_one_that_holds_the_lock_of_python():
+    """And one that goes on in time is not."""
     first, second = run_ranks("presence.py", 2, timeout_s=60)
-    assert first.status == watcher.EXIT_STATUS and "rank 1 has given no sign of life for 2 s" in first.text, (
-        first.text
-    )
-    assert "came back" in first.text and second.status == -signal.SIGKILL
+    assert first.status == -signal.SIGKILL and "rank 1 has given no sign of life for 2 s" in first.text, first.text
+    assert "came back" in first.text and "log: ERROR" in first.text and second.status == -signal.SIGKILL
+
+
+@pytest.mark.parametrize(
+    "number, running", [(signal.SIGSTOP, False), (signal.SIGCONT, True), (signal.SIGKILL, False)]
+)
+def test_what_runs(number, running):
+    process = subprocess.Popen(["sleep", "60"])
+    try:
+        assert sentinel.is_running(process.pid)
+        process.send_signal(number)
+        assert any(sentinel.is_running(process.pid) == running or time.sleep(0.01) for _ in range(200))
+    finally:
+        process.kill()
+        process.wait()
+    assert not sentinel.is_running(process.pid)

@@ -16,10 +16,10 @@ class _ToHost(logging.Handler):
 
     def __init__(self, target: logging.Logger):
         super().__init__()
-        self._target = target
+        self.target = target
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._target.handle(record)
+        self.target.handle(record)
 
 
 def log_to_host() -> None:
@@ -37,6 +37,13 @@ def log_to_host() -> None:
     if target is not logger:  # an older version gives out the logger of that very name
         logger.addHandler(_ToHost(target))
     logger.setLevel(logging.INFO)
+
+
+def log_file() -> str | None:
+    """The file behind the host's logger, for those who cannot use a logger. None: there is none."""
+    loggers = [logger, *(handler.target for handler in logger.handlers if isinstance(handler, _ToHost))]
+    files = (getattr(handler, "baseFilename", None) for one in loggers for handler in one.handlers)
+    return next(filter(None, files), None)
 
 
 def say_off(model: Any, reason: Reason) -> None:

@@ -5,8 +5,8 @@ before graphs are captured         a model whose first forward is still to come 
 after graphs are captured          workspaces are frozen, and a rank that falls silent is named from now on
 
 A rank that is missing leaves this one in whatever waits for it: a fused call, a collective of the host, its barrier.
-Nobody can call that back, so the watching thread says the one sentence and ends the process. The launcher then ends
-the other ranks, and the server itself.
+Nobody can call that back, so a process beside this one (comm/sentinel.py) says the one sentence and ends it. The
+launcher then ends the other ranks, and the server itself.
 """
 
 from __future__ import annotations
@@ -14,13 +14,15 @@ from __future__ import annotations
 import atexit
 import functools
 import logging
+import subprocess
 import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from fd_fusion.comm import watcher
+from fd_fusion.comm import sentinel, watcher
 from fd_fusion.comm.group import Group
-from fd_fusion.comm.presence import Presence, open_presence
+from fd_fusion.comm.presence import Meeting, open_presence
+from fd_fusion.integration.fastdeploy_log import log_file
 from fd_fusion.reasons import FusionError, Reason, because
 
 logger = logging.getLogger("fd_fusion")
@@ -30,7 +32,8 @@ GRACE_S = 2.0
 _RUNNER = "fastdeploy.worker.gpu_model_runner"
 _WORKER = "fastdeploy.worker.gpu_worker"
 _undo: list[Callable[[], None]] = []
-_present: dict[tuple[int, ...], Presence] = {}  # by the ranks of a group
+_met: dict[tuple[int, ...], tuple[Meeting, float]] = {}  # by the ranks of a group: who meets, and timeout_s
+_sentinels: list[subprocess.Popen] = []
 
 
 def patch() -> Reason | None:
@@ -67,26 +70,37 @@ def unpatch() -> None:
 def meet(groups: Iterable[Group], timeout_s: float) -> None:
     """Collective, behind bind: open what is needed to name a rank of these groups that is silent for `timeout_s`."""
     for group in sorted({group.ranks: group for group in groups}.values(), key=lambda group: group.ranks):
-        if group.size == 1 or group.ranks in _present:
+        if group.size == 1 or group.ranks in _met:
             continue
         try:
-            _present[group.ranks] = open_presence(group, timeout_s, timeout_s=timeout_s)
+            _met[group.ranks] = open_presence(group, timeout_s=timeout_s), timeout_s
         except FusionError as error:  # on all ranks alike; fusion does not depend on it
             logger.warning("fd_fusion: %s", because("no_presence", why=error))
-    atexit.register(_leave)
 
 
 def watch() -> None:
-    """The host has come up: from now on an error of the watching thread ends this process."""
-    if _present:
-        watcher.end_process_on_error(GRACE_S)
-    for presence in _present.values():
-        presence.watch(lambda reason: logger.error("fd_fusion: %s; %s", reason, reason.remedy))
+    """The host has come up: from now on a rank that falls silent, or a call that runs out of time, ends this process.
+
+    This process counts as well: a sentinel that was killed is not its rank's silence.
+    """
+    if not _met:
+        return
+    watcher.end_process_on_error(GRACE_S)
+    for meeting, limit_s in _met.values():
+        _sentinels.append(sentinel.start(meeting, limit_s, GRACE_S, log_file()))
+        watcher.watch(meeting, meeting.presence.beat, lambda error: None)
+    atexit.register(_leave)
 
 
 def _leave() -> None:
-    while _present:
-        _present.popitem()[1].close()
+    """This process ends in order: nobody need miss it, and it misses nobody."""
+    while _sentinels:
+        _sentinels[-1].kill()
+        _sentinels.pop().wait()
+    while _met:
+        meeting, _ = _met.popitem()[1]
+        watcher.unwatch(meeting)
+        meeting.presence.leave()
 
 
 def _replace(owner: Any, name: str, wrap: Callable[[Callable], Callable]) -> None:

@@ -1,35 +1,43 @@
-"""Rank script: rank 1 is stopped for half of the limit, and goes on; then it is stopped for good, and named."""
+"""Rank script: rank 1 is stopped for half of the limit, and goes on; then it is stopped for good, and named.
 
+Meanwhile rank 0 holds Python's lock, as Paddle does while it waits for an event on a GPU: no thread of it runs.
+"""
+
+import ctypes
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 
-from fd_fusion.comm import watcher
+from fd_fusion.comm import sentinel
 from fd_fusion.comm.presence import open_presence
 from fd_fusion.comm.symmetric_memory import barrier
 from tests.support.ranks import this_group
 
 LIMIT_S = 2.0
 group = this_group()
-presence = open_presence(group, LIMIT_S, timeout_s=30)
+meeting = open_presence(group, timeout_s=30)
 if group.rank == 1:
     group.store.set("pid", str(os.getpid()))
 assert barrier(group, "here", 30)
-watcher.end_process_on_error(0.1)
-presence.watch(lambda reason: print(reason, flush=True))
+log = tempfile.NamedTemporaryFile(delete=False)  # noqa: SIM115
+beside = sentinel.start(meeting, LIMIT_S, 0.1, log.name)
 if group.rank == 1:
     time.sleep(60)
     sys.exit("nobody ended this rank")
 pid = int(group.store.get("pid"))
+hold = ctypes.PyDLL(None).usleep  # with Python's lock
 os.kill(pid, signal.SIGSTOP)
-time.sleep(LIMIT_S / 2)
+hold(int(LIMIT_S / 2 * 1e6))
 os.kill(pid, signal.SIGCONT)
-time.sleep(LIMIT_S)
+hold(int(LIMIT_S * 1e6))
 print("came back", flush=True)
 os.kill(pid, signal.SIGSTOP)
-behind = f"while kill -0 {os.getpid()} 2>/dev/null; do sleep 0.1; done; kill -9 {pid}"
-subprocess.Popen(["sh", "-c", behind], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-time.sleep(30)  # until the watching thread ends this process
+behind = f"while kill -0 {os.getpid()} 2>/dev/null; do sleep 0.1; done; "
+behind += f"sed 's/^/log: /' {log.name}; rm {log.name}; kill -9 {pid}"
+subprocess.Popen(["sh", "-c", behind])
+for _ in range(30):
+    hold(999_999)  # until the sentinel ends this process
 sys.exit("the silent rank was not noticed")
