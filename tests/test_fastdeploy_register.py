@@ -3,6 +3,7 @@
 import copy
 import logging
 import os
+import pydoc
 import subprocess
 import sys
 import textwrap
@@ -326,6 +327,7 @@ def test_ranks_are_watched_from_the_freeze_on_once_a_group(monkeypatch, caplog, 
     """Behind bind the groups meet, in one order on all ranks; a meeting that fails costs a warning and no more."""
     from fd_fusion.comm import watcher
     from fd_fusion.comm.group import Group
+    from fd_fusion.integration import binding
 
     met, started, ends, beats = [], [], [], []
 
@@ -339,8 +341,9 @@ def test_ranks_are_watched_from_the_freeze_on_once_a_group(monkeypatch, caplog, 
         return meeting
 
     class Sentinel:
-        def __init__(self, meeting, limit_s, grace_s, log):
-            started.append((meeting.group.ranks, limit_s, grace_s, log))
+        def __init__(self, meeting, limit_s, grace_s, log, pages, reader):
+            started.append((meeting.group.ranks, limit_s, log))
+            assert grace_s > worker.GRACE_S and pages == [7] and callable(pydoc.locate(reader.replace(":", ".")))
 
         def kill(self):
             started.append("killed")
@@ -350,6 +353,7 @@ def test_ranks_are_watched_from_the_freeze_on_once_a_group(monkeypatch, caplog, 
 
     monkeypatch.setattr(worker, "open_presence", open_presence)
     monkeypatch.setattr(worker.sentinel, "start", Sentinel)
+    monkeypatch.setattr(binding, "error_pages", lambda: [7])
     monkeypatch.setattr(watcher, "end_process_on_error", ends.append)
     plugin.log_to_host()
     worker.watch()
@@ -361,7 +365,7 @@ def test_ranks_are_watched_from_the_freeze_on_once_a_group(monkeypatch, caplog, 
     assert "no store to vote over" in caplog.text
     worker.watch()
     log = str(tmp_path / "fd_fusion.log")
-    assert started == [((0, 1), 6.0, worker.GRACE_S, log), ((2, 3), 6.0, worker.GRACE_S, log)]
+    assert started == [((0, 1), 6.0, log), ((2, 3), 6.0, log)]
     assert ends == [worker.GRACE_S]
     assert any({(0, 1), (2, 3)} <= set(beats) or time.sleep(0.01) for _ in range(300)), "this process counts too"
     worker.unpatch()

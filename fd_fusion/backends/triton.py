@@ -148,6 +148,11 @@ class Opened:
         epochs = struct.unpack(f"<{words}q", data)[:: 3 * self._plan.split]
         return {"rows": sum(epochs), "calls": epochs[0]}
 
+    @property
+    def error_page(self) -> int:
+        """A descriptor of the page that `read_error` reads, for a process beside this one."""
+        return self._workspace.page
+
     def close(self) -> None:
         """Give the memory back; may be repeated, and waits no more than seconds for the other ranks."""
         if self._workspace is not None:
@@ -237,11 +242,11 @@ def _layout(plan: plans.Plan, slots: int) -> Layout:
             plan, slots, limit=limit, error_page=page, addresses=addresses
         ),
         page_bytes=plans.ERROR_PAGE_BYTES,
-        read_error=_read_error,
+        read_error=read_error,
     )
 
 
-def _read_error(words: list[int]) -> Reason | None:
+def read_error(words: list[int]) -> Reason | None:
     """The error page as a reason."""
     error = plans.read_error_page(words)
     if error is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from typing import Any
 
 from fd_fusion import __version__
@@ -16,10 +17,10 @@ class _ToHost(logging.Handler):
 
     def __init__(self, target: logging.Logger):
         super().__init__()
-        self.target = target
+        self._target = target
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.target.handle(record)
+        self._target.handle(record)
 
 
 def log_to_host() -> None:
@@ -39,11 +40,9 @@ def log_to_host() -> None:
     logger.setLevel(logging.INFO)
 
 
-def log_file() -> str | None:
-    """The file behind the host's logger, for those who cannot use a logger. None: there is none."""
-    loggers = [logger, *(handler.target for handler in logger.handlers if isinstance(handler, _ToHost))]
-    files = (getattr(handler, "baseFilename", None) for one in loggers for handler in one.handlers)
-    return next(filter(None, files), None)
+def log_file() -> str:
+    """The file in which the host's logger writes, or a link to it: for those who cannot use a logger."""
+    return os.path.join(os.environ.get("FD_LOG_DIR", "log"), "fd_fusion.log")
 
 
 def say_off(model: Any, reason: Reason) -> None:

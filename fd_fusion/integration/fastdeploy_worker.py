@@ -28,6 +28,7 @@ from fd_fusion.reasons import FusionError, Reason, because
 logger = logging.getLogger("fd_fusion")
 # From the sentence to the end of the process: in this time the host may end by itself, with a traceback.
 GRACE_S = 2.0
+_READER = "fd_fusion.backends.triton:read_error"
 
 _RUNNER = "fastdeploy.worker.gpu_model_runner"
 _WORKER = "fastdeploy.worker.gpu_worker"
@@ -85,9 +86,12 @@ def watch() -> None:
     """
     if not _met:
         return
+    from fd_fusion.integration import binding
+
     watcher.end_process_on_error(GRACE_S)
+    pages = binding.error_pages()
     for meeting, limit_s in _met.values():
-        _sentinels.append(sentinel.start(meeting, limit_s, GRACE_S, log_file()))
+        _sentinels.append(sentinel.start(meeting, limit_s, GRACE_S + 1, log_file(), pages, _READER))
         watcher.watch(meeting, meeting.presence.beat, lambda error: None)
     atexit.register(_leave)
 
