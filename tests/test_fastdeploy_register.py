@@ -354,16 +354,20 @@ def test_ranks_are_watched_from_the_freeze_on_once_a_group(monkeypatch, caplog, 
     monkeypatch.setattr(worker, "open_presence", open_presence)
     monkeypatch.setattr(worker.sentinel, "start", Sentinel)
     monkeypatch.setattr(binding, "error_pages", lambda: [7])
+    fused = []
+    monkeypatch.setattr(binding, "report", lambda: [SimpleNamespace(sites=fused)])
     monkeypatch.setattr(watcher, "end_process_on_error", ends.append)
     plugin.log_to_host()
     worker.watch()
-    assert not ends and not started, "nobody to watch over: nothing ends this process"
+    assert not ends and not started, "nothing is fused: nothing ends this process"
     groups = [Group("x", 0, len(ranks), ranks, None) for ranks in ((2, 3), (0, 1), (4, 5), (7,), (0, 1))]
     worker.meet(groups, 6.0)
     worker.meet(groups[:2], 6.0)
     assert met == [((0, 1), 6.0), ((2, 3), 6.0)] and not started
     assert "no store to vote over" in caplog.text
+    fused.append("a site")
     worker.watch()
+    worker.watch()  # graphs captured anew
     log = str(tmp_path / "fd_fusion.log")
     assert started == [((0, 1), 6.0, log), ((2, 3), 6.0, log)]
     assert ends == [worker.GRACE_S]

@@ -84,10 +84,10 @@ def watch() -> None:
 
     This process counts as well: a sentinel that was killed is not its rank's silence.
     """
-    if not _met:
-        return
     from fd_fusion.integration import binding
 
+    if _sentinels or not any(report.sites for report in binding.report()):  # captured anew, or nothing is fused
+        return
     watcher.end_process_on_error(GRACE_S)
     pages = binding.error_pages()
     for meeting, limit_s in _met.values():

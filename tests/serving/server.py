@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -132,7 +133,7 @@ class Server:
 
     def processes(self):
         """All that this server has started and that still runs. (Only servers are started by this suite.)"""
-        return [process for process in _family() if process.status() != psutil.STATUS_ZOMBIE]
+        return [process for process in _family() if _runs(process)]
 
     def stop(self):
         """End it as an operator does, then whatever is left."""
@@ -144,8 +145,10 @@ class Server:
                 process.kill()
         psutil.wait_procs(_family(), timeout=5)
         self.process.wait()
-        for left in Path("/dev/shm").glob(f"fd_task_queue_{self.port + 2}*"):
-            left.unlink(missing_ok=True)
+        ports = {str(self.port + i) for i in range(4)}
+        for left in Path("/dev/shm").iterdir():  # a server that was killed leaves sockets and signals, by its ports
+            if ports & set(re.findall(r"\d+", left.name)):
+                left.unlink(missing_ok=True)
 
     def _get(self, path, port=None):
         try:
@@ -157,6 +160,13 @@ class Server:
 
 def _family():
     return psutil.Process().children(recursive=True)
+
+
+def _runs(process):
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _is_free(port):
