@@ -360,6 +360,8 @@ def test_ranks_are_watched_from_the_freeze_on_once_a_group(monkeypatch, caplog, 
     plugin.log_to_host()
     worker.watch()
     assert not ends and not started, "nothing is fused: nothing ends this process"
+    worker.unpatch()
+    ends.clear()
     groups = [Group("x", 0, len(ranks), ranks, None) for ranks in ((2, 3), (0, 1), (4, 5), (7,), (0, 1))]
     worker.meet(groups, 6.0)
     worker.meet(groups[:2], 6.0)
@@ -370,11 +372,14 @@ def test_ranks_are_watched_from_the_freeze_on_once_a_group(monkeypatch, caplog, 
     worker.watch()  # graphs captured anew
     log = str(tmp_path / "fd_fusion.log")
     assert started == [((0, 1), 6.0, log), ((2, 3), 6.0, log)]
-    assert ends == [worker.GRACE_S]
+    assert set(ends) == {worker.GRACE_S}
     assert any({(0, 1), (2, 3)} <= set(beats) or time.sleep(0.01) for _ in range(300)), "this process counts too"
+    worker.meet([Group("x", 0, 2, (8, 9), None)], 6.0)
+    assert started[2:] == [((8, 9), 6.0, log)], "bound late, watched at once"
+    worker._leave(pid=0)
+    assert not met[3:], "a forked child of a rank is not the rank"
     worker.unpatch()
-    assert ends == [worker.GRACE_S, None] and met[2:] == ["left", "left"]
-    assert started[2:] == 2 * ["killed", "waited for"]
+    assert ends[-1] is None and met[3:] == 3 * ["left"] and started[3:] == 3 * ["killed", "waited for"]
 
 
 def test_a_host_that_gives_out_our_own_logger(monkeypatch):

@@ -14,6 +14,7 @@ from __future__ import annotations
 import atexit
 import functools
 import logging
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
@@ -34,7 +35,8 @@ _RUNNER = "fastdeploy.worker.gpu_model_runner"
 _WORKER = "fastdeploy.worker.gpu_worker"
 _undo: list[Callable[[], None]] = []
 _met: dict[tuple[int, ...], tuple[Meeting, float]] = {}  # by the ranks of a group: who meets, and timeout_s
-_sentinels: list[subprocess.Popen] = []
+_sentinels: dict[tuple[int, ...], subprocess.Popen] = {}
+_up = False  # whether the host has come up
 
 
 def patch() -> Reason | None:
@@ -62,10 +64,12 @@ def patch() -> Reason | None:
 
 
 def unpatch() -> None:
+    global _up
     while _undo:
         _undo.pop()()
     watcher.end_process_on_error(None)
-    _leave()
+    _leave(os.getpid())
+    _up = False
 
 
 def meet(groups: Iterable[Group], timeout_s: float) -> None:
@@ -77,6 +81,8 @@ def meet(groups: Iterable[Group], timeout_s: float) -> None:
             _met[group.ranks] = open_presence(group, timeout_s=timeout_s), timeout_s
         except FusionError as error:  # on all ranks alike; fusion does not depend on it
             logger.warning("fd_fusion: %s", because("no_presence", why=error))
+    if _up:  # a model that was bound late
+        watch()
 
 
 def watch() -> None:
@@ -84,23 +90,29 @@ def watch() -> None:
 
     This process counts as well: a sentinel that was killed is not its rank's silence.
     """
+    global _up
     from fd_fusion.integration import binding
 
-    if _sentinels or not any(report.sites for report in binding.report()):  # captured anew, or nothing is fused
+    _up = True
+    if not any(report.sites for report in binding.report()):
         return
     watcher.end_process_on_error(GRACE_S)
     pages = binding.error_pages()
-    for meeting, limit_s in _met.values():
-        _sentinels.append(sentinel.start(meeting, limit_s, GRACE_S + 1, log_file(), pages, _READER))
-        watcher.watch(meeting, meeting.presence.beat, lambda error: None)
-    atexit.register(_leave)
+    for ranks, (meeting, limit_s) in _met.items():
+        if ranks not in _sentinels:  # the host captures its graphs anew when it likes
+            _sentinels[ranks] = sentinel.start(meeting, limit_s, GRACE_S + 1, log_file(), pages, _READER)
+            watcher.watch(meeting, meeting.presence.beat, lambda error: None)
+    atexit.register(_leave, os.getpid())
 
 
-def _leave() -> None:
-    """This process ends in order: nobody need miss it, and it misses nobody."""
+def _leave(pid: int) -> None:
+    """This process ends in order: nobody need miss it, and it misses nobody. A forked child of it ends for itself."""
+    if os.getpid() != pid:
+        return
     while _sentinels:
-        _sentinels[-1].kill()
-        _sentinels.pop().wait()
+        _, process = _sentinels.popitem()
+        process.kill()
+        process.wait()
     while _met:
         meeting, _ = _met.popitem()[1]
         watcher.unwatch(meeting)
