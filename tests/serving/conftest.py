@@ -5,6 +5,7 @@ FASTDEPLOY_SRC=/path/to/FastDeploy python -m pytest tests/serving
 
 import importlib.util
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,11 @@ def why_not():
         return "FASTDEPLOY_SRC names no source tree of FastDeploy"
     missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
     return f"not installed: {', '.join(missing)}; run in the environment of make_venv.sh" if missing else None
+
+
+def pytest_configure(config):
+    """Ended from outside, the suite ends its server as it does at Ctrl-C."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def pytest_ignore_collect(collection_path):

@@ -139,7 +139,7 @@ class Server:
         """End it as an operator does, then whatever is left."""
         self.process.send_signal(signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(10)
+            self.process.wait(3)
         for process in _family():
             with contextlib.suppress(psutil.Error):
                 process.kill()
