@@ -105,7 +105,8 @@ class Server:
 
     def fusion_log(self):
         """All that any rank said in fd_fusion.log."""
-        return "".join(path.read_text() for path in sorted(self.log.rglob("fd_fusion*.log*")) if path.is_file())
+        files = {path.resolve() for path in self.log.rglob("fd_fusion.log*")}  # one is a link to the file of the day
+        return "".join(path.read_text() for path in sorted(files))
 
     def out(self):
         return (self.folder / "server.out").read_text(errors="replace")
