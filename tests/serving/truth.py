@@ -57,11 +57,12 @@ class Truth:
         q, k = self._rope(q), self._rope(k)
         groups = q.shape[1] // k.shape[1]
         k, v = np.repeat(k, groups, 1), np.repeat(v, groups, 1)
-        score = np.einsum("nhd,mhd->hnm", q, k) / np.sqrt(dim)
+        q, k, v = (part.transpose(1, 0, 2) for part in (q, k, v))  # [heads, rows, D]
+        score = q @ k.transpose(0, 2, 1) / np.sqrt(dim)
         score = np.where(np.tri(rows, dtype=bool), score, -np.inf)
         score = np.exp(score - score.max(-1, keepdims=True))
-        out = np.einsum("hnm,mhd->nhd", score / score.sum(-1, keepdims=True), v)
-        return self._linear(f"{name}.o_proj", out.reshape(rows, -1))
+        out = score / score.sum(-1, keepdims=True) @ v
+        return self._linear(f"{name}.o_proj", out.transpose(1, 0, 2).reshape(rows, -1))
 
     def _rope(self, x):
         """The first part of each head turned: (a, b) -> (a cos - b sin, b cos + a sin), a and b its two halves."""
