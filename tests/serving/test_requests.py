@@ -15,7 +15,10 @@ def check(server, truth, prompts, tokens=TOKENS):
     with ThreadPoolExecutor(len(prompts)) as pool:
         said = list(pool.map(lambda prompt: server.ask(prompt, tokens, timeout_s=150), prompts))
     for prompt, words in zip(prompts, said):
-        assert words[: tokens - 1] == truth.answer(prompt, tokens - 1)[0], prompt[:40]
+        wanted = truth.answer(prompt, tokens - 1)[0]
+        if "<eos>" in wanted:  # by its own choice, before the limit
+            wanted = wanted[: wanted.index("<eos>")]
+        assert words[: tokens - 1] == wanted, prompt[:40]
 
 
 def test_prompts_in_pieces_and_prompts_that_begin_alike(tree, checkpoint, tmp_path):
@@ -28,11 +31,11 @@ def test_prompts_in_pieces_and_prompts_that_begin_alike(tree, checkpoint, tmp_pa
 
 
 def test_too_few_blocks_and_a_client_that_goes_away(tree, checkpoint, tmp_path):
-    """Four requests that begin in 3 blocks each and end in 5, with 17 blocks: some wait or are preempted."""
+    """Four requests that begin in 3 blocks each and end in 4, with 13 blocks: some wait or are preempted."""
     truth = Truth(checkpoint(KIND))
-    args = ["--num-gpu-blocks-override", "17"]
+    args = ["--num-gpu-blocks-override", "13"]
     with Server(tree, checkpoint(KIND), tmp_path / "server", serve={}, args=args) as server:
-        prompts, tokens = [prompt.rsplit(" ", 25 + 10 * i)[0] for i, prompt in enumerate(LONG)], 90
+        prompts, tokens = [prompt.rsplit(" ", 25 + 10 * i)[0] for i, prompt in enumerate(LONG[:4])], 50
         gone = server.stream(LONG[5], 200)
         next(gone)
         gone.close()  # the connection, in the middle of the answer
