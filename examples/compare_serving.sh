@@ -27,17 +27,21 @@ fi
 
 scratch=$(mktemp -d)
 server=
+sockets() { find "${SOCKETS:-/dev/shm}" -maxdepth 1 -name 'fd_task_queue_*.sock' -user "$(id -u)" 2> /dev/null | sort; }
 stop() {
     [ -n "$server" ] || return 0
     kill -TERM -- "-$server" 2> /dev/null || true
     wait "$server" 2> /dev/null || true
     server=
+    # FastDeploy leaves the socket of its task queue, and the next server on that port dies of it.
+    comm -13 "$scratch/sockets" <(sockets) | xargs -r rm -f
 }
 trap 'stop; rm -rf "$scratch"' EXIT
 
 measure() { # name, then the server's command
     local name=$1
     shift
+    sockets > "$scratch/sockets"
     setsid env FD_LOG_DIR="$scratch/$name" "$@" "${arguments[@]}" > "$scratch/$name.out" 2>&1 &
     server=$!
     if ! python examples/compare_serving.py measure --url "http://127.0.0.1:$PORT" --pid "$server" \
@@ -46,7 +50,8 @@ measure() { # name, then the server's command
         tail -n 40 "$scratch/$name.out" >&2
         return 1
     fi
-    grep -rhs "fd_fusion" "$scratch/$name" "$scratch/$name.out" | grep -v "fd_fusion metrics" | sort -u | tail -n 5 > "$scratch/$name.said" || true
+    # Our own log alone: others beside it hold the whole environment, secrets too.
+    grep -hs "fd_fusion" "$scratch/$name/fd_fusion.log" | grep -v "fd_fusion metrics" | sort -u | tail -n 5 > "$scratch/$name.said" || true
     stop
 }
 

@@ -276,6 +276,12 @@ TABLE: dict[str, Entry] = {
         "a fused call ran out of time: op {op}, row {row}, epoch {epoch}, missing rank {missing}",
         "restart the ranks, or call reset() on every rank",
     ),
+    "silent_rank": Entry(
+        "rank {rank} has given no sign of life for {seconds} s", "see the log of that rank: it was stopped or killed"
+    ),
+    "no_presence": Entry(
+        "a rank that is missing outside of a fused call will not be named: {why}", "mend the cause on that rank"
+    ),
     # flashinfer: the FlashInfer backend and its loader.
     "flashinfer_missing": Entry("FlashInfer is not installed", "install FlashInfer, or name the triton backend"),
     "flashinfer_import": Entry(

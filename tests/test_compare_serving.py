@@ -20,6 +20,8 @@ def free_port():
 
 
 def compare(tmp_path, **variables):
+    (tmp_path / "shm").mkdir()
+    (tmp_path / "shm" / "fd_task_queue_2.sock").touch()  # another server's
     env = {
         **os.environ,
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
@@ -29,6 +31,7 @@ def compare(tmp_path, **variables):
         "MAX_TOKENS": "20",
         "START_S": "30",
         "MODEL": "stub",
+        "SOCKETS": str(tmp_path / "shm"),
         **variables,
     }
     script = str(ROOT / "examples/compare_serving.sh")
@@ -36,17 +39,21 @@ def compare(tmp_path, **variables):
 
 
 def test_on_against_off(tmp_path):
-    result = compare(tmp_path, SERVER_OFF=f"{STUB} --delay-ms 3", SERVER_ON=f"{STUB} --delay-ms 1 --parts-ways")
+    servers = {"SERVER_OFF": f"{STUB} --delay-ms 3", "SERVER_ON": f"{STUB} --delay-ms 1 --parts-ways"}
+    result = compare(tmp_path, **servers, FD_FUSION_TEST_TOKEN="a-secret")
     assert result.returncode == 0, result.stderr
-    data = json.loads((tmp_path / "result.json").read_text())
+    text = (tmp_path / "result.json").read_text()
+    assert "a-secret" not in text + result.stdout, "a launcher's log holds the whole environment"
+    data = json.loads(text)
     assert [row["concurrency"] for row in data["rows"]] == [1, 8, 64]
     for row in data["rows"]:
         assert row["requests"] == max(12, row["concurrency"])
         assert row["same_texts"] == row["requests"] - 1 and row["first_parts_at_character"] > 0
         assert row["ttft_ms"]["off"]["p50"] > 0
     assert data["rows"][0]["speedup"] > 1.2, "the faster server is seen to be faster"
-    assert data["command"] and data["date"] and "fd_fusion stub: 0 sites" in data["fusion_said"]
+    assert data["command"] and data["date"] and "fd_fusion stub: 0 sites" in data["fusion_said"][0]
     assert "| 64 |" in result.stdout
+    assert [path.name for path in (tmp_path / "shm").iterdir()] == ["fd_task_queue_2.sock"]
 
 
 def test_a_server_that_dies_is_an_error_with_its_last_words(tmp_path):

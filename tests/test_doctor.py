@@ -27,7 +27,7 @@ def of(findings, name):
 
 def installed(**changes):
     versions = {**SANE, **{name.replace("_", "-"): version for name, version in changes.items()}}
-    return list(packages(versions.get))
+    return list(packages(versions.get, lambda module: "/src/FastDeploy" if "source" in changes else None))
 
 
 def test_a_sane_installation():
@@ -49,6 +49,7 @@ def test_a_sane_installation():
         ({"flashinfer_jit_cache": "0.6.12+cu130", "flashinfer_cubin": "0.6.12"}, "flashinfer", "ok", "0.6.12"),
         ({"flashinfer_python": None}, "flashinfer", "note", "triton needs none of it"),
         ({"fastdeploy_gpu": None}, "fastdeploy", "note", "not installed"),
+        ({"fastdeploy_gpu": None, "source": ""}, "fastdeploy", "ok", "from /src/FastDeploy, a source tree"),
     ],
     ids=str,
 )

@@ -3,9 +3,11 @@
 import copy
 import logging
 import os
+import pydoc
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent / "host"))
 from fd_fusion.config import ENV_CONFIG, ENV_DISABLE
 from fd_fusion.integration import fastdeploy as plugin
 from fd_fusion.integration import fastdeploy_worker as worker
-from fd_fusion.reasons import BindError, FusionTimeout, because
+from fd_fusion.reasons import BindError, FusionError, FusionTimeout, because
 
 HOST = Path(__file__).parent / "host"
 LOADERS = """
@@ -190,6 +192,22 @@ def said(folder):
     return "".join(path.read_text() for path in folder.glob("fd_fusion.log"))
 
 
+def test_a_named_backend_that_fails_says_so_in_our_log_too(monkeypatch, caplog):
+    from fd_fusion.integration import binding, fastdeploy_adapters, fastdeploy_pairs
+
+    def refuse(*args, **kwargs):
+        raise BindError(because("no_triton", detail="it is not installed"))
+
+    monkeypatch.setattr(binding, "bind", refuse)
+    monkeypatch.setattr(fastdeploy_pairs, "find_pairs", lambda model, dtype: ([], []))
+    monkeypatch.setattr(fastdeploy_adapters, "qk_norms_of", lambda model, config: [])
+    resolved = SimpleNamespace(config=SimpleNamespace(timeout_s=1))
+    config = {"model_config": SimpleNamespace(dtype="float32"), "parallel_config": SimpleNamespace(tp_group=None)}
+    with pytest.raises(BindError):
+        plugin._bind(object(), SimpleNamespace(**config), resolved, list)
+    assert "Triton cannot be imported: it is not installed" in caplog.text
+
+
 def test_a_symbol_that_moved_is_named_and_the_host_runs_stock(monkeypatch, host_worker, caplog):
     monkeypatch.setenv(ENV_CONFIG, "{}")
     monkeypatch.delattr(host_worker.runner.GPUModelRunner, "_save_model_output")
@@ -330,6 +348,65 @@ def test_a_waiting_model_is_proven_before_capture_and_frozen_after(monkeypatch, 
     gpu_worker.graph_optimize_and_warm_up_model()
     assert order == ["capture", "freeze", "dummy 2", "capture as stock", "freeze"]
     assert model.__dict__["forward"] is waiting, "tried again afterwards"
+
+
+def test_ranks_are_watched_from_the_freeze_on_once_a_group(monkeypatch, caplog, tmp_path):
+    """Behind bind the groups meet, in one order on all ranks; a meeting that fails costs a warning and no more."""
+    from fd_fusion.comm import watcher
+    from fd_fusion.comm.group import Group
+    from fd_fusion.integration import binding
+
+    met, started, ends, beats = [], [], [], []
+
+    def open_presence(group, timeout_s):
+        if group.ranks == (4, 5):
+            raise FusionError(because("no_store", detail="none"))
+        met.append((group.ranks, timeout_s))
+        presence = SimpleNamespace(beat=lambda: beats.append(group.ranks), leave=lambda: met.append("left"))
+        meeting = type("Meeting", (), {})()
+        meeting.group, meeting.presence = group, presence
+        return meeting
+
+    class Sentinel:
+        def __init__(self, meeting, limit_s, grace_s, log, pages, reader):
+            started.append((meeting.group.ranks, limit_s, log))
+            assert grace_s > worker.GRACE_S and pages == [7] and callable(pydoc.locate(reader.replace(":", ".")))
+
+        def kill(self):
+            started.append("killed")
+
+        def wait(self):
+            started.append("waited for")
+
+    monkeypatch.setattr(worker, "open_presence", open_presence)
+    monkeypatch.setattr(worker.sentinel, "start", Sentinel)
+    monkeypatch.setattr(binding, "error_pages", lambda: [7])
+    fused = []
+    monkeypatch.setattr(binding, "report", lambda: [SimpleNamespace(sites=fused)])
+    monkeypatch.setattr(watcher, "end_process_on_error", ends.append)
+    plugin.log_to_host()
+    worker.watch()
+    assert not ends and not started, "nothing is fused: nothing ends this process"
+    worker.unpatch()
+    ends.clear()
+    groups = [Group("x", 0, len(ranks), ranks, None) for ranks in ((2, 3), (0, 1), (4, 5), (7,), (0, 1))]
+    worker.meet(groups, 6.0)
+    worker.meet(groups[:2], 6.0)
+    assert met == [((0, 1), 6.0), ((2, 3), 6.0)] and not started
+    assert "no store to vote over" in caplog.text
+    fused.append("a site")
+    worker.watch()
+    worker.watch()  # graphs captured anew
+    log = str(tmp_path / "fd_fusion.log")
+    assert started == [((0, 1), 6.0, log), ((2, 3), 6.0, log)]
+    assert set(ends) == {worker.GRACE_S}
+    assert any({(0, 1), (2, 3)} <= set(beats) or time.sleep(0.01) for _ in range(300)), "this process counts too"
+    worker.meet([Group("x", 0, 2, (8, 9), None)], 6.0)
+    assert started[2:] == [((8, 9), 6.0, log)], "bound late, watched at once"
+    worker._leave(pid=0)
+    assert not met[3:], "a forked child of a rank is not the rank"
+    worker.unpatch()
+    assert ends[-1] is None and met[3:] == 3 * ["left"] and started[3:] == 3 * ["killed", "waited for"]
 
 
 def test_a_host_that_gives_out_our_own_logger(monkeypatch):

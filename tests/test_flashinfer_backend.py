@@ -8,8 +8,9 @@ import pytest
 
 from fd_fusion import runtime_flashinfer
 from fd_fusion.backends import flashinfer
-from fd_fusion.backends.flashinfer_watchdog import EXIT_STATUS, Watchdog
+from fd_fusion.backends.flashinfer_watchdog import Watchdog
 from fd_fusion.backends.flashinfer_workspace import Layout, rows_that_fit
+from fd_fusion.comm.watcher import EXIT_STATUS
 from tests.support.flashinfer_facts import facts
 from tests.support.ranks import run_ranks
 

@@ -169,6 +169,18 @@ def test_the_cuda_maker_gives_back_what_it_took(monkeypatch):
         assert calls[made] == calls[undone] > 0, calls
 
 
+def test_another_process_sees_the_host_page():
+    maker = posix_shm.PosixShm()
+    host, _ = maker.host_page(4096)
+    fd = maker.pages[host]
+    ctypes.memset(host, 7, 3)
+    code = f"import mmap; print(mmap.mmap({fd}, 4096)[:4].hex())"
+    seen = subprocess.run([sys.executable, "-c", code], pass_fds=[fd], capture_output=True, text=True, check=True)
+    assert seen.stdout == "07070700\n"
+    maker.free_host_page(host)
+    assert not maker.pages
+
+
 def test_the_host_page_is_cleared_and_writable():
     maker = posix_shm.PosixShm()
     host, kernel = maker.host_page(4096)

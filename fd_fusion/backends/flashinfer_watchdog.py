@@ -9,21 +9,14 @@ judges, since a read can itself be stuck behind what hangs.
 from __future__ import annotations
 
 import ctypes
-import os
 import threading
 from collections.abc import Callable
 from typing import Any
 
 from fd_fusion.backends.flashinfer_workspace import CONTROL_INTS
+from fd_fusion.comm.watcher import end_process  # the kernel cannot be recalled: only the end of the process ends it
 
-EXIT_STATUS = 75  # the kernel cannot be recalled: only the end of the process ends it
 Words = tuple[int, ...]
-
-
-def end_process(message: str) -> None:
-    """Say why, and end this process at once: the launcher sees a rank that died, instead of one that is silent."""
-    os.write(2, f"fd_fusion: {message}\n".encode())
-    os._exit(EXIT_STATUS)
 
 
 class Watchdog:

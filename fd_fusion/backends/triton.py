@@ -14,7 +14,6 @@ from collections.abc import Callable
 from typing import Any
 
 from fd_fusion import runtime_triton
-from fd_fusion.backends.triton_first_calls import run_all
 from fd_fusion.comm.cuda_ipc import CudaIpc
 from fd_fusion.comm.group import Group
 from fd_fusion.comm.posix_shm import PosixShm
@@ -167,6 +166,11 @@ class Opened:
         turns = self._turns.seen(struct.unpack(f"<{words}Q", data)[:: 3 * self._plan.split])
         return {"rows": sum(turns), "calls": turns[0]}
 
+    @property
+    def error_page(self) -> int:
+        """A descriptor of the page that `read_error` reads, for a process beside this one."""
+        return self._workspace.page
+
     def close(self) -> None:
         """Give the memory back; may be repeated, and waits no more than seconds for the other ranks."""
         self.finish = closed
@@ -244,6 +248,8 @@ class Opened:
 
     def _run_once(self) -> None:
         """Run every kernel that can be chosen, and compare what it gives: a first launch may allocate."""
+        from fd_fusion.backends.triton_first_calls import run_all  # with NumPy, which who reads error pages lacks
+
         run_all(self, self._facts, self._framework)
         self._maker.synchronize()
         self.check()
@@ -266,11 +272,11 @@ def _layout(plan: plans.Plan, slots: int) -> Layout:
             plan, slots, limit=limit, error_page=page, addresses=addresses
         ),
         page_bytes=plans.ERROR_PAGE_BYTES,
-        read_error=_read_error,
+        read_error=read_error,
     )
 
 
-def _read_error(words: list[int]) -> Reason | None:
+def read_error(words: list[int]) -> Reason | None:
     """The error page as a reason."""
     error = plans.read_error_page(words)
     if error is None:

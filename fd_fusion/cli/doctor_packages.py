@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 from fd_fusion import __version__
 from fd_fusion.cli.findings import Finding, of_reason
@@ -26,6 +28,7 @@ _OPTIONAL = {
 }
 
 VersionOf = Callable[[str], "str | None"]
+SourceOf = Callable[[str], "str | None"]
 
 
 def version_of(distribution: str) -> str | None:
@@ -36,7 +39,13 @@ def version_of(distribution: str) -> str | None:
         return None
 
 
-def packages(version_of: VersionOf = version_of) -> Iterator[Finding]:
+def source_of(module: str) -> str | None:
+    """The folder on the path in which a package lies, whether a distribution put it there or nobody, or None."""
+    spec = importlib.util.find_spec(module)
+    return str(Path(next(iter(spec.submodule_search_locations))).parent) if spec else None
+
+
+def packages(version_of: VersionOf = version_of, source_of: SourceOf = source_of) -> Iterator[Finding]:
     """Findings on every package that matters here."""
     yield Finding(TOPIC, "python", "ok", f"Python {sys.version.split()[0]}", data={"version": sys.version.split()[0]})
     yield Finding(TOPIC, "fd_fusion", "ok", f"fd_fusion {__version__}", data={"version": __version__})
@@ -47,7 +56,7 @@ def packages(version_of: VersionOf = version_of) -> Iterator[Finding]:
     else:
         yield Finding(TOPIC, "triton", "ok", f"Triton {triton}", data={"version": triton})
     yield _flashinfer(version_of)
-    yield _one_of("fastdeploy", "FastDeploy", _FASTDEPLOY, version_of)
+    yield _fastdeploy(version_of, source_of)
     for name, without in _OPTIONAL.items():
         version = version_of(name)
         text = f"{name} {version}" if version else f"{name} is not installed: {without}"
@@ -84,8 +93,11 @@ def _flashinfer(version_of: VersionOf) -> Finding:
     return Finding(TOPIC, "flashinfer", "ok", text, data={"versions": found})
 
 
-def _one_of(name: str, title: str, distributions: tuple[str, ...], version_of: VersionOf) -> Finding:
-    for distribution in distributions:
+def _fastdeploy(version_of: VersionOf, source_of: SourceOf) -> Finding:
+    for distribution in _FASTDEPLOY:
         if version := version_of(distribution):
-            return Finding(TOPIC, name, "ok", f"{distribution} {version}", data={"version": version})
-    return Finding(TOPIC, name, "note", f"{title} is not installed", data={"version": None})
+            return Finding(TOPIC, "fastdeploy", "ok", f"{distribution} {version}", data={"version": version})
+    if folder := source_of("fastdeploy"):
+        text = f"FastDeploy from {folder}, a source tree"
+        return Finding(TOPIC, "fastdeploy", "ok", text, data={"version": None, "folder": folder})
+    return Finding(TOPIC, "fastdeploy", "note", "FastDeploy is not installed", data={"version": None})

@@ -11,15 +11,18 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import mmap
 import os
 from collections.abc import Iterator
 from typing import Any
+
+from fd_fusion.comm.posix_shm import shared_page
 
 _BLOCK = 2 << 20  # smaller allocations share a block, and a handle exports the whole block
 _MULTIPROCESSOR_COUNT = 16  # CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
 _NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING
 _PEER_ACCESS = 1  # CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS
-_PORTABLE_MAPPED = 3  # CU_MEMHOSTALLOC_PORTABLE | CU_MEMHOSTALLOC_DEVICEMAP
+_PORTABLE_MAPPED = 3  # CU_MEMHOSTREGISTER_PORTABLE | CU_MEMHOSTREGISTER_DEVICEMAP
 
 
 class CudaError(RuntimeError):
@@ -42,6 +45,8 @@ class CudaIpc:
         except OSError as error:
             raise CudaError(f"the CUDA driver cannot be loaded: {error}") from error
         self._context, self._stream = ctypes.c_void_p(), ctypes.c_void_p()
+        self.pages: dict[int, int] = {}  # address -> descriptor of a host page, for another process to map it
+        self._maps: dict[int, mmap.mmap] = {}
         self._call("cuInit", 0)
         self._call("cuCtxGetCurrent", ctypes.byref(self._context))
         if not self._context:
@@ -121,17 +126,30 @@ class CudaIpc:
             self._call("cuCtxSynchronize")
 
     def host_page(self, nbytes: int) -> tuple[int, int]:
-        """Pinned host memory that a kernel can write: its address for the host, and for the kernel."""
-        host, device = ctypes.c_void_p(), ctypes.c_uint64()
-        with self._current():
-            self._call("cuMemHostAlloc", ctypes.byref(host), ctypes.c_size_t(nbytes), _PORTABLE_MAPPED)
-            self._call("cuMemHostGetDevicePointer_v2", ctypes.byref(device), host, 0)
-        ctypes.memset(host, 0, nbytes)
-        return host.value, device.value
+        """Pinned host memory that a kernel can write: its address for the host, and for the kernel.
+
+        Not the driver's own: what is shared by a descriptor can be read by a process beside this one.
+        """
+        nbytes = -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE  # whole pages are pinned
+        fd = shared_page(nbytes)
+        mapped, device = mmap.mmap(fd, nbytes), ctypes.c_uint64()
+        host = ctypes.addressof(ctypes.c_char.from_buffer(mapped))
+        try:
+            with self._current():
+                size = ctypes.c_size_t(nbytes)
+                self._call("cuMemHostRegister_v2", ctypes.c_void_p(host), size, _PORTABLE_MAPPED)
+                self._call("cuMemHostGetDevicePointer_v2", ctypes.byref(device), ctypes.c_void_p(host), 0)
+        except CudaError:
+            os.close(fd)
+            raise
+        self.pages[host], self._maps[host] = fd, mapped
+        return host, device.value
 
     def free_host_page(self, address: int) -> None:
         with self._current():
-            self._call("cuMemFreeHost", ctypes.c_void_p(address))
+            self._call("cuMemHostUnregister", ctypes.c_void_p(address))
+        self._maps.pop(address).close()
+        os.close(self.pages.pop(address))
 
     @contextlib.contextmanager
     def _current(self) -> Iterator[None]:

@@ -31,6 +31,7 @@ class PosixShm:
     free_waits_for_peers = False  # each process has its own mapping
 
     def __init__(self) -> None:
+        self.pages: dict[int, int] = {}  # address -> descriptor of a host page, for another process to map it
         self._maps: dict[int, mmap.mmap] = {}
         self._names: list[tuple[Path, int]] = []  # own segments that still have a name, and their descriptors
 
@@ -94,17 +95,27 @@ class PosixShm:
 
     def host_page(self, nbytes: int) -> tuple[int, int]:
         """A page for errors: its address for the host and its address for the kernel, here the same."""
-        address = self._map(-1, nbytes)
+        fd = shared_page(nbytes)
+        address = self._map(fd, nbytes)
+        self.pages[address] = fd
         return address, address
 
     def free_host_page(self, address: int) -> None:
         self.close(address)
+        os.close(self.pages.pop(address))
 
     def _map(self, fd: int, nbytes: int) -> int:
         mapped = mmap.mmap(fd, nbytes)
         address = ctypes.addressof(ctypes.c_char.from_buffer(mapped))
         self._maps[address] = mapped
         return address
+
+
+def shared_page(nbytes: int) -> int:
+    """A descriptor of cleared memory without a name, that other processes can map by it. Raises OSError."""
+    fd = os.memfd_create("fd_fusion", os.MFD_CLOEXEC)
+    os.ftruncate(fd, nbytes)
+    return fd
 
 
 def remove_left(since: float = 0) -> None:

@@ -31,6 +31,7 @@ class Maker(Protocol):
 
     handle_bytes: int
     free_waits_for_peers: bool  # memory that a peer has mapped must not be freed
+    pages: dict[int, int]  # address -> descriptor of a host page
 
     def identity(self) -> dict[str, Any]: ...
     def allocate(self, nbytes: int) -> tuple[int, bytes]: ...

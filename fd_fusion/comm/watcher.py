@@ -2,15 +2,21 @@
 
 A kernel that runs out of time writes its error into host memory; under graph replay no Python of ours runs,
 so nobody else would look. Looking reads a few words every few milliseconds and needs no GPU call.
+
+In a server an error must also end the process: its main thread may hang in a collective of the host, which nobody
+can call back, and then only its end tells the launcher, and so the server, that a rank is missing.
 """
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
 from typing import Any
 
+EXIT_STATUS = 75
 _EVERY_S = 0.01
+_grace_s: float | None = None
 _lock = threading.RLock()  # a SIGTERM handler may close a workspace while its thread is in here
 _watched: dict[Any, tuple[Callable[[], Any], Callable[[Any], None]]] = {}
 _thread: threading.Thread | None = None
@@ -32,6 +38,21 @@ def unwatch(key: Any) -> None:
         _watched.pop(key, None)
 
 
+def end_process_on_error(grace_s: float | None) -> None:
+    """From now on an error ends this process, `grace_s` after it was told; None: no more.
+
+    In that time the host may end by itself, with a traceback and all that it does in the end.
+    """
+    global _grace_s
+    _grace_s = grace_s
+
+
+def end_process(message: str) -> None:
+    """Say why, and end this process at once: the launcher sees a rank that died, instead of one that is silent."""
+    os.write(2, f"fd_fusion: {message}\n".encode())
+    os._exit(EXIT_STATUS)
+
+
 def _run() -> None:
     global _thread
     pause = threading.Event()
@@ -46,4 +67,8 @@ def _run() -> None:
                     raised.append((on_error, error))
                     del _watched[key]
         for on_error, error in raised:
+            if _grace_s is not None:  # before anything else: to tell may take a while, or fail
+                timer = threading.Timer(_grace_s, end_process, [f"{error}; this process ends"])
+                timer.daemon = True
+                timer.start()
             on_error(error)

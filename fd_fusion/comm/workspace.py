@@ -66,6 +66,11 @@ class Workspace:
         return self.memory.nbytes
 
     @property
+    def page(self) -> int:
+        """A descriptor of the error page, for another process to map it."""
+        return self.memory.maker.pages[self._page]
+
+    @property
     def closed(self) -> bool:
         return self._closed
 

@@ -166,6 +166,12 @@ def check() -> None:
     metrics.tick(report)
 
 
+def error_pages() -> list[int]:
+    """Descriptors of the pages on which fused kernels of this process say that a rank is missing."""
+    opened = [opening.opened for state in _bound.values() for opening in state.openings]
+    return [one.error_page for one in opened if hasattr(one, "error_page")]
+
+
 def freeze() -> None:
     """Wait less for a missing rank from now on. Collective in spirit only: a rank that calls it later waits longer.
 

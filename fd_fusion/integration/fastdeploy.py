@@ -18,7 +18,7 @@ from typing import Any
 from fd_fusion.config import ENV_CONFIG, ENV_DISABLE, Resolved, resolve
 from fd_fusion.integration import fastdeploy_worker as worker
 from fd_fusion.integration.fastdeploy_log import log_to_host, logger, say_off, unreadable
-from fd_fusion.reasons import Reason, because
+from fd_fusion.reasons import BindError, Reason, because
 
 ENV_SOURCE = "FD_FUSION_CONFIG_SOURCE"  # set by `fd_fusion serve`: who wrote FD_FUSION_CONFIG
 _LOADERS = "fastdeploy.model_executor.model_loader.base_loader"
@@ -165,6 +165,7 @@ def _bind(model: Any, fd_config: Any, resolved: Resolved, example_of: Callable) 
     from fd_fusion.integration import fastdeploy_adapters as adapters
     from fd_fusion.integration.binding import bind
     from fd_fusion.integration.fastdeploy_pairs import find_pairs
+    from fd_fusion.integration.pairs import Pair
 
     pairs, qk_norms, refusal = [], [], None
     try:
@@ -174,19 +175,26 @@ def _bind(model: Any, fd_config: Any, resolved: Resolved, example_of: Callable) 
     except Exception as error:  # perhaps on this rank alone: the others hear of it in the vote
         say_off(model, refusal := unreadable(model, error))
         pairs, qk_norms = [], []
-    report = bind(
-        model,
-        pairs=pairs,
-        qk_norms=qk_norms,
-        example_of=example_of,
-        deterministic=_is_deterministic(),
-        resolved=resolved,
-        group=group_of(fd_config.parallel_config.tp_group),
-        refusal=refusal,
-    )
+    try:
+        report = bind(
+            model,
+            pairs=pairs,
+            qk_norms=qk_norms,
+            example_of=example_of,
+            deterministic=_is_deterministic(),
+            resolved=resolved,
+            group=group_of(fd_config.parallel_config.tp_group),
+            refusal=refusal,
+        )
+    except BindError as error:  # it ends the worker, whose own log is not where one looks for us
+        logger.error("%s", error)
+        raise
     if getattr(getattr(fd_config, "graph_opt_config", None), "graph_opt_level", 0):
         for line in report.sites:
             line.site.checked = False  # proven; from now on SOT may trace one end of it and run the other
+    fused = {line.ranks for line in report.sites}
+    groups = (pair.group for pair in pairs if isinstance(pair, Pair) and pair.group.ranks in fused)
+    worker.meet(groups, resolved.config.timeout_s)
 
 
 def _is_deterministic() -> bool:

@@ -54,6 +54,11 @@ def log_to_host() -> None:
     logger.setLevel(logging.INFO)
 
 
+def log_file() -> str:
+    """The file in which the host's logger writes, or a link to it: for those who cannot use a logger."""
+    return os.path.join(os.environ.get("FD_LOG_DIR", "log"), "fd_fusion.log")
+
+
 def say_off(model: Any, reason: Reason) -> None:
     """One warning: this model runs as stock, and why."""
     logger.warning("fd_fusion %s: %s: off: %s", __version__, type(model).__name__, reason)

@@ -2,22 +2,42 @@
 
 before tokens leave the process    no token computed past a timeout is published
 before graphs are captured         a model whose first forward is still to come is proven first
-after graphs are captured          workspaces are frozen
+after graphs are captured          workspaces are frozen, and a rank that falls silent is named from now on
+
+A rank that is missing leaves this one in whatever waits for it: a fused call, a collective of the host, its barrier.
+Nobody can call that back, so a process beside this one (comm/sentinel.py) says the one sentence and ends it. The
+launcher then ends the other ranks, and the server itself.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
+import logging
+import os
+import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from fd_fusion.reasons import Reason, because
+from fd_fusion.comm import sentinel, watcher
+from fd_fusion.comm.group import Group
+from fd_fusion.comm.presence import Meeting, open_presence
+from fd_fusion.integration.fastdeploy_log import log_file
+from fd_fusion.reasons import FusionError, Reason, because
+
+logger = logging.getLogger("fd_fusion")
+# From the sentence to the end of the process: in this time the host may end by itself, with a traceback.
+GRACE_S = 2.0
+_READER = "fd_fusion.backends.triton:read_error"
 
 _RUNNER = "fastdeploy.worker.gpu_model_runner"
 _WORKER = "fastdeploy.worker.gpu_worker"
 _undo: list[Callable[[], None]] = []
+_met: dict[tuple[int, ...], tuple[Meeting, float]] = {}  # by the ranks of a group: who meets, and timeout_s
+_sentinels: dict[tuple[int, ...], subprocess.Popen] = {}
+_up = False  # whether the host has come up
 
 
 def patch() -> Reason | None:
@@ -45,8 +65,59 @@ def patch() -> Reason | None:
 
 
 def unpatch() -> None:
+    global _up
     while _undo:
         _undo.pop()()
+    watcher.end_process_on_error(None)
+    _leave(os.getpid())
+    _up = False
+
+
+def meet(groups: Iterable[Group], timeout_s: float) -> None:
+    """Collective, behind bind: open what is needed to name a rank of these groups that is silent for `timeout_s`."""
+    for group in sorted({group.ranks: group for group in groups}.values(), key=lambda group: group.ranks):
+        if group.size == 1 or group.ranks in _met:
+            continue
+        try:
+            _met[group.ranks] = open_presence(group, timeout_s=timeout_s), timeout_s
+        except FusionError as error:  # on all ranks alike; fusion does not depend on it
+            logger.warning("fd_fusion: %s", because("no_presence", why=error))
+    if _up:  # a model that was bound late
+        watch()
+
+
+def watch() -> None:
+    """The host has come up: from now on a rank that falls silent, or a call that runs out of time, ends this process.
+
+    This process counts as well: a sentinel that was killed is not its rank's silence.
+    """
+    global _up
+    from fd_fusion.integration import binding
+
+    _up = True
+    if not any(report.sites for report in binding.report()):
+        return
+    watcher.end_process_on_error(GRACE_S)
+    pages = binding.error_pages()
+    for ranks, (meeting, limit_s) in _met.items():
+        if ranks not in _sentinels:  # the host captures its graphs anew when it likes
+            _sentinels[ranks] = sentinel.start(meeting, limit_s, GRACE_S + 1, log_file(), pages, _READER)
+            watcher.watch(meeting, meeting.presence.beat, lambda error: None)
+    atexit.register(_leave, os.getpid())
+
+
+def _leave(pid: int) -> None:
+    """This process ends in order: nobody need miss it, and it misses nobody. A forked child of it ends for itself."""
+    if os.getpid() != pid:
+        return
+    while _sentinels:
+        _, process = _sentinels.popitem()
+        process.kill()
+        process.wait()
+    while _met:
+        meeting, _ = _met.popitem()[1]
+        watcher.unwatch(meeting)
+        meeting.presence.leave()
 
 
 def _replace(owner: Any, name: str, wrap: Callable[[Callable], Callable]) -> None:
@@ -102,6 +173,7 @@ def _proven_before_capture(stock: Callable) -> Callable:
         with _never_in_a_graph(runner.model):
             result = stock(self, *args, **kwargs)
         binding.freeze()
+        watch()
         return result
 
     return graph_optimize_and_warm_up_model

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from fd_fusion.backends.flashinfer_watchdog import EXIT_STATUS
+from fd_fusion.comm.watcher import EXIT_STATUS
 from tests.support.ranks import run_ranks
 
 ROOT = Path(__file__).parents[2]

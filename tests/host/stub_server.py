@@ -2,8 +2,10 @@
 
 import argparse
 import json
+import os
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--port", type=int)
@@ -43,5 +45,11 @@ class Server(ThreadingHTTPServer):
     request_queue_size = 128
 
 
-print("fd_fusion stub: 0 sites", flush=True)
+# Like the task queue's of FastDeploy: never removed, and in the way of the next server.
+Path(os.environ.get("SOCKETS", "/dev/shm"), "fd_task_queue_1.sock").touch(exist_ok=False)
+logs = Path(os.environ["FD_LOG_DIR"])
+(logs / "paddle").mkdir(parents=True)
+launcher = logs / "paddle" / "default.gpu.log"
+launcher.write_text(f"FD_FUSION_CONFIG={{}} fd_fusion {dict(os.environ)}\n")
+(logs / "fd_fusion.log").write_text("INFO report.py: fd_fusion stub: 0 sites\n")
 Server(("127.0.0.1", args.port), Handler).serve_forever()

@@ -1,0 +1,114 @@
+"""A small process beside each rank, which counts for it while it runs, and ends it when another rank is missing.
+
+It is a process and no thread, since a rank that waits for a missing one may hold Python's lock for ever: Paddle does
+so in the `synchronize` of an event or a stream, and then no thread of that rank runs any more, and no handler of a
+signal. The sentinel needs nothing of its rank but its process id and its error pages: it counts as long as the system
+says that the process runs, it reads what a kernel wrote that waited in vain, and it ends with its rank.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import mmap
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from fd_fusion.comm.presence import Meeting, presence_of
+from fd_fusion.reasons import Reason
+
+_EVERY_S = 0.05
+_STOPPED = "TtZX"  # states in /proc/PID/stat: stopped, traced, ended
+_ROOT = Path(__file__).parents[2]
+_CODE = "import sys; sys.path.insert(0, sys.argv[1]); from fd_fusion.comm import sentinel; sentinel.main(sys.argv[2])"
+
+
+def start(
+    meeting: Meeting, limit_s: float, grace_s: float, log: str | None, pages: Sequence[int] = (), reader: str = ""
+) -> subprocess.Popen:
+    """A sentinel for this process. It tells of a silent rank on stderr and in the file `log`, if there is one; when
+    this process is still there `grace_s` later, it ends it.
+
+    pages: descriptors of error pages. reader: "module:function" that makes a reason of the int64 words of a page.
+    """
+    facts = {
+        "pid": os.getpid(),
+        "descriptors": meeting.descriptors,
+        "rank": meeting.group.rank,
+        "ranks": meeting.group.ranks,
+        "limit_s": limit_s,
+        "grace_s": grace_s,
+        "log": log,
+        "pages": list(pages),
+        "reader": reader,
+    }
+    # Isolated and without site: it starts in no time, and nobody's start-up files run in it.
+    command = [sys.executable, "-I", "-S", "-c", _CODE, str(_ROOT), json.dumps(facts)]
+    return subprocess.Popen(command, pass_fds=[*meeting.descriptors, *pages], stdin=subprocess.DEVNULL, stdout=2)
+
+
+def main(text: str) -> None:
+    """The sentinel itself."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # it counts as long as its rank runs, and ends with it
+    facts = json.loads(text)
+    pid = facts["pid"]
+    presence = presence_of(facts["descriptors"], facts["rank"], facts["ranks"])
+    listen, error = presence.listener(facts["limit_s"]), _reader(facts["pages"], facts["reader"])
+    while os.getppid() == pid:
+        if is_running(pid):
+            presence.beat()
+            if reason := listen():
+                _tell(reason, facts["log"])
+                return _end(pid, facts["grace_s"])
+            if error() and not _ends_within(pid, facts["grace_s"]):  # its own threads tell, where they can run
+                _tell(error(), facts["log"])
+                return _end(pid, 0.0)
+        else:
+            listen = presence.listener(facts["limit_s"])  # a rank that stands still judges nobody
+        time.sleep(_EVERY_S)
+
+
+def is_running(pid: int) -> bool:
+    """Whether the process is there and not stopped."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state not in _STOPPED
+
+
+def _tell(reason: Reason, log: str | None) -> None:
+    sentence = f"fd_fusion: {reason}; {reason.remedy}; this process ends"
+    with contextlib.suppress(OSError):
+        os.write(2, f"{sentence}\n".encode())
+    if log is not None:
+        with contextlib.suppress(OSError), open(log, "a") as file:
+            file.write(f"ERROR    {time.strftime('%Y-%m-%d %H:%M:%S')} {os.getppid()} sentinel {sentence}\n")
+
+
+def _reader(pages: Sequence[int], name: str) -> Callable[[], Reason | None]:
+    """What the first page says that says anything."""
+    mapped = [memoryview(mmap.mmap(fd, os.fstat(fd).st_size)).cast("q") for fd in pages]
+    module, _, function = name.partition(":")
+    read = getattr(importlib.import_module(module), function) if name else None
+    return lambda: next((read(list(words)) for words in mapped if any(words[:8])), None)
+
+
+def _ends_within(pid: int, seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while os.getppid() == pid and time.monotonic() < deadline:
+        time.sleep(_EVERY_S)
+    return os.getppid() != pid
+
+
+def _end(pid: int, grace_s: float) -> None:
+    """The host may end its process by itself in the grace. Behind it no handler is asked: none could run."""
+    if not _ends_within(pid, grace_s):
+        os.kill(pid, signal.SIGKILL)

@@ -1,0 +1,62 @@
+"""FastDeploy's CUDA road on a CPU build of Paddle. No file of FastDeploy is changed.
+
+Real: api server, engine, scheduler, queues, launcher, worker process, GpuWorker, GPUModelRunner, attention backend,
+sampler, loaders, models, layers, collectives (gloo).
+Stand-ins: the compiled ops (`ops`, by their formulas), and of the device what a CPU lacks (`device`).
+"""
+
+import os
+import sys
+
+from cpu_host import device
+from cpu_host.finder import Finder
+
+_OPS = "fastdeploy.model_executor.ops.gpu"
+
+
+def install():
+    """Hook the imports of this process: what is changed of a module is changed right behind its import."""
+    sys.modules["pynvml"] = device.nvml()
+    hooks = {
+        "fastdeploy.platforms": device.use_cuda_road,
+        "fastdeploy.config": _pass_dtype_on,
+        "fastdeploy.model_executor.layers.normalization": _without_triton,
+        "fastdeploy.worker.gpu_worker": device.start_worker_on_cpu,
+        _OPS: _name_what_is_missing,
+        f"{_OPS}.deep_gemm": _name_what_is_missing,
+    }
+    made = {f"{_OPS}.fastdeploy_ops": _fill_with_formulas, f"{_OPS}.deep_gemm": lambda module: None}
+    sys.meta_path.insert(0, Finder(hooks, made))
+
+
+def _fill_with_formulas(module):
+    from cpu_host.ops import attention, experts, requests, sampling
+
+    for part in (attention, experts, requests, sampling):
+        module.__dict__.update({name: vars(part)[name] for name in part.OPS})
+
+
+def _name_what_is_missing(module):
+    """An op without a formula can be imported, and says so when it is called."""
+
+    def missing(name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+        def op(*args, **kwargs):
+            raise NotImplementedError(f"tests/serving has no formula for the compiled op {name}")
+
+        return op
+
+    module.__getattr__ = missing
+
+
+def _pass_dtype_on(module):
+    """The engine hands no dtype on to its ranks: give them their own argument before they parse it."""
+    if sys.argv and sys.argv[0].endswith("worker_process.py") and "--dtype" not in sys.argv:
+        sys.argv += ["--dtype", os.environ.get("SERVING_DTYPE", "float32")]
+
+
+def _without_triton(module):
+    """The host's own branch for a machine without Triton: its Triton kernels want a GPU."""
+    module._TRITON_AVAILABLE = False

@@ -1,0 +1,106 @@
+"""What FastDeploy asks of a CUDA device, answered on a CPU: NVML, the platform, events, memory, three collectives."""
+
+import os
+import types
+
+_GIB = 1 << 30
+
+
+def nvml():
+    """The `pynvml` of a machine with as many GPUs as CUDA_VISIBLE_DEVICES names, of 4 GiB, 3 of them free."""
+    module = types.ModuleType("pynvml")
+    info = types.SimpleNamespace(total=4 * _GIB, used=_GIB, free=3 * _GIB)
+    module.nvmlInit = module.nvmlShutdown = lambda *args: None
+    module.nvmlDeviceGetHandleByIndex = lambda index: index
+    module.nvmlDeviceGetMemoryInfo = lambda handle: info
+    module.nvmlDeviceGetCount = lambda: len(os.environ["CUDA_VISIBLE_DEVICES"].split(","))
+    return module
+
+
+def use_cuda_road(platforms):
+    """The platform says CUDA, so worker, runner and layers are the ones of a GPU."""
+
+    class OnCpu(platforms.CUDAPlatform):
+        def is_cuda(self):
+            return True
+
+        def is_cuda_alike(self):
+            return True
+
+        def is_cpu(self):
+            return False
+
+        @classmethod
+        def available(cls):
+            return True
+
+    platforms._current_platform = OnCpu()
+    import paddle
+
+    _replace_cuda(paddle)
+    _replace_collectives(paddle)
+
+
+def start_worker_on_cpu(module):
+    """The host's own `init_device`, told that there is a device."""
+    import paddle
+
+    stock = module.GpuWorker.init_device
+
+    def init_device(self):
+        before = paddle.device.is_compiled_with_cuda, paddle.device.set_device
+        paddle.device.is_compiled_with_cuda, paddle.device.set_device = lambda: True, lambda device: None
+        try:
+            stock(self)
+        finally:
+            paddle.device.is_compiled_with_cuda, paddle.device.set_device = before
+
+    module.GpuWorker.init_device = init_device
+
+
+class _Event:
+    """On a CPU every op has ended when its call returns."""
+
+    def record(self, *args):
+        pass
+
+    def synchronize(self):
+        pass
+
+    def query(self):
+        return True
+
+
+def _replace_cuda(paddle):
+    cuda = paddle.device.cuda
+    cuda.create_event, cuda.Event = (lambda *args, **kwargs: _Event()), _Event
+    nothing, zero = (lambda *args, **kwargs: None), (lambda *args, **kwargs: 0)
+    for name in ("synchronize", "reset_max_memory_reserved", "reset_max_memory_allocated", "empty_cache"):
+        setattr(cuda, name, nothing)
+    for name in ("max_memory_reserved", "max_memory_allocated", "memory_reserved", "memory_allocated"):
+        setattr(cuda, name, zero)
+    paddle.device.empty_cache = paddle.device.synchronize = nothing
+    facts = types.SimpleNamespace(name="CPU", major=8, minor=0, total_memory=4 * _GIB, multi_processor_count=8)
+    cuda.get_device_properties = paddle.device.get_device_properties = lambda *args, **kwargs: facts
+    paddle.Tensor.pin_memory = paddle.Tensor.cuda = lambda self, *args, **kwargs: self
+
+
+def _replace_collectives(paddle):
+    """Three ops that run on the stream of the computation, which gloo has not: by the same collectives of gloo."""
+    from paddle.distributed.fleet.layers.mpu import mp_ops
+
+    from cpu_host.ops.sampling import top_p_sampling
+
+    def all_reduce(tensor, op=None, group=None, **kwargs):
+        out = tensor.clone()
+        paddle.distributed.all_reduce(out, group=group)
+        return out
+
+    def concat(tensor, group=None, **kwargs):
+        parts = []
+        paddle.distributed.all_gather(parts, tensor.contiguous(), group=group)
+        return paddle.concat(parts, -1)
+
+    mp_ops._mp_allreduce, mp_ops._c_concat = all_reduce, concat
+    mp_ops._c_identity = lambda tensor, *args, **kwargs: tensor
+    paddle.tensor.top_p_sampling = top_p_sampling  # compiled for a GPU alone
