@@ -84,11 +84,15 @@ def bind(
         on all ranks alike.
     """
     resolved = resolved or _resolve(model, config, source)
-    if model in _bound:
-        if _bound[model].report.config == resolved.config and _bound[model].on:
-            return _bound[model].report
+    with lifecycle.lock:
+        before = _bound.get(model)
+    if before is not None:
+        if before.report.config == resolved.config and before.on:
+            return before.report
         unbind(model)
-    report = _reports[model] = Report(resolved.config, resolved.source, type(model).__name__)
+    report = Report(resolved.config, resolved.source, type(model).__name__)
+    with lifecycle.lock:
+        _reports[model] = report
     if resolved.config is None:
         report.off = resolved.reason
         return report
