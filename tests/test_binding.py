@@ -207,7 +207,22 @@ def test_a_first_forward_whose_vote_fails_leaves_nothing_bound():
     with pytest.raises(FusionError, match="it is gone"):
         model(paddle.ones([1, 2]))
     assert undone == ["site"] and "forward" not in model.__dict__
+    assert state.report.off.code == "no_store" and not state.report.sites and not state.on
     model(paddle.ones([1, 2]))
+
+
+def test_bind_tries_anew_after_a_first_forward_that_gave_up(monkeypatch):
+    """It returned the report of the failed one for ever: "3 sites, not proven yet", and nothing was to come."""
+    model, config = paddle.nn.Linear(2, 2), FusionConfig()
+    state = settling.Bound(Report(config, "a test", "Model"))
+    state.groups.append(Group("g", 0, 2, (0, 1), BrokenStore()))
+    armed(model, state)
+    monkeypatch.setitem(binding._bound, model, state)
+    with pytest.raises(FusionError, match="it is gone"):
+        model(paddle.ones([1, 2]))
+    report = fd_fusion.bind(model, config)
+    assert report is not state.report and report.off.code == "no_pairs"
+    fd_fusion.unbind(model)
 
 
 def test_a_copy_of_a_model_that_is_not_proven_yet_is_a_model_of_its_own():

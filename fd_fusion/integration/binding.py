@@ -28,8 +28,8 @@ from fd_fusion.integration.opening import Opening, open_for
 from fd_fusion.integration.pairs import Pair, without_hooked
 from fd_fusion.integration.qk import QKNorm, settle_qk_norms
 from fd_fusion.integration.report import Report
-from fd_fusion.integration.settling import Bound, attach_and_prove, leave_stock, logger, undo_all
-from fd_fusion.reasons import BindError, FusionError, FusionTimeout, Reason, because
+from fd_fusion.integration.settling import Bound, attach_and_prove, give_up, leave_stock, logger, undo_all
+from fd_fusion.reasons import BindError, FusionTimeout, Reason, because
 from fd_fusion.site import ForwardCount, Rejected, Site
 
 _bound: weakref.WeakKeyDictionary[Any, Bound] = weakref.WeakKeyDictionary()
@@ -117,9 +117,7 @@ def bind(
         conclude_opening(state)
         attach_and_prove(model, state, example, example_of)
     except BaseException as error:
-        undo_all(state)
-        report.off = error.reason if isinstance(error, FusionError) else because("bind_raised", error=_told(error))
-        report.sites.clear()
+        give_up(state, error)
         raise
     with lifecycle.lock:
         _bound[model] = state
@@ -215,10 +213,6 @@ def _resolve(model: Any, config: Any, source: str) -> Resolved:
             raise ValueError(str(because("two_configs", first=first, second=second)))
         config, source = next(iter(carried), None), "the model's layers"
     return resolve(config, explicit_source=source)
-
-
-def _told(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"
 
 
 def _settle_qk(state: Bound, norms: Sequence[QKNorm]) -> Reason | None:

@@ -22,7 +22,7 @@ from fd_fusion.integration.proof import Proof, vacuous
 from fd_fusion.integration.qk import Kernel, QKNorm
 from fd_fusion.integration.report import Report
 from fd_fusion.layers.finish_op import is_eager
-from fd_fusion.reasons import BindError, Reason, because
+from fd_fusion.reasons import BindError, FusionError, Reason, because
 from fd_fusion.site import ForwardCount, Rejected, Site
 
 logger = logging.getLogger("fd_fusion")
@@ -144,8 +144,8 @@ def _prove_in_first_forward(model: Any, state: Bound, example_of: ExampleOf) -> 
         try:
             if prove(this(), state, example_of(stock, args, kwargs), first_forward=True):
                 disarm()
-        except BaseException:  # an error that the user asked for, or no vote any more: not half bound
-            undo_all(state)
+        except BaseException as error:  # an error that the user asked for, or no vote any more: not half bound
+            give_up(state, error)
             raise
         state.report.log(logger)
 
@@ -255,6 +255,16 @@ def _freeze(state: Bound) -> bool:
     for opening in state.openings:
         opening.opened.freeze()
     return True
+
+
+def give_up(state: Bound, error: BaseException) -> None:
+    """What bind, or the pass in the first forward, raises: nothing stays bound, and the next bind tries anew."""
+    told = because("bind_raised", error=f"{type(error).__name__}: {error}")
+    state.on, state.report.waiting = False, None
+    state.report.off = error.reason if isinstance(error, FusionError) else told
+    state.report.sites.clear()
+    state.report.qk_fused.clear()
+    undo_all(state)
 
 
 def undo_all(state: Bound) -> None:
