@@ -81,7 +81,8 @@ def bind(
     Returns: the report. Binding twice with one config returns the first report, unless something failed: then it is
         tried again.
     Raises: ValueError: a malformed config. BindError: something is off that `strict`, or a named backend, insists on;
-        on all ranks alike.
+        on all ranks alike. FusionError (`out_of_step`): a rank left a forward of the pass where others went on; on
+        all of them, and it is the first forward that raises it where there is no example. Restart the ranks.
     """
     resolved = resolved or _resolve(model, config, source)
     with lifecycle.lock:

@@ -32,18 +32,26 @@ class Forwards:
         self._pairs, self._proof, self._example, self._layers = pairs, proof, example, layers
         self._outputs: dict[str, list[Any]] = {}
         self._traces: dict[str, Trace] = {}
+        self.which = ""  # the last one that ran
+        self.raised: Exception | None = None  # what it raised
+        self.told: Reason | None = None  # the same as a reason
 
     def run(self, which: str) -> Reason | None:
         """One forward. What it raises is a reason, to be voted on: the ranks must not part ways here."""
         self._traces[which] = trace = Trace({pair.name: pair.reader for pair, _ in self._pairs})
+        self.which, self.raised, self.told = which, None, None
         try:
             with trace.watching(), paddle.no_grad():  # nobody differentiates it, and a Site refuses gradients
                 self._outputs[which] = tensors_of(self._example())
-        except FusionError as error:
-            return error.reason
         except Exception as error:
-            return because("forward_raised", which=which, error=f"{type(error).__name__}: {error}")
-        return None
+            told = because("forward_raised", which=which, error=f"{type(error).__name__}: {error}")
+            self.raised, self.told = error, error.reason if isinstance(error, FusionError) else told
+        return self.told
+
+    @property
+    def seen(self) -> list[str]:
+        """The pairs through whose norms the last forward came."""
+        return list(self._traces[self.which].seen)
 
     def prove(self, qk_norms: Sequence[QKNorm]) -> Reason | None:
         """The proving forward, with the Sites attached. What it raises comes first, then what the Sites saw."""

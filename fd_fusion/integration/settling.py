@@ -5,20 +5,21 @@ from __future__ import annotations
 import logging
 import types
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 from fd_fusion import runtime
 from fd_fusion.comm.circle import Known
-from fd_fusion.comm.group import Group, Vote, agree
+from fd_fusion.comm.group import Group
 from fd_fusion.config import FusionConfig
 from fd_fusion.integration import lifecycle
+from fd_fusion.integration.ballot import Ballot, vote
 from fd_fusion.integration.evidence import Contract
 from fd_fusion.integration.forwards import AGAIN, STOCK, ExampleOf, Forwards, on_copies
 from fd_fusion.integration.opening import Opening
 from fd_fusion.integration.pairs import Pair
-from fd_fusion.integration.proof import Proof, vacuous
+from fd_fusion.integration.proof import Proof
 from fd_fusion.integration.qk import Kernel, QKNorm
 from fd_fusion.integration.report import Report
 from fd_fusion.layers.finish_op import is_eager
@@ -95,26 +96,46 @@ def prove(model: Any, state: Bound, example: Callable[[], Any], *, first_forward
     """
     proof = Proof([_subject(state, pair, site) for pair, site in state.sites])
     forwards = Forwards(state.sites, proof, example, dict(model.named_sublayers(include_self=True)))
-    ballot = Ballot(forwards.run(STOCK))
+    ballot = _ballot(forwards, forwards.run(STOCK))
     if first_forward and ballot.refusal is not None and ballot.refusal.code == "forward_raised":
-        ballot = Ballot(again=ballot.refusal)
-    _vote(state, ballot)
+        ballot.refusal, ballot.again = None, ballot.refusal
+    _vote(state, ballot, forwards, is_callers=first_forward)
     if ballot.goes_on:
-        ballot = Ballot(forwards.prove(state.qk_norms))
+        ballot = _ballot(forwards, forwards.prove(state.qk_norms))
         ballot.again = because("no_rows_yet") if ballot.goes_on and forwards.nothing_computed else None
         ballot.differs = ballot.goes_on and forwards.difference is not None
-        _vote(state, ballot, proof)
+        _vote(state, ballot, forwards, proof)
     if ballot.goes_on and ballot.differs:
-        ballot = Ballot(forwards.run(AGAIN))
+        ballot = _ballot(forwards, forwards.run(AGAIN))
         if ballot.refusal is None:
             ballot.refusal, repeats = forwards.judge_spread()
             state.report.spread = None if repeats else because("stock_differs")
-        _vote(state, ballot)
+        _vote(state, ballot, forwards)
     if ballot.refusal is None and ballot.again is not None:
         _wait(state.report, ballot.again)
         return False
     _settle(state, ballot.refusal, ballot.ranks)
     return True
+
+
+def _ballot(forwards: Forwards, refusal: Reason | None) -> Ballot:
+    """Of the forward that has just run."""
+    return Ballot(refusal, which=forwards.which, raised=forwards.told, seen=forwards.seen)
+
+
+def _vote(
+    state: Bound, ballot: Ballot, forwards: Forwards, proof: Proof | None = None, *, is_callers: bool = False
+) -> None:
+    """Collective. Raises: FusionError: the ranks are out of step; in the caller's forward this rank's own error."""
+    if not state.groups:
+        return
+    names = {group: [pair.name for pair, _ in state.sites if pair.group == group] for group in state.groups}
+    vote(ballot, names, state.circle, state.report.config.timeout_s, proof)
+    if ballot.is_out_of_step:
+        error = FusionError(ballot.refusal)
+        if is_callers and ballot.again is not None and forwards.raised is not None:
+            raise forwards.raised from error
+        raise error from forwards.raised
 
 
 def _subject(state: Bound, pair: Pair, site: Site) -> tuple[Site, Contract, Callable[[], Any], int]:
@@ -146,6 +167,8 @@ def _prove_in_first_forward(model: Any, state: Bound, example_of: ExampleOf) -> 
                 disarm()
         except BaseException as error:  # an error that the user asked for, or no vote any more: not half bound
             give_up(state, error)
+            if state.report.off.root.code == "out_of_step":
+                state.undo.append(_stop(this(), own, state.report.off))
             raise
         state.report.log(logger)
 
@@ -167,61 +190,6 @@ def _prove_in_first_forward(model: Any, state: Bound, example_of: ExampleOf) -> 
     forward.__wrapped__, forward.binds_at_first_call, code = stock, True, weakref.ref(forward)
     model.__dict__["forward"] = types.MethodType(forward, model)
     state.undo.append(disarm)
-
-
-@dataclass
-class Ballot:
-    """What the ranks come to: a refusal of some; or that nothing was shown; or that some rank's outputs differ."""
-
-    refusal: Reason | None = None
-    ranks: tuple[int, ...] = ()
-    again: Reason | None = None
-    differs: bool = False
-
-    @property
-    def goes_on(self) -> bool:
-        return self.refusal is None and self.again is None
-
-    def finds(self) -> dict[str, Any]:
-        """What this rank states beside a refusal."""
-        return {"again": self.again and self.again.to_dict(), "differs": self.differs}
-
-    def refuse(self, reason: Reason, ranks: tuple[int, ...]) -> None:
-        self.refusal, self.ranks = reason, ranks
-
-    def hear(self, ranks: Sequence[dict[str, Any]], proof: Proof | None = None) -> None:
-        """The data of all ranks of a group, none of which refused: the same conclusions on each of them."""
-        self.differs = self.differs or any(data["differs"] for data in ranks)
-        for data in ranks:
-            self.again = self.again or (data["again"] and Reason.from_dict(data["again"]))
-        words = [data.get("words") for data in ranks]
-        if proof is not None and all(words) and self.again is None:
-            self.refusal = proof.joint_refusal(words)
-            self.again = None if self.refusal else vacuous(words)
-
-
-def _vote(state: Bound, ballot: Ballot, proof: Proof | None = None) -> None:
-    """Make the ballot one outcome for all ranks of all groups of the model.
-
-    What the ranks of a group compare, each group compares; the outcome is one ballot of the whole circle. So every
-    rank casts the same ballots in each group, whatever it found and however the groups overlap.
-    """
-    timeout_s = state.report.config.timeout_s
-    for group in state.groups:
-        names = [pair.name for pair, _ in state.sites if pair.group == group]
-        shown = proof.words if proof is not None and ballot.goes_on else {}
-        data = {"words": {name: shown[name] for name in names if name in shown} or None, **ballot.finds()}
-        verdict = agree(group, "proof", Vote(ballot.refusal, data), timeout_s=timeout_s)
-        if verdict.missing:
-            ballot.refuse(ballot.refusal or verdict.reason, verdict.missing)
-        elif verdict.ok:  # a rank that refuses says so once more, to the whole circle
-            ballot.hear(verdict.data, proof)
-    if state.circle is not None:
-        verdict = agree(state.circle, "outcome", Vote(ballot.refusal, ballot.finds()), timeout_s=timeout_s)
-        if verdict.ok:
-            ballot.hear(verdict.data)
-        else:
-            ballot.refuse(verdict.reason, tuple(rank for rank, _ in verdict.refusals))
 
 
 def _settle(state: Bound, refusal: Reason | None, ranks: tuple[int, ...]) -> None:
@@ -257,9 +225,27 @@ def _freeze(state: Bound) -> bool:
     return True
 
 
+def _stop(model: Any, own: Any, reason: Reason) -> Callable[[], None]:
+    """No forward of the model any more, until it is unbound: its sums would be wrong. Returns the undo."""
+
+    def forward(*_: Any, **__: Any) -> NoReturn:
+        raise FusionError(reason)
+
+    def undo() -> None:
+        if (here := this()) is not None and here.__dict__.get("forward") is forward:
+            del here.__dict__["forward"]
+            if own is not None:
+                here.__dict__["forward"] = own
+
+    this = weakref.ref(model)
+    model.__dict__["forward"] = forward
+    return undo
+
+
 def give_up(state: Bound, error: BaseException) -> None:
     """What bind, or the pass in the first forward, raises: nothing stays bound, and the next bind tries anew."""
     told = because("bind_raised", error=f"{type(error).__name__}: {error}")
+    error = error if isinstance(error, FusionError) else error.__cause__  # of the caller's own, when out of step
     state.on, state.report.waiting = False, None
     state.report.off = error.reason if isinstance(error, FusionError) else told
     state.report.sites.clear()
