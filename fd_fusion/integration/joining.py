@@ -10,9 +10,8 @@ from typing import Any
 
 from fd_fusion import __version__
 from fd_fusion.backends import paddle as formulas
-from fd_fusion.comm.circle import circle_of, find_circle, in_order
+from fd_fusion.comm.circle import circle_of, meet
 from fd_fusion.comm.group import Group, Vote, agree
-from fd_fusion.comm.meeting import convene
 from fd_fusion.config import FusionConfig
 from fd_fusion.integration.pairs import Pair
 from fd_fusion.integration.report import Report
@@ -61,14 +60,8 @@ def join(state: Bound, labels: Mapping[Group, str]) -> None:
 
     Args: labels: what each group meets for, see `meeting`. Sets `live`, `known` and `broken`.
     """
-    timeout_s = state.report.config.timeout_s
-    here = []
-    for group in in_order(labels):
-        reason = convene(group, labels[group], timeout_s=timeout_s)
-        state.broken = state.broken or reason
-        here += [group] if reason is None else []
-    state.known, state.broken, dead = find_circle(here, state.broken, timeout_s=timeout_s)
-    state.live = [group for group in here if group not in dead]
+    state.labels = dict(labels)
+    state.known, state.broken, state.live = meet(labels, timeout_s=state.report.config.timeout_s)
 
 
 def conclude_opening(state: Bound) -> None:

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from fd_fusion import runtime
-from fd_fusion.comm.circle import Known
-from fd_fusion.comm.group import Group
+from fd_fusion.comm.circle import Known, circle_of, meet
+from fd_fusion.comm.group import Group, Vote, agree
 from fd_fusion.config import FusionConfig
 from fd_fusion.integration import lifecycle
 from fd_fusion.integration.ballot import Ballot, vote
@@ -27,6 +27,7 @@ from fd_fusion.reasons import BindError, FusionError, Reason, because
 from fd_fusion.site import ForwardCount, Rejected, Site
 
 logger = logging.getLogger("fd_fusion")
+_TRIES = 3  # first forwards that may raise, or find a rank missing before they begin
 
 
 @dataclass
@@ -40,11 +41,13 @@ class Bound:
     undo: list[Callable[[], None]] = field(default_factory=list)  # of the Sites
     qk_norms: list[QKNorm] = field(default_factory=list)
     undo_qk: list[Callable[[], None]] = field(default_factory=list)
+    labels: dict[Group, str] = field(default_factory=dict)  # what each group meets for
     known: Known = field(default_factory=dict)  # which ranks are in which groups
     live: list[Group] = field(default_factory=list)  # groups that still vote
     broken: Reason | None = None  # why this rank does not know all of its circle
     circle: Group | None = None  # all ranks that must come to one outcome
     failures: list[Reason] = field(default_factory=list)  # what was tried and did not work
+    tries: int = 0  # first forwards in which no pass could run
     on: bool = True  # somewhere in the circle; a bind that failed may be tried again
     forwards: ForwardCount = field(default_factory=ForwardCount)
     freezes_itself: bool = False  # no host does it after its graphs were captured
@@ -94,6 +97,8 @@ def prove(model: Any, state: Bound, example: Callable[[], Any], *, first_forward
     Returns False where nothing was shown, since there was nothing to sum: all stays stock, to be tried again. So it
     does where the stock forward itself raises in the place of the model's `first_forward`: that is the caller's.
     """
+    if first_forward and (reason := meet_again(state)) is not None:
+        return _try_again(state, reason)
     proof = Proof([_subject(state, pair, site) for pair, site in state.sites])
     forwards = Forwards(state.sites, proof, example, dict(model.named_sublayers(include_self=True)))
     ballot = _ballot(forwards, forwards.run(STOCK))
@@ -112,8 +117,7 @@ def prove(model: Any, state: Bound, example: Callable[[], Any], *, first_forward
             state.report.spread = None if repeats else because("stock_differs")
         _vote(state, ballot, forwards)
     if ballot.refusal is None and ballot.again is not None:
-        _wait(state.report, ballot.again)
-        return False
+        return _try_again(state, ballot.again)
     _settle(state, ballot.refusal, ballot.ranks)
     return True
 
@@ -129,6 +133,7 @@ def _vote(
     """Collective. Raises: FusionError: the ranks are out of step; in the caller's forward this rank's own error."""
     if not state.groups:
         return
+    assert state.circle is not None, "a model with Sites has a circle, or no vote"
     names = {group: [pair.name for pair, _ in state.sites if pair.group == group] for group in state.groups}
     vote(ballot, names, state.circle, state.report.config.timeout_s, proof)
     if ballot.is_out_of_step:
@@ -144,6 +149,30 @@ def _subject(state: Bound, pair: Pair, site: Site) -> tuple[Site, Contract, Call
     in_order = getattr(opened, "in_rank_order", False)
     contract = Contract(pair.name, pair.group.size, pair.dtype, pair.eps, pair.weight_offset, in_order)
     return site, contract, pair.weight, pair.group.rank
+
+
+def meet_again(state: Bound) -> Reason | None:
+    """Collective: before a pass that comes some time after its bind. Ranks may have missed votes of other models.
+
+    Returns: why no rank runs the forwards of the pass, or None.
+    """
+    timeout_s = state.report.config.timeout_s
+    labels = {group: f"pass {state.labels.get(group)}" for group in state.groups}
+    known, broken, live = meet(labels, timeout_s=timeout_s)
+    if broken is None and live:
+        state.circle = circle_of(live, known)
+        broken = agree(state.circle, "pass", Vote(), timeout_s=timeout_s).reason
+    return broken
+
+
+def _try_again(state: Bound, reason: Reason) -> bool:
+    """No outcome yet, but for a third time of no pass at all. Returns whether this is the end of it."""
+    state.tries += reason.root.code not in ("zeros", "no_rows_yet")
+    if state.tries < _TRIES:
+        _wait(state.report, reason)
+        return False
+    _settle(state, reason, ())
+    return True
 
 
 def _wait(report: Report, reason: Reason) -> None:
