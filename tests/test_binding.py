@@ -148,6 +148,33 @@ def test_the_proving_pass_judges_the_kernel_of_every_site(fused, code):
     assert refusal is None or "a -> b" in str(refusal)
 
 
+@pytest.mark.parametrize("residual", [True, False])
+@pytest.mark.parametrize("fault", ["dtype", "raises", "weight"])
+def test_every_launch_is_made_before_anything_is_judged(fault, residual):
+    """What another rank still launches waits for this one, and so does the host's all-reduce of known numbers."""
+    launched = {}
+    for what in ("nothing", fault):
+        calls = launched[what] = []
+
+        def fused(x, residual, what=what, calls=calls):
+            calls.append(("fused", x.shape[0], residual is not None))
+            if what == "raises" and sum(call[0] == "fused" for call in calls) == 1:
+                raise RuntimeError("of this launch alone")
+            out = right(x, residual)
+            return tuple(one.astype("float16") for one in out) if what == "dtype" else out
+
+        proof, site = make_proof(fused)
+        reduce = site._reduce
+        site._reduce = lambda x, reduce=reduce, calls=calls: calls.append(("host", x.shape[0])) or reduce(x)
+        if what == "weight":
+            contract, _, number = proof._of[site.name]
+            proof._of[site.name] = contract, lambda: 1 / 0, number
+        site.finish(site.hand_over(paddle.randn([6, 32])), paddle.randn([6, 32]) if residual else None)
+        assert (proof.own_refusal() and proof.own_refusal().code) == (None if what == "nothing" else "proof_raised")
+    calls = launched["nothing"]
+    assert sorted(map(str, calls)) == sorted(map(str, launched[fault])) and len(calls) == (7 if residual else 6)
+
+
 def test_what_was_handed_over_is_spoilt_for_whoever_else_reads_it():
     proof, site = make_proof()
     partial = paddle.randn([3, 32])
