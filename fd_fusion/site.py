@@ -61,21 +61,27 @@ class Prover(Protocol):
 
 
 class ForwardCount:
-    """Counts the forwards of one model. All its Sites share it, and so tell what an earlier forward left behind."""
+    """Counts the forwards of one model. All its Sites share it, and so tell what an earlier forward left behind.
+
+    A copy of the model, whose hook it is there too, counts by itself.
+    """
 
     def __init__(self) -> None:
         self.number = 0
-        self._then: tuple[int, Callable[[], bool]] = (0, bool)
+        self._then: tuple[int, Callable[[], bool]] | None = None
 
     def start(self, *_: Any) -> None:
         """At the start of each eager forward: the hook of the model. What is pending from before is dropped."""
         self.number += 1
-        if self.number == self._then[0] and not self._then[1]():
-            self._then = self.number + 1, self._then[1]
+        if self._then is not None and self.number >= self._then[0] and self._then[1]():
+            self._then = None
 
     def at_second(self, action: Callable[[], bool]) -> None:
         """Run `action` when the second forward from now starts, and at each later start until it returns True."""
         self._then = self.number + 2, action
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return ForwardCount, ()
 
 
 class Site:
