@@ -17,7 +17,7 @@ from fd_fusion.comm import group as group_module
 from fd_fusion.comm.group import Group, Verdict, agree
 from fd_fusion.integration import binding, joining, lifecycle, native, opening, settling
 from fd_fusion.integration.evidence import Contract
-from fd_fusion.integration.forwards import on_copies
+from fd_fusion.integration.forwards import AGAIN, STOCK, Forwards, on_copies
 from fd_fusion.integration.outputs import first_difference, relative_errors, tensors_of, within_spread
 from fd_fusion.integration.pairs import find_links, without_hooked
 from fd_fusion.integration.proof import Proof
@@ -274,15 +274,47 @@ def test_a_model_that_waits_for_its_proof_can_be_dropped():
 
 
 def test_a_first_forward_that_raises_is_the_callers_own(caplog):
-    """Told once, tried again, and never a miss of the model."""
+    """Told once, and tried again; a third time is the last, since each costs the caller a forward."""
     model = DemoDecoder(0, 1)
     state = settling.Bound(Report(FusionConfig(), "a test", "Model"))
     armed(model, state)
-    for _ in range(2):
+    for turn in range(4):
         with pytest.raises(ValueError, match="last dimension"):
             model(paddle.ones([1, 3]))
-    assert state.report.waiting.code == "forward_raised" and not state.report.rejected
+        waiting = state.report.waiting and state.report.waiting.code
+        assert waiting == ("forward_raised" if turn < 2 else None) and state.on == (turn < 2)
+        assert ("forward" in model.__dict__) == (turn < 2)
     assert len([one for one in caplog.records if "forward of bind" in one.message]) == 1
+
+
+class Strange:
+    """An output that takes part in a forward and cannot be looked at."""
+
+    shape, dtype = [2, 2], "float32"
+
+    def clone(self):
+        return self
+
+    def detach(self):
+        raise RuntimeError("on purpose")
+
+
+def test_outputs_that_cannot_be_compared_are_a_reason_that_is_voted_on():
+    """The comparison raised on one rank, and the others waited for its vote."""
+    forwards = Forwards([], Proof([]), Strange, {})
+    assert forwards.run(STOCK) is None and forwards.prove([]) is None
+    refusal, empty, differs = forwards.compare()
+    assert refusal.code == "not_compared" and "on purpose" in str(refusal) and not empty and not differs
+    assert forwards.run(AGAIN) is None
+    assert forwards.judge_spread()[0].code == "not_compared"
+
+
+def test_outputs_that_hold_themselves():
+    outputs = SimpleNamespace(x=paddle.ones([2]), rest=[paddle.zeros([1])])
+    outputs.rest.append(outputs)
+    outputs.rest.append({"again": outputs.rest})
+    shared = [paddle.ones([3])]
+    assert [one.shape for one in tensors_of([outputs, shared, shared])] == [[2], [1], [3], [3]]
 
 
 def test_arguments_are_copied_for_each_forward_of_the_pass_and_kept_from_it():

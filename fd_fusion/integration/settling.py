@@ -107,8 +107,9 @@ def prove(model: Any, state: Bound, example: Callable[[], Any], *, first_forward
     _vote(state, ballot, forwards, is_callers=first_forward)
     if ballot.goes_on:
         ballot = _ballot(forwards, forwards.prove(state.qk_norms))
-        ballot.again = because("no_rows_yet") if ballot.goes_on and forwards.nothing_computed else None
-        ballot.differs = ballot.goes_on and forwards.difference is not None
+        if ballot.goes_on:
+            ballot.refusal, empty, ballot.differs = forwards.compare()
+            ballot.again = because("no_rows_yet") if empty else None
         _vote(state, ballot, forwards, proof)
     if ballot.goes_on and ballot.differs:
         ballot = _ballot(forwards, forwards.run(AGAIN))
