@@ -246,7 +246,7 @@ class Site:
         self._proven, self._prover, self._pending, self.handed = False, prover, None, 0
 
     def end_proof(self, proven: bool) -> None:
-        self._proven, self._prover, self._pending = proven, None, None
+        self._proven, self._prover, self._pending, self.whole = proven, None, None, None
 
     def holds(self, tensor: Any) -> bool:
         """Whether this very tensor is handed over and not finished."""
@@ -254,7 +254,7 @@ class Site:
 
     def close(self) -> None:
         """Every later use raises `closed`, from a layer that was kept or a graph that was traced."""
-        self._proven, self._prover, self._pending = False, None, None
+        self.end_proof(False)
         self._fused = self._reduce = self._norm = closed
         for entry in ("hand_over", "finish", "finish_stock", "complete", "stock", "fused"):
             setattr(self, entry, closed)

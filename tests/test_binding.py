@@ -221,6 +221,32 @@ def test_a_miss_takes_the_norms_of_q_and_k_away_too():
     assert not state.report.qk_fused and state.report.qk_stock == {"layers.0.qk_norm": reason}
 
 
+def test_an_undo_that_raises_keeps_nothing_else_bound():
+    """A host's attribute that is gone, for example: the rest is undone, closed, and then it is told."""
+    state, done = settling.Bound(Report(FusionConfig(), "a test", "Model")), []
+
+    def fails(name):
+        done.append(name)
+        raise AttributeError(name)
+
+    site = Site("a -> b", fused=None, reduce=lambda x: x, norm=lambda x, r: (x, x), limit=1)
+    state.sites.append((None, site))
+    state.undo += [lambda: done.append("site"), lambda: fails("first")]
+    state.undo_qk += [lambda: done.append("qk"), lambda: fails("qk first")]
+    opened = SimpleNamespace(bytes=0, close=lambda: done.append("close"))
+    state.openings.append(SimpleNamespace(opened=opened))
+    with pytest.raises(AttributeError, match="qk first"):
+        settling.undo_all(state)
+    assert done == ["qk first", "qk", "first", "site", "close"]
+    with pytest.raises(FusionError, match="closed"):
+        site.complete(paddle.ones([1, 2]), None)
+    settling.undo_all(state)
+    assert len(done) == 5
+    state.undo.append(lambda: fails("again"))
+    settling.give_up(state, ValueError("the first"))
+    assert "the first" in str(state.report.off), "the error of an undo takes no other's place"
+
+
 def armed(model, state):
     settling._prove_in_first_forward(model, state, on_copies)
     return model.__dict__["forward"]

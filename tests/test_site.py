@@ -270,3 +270,11 @@ def test_what_waits_for_the_second_forward_runs_in_a_later_one_too():
     for _ in range(3):
         forwards.start()
     assert done == [3]
+
+
+def test_the_hosts_own_sum_does_not_outlive_the_proving_pass():
+    """A tensor of all rows of a profile run."""
+    site = Site("a -> b", fused=None, reduce=None, norm=None, limit=1)
+    site.whole = object()
+    site.end_proof(True)
+    assert site.whole is None

@@ -280,20 +280,28 @@ def give_up(state: Bound, error: BaseException) -> None:
     state.report.off = error.reason if isinstance(error, FusionError) else told
     state.report.sites.clear()
     state.report.qk_fused.clear()
-    undo_all(state)
+    try:
+        undo_all(state)
+    except Exception:  # told, and not raised: what the caller is to hear is the first error
+        logger.exception("fd_fusion: not all of the model could be restored")
 
 
 def undo_all(state: Bound) -> None:
-    """Restore every instance and close every workspace."""
-    while state.undo_qk:
-        state.undo_qk.pop()()
-    _undo_sites(state)
+    """Restore every instance, close every workspace. Goes on after what raises, and raises the first error then."""
+    errors: list[Exception] = []
 
+    def attempt(undo: Callable[[], None]) -> None:
+        try:
+            undo()
+        except Exception as error:  # raised below: half of an undo is worse than none
+            errors.append(error)
 
-def _undo_sites(state: Bound) -> None:
-    while state.undo:
-        state.undo.pop()()
+    for undos in (state.undo_qk, state.undo):
+        while undos:
+            attempt(undos.pop())
     for _, site in state.sites:  # a graph that was traced while the model was bound still calls it
         site.close()
     while state.openings:
         lifecycle.close(state.openings.pop().opened)
+    if errors:
+        raise errors[0]
