@@ -222,9 +222,8 @@ def _settle_qk(state: Bound, norms: Sequence[QKNorm]) -> Reason | None:
     config, report = state.report.config, state.report
     state.qk_norms, report.qk_stock = settle_qk_norms(norms, config)
     report.qk_fused = [norm.name for norm in state.qk_norms]
-    insisted = config.strict or config.backend != "auto"
     failed = [why for why in report.qk_stock.values() if why.code in ("backend_failed", "qk_differs", "qk_wrote_v")]
-    return failed[0] if insisted and failed else None
+    return failed[0] if config.insists and failed else None
 
 
 def _open(

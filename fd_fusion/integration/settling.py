@@ -56,7 +56,7 @@ class Bound:
 def refuse(report: Report, pairs: list[Pair], reason: Reason, ranks: tuple[int, ...], config: FusionConfig) -> None:
     """Leave the pairs stock; an error instead if the user insisted. All ranks come here with the same verdict."""
     leave_stock(report, pairs, reason, ranks)
-    if not reason.root.is_rule and (config.strict or config.backend != "auto"):
+    if not reason.root.is_rule and config.insists:
         raise BindError(reason)
 
 
