@@ -58,6 +58,11 @@ class FusionConfig:
         time_ok = isinstance(self.timeout_s, (int, float)) and not isinstance(self.timeout_s, bool)
         _require(time_ok and 0.1 <= self.timeout_s <= 3600, "timeout_s", self.timeout_s, "a number, 0.1 to 3600")
 
+    @property
+    def insists(self) -> bool:
+        """Whether a failure of what was asked for is an error: under `strict`, or of a named backend."""
+        return self.strict or self.backend != "auto"
+
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> FusionConfig:
         """A config from plain data. Raises ValueError for an unknown key, naming it and the known ones."""

@@ -128,6 +128,15 @@ TABLE: dict[str, Entry] = {
     ),
     "proof_raised": Entry("{site}: the fused call raised {error}", "see the log of this rank"),
     "forward_raised": Entry("a forward of bind, the {which} one, raised {error}", "see the log of this rank"),
+    "not_compared": Entry(
+        "what the forwards of bind returned cannot be compared: {error}",
+        "give bind an example that returns the model's output tensors",
+    ),
+    "out_of_step": Entry(
+        "rank {rank} left the {which} forward of bind where other ranks went on ({why}): the ranks' collectives "
+        "are out of step, and every later sum would be wrong",
+        "see the log of rank {rank}, and restart the ranks",
+    ),
     # Using a Site.
     "double_hand_over": Entry(
         "{site}: a second partial sum was handed over before the first was finished",

@@ -61,21 +61,27 @@ class Prover(Protocol):
 
 
 class ForwardCount:
-    """Counts the forwards of one model. All its Sites share it, and so tell what an earlier forward left behind."""
+    """Counts the forwards of one model. All its Sites share it, and so tell what an earlier forward left behind.
+
+    A copy of the model, whose hook it is there too, counts by itself.
+    """
 
     def __init__(self) -> None:
         self.number = 0
-        self._then: tuple[int, Callable[[], bool]] = (0, bool)
+        self._then: tuple[int, Callable[[], bool]] | None = None
 
     def start(self, *_: Any) -> None:
         """At the start of each eager forward: the hook of the model. What is pending from before is dropped."""
         self.number += 1
-        if self.number == self._then[0] and not self._then[1]():
-            self._then = self.number + 1, self._then[1]
+        if self._then is not None and self.number >= self._then[0] and self._then[1]():
+            self._then = None
 
     def at_second(self, action: Callable[[], bool]) -> None:
         """Run `action` when the second forward from now starts, and at each later start until it returns True."""
         self._then = self.number + 2, action
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return ForwardCount, ()
 
 
 class Site:
@@ -240,7 +246,7 @@ class Site:
         self._proven, self._prover, self._pending, self.handed = False, prover, None, 0
 
     def end_proof(self, proven: bool) -> None:
-        self._proven, self._prover, self._pending = proven, None, None
+        self._proven, self._prover, self._pending, self.whole = proven, None, None, None
 
     def holds(self, tensor: Any) -> bool:
         """Whether this very tensor is handed over and not finished."""
@@ -248,7 +254,7 @@ class Site:
 
     def close(self) -> None:
         """Every later use raises `closed`, from a layer that was kept or a graph that was traced."""
-        self._proven, self._prover, self._pending = False, None, None
+        self.end_proof(False)
         self._fused = self._reduce = self._norm = closed
         for entry in ("hand_over", "finish", "finish_stock", "complete", "stock", "fused"):
             setattr(self, entry, closed)

@@ -17,7 +17,7 @@ from fd_fusion.comm import group as group_module
 from fd_fusion.comm.group import Group, Verdict, agree
 from fd_fusion.integration import binding, joining, lifecycle, native, opening, settling
 from fd_fusion.integration.evidence import Contract
-from fd_fusion.integration.forwards import on_copies
+from fd_fusion.integration.forwards import AGAIN, STOCK, Forwards, on_copies
 from fd_fusion.integration.outputs import first_difference, relative_errors, tensors_of, within_spread
 from fd_fusion.integration.pairs import find_links, without_hooked
 from fd_fusion.integration.proof import Proof
@@ -148,6 +148,33 @@ def test_the_proving_pass_judges_the_kernel_of_every_site(fused, code):
     assert refusal is None or "a -> b" in str(refusal)
 
 
+@pytest.mark.parametrize("residual", [True, False])
+@pytest.mark.parametrize("fault", ["dtype", "raises", "weight"])
+def test_every_launch_is_made_before_anything_is_judged(fault, residual):
+    """What another rank still launches waits for this one, and so does the host's all-reduce of known numbers."""
+    launched = {}
+    for what in ("nothing", fault):
+        calls = launched[what] = []
+
+        def fused(x, residual, what=what, calls=calls):
+            calls.append(("fused", x.shape[0], residual is not None))
+            if what == "raises" and sum(call[0] == "fused" for call in calls) == 1:
+                raise RuntimeError("of this launch alone")
+            out = right(x, residual)
+            return tuple(one.astype("float16") for one in out) if what == "dtype" else out
+
+        proof, site = make_proof(fused)
+        reduce = site._reduce
+        site._reduce = lambda x, reduce=reduce, calls=calls: calls.append(("host", x.shape[0])) or reduce(x)
+        if what == "weight":
+            contract, _, number = proof._of[site.name]
+            proof._of[site.name] = contract, lambda: 1 / 0, number
+        site.finish(site.hand_over(paddle.randn([6, 32])), paddle.randn([6, 32]) if residual else None)
+        assert (proof.own_refusal() and proof.own_refusal().code) == (None if what == "nothing" else "proof_raised")
+    calls = launched["nothing"]
+    assert sorted(map(str, calls)) == sorted(map(str, launched[fault])) and len(calls) == (7 if residual else 6)
+
+
 def test_what_was_handed_over_is_spoilt_for_whoever_else_reads_it():
     proof, site = make_proof()
     partial = paddle.randn([3, 32])
@@ -194,6 +221,32 @@ def test_a_miss_takes_the_norms_of_q_and_k_away_too():
     assert not state.report.qk_fused and state.report.qk_stock == {"layers.0.qk_norm": reason}
 
 
+def test_an_undo_that_raises_keeps_nothing_else_bound():
+    """A host's attribute that is gone, for example: the rest is undone, closed, and then it is told."""
+    state, done = settling.Bound(Report(FusionConfig(), "a test", "Model")), []
+
+    def fails(name):
+        done.append(name)
+        raise AttributeError(name)
+
+    site = Site("a -> b", fused=None, reduce=lambda x: x, norm=lambda x, r: (x, x), limit=1)
+    state.sites.append((None, site))
+    state.undo += [lambda: done.append("site"), lambda: fails("first")]
+    state.undo_qk += [lambda: done.append("qk"), lambda: fails("qk first")]
+    opened = SimpleNamespace(bytes=0, close=lambda: done.append("close"))
+    state.openings.append(SimpleNamespace(opened=opened))
+    with pytest.raises(AttributeError, match="qk first"):
+        settling.undo_all(state)
+    assert done == ["qk first", "qk", "first", "site", "close"]
+    with pytest.raises(FusionError, match="closed"):
+        site.complete(paddle.ones([1, 2]), None)
+    settling.undo_all(state)
+    assert len(done) == 5
+    state.undo.append(lambda: fails("again"))
+    settling.give_up(state, ValueError("the first"))
+    assert "the first" in str(state.report.off), "the error of an undo takes no other's place"
+
+
 def armed(model, state):
     settling._prove_in_first_forward(model, state, on_copies)
     return model.__dict__["forward"]
@@ -207,7 +260,22 @@ def test_a_first_forward_whose_vote_fails_leaves_nothing_bound():
     with pytest.raises(FusionError, match="it is gone"):
         model(paddle.ones([1, 2]))
     assert undone == ["site"] and "forward" not in model.__dict__
+    assert state.report.off.code == "no_store" and not state.report.sites and not state.on
     model(paddle.ones([1, 2]))
+
+
+def test_bind_tries_anew_after_a_first_forward_that_gave_up(monkeypatch):
+    """It returned the report of the failed one for ever: "3 sites, not proven yet", and nothing was to come."""
+    model, config = paddle.nn.Linear(2, 2), FusionConfig()
+    state = settling.Bound(Report(config, "a test", "Model"))
+    state.groups.append(Group("g", 0, 2, (0, 1), BrokenStore()))
+    armed(model, state)
+    monkeypatch.setitem(binding._bound, model, state)
+    with pytest.raises(FusionError, match="it is gone"):
+        model(paddle.ones([1, 2]))
+    report = fd_fusion.bind(model, config)
+    assert report is not state.report and report.off.code == "no_pairs"
+    fd_fusion.unbind(model)
 
 
 def test_a_copy_of_a_model_that_is_not_proven_yet_is_a_model_of_its_own():
@@ -232,15 +300,47 @@ def test_a_model_that_waits_for_its_proof_can_be_dropped():
 
 
 def test_a_first_forward_that_raises_is_the_callers_own(caplog):
-    """Told once, tried again, and never a miss of the model."""
+    """Told once, and tried again; a third time is the last, since each costs the caller a forward."""
     model = DemoDecoder(0, 1)
     state = settling.Bound(Report(FusionConfig(), "a test", "Model"))
     armed(model, state)
-    for _ in range(2):
+    for turn in range(4):
         with pytest.raises(ValueError, match="last dimension"):
             model(paddle.ones([1, 3]))
-    assert state.report.waiting.code == "forward_raised" and not state.report.rejected
+        waiting = state.report.waiting and state.report.waiting.code
+        assert waiting == ("forward_raised" if turn < 2 else None) and state.on == (turn < 2)
+        assert ("forward" in model.__dict__) == (turn < 2)
     assert len([one for one in caplog.records if "forward of bind" in one.message]) == 1
+
+
+class Strange:
+    """An output that takes part in a forward and cannot be looked at."""
+
+    shape, dtype = [2, 2], "float32"
+
+    def clone(self):
+        return self
+
+    def detach(self):
+        raise RuntimeError("on purpose")
+
+
+def test_outputs_that_cannot_be_compared_are_a_reason_that_is_voted_on():
+    """The comparison raised on one rank, and the others waited for its vote."""
+    forwards = Forwards([], Proof([]), Strange, {})
+    assert forwards.run(STOCK) is None and forwards.prove([]) is None
+    refusal, empty, differs = forwards.compare()
+    assert refusal.code == "not_compared" and "on purpose" in str(refusal) and not empty and not differs
+    assert forwards.run(AGAIN) is None
+    assert forwards.judge_spread()[0].code == "not_compared"
+
+
+def test_outputs_that_hold_themselves():
+    outputs = SimpleNamespace(x=paddle.ones([2]), rest=[paddle.zeros([1])])
+    outputs.rest.append(outputs)
+    outputs.rest.append({"again": outputs.rest})
+    shared = [paddle.ones([3])]
+    assert [one.shape for one in tensors_of([outputs, shared, shared])] == [[2], [1], [3], [3]]
 
 
 def test_arguments_are_copied_for_each_forward_of_the_pass_and_kept_from_it():

@@ -119,7 +119,7 @@ def bind_all(monkeypatch, family, size, *, fails=(), proof=(), qk=(), stops=(), 
 
     def prove(model, state, example, example_of):
         refusal = because("unmatched", site="a", handed=0, finished=1) if here.rank in proof else None
-        settling._vote(state, ballot := settling.Ballot(refusal))
+        settling._vote(state, ballot := settling.Ballot(refusal), SimpleNamespace(raised=None))
         settling._settle(state, ballot.refusal, ballot.ranks)
 
     monkeypatch.setattr(binding, "open_for", open_for)

@@ -88,3 +88,8 @@ def test_a_malformed_source_is_named_but_only_if_it_wins():
 def test_json_beyond_pythons_limits_is_an_error_that_says_what_is_expected(text):
     with pytest.raises(ValueError, match="is not JSON"):
         FusionConfig.from_json(text)
+
+
+@pytest.mark.parametrize("changes, insists", [({}, False), ({"strict": True}, True), ({"backend": "triton"}, True)])
+def test_who_insists_has_named_a_backend_or_asked_for_strict(changes, insists):
+    assert FusionConfig(**changes).insists is insists

@@ -65,6 +65,19 @@ def test_what_the_proving_pass_sees(tmp_path):
     assert [one["raised"] for one in raised] == [False, True] * 3
     for one, which in zip(raised, (1, 1, 2, 2, 3, 3)):
         assert f"on purpose in forward {which}" in one["text"] and "rank 1" in one["text"]
+    step = "rank 1 left the stock forward of bind"
+    by_example, all_by_example, by_first, all_by_first = zip(*first["ranks_out_of_step"])
+    for found, off, unbound in (*by_example, *by_first):
+        assert off == "out_of_step" and unbound and "wrong numbers" not in found, found
+    for (told,), *_ in by_example:
+        assert told.startswith("out_of_step") and step in told and "on purpose" in told
+    for rank, (found, *_) in enumerate(by_first):
+        assert found[0] == "on purpose" if rank else step in found[0]
+        assert all(step in one for one in found[1:]), "no forward of it goes on, until it is unbound"
+    for found, off, unbound in all_by_example:
+        assert found == ["bound", "right", "right", "right"] and off is None and unbound
+    for found, off, unbound in all_by_first:
+        assert found == ["right"] * 3 and off is None and unbound
     assert first["stock_does_not_repeat"] == {
         "within": {"proven": True, "codes": [], "spread": True},
         "stock_repeats": {"proven": False, "codes": ["outputs_differ"], "spread": False},

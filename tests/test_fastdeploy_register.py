@@ -284,10 +284,10 @@ def test_no_token_leaves_after_a_timeout(newer, monkeypatch, host_worker):
 
 def test_what_a_pooling_model_gives_waits_for_the_device(monkeypatch, host_worker):
     """It leaves in post_process in newer versions too, where nothing has waited for the step yet."""
-    from fd_fusion.integration import binding
+    from fd_fusion.integration import binding, lifecycle
 
     order = []
-    monkeypatch.setattr(binding, "report", lambda: [SimpleNamespace(sites=["one"])])
+    monkeypatch.setattr(lifecycle, "held", lambda: ("a workspace",))
     monkeypatch.setattr(binding, "check", lambda: order.append("check"))
     monkeypatch.setattr(worker, "_wait_for_device", lambda: order.append("wait"))
     monkeypatch.setattr(host_worker.runner, "_publish", lambda rank, tokens: order.append("publish"))
@@ -301,6 +301,10 @@ def test_what_a_pooling_model_gives_waits_for_the_device(monkeypatch, host_worke
     runner = host_worker.runner.GPUModelRunner.__new__(host_worker.runner.GPUModelRunner)
     runner._save_model_output({"rank": 0}, [1])
     assert order[6:] == ["check", "publish"]
+    monkeypatch.setattr(lifecycle, "held", tuple)
+    monkeypatch.setattr(binding, "report", lambda: [SimpleNamespace(sites=[], off="by a rule")])
+    host_worker.runner.post_process(host_worker.runner.PoolerOutput(), {"rank": 0})
+    assert order[8:] == ["check", "publish"], "nothing is open, so nothing can be wrong: the host need not wait"
 
 
 def test_a_runner_that_a_plugin_brings(monkeypatch, host_worker, caplog):

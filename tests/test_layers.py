@@ -7,12 +7,14 @@ import numpy as np
 import paddle
 import pytest
 from paddle.static import InputSpec
+from support.tiny import DemoDecoder, hidden
 from support.values import check, wide
 
 from fd_fusion import FusionConfig, QKRMSNorm, RMSNorm, RowParallelLinear, reference
 from fd_fusion.backends import paddle as formulas
-from fd_fusion.integration import native
+from fd_fusion.integration import native, settling
 from fd_fusion.integration.qk import Kernel
+from fd_fusion.integration.report import Report
 from fd_fusion.reasons import FusionError
 from fd_fusion.reference import round_to
 from fd_fusion.site import Site
@@ -247,6 +249,19 @@ def test_a_copy_of_a_bound_layer_is_not_bound():
     (norm,) = native.find_qk_norms(qk)
     norm.attach(Kernel(norm))
     assert copy.deepcopy(qk).kernel is None and qk.kernel is not None
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_bound_model_can_be_copied_and_pickled(copied):
+    """Its hook counts forwards, and held what runs at the second: that closes over workspaces of this process."""
+    model = DemoDecoder(0, 1)
+    state = settling.Bound(Report(FusionConfig(), "a test", "Model"), freezes_itself=True)
+    state.undo.append(model.register_forward_pre_hook(state.forwards.start).remove)
+    settling._settle(state, None, ())
+    other = copied(model)
+    x = hidden(2)
+    assert (other(x) == model(x)).all() and state.forwards.number == 1, "a copy counts by itself"
+    settling.undo_all(state)
 
 
 def bound_pair():

@@ -2,11 +2,13 @@
 
 import gc
 import logging
+import threading
 import weakref
 
 import pytest
 
 from fd_fusion.comm.group import Group, Verdict
+from fd_fusion.config import Resolved
 from fd_fusion.integration import binding, lifecycle
 from fd_fusion.reasons import FusionError, FusionTimeout, because, closed
 
@@ -66,6 +68,22 @@ def test_a_bind_in_another_thread_does_not_disturb_check():
     finally:
         del binding._bound[model]
     assert log == [("check", "second")]
+
+
+def test_bind_enters_a_report_under_the_lock_that_report_holds():
+    """`report` goes through the reports in the thread of the metrics, and a dictionary must not grow under it."""
+    model, done = Model(), threading.Event()
+
+    def bind():
+        binding.bind(model, resolved=Resolved(None, "a test", because("not_asked")))
+        done.set()
+
+    with lifecycle.lock:
+        thread = threading.Thread(target=bind)
+        thread.start()
+        assert not done.wait(0.2) and model not in binding._reports
+    thread.join(10)
+    assert done.is_set() and binding._reports[model].off.code == "not_asked"
 
 
 def test_what_was_unbound_while_check_runs_is_no_error():

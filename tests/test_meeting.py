@@ -1,13 +1,20 @@
 """Ranks that have missed a vote come together again at the next bind. Threads stand for ranks."""
 
+import ctypes
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 from test_group import DictStore
 
 from fd_fusion.comm.group import Group, Vote, agree
 from fd_fusion.comm.meeting import convene
+from fd_fusion.comm.workspace import Layout, Workspace
+from fd_fusion.config import FusionConfig
+from fd_fusion.integration import settling
+from fd_fusion.integration.report import Report
+from fd_fusion.reasons import FusionError
 
 LIMIT = 0.5
 
@@ -113,6 +120,101 @@ def test_a_job_that_was_started_anew_over_an_old_store_does_not_read_old_votes()
     assert ranks.run([bind("a"), bind("b")]) == [["on", "on"]] * 2
     ranks.groups = [Group("g", group.rank, 2, (0, 1), group.store) for group in ranks.groups]
     assert ranks.run([bind("a", seconds=0.1)], [bind("a")]) == [["on"]] * 2
+
+
+def workspace(group, nonce="of a"):
+    """One whose memory is nowhere: what counts here are its votes."""
+    page = ctypes.create_string_buffer(64)
+    calls = {name: lambda *_: None for name in ("synchronize", "fill", "write", "free_host_page")}
+    maker = SimpleNamespace(host_page=lambda _: (ctypes.addressof(page), page), **calls)
+    facts = {"own": 0, "addresses": [0], "nbytes": 128, "nonce": nonce, "close": lambda wait: False}
+    layout = Layout(64, 128, 0, 64, lambda *_: [0], 64, lambda words: None)
+    return Workspace(SimpleNamespace(group=group, maker=maker, **facts), layout, LIMIT / 10)
+
+
+def reset(which="of a"):
+    def step(group):
+        made = workspace(group, which if isinstance(which, str) else which[group.rank])
+        try:
+            made.reset()
+            return made.generation
+        except FusionError as error:
+            return error.reason.root.code
+        finally:
+            made.close()
+
+    return step
+
+
+@pytest.mark.parametrize("culprit", [0, 1])
+def test_a_late_bind_costs_the_resets_that_follow_nothing(culprit):
+    """They voted under the numbers of the last bind, which are not those of the rank that missed it."""
+    ranks = Ranks(2)
+    assert ranks.run([bind("a")]) == [["on"], ["on"]]
+    steps = [[bind("b", seconds=5 * LIMIT if rank == culprit else 0)] for rank in range(2)]
+    assert ["on"] not in ranks.run(*steps)
+    assert ranks.run([reset(), reset()]) == [[1, 1]] * 2
+
+
+def test_ranks_that_reset_other_workspaces_find_it_out():
+    assert Ranks(2).run([reset(("of a", "of b"))]) == [["structure_differs"]] * 2
+
+
+def pass_of(label="a"):
+    """The meeting before a proving pass in the first forward, and a vote of its circle."""
+
+    def step(group):
+        config = FusionConfig(timeout_s=LIMIT)
+        state = settling.Bound(Report(config, "a test", "Model"), groups=[group], labels={group: label})
+        if (reason := settling.meet_again(state)) is not None:
+            return reason.root.code
+        return "on" if agree(state.circle, "outcome", Vote(), timeout_s=LIMIT).ok else "off"
+
+    return step
+
+
+@pytest.mark.parametrize("culprit", [0, 1])
+def test_a_late_bind_costs_the_first_forwards_that_follow_nothing(culprit):
+    ranks = Ranks(2)
+    assert ranks.run([bind("a")]) == [["on"], ["on"]]
+    steps = [[bind("b", seconds=5 * LIMIT if rank == culprit else 0)] for rank in range(2)]
+    assert ["on"] not in ranks.run(*steps)
+    assert ranks.run([pass_of(), pass_of()]) == [["on", "on"]] * 2
+
+
+@pytest.mark.parametrize("culprit", [0, 1])
+def test_a_rank_that_is_late_for_a_pass_takes_part_in_the_next(culprit):
+    """None of them runs the forwards of the first one."""
+
+    def late(group):
+        time.sleep(5 * LIMIT)
+        return pass_of()(group)
+
+    ranks = Ranks(2)
+    found = ranks.run(*[[late if rank == culprit else pass_of()] for rank in range(2)])
+    assert found == [["never_voted"]] * 2
+    assert ranks.run([pass_of()]) == [["on"]] * 2
+
+
+def test_a_circle_of_two_groups_has_fresh_ballots_in_each_pass():
+    """Ranks 0 and 1, and ranks 1 and 2: what ranks cast in the last circle does not count in this one."""
+    store, found = DictStore(), {}
+
+    def rank(number):
+        ranks = [(0, 1), (1, 2)]
+        groups = [Group(str(of), of.index(number), 2, of, store) for of in ranks if number in of]
+        config = FusionConfig(timeout_s=2 * LIMIT)
+        state = settling.Bound(Report(config, "a test", "Model"), groups=groups, labels=dict.fromkeys(groups, "a"))
+        told = [settling.meet_again(state)]
+        if number == 2:
+            state.circle.next_ballot("that nobody else casts")
+        told.append(settling.meet_again(state))
+        found[number] = told, state.circle.name, state.circle.ranks
+
+    threads = [threading.Thread(target=rank, args=(number,)) for number in range(3)]
+    [thread.start() for thread in threads]
+    [thread.join(30) for thread in threads]
+    assert len(found) == 3 and all(one == ([None, None], found[0][1], (0, 1, 2)) for one in found.values())
 
 
 def test_a_rank_at_work_for_another_group_is_waited_for():

@@ -93,11 +93,15 @@ def test_a_small_workspace_is_not_told_as_none(nbytes, told, monkeypatch):
     assert f", workspace {told}, group" in report_of(Opened()).lines()[0]
 
 
-def test_totals():
-    counted, nbytes = metrics.totals([report_of(Opened(rows=50, timeouts=1)), report_of(Opened(rows=4))])
+def test_totals(monkeypatch):
+    monkeypatch.setattr(lifecycle, "_held", ())
+    opened = [Opened(rows=50, timeouts=1), Opened(rows=4)]
+    for one in (*opened, Opened()):
+        lifecycle.hold(Group("g", 0, 2, (0, 1), None), one)
+    counted, nbytes = metrics.totals([report_of(one) for one in opened])
     assert counted["finished", "fused", ""] == 12 and counted["finished", "stock", "too_many_rows"] == 6
     assert counted["device_rows", "triton"] == 54 and counted["timeouts",] == 1
-    assert nbytes == 2 * (32 << 20), "each workspace once, however many sites it has"
+    assert nbytes == 3 * (32 << 20), "each workspace once, and that of a dropped model, which no report has any more"
 
 
 def test_one_line_of_json_a_minute(caplog, monkeypatch):

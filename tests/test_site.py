@@ -260,3 +260,21 @@ def test_what_is_to_be_done_at_the_second_forward_is_done_once_and_waits_until_i
     for _ in range(6):
         forwards.start()
     assert done == [3, 4]
+
+
+def test_what_waits_for_the_second_forward_runs_in_a_later_one_too():
+    """A second forward that is skipped, since its start raised in another hook for example, skips nothing."""
+    forwards, done = ForwardCount(), []
+    forwards.at_second(lambda: done.append(forwards.number) or True)
+    forwards.number = 2
+    for _ in range(3):
+        forwards.start()
+    assert done == [3]
+
+
+def test_the_hosts_own_sum_does_not_outlive_the_proving_pass():
+    """A tensor of all rows of a profile run."""
+    site = Site("a -> b", fused=None, reduce=None, norm=None, limit=1)
+    site.whole = object()
+    site.end_proof(True)
+    assert site.whole is None

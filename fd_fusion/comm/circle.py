@@ -11,9 +11,10 @@ group's own verdict, which is the same on all its ranks.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from fd_fusion.comm.group import Group, Place, Vote, agree
+from fd_fusion.comm.meeting import convene
 from fd_fusion.reasons import Reason
 
 Known = dict[str, list[list]]  # global rank -> [name, global ranks, meeting] of each of its groups
@@ -22,6 +23,22 @@ Known = dict[str, list[list]]  # global rank -> [name, global ranks, meeting] of
 def in_order(groups: Sequence[Group]) -> list[Group]:
     """The order in which every rank goes through its groups, so that no two wait for each other crosswise."""
     return sorted(groups, key=lambda group: (group.size, group.ranks, group.name))
+
+
+def meet(labels: Mapping[Group, str], *, timeout_s: float) -> tuple[Known, Reason | None, list[Group]]:
+    """Collective: come together in each group, whatever a rank has missed before, and learn who is tied together.
+
+    Args: labels: what each group meets for, see `meeting`.
+    Returns: (who is in which groups, why this rank does not know all of it or None, the groups that hold votes).
+    Raises: FusionError: the store is gone.
+    """
+    here, broken = [], None
+    for group in in_order(list(labels)):
+        reason = convene(group, labels[group], timeout_s=timeout_s)
+        broken = broken or reason
+        here += [group] if reason is None else []
+    known, broken, dead = find_circle(here, broken, timeout_s=timeout_s)
+    return known, broken, [group for group in here if group not in dead]
 
 
 def find_circle(

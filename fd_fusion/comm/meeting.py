@@ -1,8 +1,9 @@
 """How the ranks of a group come together again, whatever each of them has missed before.
 
 A rank that raised, or came too late, has cast fewer ballots than the others: from then on its count is not theirs.
-So every collective step that stands alone (a bind, a reset) starts with a meeting. Rank 0 opens it, under a number
-from the store, and the others join the newest one; its ballots are counted from zero.
+So every collective step that stands alone (a bind, the proving pass in a first forward, the reset of a workspace)
+starts with a meeting. Rank 0 opens it, under a number from the store, and the others join the newest one; its ballots
+are counted from zero.
 
 A meeting has a label, which says what it is about. It tells a rank that is late from one that left something out:
 

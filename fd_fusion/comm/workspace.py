@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from fd_fusion.comm import watcher
 from fd_fusion.comm.group import Group
+from fd_fusion.comm.meeting import convene
 from fd_fusion.comm.symmetric_memory import (
     Maker,
     Push,
@@ -112,8 +113,13 @@ class Workspace:
         """
         self._need_open()
         group, patience = self.memory.group, (1 if self.frozen else WARM_UP) * self.timeout_s
+        label = f"reset {self.memory.nonce} {self.generation}"
+        if (reason := convene(group, label, timeout_s=patience)) is not None:  # the others find this rank missing
+            raise FusionError(reason)
         _, refusal = attempt(self.memory.maker.synchronize)  # nobody clears what a kernel may still write
-        settle(group, "reset", refusal, None, 2 * patience)
+        labels = settle(group, "reset", refusal, label, 2 * patience)
+        if others := [rank for rank, other in enumerate(labels) if other != labels[0]]:
+            raise FusionError(because("structure_differs", rank=others[0], detail="it resets another workspace"))
         _, refusal = attempt(self._fill)
         try:
             settle(group, "cleared", refusal, None, patience)

@@ -28,8 +28,8 @@ from fd_fusion.integration.opening import Opening, open_for
 from fd_fusion.integration.pairs import Pair, without_hooked
 from fd_fusion.integration.qk import QKNorm, settle_qk_norms
 from fd_fusion.integration.report import Report
-from fd_fusion.integration.settling import Bound, attach_and_prove, leave_stock, logger, undo_all
-from fd_fusion.reasons import BindError, FusionError, FusionTimeout, Reason, because
+from fd_fusion.integration.settling import Bound, attach_and_prove, give_up, leave_stock, logger, undo_all
+from fd_fusion.reasons import BindError, FusionTimeout, Reason, because
 from fd_fusion.site import ForwardCount, Rejected, Site
 
 _bound: weakref.WeakKeyDictionary[Any, Bound] = weakref.WeakKeyDictionary()
@@ -62,7 +62,8 @@ def bind(
        contract's bits (FlashInfer: within six standard deviations of independent roundings), and norms within a
        rounding of their own sums.
     It shows that for the inputs and weights of that forward. Zero sums, or no rows, show nothing: the model stays
-    stock and the next eager forward is tried.
+    stock and the next eager forward is tried. So it is, up to three times in all, where the first forward raises or
+    a rank misses the vote before it.
 
     Args:
         model: a built `paddle.nn.Layer`, its weights loaded.
@@ -81,14 +82,19 @@ def bind(
     Returns: the report. Binding twice with one config returns the first report, unless something failed: then it is
         tried again.
     Raises: ValueError: a malformed config. BindError: something is off that `strict`, or a named backend, insists on;
-        on all ranks alike.
+        on all ranks alike. FusionError (`out_of_step`): a rank left a forward of the pass where others went on; on
+        all of them, and it is the first forward that raises it where there is no example. Restart the ranks.
     """
     resolved = resolved or _resolve(model, config, source)
-    if model in _bound:
-        if _bound[model].report.config == resolved.config and _bound[model].on:
-            return _bound[model].report
+    with lifecycle.lock:
+        before = _bound.get(model)
+    if before is not None:
+        if before.report.config == resolved.config and before.on:
+            return before.report
         unbind(model)
-    report = _reports[model] = Report(resolved.config, resolved.source, type(model).__name__)
+    report = Report(resolved.config, resolved.source, type(model).__name__)
+    with lifecycle.lock:
+        _reports[model] = report
     if resolved.config is None:
         report.off = resolved.reason
         return report
@@ -113,9 +119,7 @@ def bind(
         conclude_opening(state)
         attach_and_prove(model, state, example, example_of)
     except BaseException as error:
-        undo_all(state)
-        report.off = error.reason if isinstance(error, FusionError) else because("bind_raised", error=_told(error))
-        report.sites.clear()
+        give_up(state, error)
         raise
     with lifecycle.lock:
         _bound[model] = state
@@ -219,18 +223,13 @@ def _resolve(model: Any, config: Any, source: str) -> Resolved:
     return resolve(config, explicit_source=source)
 
 
-def _told(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"
-
-
 def _settle_qk(state: Bound, norms: Sequence[QKNorm]) -> Reason | None:
     """Choose what the q and k norms run. Returns a failure that the user does not want to be spared."""
     config, report = state.report.config, state.report
     state.qk_norms, report.qk_stock = settle_qk_norms(norms, config)
     report.qk_fused = [norm.name for norm in state.qk_norms]
-    insisted = config.strict or config.backend != "auto"
     failed = [why for why in report.qk_stock.values() if why.code in ("backend_failed", "qk_differs", "qk_wrote_v")]
-    return failed[0] if insisted and failed else None
+    return failed[0] if config.insists and failed else None
 
 
 def _open(

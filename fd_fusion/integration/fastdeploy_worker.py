@@ -147,11 +147,11 @@ def _checked_once_done(stock: Callable, pooled_alone: bool) -> Callable:
     checked = _checked(stock)
 
     def publish(*args, **kwargs):
-        from fd_fusion.integration import binding
+        from fd_fusion.integration import lifecycle
 
         if pooled_alone and not _is_pooled(args[0] if args else kwargs.get("sampler_or_pooler_output")):
             return stock(*args, **kwargs)
-        if binding.report():
+        if lifecycle.held():
             _wait_for_device()
         return checked(*args, **kwargs)
 

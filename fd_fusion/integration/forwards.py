@@ -32,21 +32,29 @@ class Forwards:
         self._pairs, self._proof, self._example, self._layers = pairs, proof, example, layers
         self._outputs: dict[str, list[Any]] = {}
         self._traces: dict[str, Trace] = {}
+        self.which = ""  # the last one that ran
+        self.raised: Exception | None = None  # what it raised
+        self.told: Reason | None = None  # the same as a reason
 
     def run(self, which: str) -> Reason | None:
         """One forward. What it raises is a reason, to be voted on: the ranks must not part ways here."""
         self._traces[which] = trace = Trace({pair.name: pair.reader for pair, _ in self._pairs})
+        self.which, self.raised, self.told = which, None, None
         try:
             with trace.watching(), paddle.no_grad():  # nobody differentiates it, and a Site refuses gradients
                 self._outputs[which] = tensors_of(self._example())
-        except FusionError as error:
-            return error.reason
         except Exception as error:
-            return because("forward_raised", which=which, error=f"{type(error).__name__}: {error}")
-        return None
+            told = because("forward_raised", which=which, error=f"{type(error).__name__}: {error}")
+            self.raised, self.told = error, error.reason if isinstance(error, FusionError) else told
+        return self.told
+
+    @property
+    def seen(self) -> list[str]:
+        """The pairs through whose norms the last forward came."""
+        return list(self._traces[self.which].seen)
 
     def prove(self, qk_norms: Sequence[QKNorm]) -> Reason | None:
-        """The proving forward, with the Sites attached. What it raises comes first, then what the Sites saw."""
+        """The proving forward, with the Sites attached."""
         with contextlib.ExitStack() as undo:
             for pair, site in self._pairs:
                 undo.callback(pair.attach(site))
@@ -55,16 +63,23 @@ class Forwards:
             for norm in qk_norms:
                 undo.callback(norm.attach(_in_place(norm.stock)))
             undo.enter_context(self._looking_for_hooks())
-            raised = self.run(PROVING)
-            return raised or (None if self.nothing_computed else self._proof.own_refusal())
+            return self.run(PROVING)
 
-    @property
-    def difference(self) -> int | str | None:
-        """The first output that is not the same bits in the stock and the proving forward."""
-        return first_difference(self._outputs.get(PROVING, []), self._outputs[STOCK])
+    def compare(self) -> tuple[Reason | None, bool, bool]:
+        """After the proving forward: (what the Sites saw, whether it had no rows, whether its outputs differ).
 
-    @property
-    def nothing_computed(self) -> bool:
+        What raises here is a reason too: the other ranks wait for this one's vote.
+        """
+        try:
+            if self._nothing_computed():
+                return None, True, False
+            reason = self._proof.own_refusal()
+            differs = first_difference(self._outputs[PROVING], self._outputs[STOCK]) is not None
+            return reason, False, reason is None and differs
+        except Exception as error:
+            return _not_compared(error), False, False
+
+    def _nothing_computed(self) -> bool:
         """Whether the forward had no rows, that of an idle data-parallel rank for example: it shows nothing."""
         outputs = self._outputs[STOCK]
         empty = bool(outputs) and all(0 in tensor.shape for tensor in outputs)
@@ -73,9 +88,12 @@ class Forwards:
     def judge_spread(self) -> tuple[Reason | None, bool]:
         """After the second stock forward: (why the proving one is not stock, whether stock repeats its own bits)."""
         got, want, again = (self._outputs[which] for which in (PROVING, STOCK, AGAIN))
-        repeats = first_difference(again, want) is None
-        output = first_difference(got, want) if repeats else within_spread(got, want, again)
-        return (None if output is None else self._name(output)), repeats
+        try:
+            repeats = first_difference(again, want) is None
+            output = first_difference(got, want) if repeats else within_spread(got, want, again)
+            return (None if output is None else self._name(output)), repeats
+        except Exception as error:
+            return _not_compared(error), True
 
     def _name(self, output: int | str) -> Reason:
         stock = self._traces[STOCK]
@@ -103,6 +121,10 @@ class Forwards:
         finally:
             for hook in hooks:
                 hook.remove()
+
+
+def _not_compared(error: Exception) -> Reason:
+    return because("not_compared", error=f"{type(error).__name__}: {error}")
 
 
 def on_copies(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[], Any]:

@@ -10,9 +10,8 @@ from typing import Any
 
 from fd_fusion import __version__
 from fd_fusion.backends import paddle as formulas
-from fd_fusion.comm.circle import circle_of, find_circle, in_order
+from fd_fusion.comm.circle import circle_of, meet
 from fd_fusion.comm.group import Group, Vote, agree
-from fd_fusion.comm.meeting import convene
 from fd_fusion.config import FusionConfig
 from fd_fusion.integration.pairs import Pair
 from fd_fusion.integration.report import Report
@@ -35,8 +34,7 @@ def group_of_last_resort(report: Report, pairs: Sequence[Pair]) -> Group | None:
     """Where a failure of q and k norms is told in a model without pairs, if the user insists: to all ranks."""
     config = report.config
     tried = report.qk_fused or any(not reason.is_rule for reason in report.qk_stock.values())
-    insists = config.strict or config.backend != "auto"
-    return formulas.group_of() if tried and insists and not pairs else None
+    return formulas.group_of() if tried and config.insists and not pairs else None
 
 
 def label_of(model: Any, pairs: list[Pair], config: FusionConfig, deterministic: bool) -> tuple[str, int]:
@@ -61,14 +59,8 @@ def join(state: Bound, labels: Mapping[Group, str]) -> None:
 
     Args: labels: what each group meets for, see `meeting`. Sets `live`, `known` and `broken`.
     """
-    timeout_s = state.report.config.timeout_s
-    here = []
-    for group in in_order(labels):
-        reason = convene(group, labels[group], timeout_s=timeout_s)
-        state.broken = state.broken or reason
-        here += [group] if reason is None else []
-    state.known, state.broken, dead = find_circle(here, state.broken, timeout_s=timeout_s)
-    state.live = [group for group in here if group not in dead]
+    state.labels = dict(labels)
+    state.known, state.broken, state.live = meet(labels, timeout_s=state.report.config.timeout_s)
 
 
 def conclude_opening(state: Bound) -> None:
@@ -81,7 +73,7 @@ def conclude_opening(state: Bound) -> None:
     circle = None if state.broken is not None else circle_of(state.live, state.known)
     if circle is None:  # nobody to tell, or a rank that did not come: every live group has heard of it
         state.on = state.broken is None and not state.failures
-        if failure is None and (config.strict or config.backend != "auto"):
+        if failure is None and config.insists:
             failure = state.broken
         if failure is not None:
             raise BindError(failure)
@@ -93,7 +85,7 @@ def conclude_opening(state: Bound) -> None:
         state.circle = circle_of(state.groups, state.known, opened)
         state.on = bool(opened) or not state.failures
         return
-    if not verdict.missing or config.strict or config.backend != "auto":
+    if not verdict.missing or config.insists:
         raise BindError(verdict.reason)
     _give_up(state, verdict.reason, verdict.missing)
 

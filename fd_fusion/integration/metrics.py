@@ -21,6 +21,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from fd_fusion.integration import lifecycle
 from fd_fusion.integration.report import Report
 
 logger = logging.getLogger("fd_fusion")
@@ -80,9 +81,8 @@ def choose(environ: Mapping[str, str]) -> Callable[[list[Report]], None]:
 
 
 def totals(reports: Sequence[Report]) -> tuple[Counter[_Key], int]:
-    """(counters by metric and labels, bytes of all workspaces)."""
+    """(counters by metric and labels, bytes of all open workspaces, those of dropped models too)."""
     counted: Counter[_Key] = Counter()
-    nbytes = 0
     for report in reports:
         for line in report.sites:
             for code, count in line.calls.items():
@@ -90,11 +90,10 @@ def totals(reports: Sequence[Report]) -> tuple[Counter[_Key], int]:
                 counted["finished", path, "" if path == "fused" else code] += count
         for line in report.workspaces:
             stats = line.opening.opened.stats()
-            nbytes += line.workspace_bytes
             counted["timeouts",] += stats.get("timeouts") or 0
             if stats.get("device"):
                 counted["device_rows", line.backend] += stats["device"]["rows"]
-    return counted, nbytes
+    return counted, lifecycle.taken_bytes()
 
 
 def to_log(reports: list[Report]) -> None:

@@ -12,15 +12,23 @@ import numpy as np
 from fd_fusion.reasons import Reason, because
 
 
-def tensors_of(outputs: Any) -> list[Any]:
-    """Copies of all tensors in lists, tuples, dicts and plain objects: a host may reuse the tensors themselves."""
-    if isinstance(outputs, Mapping):
-        outputs = list(outputs.values())
-    if isinstance(outputs, list | tuple):
-        return [tensor for part in outputs for tensor in tensors_of(part)]
+def tensors_of(outputs: Any, *, inside: frozenset[int] = frozenset()) -> list[Any]:
+    """Copies of all tensors in lists, tuples, dicts and plain objects: a host may reuse the tensors themselves.
+
+    Args: inside: the ids of what `outputs` is a part of: one that holds itself is gone through once.
+    """
     if hasattr(outputs, "dtype") and hasattr(outputs, "clone"):
         return [outputs.clone()]
-    return tensors_of(vars(outputs)) if hasattr(outputs, "__dict__") else []
+    if id(outputs) in inside:
+        return []
+    if isinstance(outputs, Mapping):
+        parts = list(outputs.values())
+    elif isinstance(outputs, list | tuple):
+        parts = outputs
+    else:
+        parts = list(vars(outputs).values()) if hasattr(outputs, "__dict__") else []
+    inside |= {id(outputs)}
+    return [tensor for part in parts for tensor in tensors_of(part, inside=inside)]
 
 
 def first_difference(got: Sequence[Any], want: Sequence[Any]) -> int | str | None:

@@ -89,31 +89,39 @@ class Proof:
         return whole
 
     def _try(self, site: Site, partial: Any, residual: Any, norm: Any) -> None:
+        """Every launch of the kernel and of the host's all-reduce comes before anything is judged: the other ranks
+        make theirs, and wait in them for this one."""
         contract, weight, rank = self._of[site.name]
+        calls = _Calls()
+        fused = calls.run(site.fused, partial, residual)
+        known = [calls.make(lambda of=of: _known(of, contract, partial, site.limit)) for of in (rank, contract.size)]
+        probe = calls.run(site.fused, *known)
+        host = calls.run(lambda x, residual: site.stock(x, residual, norm), *known)
         try:
-            fused = _calls(site.fused, partial, residual)
-            self.words[site.name] = evidence.words_of(as_numpy(partial), as_numpy(residual), _numbers(fused))
-            reason = evidence.own_refusal(contract, as_numpy(weight()), _numbers(fused))
-            dtypes = {dtype_name(one) for pair in fused.values() for one in pair}
-            if dtypes != {contract.dtype}:
-                raise TypeError(f"the kernel gave {', '.join(sorted(dtypes))}, not {contract.dtype}")
-            reason = self._probe(site, contract, rank, partial, norm) or reason
+            if calls.error is not None:
+                raise calls.error
+            reason = self._judge(site, contract, weight, (partial, residual), fused)
+            reason = evidence.probe_refusal(contract, _numbers(probe), _numbers(host)) or reason
         except Exception as error:  # recorded, voted on and reported; the pass itself goes on as stock
             reason = because("proof_raised", site=site.name, error=f"{type(error).__name__}: {error}")
         if reason:
             self.miss(reason)
 
-    def _probe(self, site: Site, contract: Contract, rank: int, like: Any, norm: Any) -> Reason | None:
-        """Known numbers through the kernel and through the host's own reduce and norm."""
-        hidden = like.shape[-1]
-
-        def known(of: int) -> Any:
-            rows = exact.probe_partial(of, contract.size, hidden, contract.eps, contract.dtype)
-            return paddle.to_tensor(rows[: site.limit], place=like.place).astype(like.dtype)
-
-        fused = _calls(site.fused, known(rank), known(contract.size))
-        host = _calls(lambda x, residual: site.stock(x, residual, norm), known(rank), known(contract.size))
-        return evidence.probe_refusal(contract, _numbers(fused), _numbers(host))
+    def _judge(
+        self,
+        site: Site,
+        contract: Contract,
+        weight: Callable[[], Any],
+        inputs: tuple[Any, Any],
+        fused: dict[str, Any],
+    ) -> Reason | None:
+        """What the kernel made of the real sums, as far as this rank can tell; the rest goes into the vote."""
+        numbers = _numbers(fused)
+        self.words[site.name] = evidence.words_of(*map(as_numpy, inputs), numbers)
+        dtypes = {dtype_name(one) for pair in fused.values() for one in pair}
+        if dtypes != {contract.dtype}:
+            raise TypeError(f"the kernel gave {', '.join(sorted(dtypes))}, not {contract.dtype}")
+        return evidence.own_refusal(contract, as_numpy(weight()), numbers)
 
     def own_refusal(self) -> Reason | None:
         """What this rank alone can see."""
@@ -148,10 +156,32 @@ def vacuous(words: Sequence[Mapping[str, Any]]) -> Reason | None:
     return None
 
 
-def _calls(run: Callable[[Any, Any], Any], partial: Any, residual: Any) -> dict[str, Any]:
-    """With and without the residual, each on copies: a host's all-reduce works in place."""
-    forms = {} if residual is None else {WITH: run(partial.clone(), residual.clone())}
-    return {**forms, BARE: run(partial.clone(), None)}
+class _Calls:
+    """Runs one call after the other, each whatever became of the last one. `error` is the first that was raised."""
+
+    def __init__(self) -> None:
+        self.error: Exception | None = None
+
+    def make(self, call: Callable[[], Any]) -> Any:
+        try:
+            return call()
+        except Exception as error:  # judged when all have run
+            self.error = self.error or error
+            return None
+
+    def run(self, run: Callable[[Any, Any], Any], partial: Any, residual: Any) -> dict[str, Any]:
+        """With and without the residual, each on copies: a host's all-reduce works in place."""
+        forms = {BARE: None} if residual is None else {WITH: residual, BARE: None}
+        return {
+            form: self.make(lambda rest=rest: run(partial.clone(), None if rest is None else rest.clone()))
+            for form, rest in forms.items()
+        }
+
+
+def _known(of: int, contract: Contract, like: Any, limit: int | None) -> Any:
+    """The numbers with a known answer of a rank; those after the last rank's are the residual."""
+    rows = exact.probe_partial(of, contract.size, like.shape[-1], contract.eps, contract.dtype)
+    return paddle.to_tensor(rows[:limit], place=like.place).astype(like.dtype)
 
 
 def _numbers(calls: dict[str, Any]) -> evidence.Outputs:

@@ -5,27 +5,29 @@ from __future__ import annotations
 import logging
 import types
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 from fd_fusion import runtime
-from fd_fusion.comm.circle import Known
+from fd_fusion.comm.circle import Known, circle_of, meet
 from fd_fusion.comm.group import Group, Vote, agree
 from fd_fusion.config import FusionConfig
 from fd_fusion.integration import lifecycle
+from fd_fusion.integration.ballot import Ballot, vote
 from fd_fusion.integration.evidence import Contract
 from fd_fusion.integration.forwards import AGAIN, STOCK, ExampleOf, Forwards, on_copies
 from fd_fusion.integration.opening import Opening
 from fd_fusion.integration.pairs import Pair
-from fd_fusion.integration.proof import Proof, vacuous
+from fd_fusion.integration.proof import Proof
 from fd_fusion.integration.qk import Kernel, QKNorm
 from fd_fusion.integration.report import Report
 from fd_fusion.layers.finish_op import is_eager
-from fd_fusion.reasons import BindError, Reason, because
+from fd_fusion.reasons import BindError, FusionError, Reason, because
 from fd_fusion.site import ForwardCount, Rejected, Site
 
 logger = logging.getLogger("fd_fusion")
+_TRIES = 3  # first forwards that may raise, or find a rank missing before they begin
 
 
 @dataclass
@@ -39,11 +41,13 @@ class Bound:
     undo: list[Callable[[], None]] = field(default_factory=list)  # of the Sites
     qk_norms: list[QKNorm] = field(default_factory=list)
     undo_qk: list[Callable[[], None]] = field(default_factory=list)
+    labels: dict[Group, str] = field(default_factory=dict)  # what each group meets for
     known: Known = field(default_factory=dict)  # which ranks are in which groups
     live: list[Group] = field(default_factory=list)  # groups that still vote
     broken: Reason | None = None  # why this rank does not know all of its circle
     circle: Group | None = None  # all ranks that must come to one outcome
     failures: list[Reason] = field(default_factory=list)  # what was tried and did not work
+    tries: int = 0  # first forwards in which no pass could run
     on: bool = True  # somewhere in the circle; a bind that failed may be tried again
     forwards: ForwardCount = field(default_factory=ForwardCount)
     freezes_itself: bool = False  # no host does it after its graphs were captured
@@ -52,7 +56,7 @@ class Bound:
 def refuse(report: Report, pairs: list[Pair], reason: Reason, ranks: tuple[int, ...], config: FusionConfig) -> None:
     """Leave the pairs stock; an error instead if the user insisted. All ranks come here with the same verdict."""
     leave_stock(report, pairs, reason, ranks)
-    if not reason.root.is_rule and (config.strict or config.backend != "auto"):
+    if not reason.root.is_rule and config.insists:
         raise BindError(reason)
 
 
@@ -93,28 +97,51 @@ def prove(model: Any, state: Bound, example: Callable[[], Any], *, first_forward
     Returns False where nothing was shown, since there was nothing to sum: all stays stock, to be tried again. So it
     does where the stock forward itself raises in the place of the model's `first_forward`: that is the caller's.
     """
+    if first_forward and (reason := meet_again(state)) is not None:
+        return _try_again(state, reason)
     proof = Proof([_subject(state, pair, site) for pair, site in state.sites])
     forwards = Forwards(state.sites, proof, example, dict(model.named_sublayers(include_self=True)))
-    ballot = Ballot(forwards.run(STOCK))
+    ballot = _ballot(forwards, forwards.run(STOCK))
     if first_forward and ballot.refusal is not None and ballot.refusal.code == "forward_raised":
-        ballot = Ballot(again=ballot.refusal)
-    _vote(state, ballot)
+        ballot.refusal, ballot.again = None, ballot.refusal
+    _vote(state, ballot, forwards, is_callers=first_forward)
     if ballot.goes_on:
-        ballot = Ballot(forwards.prove(state.qk_norms))
-        ballot.again = because("no_rows_yet") if ballot.goes_on and forwards.nothing_computed else None
-        ballot.differs = ballot.goes_on and forwards.difference is not None
-        _vote(state, ballot, proof)
+        ballot = _ballot(forwards, forwards.prove(state.qk_norms))
+        if ballot.goes_on:
+            ballot.refusal, empty, ballot.differs = forwards.compare()
+            ballot.again = because("no_rows_yet") if empty else None
+        _vote(state, ballot, forwards, proof)
     if ballot.goes_on and ballot.differs:
-        ballot = Ballot(forwards.run(AGAIN))
+        ballot = _ballot(forwards, forwards.run(AGAIN))
         if ballot.refusal is None:
             ballot.refusal, repeats = forwards.judge_spread()
             state.report.spread = None if repeats else because("stock_differs")
-        _vote(state, ballot)
+        _vote(state, ballot, forwards)
     if ballot.refusal is None and ballot.again is not None:
-        _wait(state.report, ballot.again)
-        return False
+        return _try_again(state, ballot.again)
     _settle(state, ballot.refusal, ballot.ranks)
     return True
+
+
+def _ballot(forwards: Forwards, refusal: Reason | None) -> Ballot:
+    """Of the forward that has just run."""
+    return Ballot(refusal, which=forwards.which, raised=forwards.told, seen=forwards.seen)
+
+
+def _vote(
+    state: Bound, ballot: Ballot, forwards: Forwards, proof: Proof | None = None, *, is_callers: bool = False
+) -> None:
+    """Collective. Raises: FusionError: the ranks are out of step; in the caller's forward this rank's own error."""
+    if not state.groups:
+        return
+    assert state.circle is not None, "a model with Sites has a circle, or no vote"
+    names = {group: [pair.name for pair, _ in state.sites if pair.group == group] for group in state.groups}
+    vote(ballot, names, state.circle, state.report.config.timeout_s, proof)
+    if ballot.is_out_of_step:
+        error = FusionError(ballot.refusal)
+        if is_callers and ballot.again is not None and forwards.raised is not None:
+            raise forwards.raised from error
+        raise error from forwards.raised
 
 
 def _subject(state: Bound, pair: Pair, site: Site) -> tuple[Site, Contract, Callable[[], Any], int]:
@@ -123,6 +150,30 @@ def _subject(state: Bound, pair: Pair, site: Site) -> tuple[Site, Contract, Call
     in_order = getattr(opened, "in_rank_order", False)
     contract = Contract(pair.name, pair.group.size, pair.dtype, pair.eps, pair.weight_offset, in_order)
     return site, contract, pair.weight, pair.group.rank
+
+
+def meet_again(state: Bound) -> Reason | None:
+    """Collective: before a pass that comes some time after its bind. Ranks may have missed votes of other models.
+
+    Returns: why no rank runs the forwards of the pass, or None.
+    """
+    timeout_s = state.report.config.timeout_s
+    labels = {group: f"pass {state.labels.get(group)}" for group in state.groups}
+    known, broken, live = meet(labels, timeout_s=timeout_s)
+    if broken is None and live:
+        state.circle = circle_of(live, known)
+        broken = agree(state.circle, "pass", Vote(), timeout_s=timeout_s).reason
+    return broken
+
+
+def _try_again(state: Bound, reason: Reason) -> bool:
+    """No outcome yet, but for a third time of no pass at all. Returns whether this is the end of it."""
+    state.tries += reason.root.code not in ("zeros", "no_rows_yet")
+    if state.tries < _TRIES:
+        _wait(state.report, reason)
+        return False
+    _settle(state, reason, ())
+    return True
 
 
 def _wait(report: Report, reason: Reason) -> None:
@@ -144,8 +195,10 @@ def _prove_in_first_forward(model: Any, state: Bound, example_of: ExampleOf) -> 
         try:
             if prove(this(), state, example_of(stock, args, kwargs), first_forward=True):
                 disarm()
-        except BaseException:  # an error that the user asked for, or no vote any more: not half bound
-            undo_all(state)
+        except BaseException as error:  # an error that the user asked for, or no vote any more: not half bound
+            give_up(state, error)
+            if state.report.off.root.code == "out_of_step":
+                state.undo.append(_stop(this(), own, state.report.off))
             raise
         state.report.log(logger)
 
@@ -167,61 +220,6 @@ def _prove_in_first_forward(model: Any, state: Bound, example_of: ExampleOf) -> 
     forward.__wrapped__, forward.binds_at_first_call, code = stock, True, weakref.ref(forward)
     model.__dict__["forward"] = types.MethodType(forward, model)
     state.undo.append(disarm)
-
-
-@dataclass
-class Ballot:
-    """What the ranks come to: a refusal of some; or that nothing was shown; or that some rank's outputs differ."""
-
-    refusal: Reason | None = None
-    ranks: tuple[int, ...] = ()
-    again: Reason | None = None
-    differs: bool = False
-
-    @property
-    def goes_on(self) -> bool:
-        return self.refusal is None and self.again is None
-
-    def finds(self) -> dict[str, Any]:
-        """What this rank states beside a refusal."""
-        return {"again": self.again and self.again.to_dict(), "differs": self.differs}
-
-    def refuse(self, reason: Reason, ranks: tuple[int, ...]) -> None:
-        self.refusal, self.ranks = reason, ranks
-
-    def hear(self, ranks: Sequence[dict[str, Any]], proof: Proof | None = None) -> None:
-        """The data of all ranks of a group, none of which refused: the same conclusions on each of them."""
-        self.differs = self.differs or any(data["differs"] for data in ranks)
-        for data in ranks:
-            self.again = self.again or (data["again"] and Reason.from_dict(data["again"]))
-        words = [data.get("words") for data in ranks]
-        if proof is not None and all(words) and self.again is None:
-            self.refusal = proof.joint_refusal(words)
-            self.again = None if self.refusal else vacuous(words)
-
-
-def _vote(state: Bound, ballot: Ballot, proof: Proof | None = None) -> None:
-    """Make the ballot one outcome for all ranks of all groups of the model.
-
-    What the ranks of a group compare, each group compares; the outcome is one ballot of the whole circle. So every
-    rank casts the same ballots in each group, whatever it found and however the groups overlap.
-    """
-    timeout_s = state.report.config.timeout_s
-    for group in state.groups:
-        names = [pair.name for pair, _ in state.sites if pair.group == group]
-        shown = proof.words if proof is not None and ballot.goes_on else {}
-        data = {"words": {name: shown[name] for name in names if name in shown} or None, **ballot.finds()}
-        verdict = agree(group, "proof", Vote(ballot.refusal, data), timeout_s=timeout_s)
-        if verdict.missing:
-            ballot.refuse(ballot.refusal or verdict.reason, verdict.missing)
-        elif verdict.ok:  # a rank that refuses says so once more, to the whole circle
-            ballot.hear(verdict.data, proof)
-    if state.circle is not None:
-        verdict = agree(state.circle, "outcome", Vote(ballot.refusal, ballot.finds()), timeout_s=timeout_s)
-        if verdict.ok:
-            ballot.hear(verdict.data)
-        else:
-            ballot.refuse(verdict.reason, tuple(rank for rank, _ in verdict.refusals))
 
 
 def _settle(state: Bound, refusal: Reason | None, ranks: tuple[int, ...]) -> None:
@@ -257,17 +255,53 @@ def _freeze(state: Bound) -> bool:
     return True
 
 
+def _stop(model: Any, own: Any, reason: Reason) -> Callable[[], None]:
+    """No forward of the model any more, until it is unbound: its sums would be wrong. Returns the undo."""
+
+    def forward(*_: Any, **__: Any) -> NoReturn:
+        raise FusionError(reason)
+
+    def undo() -> None:
+        if (here := this()) is not None and here.__dict__.get("forward") is forward:
+            del here.__dict__["forward"]
+            if own is not None:
+                here.__dict__["forward"] = own
+
+    this = weakref.ref(model)
+    model.__dict__["forward"] = forward
+    return undo
+
+
+def give_up(state: Bound, error: BaseException) -> None:
+    """What bind, or the pass in the first forward, raises: nothing stays bound, and the next bind tries anew."""
+    told = because("bind_raised", error=f"{type(error).__name__}: {error}")
+    error = error if isinstance(error, FusionError) else error.__cause__  # of the caller's own, when out of step
+    state.on, state.report.waiting = False, None
+    state.report.off = error.reason if isinstance(error, FusionError) else told
+    state.report.sites.clear()
+    state.report.qk_fused.clear()
+    try:
+        undo_all(state)
+    except Exception:  # told, and not raised: what the caller is to hear is the first error
+        logger.exception("fd_fusion: not all of the model could be restored")
+
+
 def undo_all(state: Bound) -> None:
-    """Restore every instance and close every workspace."""
-    while state.undo_qk:
-        state.undo_qk.pop()()
-    _undo_sites(state)
+    """Restore every instance, close every workspace. Goes on after what raises, and raises the first error then."""
+    errors: list[Exception] = []
 
+    def attempt(undo: Callable[[], None]) -> None:
+        try:
+            undo()
+        except Exception as error:  # raised below: half of an undo is worse than none
+            errors.append(error)
 
-def _undo_sites(state: Bound) -> None:
-    while state.undo:
-        state.undo.pop()()
+    for undos in (state.undo_qk, state.undo):
+        while undos:
+            attempt(undos.pop())
     for _, site in state.sites:  # a graph that was traced while the model was bound still calls it
         site.close()
     while state.openings:
         lifecycle.close(state.openings.pop().opened)
+    if errors:
+        raise errors[0]

@@ -14,7 +14,7 @@ from support.tiny import H, DemoDecoder, hidden
 import fd_fusion
 from fd_fusion import FusionConfig
 from fd_fusion.integration import binding
-from fd_fusion.reasons import BindError, HandOverError
+from fd_fusion.reasons import BindError, FusionError, HandOverError
 
 rank, size = this.start()
 X = hidden(2)
@@ -304,6 +304,50 @@ def every_forward_raises():
     return [raises_in(which, strict) for which in (1, 2, 3) for strict in (False, True)]
 
 
+def raises_inside(example, ranks):
+    """In layer 1 of the first stock forward, once, after two of its six all-reduces, on these ranks."""
+    model = build()
+    stock, linear, armed = model(X), model.layers[1].self_attn.o_proj, [rank in ranks]
+    forward = linear.forward
+
+    def out_of_memory(x):
+        if armed[0]:
+            armed[0] = False
+            raise MemoryError("on purpose")
+        return forward(x)
+
+    linear.forward, found = out_of_memory, []
+    for turn in range(3):
+        try:
+            if not turn:
+                config = FusionConfig(timeout_s=1, max_token_num=8)
+                report = fd_fusion.bind(model, config, example=(lambda: (model(X),)) if example else None)
+                if example:
+                    found.append("bound")
+            out = model(X)
+            found.append("right" if paddle.allclose(out, stock, rtol=1e-5, atol=1e-6) else "wrong numbers")
+        except FusionError as error:
+            found.append(f"{error.reason.code}: {error.reason}")
+        except MemoryError as error:
+            found.append(str(error))
+        if not turn and len(ranks) == 1 and rank in ranks:
+            for _ in range(4):  # the others wait in these: a later forward would be paired with them
+                paddle.distributed.all_reduce(paddle.zeros([2, H]))
+        if example and len(ranks) == 1:
+            break  # bind has raised, and nothing is left of it that could hold the caller back
+    off = binding._reports[model].off
+    fd_fusion.unbind(model)
+    return found, off and off.code, bool((model(X) == stock).all())
+
+
+def ranks_out_of_step():
+    """Each rank's own; what it raised is the caller's where it was the caller's forward."""
+    ways = [(example, ranks) for example in (True, False) for ranks in ((size - 1,), tuple(range(size)))]
+    found = []
+    paddle.distributed.all_gather_object(found, [raises_inside(example, ranks) for example, ranks in ways])
+    return found
+
+
 def stock_does_not_repeat():
     """A stock forward with a spread of its own: said in the report, and what is within it is proven."""
     model, count = build(), []
@@ -340,6 +384,7 @@ SCENARIOS = [
     no_rows_first,
     nan_in_stock,
     every_forward_raises,
+    ranks_out_of_step,
     stock_does_not_repeat,
 ]
 found = {}
