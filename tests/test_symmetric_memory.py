@@ -1,6 +1,7 @@
 """Symmetric memory between real processes, over POSIX shared memory; tests/gpu tests the CUDA maker."""
 
 import ctypes
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -188,3 +189,33 @@ def test_the_host_page_is_cleared_and_writable():
     maker.write(kernel, b"x")
     assert maker.read(host, 1) == b"x"
     maker.free_host_page(host)
+
+
+@pytest.mark.parametrize("refuses", [None, "cuMemHostRegister_v2"])
+def test_the_host_page_of_a_gpu_is_shared_or_the_driver_s_own(monkeypatch, refuses):
+    """The calls of the driver for each, and that all is given back. Nobody else reads a page of the driver."""
+    calls, own = [], ctypes.create_string_buffer(b"x" * 4096, 4096)
+
+    def call(self, name, *args):
+        calls.append(name)
+        if name == refuses:
+            raise cuda_ipc.CudaError(f"{name}: no")
+        if name == "cuMemHostAlloc":
+            args[0]._obj.value = ctypes.addressof(own)
+        if name == "cuMemHostGetDevicePointer_v2":
+            args[0]._obj.value = 1 << 40
+
+    monkeypatch.setattr(cuda_ipc.CudaIpc, "_call", call)
+    maker = object.__new__(cuda_ipc.CudaIpc)
+    maker.pages, maker._maps, maker._context = {}, {}, ctypes.c_void_p()
+    host, device = maker.host_page(64)
+    assert device == 1 << 40 and ctypes.string_at(host, 64) == bytes(64)
+    assert (host in maker.pages) == (refuses is None)
+    descriptors = list(maker.pages.values())
+    maker.free_host_page(host)
+    freed = "cuMemHostUnregister" if refuses is None else "cuMemFreeHost"
+    assert freed in calls and not maker.pages and not maker._maps
+    for fd in descriptors:
+        with pytest.raises(OSError):
+            os.fstat(fd)
+    assert calls.count("cuCtxPushCurrent_v2") == calls.count("cuCtxPopCurrent_v2")

@@ -167,8 +167,8 @@ class Opened:
         return {"rows": sum(turns), "calls": turns[0]}
 
     @property
-    def error_page(self) -> int:
-        """A descriptor of the page that `read_error` reads, for a process beside this one."""
+    def error_page(self) -> int | None:
+        """A descriptor of the page that `read_error` reads, for a process beside this one; None where it has none."""
         return self._workspace.page
 
     def close(self) -> None:

@@ -22,7 +22,7 @@ _BLOCK = 2 << 20  # smaller allocations share a block, and a handle exports the 
 _MULTIPROCESSOR_COUNT = 16  # CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
 _NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING
 _PEER_ACCESS = 1  # CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS
-_PORTABLE_MAPPED = 3  # CU_MEMHOSTREGISTER_PORTABLE | CU_MEMHOSTREGISTER_DEVICEMAP
+_PORTABLE_MAPPED = 3  # CU_MEMHOSTREGISTER_PORTABLE | _DEVICEMAP; CU_MEMHOSTALLOC_* are the same numbers
 
 
 class CudaError(RuntimeError):
@@ -126,10 +126,22 @@ class CudaIpc:
             self._call("cuCtxSynchronize")
 
     def host_page(self, nbytes: int) -> tuple[int, int]:
-        """Pinned host memory that a kernel can write: its address for the host, and for the kernel.
+        """Pinned host memory that a kernel can write, cleared: its address for the host, and for the kernel.
 
-        Not the driver's own: what is shared by a descriptor can be read by a process beside this one.
+        By a descriptor in `pages` a process beside this one can read it. Where the system or the driver pins no such
+        memory it is the driver's own, and nobody else reads it.
         """
+        try:
+            return self._shared_page(nbytes)
+        except (CudaError, OSError):
+            host, device = ctypes.c_void_p(), ctypes.c_uint64()
+            with self._current():
+                self._call("cuMemHostAlloc", ctypes.byref(host), ctypes.c_size_t(nbytes), _PORTABLE_MAPPED)
+                self._call("cuMemHostGetDevicePointer_v2", ctypes.byref(device), host, 0)
+            ctypes.memset(host, 0, nbytes)
+            return host.value, device.value
+
+    def _shared_page(self, nbytes: int) -> tuple[int, int]:
         nbytes = -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE  # whole pages are pinned
         fd = shared_page(nbytes)
         mapped, device = mmap.mmap(fd, nbytes), ctypes.c_uint64()
@@ -146,8 +158,11 @@ class CudaIpc:
         return host, device.value
 
     def free_host_page(self, address: int) -> None:
+        shared = address in self.pages
         with self._current():
-            self._call("cuMemHostUnregister", ctypes.c_void_p(address))
+            self._call("cuMemHostUnregister" if shared else "cuMemFreeHost", ctypes.c_void_p(address))
+        if not shared:
+            return
         self._maps.pop(address).close()
         os.close(self.pages.pop(address))
 

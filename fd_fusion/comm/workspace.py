@@ -67,9 +67,9 @@ class Workspace:
         return self.memory.nbytes
 
     @property
-    def page(self) -> int:
-        """A descriptor of the error page, for another process to map it."""
-        return self.memory.maker.pages[self._page]
+    def page(self) -> int | None:
+        """A descriptor of the error page, for another process to map it; None where it has none."""
+        return self.memory.maker.pages.get(self._page)
 
     @property
     def closed(self) -> bool:

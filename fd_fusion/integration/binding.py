@@ -173,7 +173,8 @@ def check() -> None:
 def error_pages() -> list[int]:
     """Descriptors of the pages on which fused kernels of this process say that a rank is missing."""
     opened = [opening.opened for state in _bound.values() for opening in state.openings]
-    return [one.error_page for one in opened if hasattr(one, "error_page")]
+    pages = [getattr(one, "error_page", None) for one in opened]
+    return [page for page in pages if page is not None]
 
 
 def freeze() -> None:
