@@ -20,7 +20,7 @@ from fd_fusion.comm.posix_shm import PosixShm
 from fd_fusion.comm.symmetric_memory import Maker, attempt, settle
 from fd_fusion.comm.workspace import Layout, Workspace, open_workspace
 from fd_fusion.kernels import plan as plans
-from fd_fusion.kernels.epochs import Turns
+from fd_fusion.kernels.counts import Counts
 from fd_fusion.reasons import FusionTimeout, Reason, because
 from fd_fusion.tuning import NEVER, Facts, row_limit
 
@@ -44,7 +44,7 @@ def supports(facts: Facts) -> Reason | None:
     if facts.device == "gpu" and (facts.arch or 0) < 80:
         return because("old_gpu", got=facts.arch, need=80)
     plan = _plan(facts)
-    if (need := plans.total_bytes(plan, 2)) > facts.workspace_bytes:
+    if (need := plans.total_bytes(plan, 1)) > facts.workspace_bytes:
         return because("workspace_small", need=need, got=facts.workspace_bytes)
     return None
 
@@ -96,7 +96,7 @@ class Opened:
         ]
         self._two_shot_rows = self._plan.two_shot_rows or 1 << 62
         self._calls = itertools.count()
-        self._turns = Turns(self._slots)
+        self._counts = Counts(2)
         self._workspace: Workspace | None = None
 
     @property
@@ -136,9 +136,9 @@ class Opened:
     def reset(self) -> None:
         """Collective: go on after a FusionTimeout, on all ranks or on none. Raises FusionError."""
         attempt(self._device_counts)  # for the last time; a count that fails is no reason for the ranks to part
-        self._turns.pause()
+        self._counts.pause()
         self._workspace.reset()
-        self._turns.start_anew()
+        self._counts.start_anew()
 
     def stats(self) -> dict[str, Any]:
         plan, workspace = self._plan, self._workspace
@@ -157,12 +157,12 @@ class Opened:
     def _device_counts(self) -> dict[str, int]:
         """What the kernel itself counted since open, replays of graphs too.
 
-        rows: finished rows. calls: turns of slot 0, which are calls where none has more than two rows a program.
+        rows: finished rows. calls: launches, which are calls where none has more rows than there are slots.
         """
-        words = 3 * self._slots * self._plan.split
-        data = self._maker.read(self._workspace.local + 8 * plans.PROGRAM_WORDS, 8 * words)
-        turns = self._turns.seen(struct.unpack(f"<{words}Q", data)[:: 3 * self._plan.split])
-        return {"rows": sum(turns), "calls": turns[0]}
+        data = self._maker.read(self._workspace.local, 8 * plans.HEAD_WORDS)
+        head = struct.unpack(f"<{plans.HEAD_WORDS}Q", data)
+        rows, calls = self._counts.seen([head[plans.ROWS], head[plans.COUNTER] // plans.TURN])
+        return {"rows": rows, "calls": calls}
 
     def close(self) -> None:
         """Give the memory back; may be repeated, and waits no more than seconds for the other ranks."""
@@ -186,23 +186,27 @@ class Opened:
         raise ValueError(f"opened for weights {expected}, got {list(weight.shape)} of {dtype}; bind the model anew")
 
     def _launch(self, launches, partial, residual, weight, norm_out, residual_out, rows, eps, weight_offset):
-        """One launch on the current stream. `op` on the error page is the number of the call, or of its capture."""
+        """On the current stream. `op` on the error page is the number of the call, or of its capture."""
         weight, bare = _ready(weight), residual is None
         residual = partial if bare else _ready(residual)  # without one its address is not read
-        launches[rows >= self._two_shot_rows, bare](
-            *plans.grid(self._plan, self.programs, self._slots, rows),
-            partial.data_ptr(),
-            residual.data_ptr(),
-            weight.data_ptr(),
-            norm_out.data_ptr(),
-            residual_out.data_ptr(),
-            *self._own,
-            rows,
-            self._group.rank,
-            next(self._calls) & 0xFFFFFF,
-            eps,
-            weight_offset,
-        )
+        launch = launches[rows >= self._two_shot_rows, bare]
+        parts = [(0, rows)] if rows <= self._slots else plans.launches(self._slots, rows)
+        op, row_bytes = next(self._calls) & 0xFFFFFF, 4 * self._plan.words
+        for start, count in parts:
+            launch(
+                *plans.grid(self._plan, self.programs, count),
+                partial.data_ptr() + start * row_bytes,
+                residual.data_ptr() + start * row_bytes,
+                weight.data_ptr(),
+                norm_out.data_ptr() + start * row_bytes,
+                residual_out.data_ptr() + start * row_bytes,
+                *self._own,
+                count,
+                self._group.rank,
+                op,
+                eps,
+                weight_offset,
+            )
         if self._facts.device == "cpu" and (reason := self._workspace.error()) is not None:
             raise FusionTimeout(reason)
 

@@ -200,18 +200,15 @@ def weights(group, options):
 
 
 def wrap(group, options):
-    """The count of rows goes on where the epochs wrap, and through a reset, whatever it was last seen at."""
+    """The count of rows goes on where a counter of 32 bits would wrap, and through a reset, whatever it was last seen at."""
     case = Case(group.size, 3, options.hidden)
     opened = open_for(group, case, options)
 
     def rows():
         return opened.stats()["device"]["rows"]
 
-    words = 3 * opened._slots * opened._plan.split
-    place = opened._workspace.local + 8 * plans.PROGRAM_WORDS
-    for slot in range(0, words, 3):
-        parity = opened._maker.read(place + 8 * slot, 8)[0] & 1
-        opened._maker.write(place + 8 * slot, (2**32 - 4 + parity).to_bytes(8, "little"))
+    place = opened._workspace.local + 8 * plans.COUNTER
+    opened._maker.write(place, ((2**32 - 2) * plans.TURN).to_bytes(8, "little"))
     before = rows()
     for number in range(1, 6):
         check(opened, dataclasses.replace(case, seed=number), group.rank, options.device)
@@ -221,7 +218,7 @@ def wrap(group, options):
     opened.reset()
     assert rows() == before + 18
     check(opened, case, group.rank, options.device)
-    assert rows() == before + 21 and opened.stats()["device"]["calls"] > 0
+    assert rows() == before + 21 and opened.stats()["device"]["calls"] > 2**32
     opened.close()
 
 
