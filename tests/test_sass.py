@@ -45,8 +45,10 @@ def compile_case(arch, size, hidden, dtype, weight_dtype, two_shot):
     from fd_fusion.kernels.all_reduce_rms_norm import all_reduce_rms_norm as kernel
 
     plan = plans.plan_for(size, hidden, dtype)
-    constants = plans.constants(plan, weight_dtype=weight_dtype, has_residual=True, two_shot=two_shot)
+    pdl = arch >= 90
+    constants = plans.constants(plan, weight_dtype=weight_dtype, has_residual=True, two_shot=two_shot, pdl=pdl)
     options = {key: constants.pop(key) for key in ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")}
+    options["launch_pdl"] = constants.pop("launch_pdl", False)
     types = {"rows": "i32", "rank": "i32", "op": "i32", "eps": "fp32", "weight_offset": "fp32"}
     signature = {n: "constexpr" if n in constants else types.get(n, "i64") for n in kernel.arg_names}
     source, target = ASTSource(kernel, signature, constants), GPUTarget("cuda", arch, 32)
@@ -117,6 +119,11 @@ def check(case, got):
     assert len(counted) == 2 and all("RED" in line for line in counted), f"{name}: somebody waits to count: {counted}"
     # A thread that waits for a neighbour's sum reports by itself when its time is over: epoch and record.
     assert got["told_by"] == [got["threads"]] * 2 * (got["split"] > 1), (name, got["told_by"])
+    touching = [bool(re.search(r"\b(LDG|STG|RED|ATOM)", line)) for line in sass]
+    waits = [number for number, line in enumerate(sass) if "ACQBULK" in line]
+    assert len(waits) == (case[0] >= 90), f"{name}: {len(waits)} waits for the kernel in front"
+    assert not any(touching[: waits[0]] if waits else []), f"{name}: memory is touched too early"
+    assert not any("PREEXIT" in line for line in sass), f"{name}: the next kernel may start too early"
     wide = [line for line in sass if re.search(r"\b(LDG|STG)\.E\.(U8|U16|S8|S16)", line)]
     assert not wide, (name, wide)
 

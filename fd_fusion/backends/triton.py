@@ -215,11 +215,12 @@ class Opened:
         Nothing is specialized on a value, so each is right for all calls."""
         kernel = runtime_triton.load_kernel("all_reduce_rms_norm", "all_reduce_rms_norm")
         like = (*(_ANY_ADDRESS,) * 7, 2, 0, 0, 1e-5, 0.0)
+        pdl = self._facts.device == "gpu" and runtime_triton.uses_pdl()
         return {
             (name, two_shot, bare): runtime_triton.prepare(
                 kernel,
                 like,
-                plans.constants(self._plan, weight_dtype=name, has_residual=not bare, two_shot=two_shot),
+                plans.constants(self._plan, weight_dtype=name, has_residual=not bare, two_shot=two_shot, pdl=pdl),
                 self._facts.device,
             )
             for name in self._facts.weight_dtypes

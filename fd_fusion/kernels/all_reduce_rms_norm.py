@@ -66,6 +66,11 @@ from fd_fusion.kernels._wait import (
 )
 from fd_fusion.kernels._words import NAN, ONES, at, both, load_weight, pack, sendable, unpack
 
+try:
+    from triton.language.extra.cuda import gdc_wait
+except ImportError:  # before Triton 3.5
+    gdc_wait = None
+
 
 @triton.jit
 def _results(slot, own, words, mask, dead, local, home, turn, SLICE: tl.constexpr, POLL: tl.constexpr,
@@ -168,7 +173,7 @@ def all_reduce_rms_norm(x, residual, weight, norm_out, residual_out, local, home
                         C: tl.constexpr, PLACES: tl.constexpr, AHEAD: tl.constexpr, DTYPE: tl.constexpr,
                         WEIGHT_DTYPE: tl.constexpr, HAS_RESIDUAL: tl.constexpr, TWO_SHOT: tl.constexpr,
                         POLL: tl.constexpr, POLL_RESULTS: tl.constexpr, OPERANDS: tl.constexpr,
-                        UNITS: tl.constexpr, INTERPRETED: tl.constexpr):  # fmt: skip
+                        UNITS: tl.constexpr, PDL: tl.constexpr, INTERPRETED: tl.constexpr):  # fmt: skip
     """The kernel. Launch it with `grid` and `constants` of `plan.py`, on every rank in the same order.
 
     Args:
@@ -181,6 +186,8 @@ def all_reduce_rms_norm(x, residual, weight, norm_out, residual_out, local, home
             2^24 for the error page.
         eps, weight_offset: fp32; eps > 0.
     """
+    if PDL:  # started while the kernel in front ends: what it writes, slots and counter too, counts from here on
+        gdc_wait()
     stride = tl.num_programs(0) // C
     row = tl.program_id(0) // C
     c = tl.program_id(0) % C

@@ -172,8 +172,10 @@ def grid(plan: Plan, programs: int, rows: int) -> tuple[int]:
     return (min(programs, rows) * plan.split,)
 
 
-def constants(plan: Plan, *, weight_dtype: str, has_residual: bool, two_shot: bool) -> dict[str, Any]:
-    """The kernel's constexpr arguments and launch options, by name."""
+def constants(
+    plan: Plan, *, weight_dtype: str, has_residual: bool, two_shot: bool, pdl: bool = False
+) -> dict[str, Any]:
+    """The kernel's constexpr arguments and launch options, by name. pdl: start while the kernel in front ends."""
     assert not two_shot or plan.places >= 2, "opened without two-shot: its results have no place"
     units = plan.units
     # Found by compiling: nothing spills. Fewer registers are more rows in flight, which is speed for large T.
@@ -197,7 +199,9 @@ def constants(plan: Plan, *, weight_dtype: str, has_residual: bool, two_shot: bo
         "UNITS": units,
         "POLL": None if plan.interpreted else poll(plan.size, plan.slice_words, units),
         "POLL_RESULTS": None if plan.interpreted else poll(3, plan.slice_words, units),
+        "PDL": pdl,
         "INTERPRETED": plan.interpreted,
+        **({"launch_pdl": True} if pdl else {}),
         "num_warps": plan.num_warps,
         "num_stages": 1,
         # At least two programs fit on a multiprocessor.
