@@ -84,6 +84,7 @@ class Rank:
             weight_dtype=self.case["weight_dtype"],
             has_residual=self.case.get("residual", True),
             two_shot=two_shot,
+            residual_stays=self.case.get("residual_stays", False),
         )
         # Imported here: the test process reads this module's inputs, and must not load Triton in this mode.
         from fd_fusion.kernels.all_reduce_rms_norm import all_reduce_rms_norm

@@ -138,6 +138,20 @@ def test_three_ranks():
     check_bits([case(3, 72, payload="special", two_shot=[True, False, True, True])])
 
 
+def test_a_residual_that_stays_with_its_owner():
+    """The same bits of norm_out, and of residual_out in the rows that a rank owns; nobody writes to the others."""
+    whole = case(3, 264, rows=[4, 6, 2], two_shot=[True, True, False])
+    results = run([whole, whole | {"residual_stays": True}])
+    for rank, mine in enumerate(results):
+        for step, rows in enumerate(whole["rows"]):
+            assert (mine[f"1.{step}.norm"] == mine[f"0.{step}.norm"]).all(), (rank, step)
+            for row in range(rows):
+                got, want = mine[f"1.{step}.residual"][row], mine[f"0.{step}.residual"][row]
+                if whole["two_shot"][step] and row % 3 != rank:
+                    want = np.full_like(want, 0x1234)
+                assert (got == want).all(), (rank, step, row)
+
+
 def test_four_ranks():
     check_bits([case(4, 64, "float32", weight_offset=1.0, rows=[3, 5], two_shot=[True, False])])
 

@@ -73,19 +73,20 @@ except ImportError:  # before Triton 3.5
 
 
 @triton.jit
-def _results(slot, own, words, mask, dead, local, home, turn, SLICE: tl.constexpr, POLL: tl.constexpr,
-             OPERANDS: tl.constexpr, UNITS: tl.constexpr, INTERPRETED: tl.constexpr):  # fmt: skip
-    """Two-shot, not the owner: wait for the finished rows, which lie where those of ranks 0 and 1 of three would.
-    Returns words of norm_out and residual_out, the state, and the counter as it stands now."""
+def _results(slot, own, words, mask, dead, local, home, turn, RESULTS: tl.constexpr, SLICE: tl.constexpr,
+             POLL: tl.constexpr, OPERANDS: tl.constexpr, UNITS: tl.constexpr, INTERPRETED: tl.constexpr):  # fmt: skip
+    """Two-shot, not the owner: wait for the finished row, or both, which lie where those of ranks 0 and 1 would for a
+    last rank. Returns words of norm_out and residual_out, the state, and the counter as it stands now."""
     norm, summed = own, own
     state = 1
     since = tl.full((), 0, tl.int64)
     while state == 1:
-        norm, summed, _, _, _, _, _, _, late = look(slot, own, 2, words, mask, 3, SLICE, POLL, OPERANDS, UNITS)
+        norm, summed, _, _, _, _, _, _, late = look(
+            slot, own, RESULTS, words, mask, RESULTS + 1, SLICE, POLL, OPERANDS, UNITS)  # fmt: skip
         state = tl.max(late | dead, axis=0)  # one for all threads, each of which has looked by itself
         if state == 1:
             dead, since = look_up(local, home, turn, since, True, INTERPRETED)
-    clear(slot, words, both(mask, state == 0), 2, SLICE)
+    clear(slot, words, both(mask, state == 0), RESULTS, SLICE)
     return norm, summed, state, tl.load(local + COUNTER, volatile=True)
 
 
@@ -172,14 +173,15 @@ def all_reduce_rms_norm(x, residual, weight, norm_out, residual_out, local, home
                         N: tl.constexpr, WORDS: tl.constexpr, SLICE: tl.constexpr, BLOCK: tl.constexpr,
                         C: tl.constexpr, PLACES: tl.constexpr, AHEAD: tl.constexpr, DTYPE: tl.constexpr,
                         WEIGHT_DTYPE: tl.constexpr, HAS_RESIDUAL: tl.constexpr, TWO_SHOT: tl.constexpr,
-                        POLL: tl.constexpr, POLL_RESULTS: tl.constexpr, OPERANDS: tl.constexpr,
+                        RESULTS: tl.constexpr, POLL: tl.constexpr, POLL_RESULTS: tl.constexpr, OPERANDS: tl.constexpr,
                         UNITS: tl.constexpr, PDL: tl.constexpr, INTERPRETED: tl.constexpr):  # fmt: skip
     """The kernel. Launch it with `grid` and `constants` of `plan.py`, on every rank in the same order.
 
     Args:
         x, residual, norm_out, residual_out: addresses of [rows, H], contiguous, dtype DTYPE; multiples of 16, as
             all addresses here. Without a residual its address is not read; give any. Either output may be x or
-            residual itself, but not both outputs the same memory, and nothing may overlap otherwise.
+            residual itself, but not both outputs the same memory, and nothing may overlap otherwise. By two-shot
+            the residual of a row is read by the owner alone, and with RESULTS == 1 written by the owner alone.
         weight: address of [H], WEIGHT_DTYPE (DTYPE, or float32, or any half).
         local: address of this rank's local memory. home: address of this rank's own symmetric memory.
         rows: T, equal on all ranks, at least 1, no more than there are slots. rank: in the group. op: a number below
@@ -222,8 +224,8 @@ def all_reduce_rms_norm(x, residual, weight, norm_out, residual_out, local, home
         dead = tl.where(tl.load(home, volatile=True) != 0, TOLD, 0)
         if TWO_SHOT and row % N != rank:
             norm, summed, state, seen = _results(
-                home + slot, own, words, mask, dead, local, home, turn, SLICE, POLL_RESULTS, OPERANDS, UNITS,
-                INTERPRETED)  # fmt: skip
+                home + slot, own, words, mask, dead, local, home, turn, RESULTS, SLICE, POLL_RESULTS, OPERANDS,
+                UNITS, INTERPRETED)  # fmt: skip
         else:
             norm, summed, state, seen = _finish(
                 home + slot, own, residual + here, weight, words, mask, dead, local, home, sums + row * C * C, c,
@@ -233,9 +235,11 @@ def all_reduce_rms_norm(x, residual, weight, norm_out, residual_out, local, home
                 for i in tl.static_range(1, N):
                     to = peers[i - 1] + slot + words
                     tl.store(to, sendable(norm), mask=both(mask, state == 0), cache_modifier=".wt")
-                    tl.store(to + SLICE, sendable(summed), mask=both(mask, state == 0), cache_modifier=".wt")
+                    if RESULTS == 2:
+                        tl.store(to + SLICE, sendable(summed), mask=both(mask, state == 0), cache_modifier=".wt")
         tl.store(norm_out + here + words, norm, mask=mask)
-        tl.store(residual_out + here + words, summed, mask=mask)
+        stays = RESULTS == 1 and TWO_SHOT  # with its owner
+        tl.store(residual_out + here + words, summed, mask=both(mask, row % N == rank) if stays else mask)
         if state != 0:
             _fail(norm_out + here + words, residual_out + here + words, home + slot, words, mask, local, state, rank,
                   turn, op, row, N, SLICE, TWO_SHOT)  # fmt: skip

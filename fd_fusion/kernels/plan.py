@@ -173,10 +173,19 @@ def grid(plan: Plan, programs: int, rows: int) -> tuple[int]:
 
 
 def constants(
-    plan: Plan, *, weight_dtype: str, has_residual: bool, two_shot: bool, pdl: bool = False
+    plan: Plan,
+    *,
+    weight_dtype: str,
+    has_residual: bool,
+    two_shot: bool,
+    pdl: bool = False,
+    residual_stays: bool = False,
 ) -> dict[str, Any]:
-    """The kernel's constexpr arguments and launch options, by name. pdl: start while the kernel in front ends."""
-    assert not two_shot or plan.places >= 2, "opened without two-shot: its results have no place"
+    """The kernel's constexpr arguments and launch options, by name. pdl: start while the kernel in front ends.
+    residual_stays: by two-shot residual_out is right in the rows that this rank owns, and untouched in the others.
+    """
+    results = 1 if residual_stays else 2
+    assert not two_shot or plan.places >= results, "opened without two-shot: its results have no place"
     units = plan.units
     # Found by compiling: nothing spills. Fewer registers are more rows in flight, which is speed for large T.
     if plan.dtype == "float32":
@@ -195,10 +204,11 @@ def constants(
         "WEIGHT_DTYPE": weight_dtype,
         "HAS_RESIDUAL": has_residual,
         "TWO_SHOT": two_shot,
+        "RESULTS": results,
         "OPERANDS": ",".join(["=&r"] * 36 * units + ["r"] * 4 * units + ["l"] * 4 * units + ["r"] * 4 * units),
         "UNITS": units,
         "POLL": None if plan.interpreted else poll(plan.size, plan.slice_words, units),
-        "POLL_RESULTS": None if plan.interpreted else poll(3, plan.slice_words, units),
+        "POLL_RESULTS": None if plan.interpreted else poll(results + 1, plan.slice_words, units),
         "PDL": pdl,
         "INTERPRETED": plan.interpreted,
         **({"launch_pdl": True} if pdl else {}),
