@@ -4,6 +4,7 @@ Run as a program it compiles the cases and prints what is in them: Triton decide
 or interprets, and the other tests of this process interpret.
 """
 
+import dataclasses
 import itertools
 import json
 import os
@@ -45,6 +46,7 @@ def compile_case(arch, size, hidden, dtype, weight_dtype, two_shot):
     from fd_fusion.kernels.all_reduce_rms_norm import all_reduce_rms_norm as kernel
 
     plan = plans.plan_for(size, hidden, dtype)
+    plan = dataclasses.replace(plan, two_shot_rows=1) if two_shot else plan
     pdl = arch >= 90
     constants = plans.constants(plan, weight_dtype=weight_dtype, has_residual=True, two_shot=two_shot, pdl=pdl)
     options = {key: constants.pop(key) for key in ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")}
