@@ -96,7 +96,8 @@ def dependent_launch(group, options):
         def step(T, opened=opened, chain=chain):
             norm, summed = opened.finish(chain.x[:T], chain.residual[:T], chain.weight, case.eps, 0.0)
             norm, summed = opened.finish(norm @ mixing, summed, chain.weight, case.eps, 0.0)
-            qk_norm.qk_rms_norm(norm, heads, heads, options.hidden // 256, options.hidden // 256, 128, case.eps)
+            count = options.hidden // 256
+            qk_norm.qk_rms_norm(norm, heads, heads, q_heads=count, kv_heads=count, head_dim=128, eps=case.eps)
             chain.x[:T] = norm * ((group.rank + 1) / group.size)
             chain.residual[:T] = summed * 0.5
 
