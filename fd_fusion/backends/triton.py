@@ -88,7 +88,6 @@ class Opened:
         self._framework = runtime_triton.framework()
         self._empty_like = runtime_triton.empty_like()
         self._dtype = getattr(self._framework, facts.dtype)
-        self._weight_shape = [facts.hidden_size]
         # The launches of a weight's dtype, found by identity: to compare or to hash dtypes takes a microsecond.
         self._of_weights = [
             (getattr(self._framework, name), {key[1:]: run for key, run in self._launches.items() if key[0] == name})
@@ -174,8 +173,8 @@ class Opened:
 
     def _launches_for(self, weight) -> dict[tuple[bool, bool], Callable[..., None]]:
         """By (two-shot, without residual). The kernel would read past the end, or one dtype as another."""
-        dtype = weight.dtype
-        if weight.shape == self._weight_shape:
+        dtype, shape = weight.dtype, weight.shape  # the shape a list of Paddle's, or a tuple of torch's
+        if len(shape) == 1 and shape[0] == self._facts.hidden_size:
             for known, launches in self._of_weights:
                 if dtype is known:
                     return launches

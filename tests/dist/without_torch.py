@@ -21,7 +21,7 @@ def without_torch(group, options):
 
     case = Case(group.size, 5, options.hidden)
     inputs = [tensors.tensor(bits, case.dtype, "gpu") for bits in (case.partial(group.rank), *case.common())]
-    on_gpu = {"device": torch.empty(0, device="cuda").device}
+    torch.empty(0, device="cuda")
     paddle = ModuleType("paddle")
     paddle.cuda = SimpleNamespace(
         current_device=torch.cuda.current_device,
@@ -29,7 +29,9 @@ def without_torch(group, options):
         get_device_capability=torch.cuda.get_device_capability,
     )
     paddle._C = SimpleNamespace(_cuda_getCurrentRawStream=torch._C._cuda_getCurrentRawStream)
-    paddle.ones = lambda shape, dtype, ones=torch.ones: ones(shape, dtype=dtype, **on_gpu)
+    paddle.to_tensor = lambda values: SimpleNamespace(
+        astype=lambda name: torch.from_numpy(values.copy()).to(getattr(torch, name)).cuda()
+    )
     paddle.empty_like, paddle.bfloat16 = torch.empty_like, torch.bfloat16
     hidden = {name: sys.modules[name] for name in sys.modules if name.partition(".")[0] == "torch"}
     sys.modules.update(dict.fromkeys(hidden), torch=None, paddle=paddle)
