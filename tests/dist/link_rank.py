@@ -105,13 +105,21 @@ VARIANTS = {  # (replacements in the kernel, in _wait.py, what is changed in the
     },
     "outputs streamed": {
         "kernel": [
-            (f"tl.store({name} + here + words, {what}, mask=mask)\n",
-             f'tl.store({name} + here + words, {what}, mask=mask, cache_modifier=".cs")\n')
-            for name, what in (("norm_out", "norm"), ("residual_out", "summed"))
+            ("tl.store(norm_out + here + words, norm, mask=mask)", 'tl.store(norm_out + here + words, norm, mask=mask, cache_modifier=".cs")'),
+            ("if stays else mask)", 'if stays else mask, cache_modifier=".cs")'),
         ]
     },
     "push programs": {"kernel": DEDICATED, "dedicated": True},
 }  # fmt: skip
+
+
+def changes_of(name):
+    """`name` may be several variants with " + " between them."""
+    changes = {}
+    for part in name.split(" + "):
+        for key, change in VARIANTS[part].items():
+            changes[key] = changes.get(key, []) + change if isinstance(change, list) else change
+    return changes
 
 
 def patched_kernel(name, changes):
@@ -145,7 +153,7 @@ def hash_of(name):
 @contextlib.contextmanager
 def variant(name):
     """Inside, what is opened is this variant."""
-    changes = VARIANTS[name]
+    changes = changes_of(name)
     saved = plans.AHEAD, plans.poll, plans.grid, dict(plans._MEASURED), runtime_triton.load_kernel
     load = runtime_triton.load_kernel
     os.environ["FD_ENABLE_PDL"] = changes.get("pdl", "0")
@@ -171,7 +179,11 @@ class Variant(backend.Opened):
     def _compile(self):
         kernel = runtime_triton.load_kernel("all_reduce_rms_norm", "all_reduce_rms_norm")
         constants = plans.constants(
-            self._plan, weight_dtype="bfloat16", has_residual=True, two_shot=self.two_shot, pdl=self.pdl,
+            self._plan,
+            weight_dtype="bfloat16",
+            has_residual=True,
+            two_shot=self.two_shot,
+            pdl=self.pdl,
             residual_stays=self.stays,
         )
         like = (*(1 << 40,) * 7, 2, 0, 0, 1e-5, 0.0)
@@ -180,8 +192,9 @@ class Variant(backend.Opened):
 
 
 def open_variant(name, facts, group, collective=True):
-    changes = VARIANTS[name]
-    kind = type("Variant", (Variant,), {"two_shot": facts.two_shot_rows == 1, "pdl": "pdl" in changes, "stays": "stays" in changes})
+    changes = changes_of(name)
+    chosen = {"two_shot": facts.two_shot_rows == 1, "pdl": "pdl" in changes, "stays": "stays" in changes}
+    kind = type("Variant", (Variant,), chosen)
     with variant(name):
         opened = kind(facts, group)
         opened.programs = max(1, min(opened._slots, int(opened.programs * changes.get("share", 1))))
@@ -204,7 +217,7 @@ def cell(group, opened, yardstick, hidden, rows, options):
     truth = bench.exact(case, residual, weight)
     contenders, errors = {}, {}
     for name, one in opened.items():
-        if VARIANTS[name].get("dedicated") and rows < 512:
+        if changes_of(name).get("dedicated") and rows < 512:
             continue
 
         def call(one=one):
@@ -214,7 +227,7 @@ def cell(group, opened, yardstick, hidden, rows, options):
             outputs = call()
             torch.cuda.synchronize()
             one.check()
-            if "stays" in VARIANTS[name] and options.two_shot:
+            if "stays" in changes_of(name) and options.two_shot:
                 outputs = [out[group.rank :: group.size] for out in outputs]
                 pairs = zip(outputs, [t[group.rank :: group.size] for t in truth])
             else:

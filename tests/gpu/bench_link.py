@@ -3,7 +3,7 @@
 python tests/gpu/bench_link.py --size 2 --out FILE.json [--two-shot] [--hidden 4096 8192] [--rows 1 128 512 2048]
 
 Groups of variants run in child processes with a limit on their time each, every one with the kernel as it is and the
-yardstick in it; what a group has measured is kept when another fails.
+yardstick in it; what a group has measured is kept when another fails. --asked "PDL + two ahead" ...: one more group.
 """
 
 import argparse
@@ -33,13 +33,19 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--size", type=int, default=2)
     parser.add_argument("--out", required=True)
-    parser.add_argument("--groups", nargs="+", default=list(GROUPS)[1:])
+    parser.add_argument("--groups", nargs="*", default=list(GROUPS)[1:])
     parser.add_argument("--hidden", type=int, nargs="+", default=[4096, 8192])
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 128, 512, 2048])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--two-shot", action="store_true")
     parser.add_argument("--seconds", type=int, default=50, help="for each group")
+    parser.add_argument(
+        "--asked", nargs="+", default=[], help='a group of one\'s own; " + " between what is combined'
+    )
     options = parser.parse_args()
+    if options.asked:
+        GROUPS["asked"] = options.asked
+        options.groups = [*options.groups, "asked"]
     options.flashinfer = None
     args = ["--rows", *options.rows, "--rounds", options.rounds] + ["--two-shot"] * options.two_shot
     compile_all(options, args)
