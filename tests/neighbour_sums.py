@@ -36,11 +36,11 @@ def main():
     page, local = np.zeros(plans.ERROR_PAGE_BYTES // 8, np.int64), np.zeros(64, np.int64)
     local[:4] = 30_000_000_000, page.ctypes.data, home.ctypes.data, home.ctypes.data
     local[plans.COUNTER] = 7 * plans.TURN
-    sums = local[plans.HEAD_WORDS : plans.HEAD_WORDS + 2].view(np.uint32)
+    sums = local[plans.HEAD_WORDS : plans.HEAD_WORDS + 2 * plans.LINE // 8].view(np.uint32)
     sums[:] = 0xFFFFFFFF
 
     def others():
-        while sums[2] == 0xFFFFFFFF:  # its own sum, for program 1
+        while sums[plans.LINE // 4] == 0xFFFFFFFF:  # its own sum, for program 1
             time.sleep(0.001)
         local[plans.COUNTER] = 8 * plans.TURN  # all programs of this launch have begun
         while looked[0] < 2:

@@ -14,6 +14,7 @@ from fd_fusion.kernels._words import ONES, at, both, sendable
 TOLD, TIMED_OUT, MOVED = tl.constexpr(2), tl.constexpr(4), tl.constexpr(8)
 _RESULTS = tl.constexpr((tl.uint32,) * 8 + (tl.int32,))
 COUNTER, ROWS, HEAD = tl.constexpr(10), tl.constexpr(11), tl.constexpr(16)  # 8-byte words of local memory
+LINE = tl.constexpr(32)  # 4-byte words of a line of the cache
 CONTROL = tl.constexpr(64)  # 4-byte words of the control page
 TURN = tl.constexpr(1 << 20)  # what a launch adds to the counter, all its programs together
 
@@ -156,12 +157,12 @@ def clear(slot, words, mask, PLACES: tl.constexpr, SLICE: tl.constexpr):
 def sum_slices(part, state, local, home, sums, c, turn, op, row, N: tl.constexpr, C: tl.constexpr,
                 THREADS: tl.constexpr, INTERPRETED: tl.constexpr):  # fmt: skip
     """The sum over the C programs of a row, in slice order. A program that failed hands on NaN, so nobody waits
-    for it. `sums`: C words for each of the programs, one from each; they are unsent like those of the slots, and made
-    unsent again when all threads have read them (`clear_sums`). Each thread looks by itself, with no barrier, and one
-    whose time is over reports by itself, since the others may have found all (tests/sums_model.py)."""
+    for it. `sums`: a line for each of the programs, with a word from each; they are unsent like those of the slots,
+    and made unsent again when all threads have read them (`clear_sums`). Each thread looks by itself, without a
+    barrier, and one whose time is over reports by itself: the others may have found all (tests/sums_model.py)."""
     own = sendable(tl.where(state == 0, part, float("nan")).to(tl.uint32, bitcast=True))
     for reader in tl.static_range(C):
-        tl.store(sums + reader * C + c, own, mask=c != reader, cache_modifier=".wt")
+        tl.store(sums + reader * LINE + c, own, mask=c != reader, cache_modifier=".wt")
     total = 0.0
     late = 1
     looks = 0
@@ -170,7 +171,7 @@ def sum_slices(part, state, local, home, sums, c, turn, op, row, N: tl.constexpr
         total = 0.0
         late = 0
         for source in tl.static_range(C):
-            word = tl.load(sums + c * C + source, mask=c != source, other=own, volatile=True)
+            word = tl.load(sums + c * LINE + source, mask=c != source, other=own, volatile=True)
             total += word.to(tl.float32, bitcast=True)
             late |= (word == ONES).to(tl.int32)
         looks += 1
@@ -187,4 +188,4 @@ def clear_sums(sums, c, C: tl.constexpr):
     """Make the sums for program c unsent again, when all of its threads have read them."""
     tl.debug_barrier()
     for source in tl.static_range(C):
-        tl.store(sums + c * C + source, ONES, mask=c != source, cache_modifier=".wt")
+        tl.store(sums + c * LINE + source, ONES, mask=c != source, cache_modifier=".wt")

@@ -10,11 +10,12 @@ stores the finished rows into the slot on every peer, where the others look for 
 
 A row travels as 4-byte words. A word of ones means "not yet", and is never sent (`_words.py`). Every row of a launch
 has a slot of its own, so there are no more rows than slots, no word is used twice in a launch, and nothing in it
-waits for a fence: a program pushes a row ahead before it waits for one. A slot has two halves, used by launches in
-turn. A rank that pushes in launch k has ended k-1, hence has seen every peer start k-1, hence end k-2, which used the
-same half and made it unsent: the end of a kernel puts that before the next one. This holds on both paths and any
-mixture of them, for calls of any number of rows. Nobody waits in a circle: of a program's rows that some rank has not
-finished, all ranks have pushed the first one (tests/protocol_model.py).
+waits for a fence. By two-shot, which takes two trips, a program pushes its next row before it waits for one; by
+one-shot that was measured to be slower. A slot has two halves, used by launches in turn. A rank that pushes in launch
+k has ended k-1, hence has seen every peer start k-1, hence end k-2, which used the same half and made it unsent: the
+end of a kernel puts that before the next one. This holds on both paths and any mixture of them, for calls of any
+number of rows. Nobody waits in a circle: of a program's rows that some rank has not finished, all ranks push the
+first one before they wait for another (tests/protocol_model.py).
 
 Bits: equal on all ranks, for every T and on both paths. What comes behind the words is one and the same `_finish`,
 its shape is a function of (N, H, dtype) alone (`plan.py`), and nothing is specialized on a run-time value.
@@ -27,7 +28,8 @@ Memory, one set for each (group, H, dtype), sizes in `plan.py`:
   what itself waits for ranks); read only when a wait is already long, so it may be changed at any time. [1] the
   address of the error page. [2..2+N) the addresses of the ranks' symmetric memory. [10] the counter of launches: the
   programs of a launch add 2^20 to it together, each when it has read it (`take_turn`). [11] rows so far. From [16]
-  on the words in which programs that share a row exchange their sums, unsent like those of the slots.
+  on the words in which programs that share a row exchange their sums, unsent like those of the slots; 128 bytes for
+  each reader, since where rows share a line of the cache each look waits for what other rows store (0.5 us).
 - error page: 64 bytes of pinned host memory, zero at first, int64, written with plain stores: [0] record and [1]
   launch of the first failure of this rank; [2] record and [3] launch of the first program that found the abort word
   set. A record is code | missing ranks as bits << 4 | op << 16 | row << 40: `read_error_page`.
@@ -50,6 +52,7 @@ from fd_fusion.kernels._wait import (
     CONTROL,
     COUNTER,
     HEAD,
+    LINE,
     MOVED,
     TOLD,
     TURN,
@@ -171,8 +174,8 @@ def _fail(norm_out, residual_out, slot, words, mask, local, state, rank, turn, o
                                "rank", "op"])  # fmt: skip
 def all_reduce_rms_norm(x, residual, weight, norm_out, residual_out, local, home, rows, rank, op, eps, weight_offset,
                         N: tl.constexpr, WORDS: tl.constexpr, SLICE: tl.constexpr, BLOCK: tl.constexpr,
-                        C: tl.constexpr, PLACES: tl.constexpr, AHEAD: tl.constexpr, DTYPE: tl.constexpr,
-                        WEIGHT_DTYPE: tl.constexpr, HAS_RESIDUAL: tl.constexpr, TWO_SHOT: tl.constexpr,
+                        C: tl.constexpr, PLACES: tl.constexpr, DTYPE: tl.constexpr, WEIGHT_DTYPE: tl.constexpr,
+                        HAS_RESIDUAL: tl.constexpr, TWO_SHOT: tl.constexpr,
                         RESULTS: tl.constexpr, POLL: tl.constexpr, POLL_RESULTS: tl.constexpr, OPERANDS: tl.constexpr,
                         UNITS: tl.constexpr, PDL: tl.constexpr, INTERPRETED: tl.constexpr):  # fmt: skip
     """The kernel. Launch it with `grid` and `constants` of `plan.py`, on every rank in the same order.
@@ -211,15 +214,16 @@ def all_reduce_rms_norm(x, residual, weight, norm_out, residual_out, local, home
     take_turn(local, rows)
     ahead = row + stride
     while row < rows:  # not a range: the interpreter of some versions cannot take its bounds from arguments
-        while ahead < tl.minimum(rows, row + (1 + AHEAD) * stride):  # on their way before this row is waited for
+        while ahead < tl.minimum(rows, row + (2 if TWO_SHOT else 1) * stride):  # before this row is waited for
             own = tl.load(x + ahead.to(tl.int64) * WORDS + words, mask=mask, other=0, volatile=True)
             slot = half + ahead * (2 * C * PLACES * SLICE)
             _push(own, peers, home, slot, words, mask, ahead, rank, N, SLICE, TWO_SHOT)
             ahead += stride
         slot = half + row * (2 * C * PLACES * SLICE)
         here = row.to(tl.int64) * WORDS
-        if rows > stride:  # then another row may have been pushed since
-            own = tl.load(x + here + words, mask=mask, other=0, volatile=True)
+        if TWO_SHOT:  # noqa: SIM102 - decided when this is compiled
+            if rows > stride:  # then another row may have been pushed since
+                own = tl.load(x + here + words, mask=mask, other=0, volatile=True)
         own = sendable(own)
         dead = tl.where(tl.load(home, volatile=True) != 0, TOLD, 0)
         if TWO_SHOT and row % N != rank:
@@ -228,7 +232,7 @@ def all_reduce_rms_norm(x, residual, weight, norm_out, residual_out, local, home
                 UNITS, INTERPRETED)  # fmt: skip
         else:
             norm, summed, state, seen = _finish(
-                home + slot, own, residual + here, weight, words, mask, dead, local, home, sums + row * C * C, c,
+                home + slot, own, residual + here, weight, words, mask, dead, local, home, sums + row * C * LINE, c,
                 rank, turn, op, row, eps, weight_offset, N, WORDS if DTYPE == "float32" else 2 * WORDS, SLICE, C,
                 DTYPE, WEIGHT_DTYPE, HAS_RESIDUAL, POLL, OPERANDS, UNITS, INTERPRETED)  # fmt: skip
             if TWO_SHOT:
@@ -246,5 +250,5 @@ def all_reduce_rms_norm(x, residual, weight, norm_out, residual_out, local, home
         if has_moved(seen, turn):
             report(local, state | MOVED, 0, op, row, turn, 0, N)
         if C > 1:
-            clear_sums(sums + row * C * C, c, C)
+            clear_sums(sums + row * C * LINE, c, C)
         row += stride

@@ -19,7 +19,7 @@ SLOT_FILL = 0xFF  # the byte that all slots are filled with before the first cal
 CONTROL_BYTES = 256  # the control page, at the start of every rank's symmetric memory
 HEAD_WORDS = 16  # 8-byte words of local memory before the sums: limit, error page, addresses, counters
 COUNTER, ROWS, TURN = 10, 11, 1 << 20  # two of them, and what a launch adds to the first
-AHEAD = 1  # rows that a program pushes behind the one that it is going to wait for
+LINE = 128  # bytes of a line of the cache
 ERROR_PAGE_BYTES = 64
 SMALLEST = 2.0**-126  # what fp32 holds: the hardware's rsqrt takes less for zero
 
@@ -125,8 +125,8 @@ def symmetric_bytes(plan: Plan, slots: int) -> int:
 
 
 def local_bytes(plan: Plan, slots: int) -> int:
-    """Local memory of each rank: the head, then for each slot the sums that its programs tell each other."""
-    return 8 * HEAD_WORDS + 4 * slots * (plan.split**2 if plan.split > 1 else 0)
+    """Local memory of each rank: the head, then for each slot and program a line for the sums of the others."""
+    return 8 * HEAD_WORDS + (slots * plan.split * LINE if plan.split > 1 else 0)
 
 
 def total_bytes(plan: Plan, slots: int) -> int:
@@ -199,7 +199,6 @@ def constants(
         "BLOCK": 128 * plan.num_warps * units,
         "C": plan.split,
         "PLACES": plan.places,
-        "AHEAD": AHEAD,
         "DTYPE": plan.dtype,
         "WEIGHT_DTYPE": weight_dtype,
         "HAS_RESIDUAL": has_residual,

@@ -30,7 +30,7 @@ from fd_fusion.tuning import NEVER
 from tests.support.all_reduce_cases import Case
 from tests.support.ranks import this_group, this_rank
 
-PUSHERS = 32
+CLEAR = "    clear(slot, words, both(mask, state == 0), N - 1, SLICE)\n"
 
 
 def sleeping_poll(ns):
@@ -40,77 +40,34 @@ def sleeping_poll(ns):
     return text
 
 
-def poll_for_the_last(rows, slice_words, units, tries=2048):
-    """Look for the last 16 bytes of a thread alone until they have come, then for the rest."""
-    head, rest = poll(rows, slice_words, units, tries).split("look:\n")
-    lines = rest.split("\n")
-    looks = [lines[1 + 6 * k : 7 + 6 * k] for k in range(rows * units)]
-    last = [line for row in range(rows) for line in looks[row * units + units - 1]]
-    again = ["sub.s32 left, left, 1;", "setp.gt.and.s32 again, left, 0, again;", "@again bra first;"]
-    first = "\n".join(["first:", lines[0], *last, *again, f"mov.s32 left, {tries};"])
-    return f"{head}{first}\nlook:\n{rest}" if units > 1 else poll(rows, slice_words, units, tries)
+def ahead(rows):
+    """So many rows pushed behind the one that is waited for, whatever the path."""
+    bound = f"row + {1 + rows} * stride)"
+    return {"kernel": [("row + (2 if TWO_SHOT else 1) * stride)", bound), ("        if TWO_SHOT:  # noqa", "        if True:  # noqa")]}
 
 
-DEDICATED = [
-    (
-        "    stride = tl.num_programs(0) // C\n    row = tl.program_id(0) // C\n",
-        f"""    pushes = tl.program_id(0) < {PUSHERS} * C
-    stride = tl.where(pushes, {PUSHERS}, tl.num_programs(0) // C - {PUSHERS})
-    row = tl.program_id(0) // C - tl.where(pushes, 0, {PUSHERS})
-""",
-    ),
-    (
-        "    _push(own, peers, home, half + row * ",
-        "    if pushes & (row < rows):\n        _push(own, peers, home, half + row * ",
-    ),
-    (
-        "own = tl.load(x + row.to(tl.int64) * WORDS + words, mask=mask,",
-        "own = tl.load(x + row.to(tl.int64) * WORDS + words, mask=both(mask, row < rows),",
-    ),
-    (
-        "    while row < rows:  # not",
-        """    if pushes:
-        while ahead < rows:
-            own = tl.load(x + ahead.to(tl.int64) * WORDS + words, mask=mask, other=0, volatile=True)
-            slot = half + ahead * (2 * C * PLACES * SLICE)
-            _push(own, peers, home, slot, words, mask, ahead, rank, N, SLICE, TWO_SHOT)
-            ahead += stride
-        row = rows
-    ahead = rows
-    while row < rows:  # not""",
-    ),
-]
-CLEAR = ("def clear(", "    clear(slot, words, both(mask, state == 0), N - 1, SLICE)\n")
-VARIANTS = {  # (replacements in the kernel, in _wait.py, what is changed in the plan or at launch)
+VARIANTS = {  # replacements in the kernel, in _wait.py, what is changed in the plan or at launch
     "as it is": {},
     "PDL": {"pdl": "1"},
-    "pushed when waited for": {"ahead": 0},
+    "none ahead": ahead(0),
+    "one ahead": ahead(1),
+    "two ahead": ahead(2),
+    "all ahead": ahead(1 << 10),
     "the residual stays": {"stays": True},
-    "two ahead": {"ahead": 2},
-    "four ahead": {"ahead": 4},
-    "all ahead": {"ahead": 1 << 10},
     "a quarter of the device": {"share": 0.5},
     "all of the device": {"share": 2},
     "eight warps": {"warps": 8},
     "poll, sleep 50 ns": {"poll": sleeping_poll(50)},
     "poll, sleep 200 ns": {"poll": sleeping_poll(200)},
-    "poll the last": {"poll": poll_for_the_last},
-    "poll the last, sleep 100 ns": {
-        "poll": lambda *a, **k: poll_for_the_last(*a, **k)
-        .replace("@again bra first;", "@again nanosleep.u32 100;\n@again bra first;")
-    },
-    "cleared twice": {"kernel": [(CLEAR[1], 2 * CLEAR[1])]},
-    "cleared by weak stores": {
-        "wait": [('unsent, mask=mask, cache_modifier=".wt")', "unsent, mask=mask)")],
-    },
+    "cleared twice": {"kernel": [(CLEAR, 2 * CLEAR)]},
     "outputs streamed": {
         "kernel": [
-            ("tl.store(norm_out + here + words, norm, mask=mask)", 'tl.store(norm_out + here + words, norm, mask=mask, cache_modifier=".cs")'),
-            ("if stays else mask)", 'if stays else mask, cache_modifier=".cs")'),
+            (f"{end})\n", f'{end}, cache_modifier=".cs")\n')
+            for end in ("norm_out + here + words, norm, mask=mask", "row % N == rank) if stays else mask")
         ]
     },
-    "push programs": {"kernel": DEDICATED, "dedicated": True},
-}  # fmt: skip
+    "sums side by side": {"wait": [("LINE = tl.constexpr(32)", "LINE = tl.constexpr(4)")]},
+}
 
 
 def changes_of(name):
@@ -154,10 +111,10 @@ def hash_of(name):
 def variant(name):
     """Inside, what is opened is this variant."""
     changes = changes_of(name)
-    saved = plans.AHEAD, plans.poll, plans.grid, dict(plans._MEASURED), runtime_triton.load_kernel
+    saved = plans.poll, dict(plans._MEASURED), runtime_triton.load_kernel
     load = runtime_triton.load_kernel
     os.environ["FD_ENABLE_PDL"] = changes.get("pdl", "0")
-    plans.AHEAD, plans.poll = changes.get("ahead", plans.AHEAD), changes.get("poll", plans.poll)
+    plans.poll = changes.get("poll", plans.poll)
     if "warps" in changes:
         plans._MEASURED.update({key: (split, changes["warps"]) for key, (split, _) in plans._MEASURED.items()})
     if {"kernel", "wait"} & set(changes):
@@ -166,7 +123,7 @@ def variant(name):
     try:
         yield
     finally:
-        plans.AHEAD, plans.poll, plans.grid, measured, runtime_triton.load_kernel = saved
+        plans.poll, measured, runtime_triton.load_kernel = saved
         plans._MEASURED.clear()
         plans._MEASURED.update(measured)
 
@@ -198,12 +155,6 @@ def open_variant(name, facts, group, collective=True):
     with variant(name):
         opened = kind(facts, group)
         opened.programs = max(1, min(opened._slots, int(opened.programs * changes.get("share", 1))))
-        if changes.get("dedicated"):
-            opened.programs -= PUSHERS
-            extra = PUSHERS * opened._plan.split
-            for _, launches in opened._of_weights:
-                for key, launch in list(launches.items()):
-                    launches[key] = lambda grid, *args, launch=launch: launch(grid + extra, *args)
         if collective:
             opened._open()
             opened.freeze()
@@ -217,9 +168,6 @@ def cell(group, opened, yardstick, hidden, rows, options):
     truth = bench.exact(case, residual, weight)
     contenders, errors = {}, {}
     for name, one in opened.items():
-        if changes_of(name).get("dedicated") and rows < 512:
-            continue
-
         def call(one=one):
             return one.finish(x, residual, weight, bench.EPS, 0.0)
 

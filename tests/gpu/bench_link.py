@@ -21,11 +21,10 @@ from tests.support.ranks import run_ranks  # noqa: E402
 
 BASE = "as it is"
 GROUPS = {
-    "two_shot": ["PDL", "the residual stays", "two ahead"],  # with --two-shot
-    "ahead": ["PDL", "pushed when waited for", "two ahead", "four ahead", "all ahead"],
-    "device": ["a quarter of the device", "all of the device", "eight warps", "push programs"],
-    "poll": ["poll, sleep 50 ns", "poll, sleep 200 ns", "poll the last", "poll the last, sleep 100 ns"],
-    "stores": ["cleared twice", "cleared by weak stores", "outputs streamed"],
+    "two_shot": ["PDL", "the residual stays", "none ahead", "two ahead"],  # with --two-shot
+    "ahead": ["PDL", "one ahead", "two ahead", "all ahead"],
+    "device": ["a quarter of the device", "all of the device", "eight warps"],
+    "details": ["poll, sleep 50 ns", "poll, sleep 200 ns", "cleared twice", "outputs streamed", "sums side by side"],
 }
 
 
