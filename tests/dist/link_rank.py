@@ -66,7 +66,6 @@ VARIANTS = {  # replacements in the kernel, in _wait.py, what is changed in the 
             for end in ("norm_out + here + words, norm, mask=mask", "row % N == rank) if stays else mask")
         ]
     },
-    "sums side by side": {"wait": [("LINE = tl.constexpr(32)", "LINE = tl.constexpr(4)")]},
 }
 
 

@@ -24,7 +24,7 @@ GROUPS = {
     "two_shot": ["PDL", "the residual stays", "none ahead", "two ahead"],  # with --two-shot
     "ahead": ["PDL", "one ahead", "two ahead", "all ahead"],
     "device": ["a quarter of the device", "all of the device", "eight warps"],
-    "details": ["poll, sleep 50 ns", "poll, sleep 200 ns", "cleared twice", "outputs streamed", "sums side by side"],
+    "details": ["poll, sleep 50 ns", "poll, sleep 200 ns", "cleared twice", "outputs streamed"],
 }
 
 
