@@ -212,16 +212,18 @@ def all_reduce_rms_norm(x, residual, weight, norm_out, residual_out, local, home
     half = CONTROL + (2 * c + (turn & 1).to(tl.int32)) * PLACES * SLICE
     _push(own, peers, home, half + row * (2 * C * PLACES * SLICE), words, mask, row, rank, N, SLICE, TWO_SHOT)
     take_turn(local, rows)
+    ahead = row + stride
     while row < rows:  # not a range: the interpreter of some versions cannot take its bounds from arguments
-        ahead = row + stride if TWO_SHOT else row
-        if (ahead >= stride) & (ahead < rows):  # the first row is on its way
+        while ahead < tl.minimum(rows, row + (2 if TWO_SHOT else 1) * stride):  # before this row is waited for
             own = tl.load(x + ahead.to(tl.int64) * WORDS + words, mask=mask, other=0, volatile=True)
             slot = half + ahead * (2 * C * PLACES * SLICE)
             _push(own, peers, home, slot, words, mask, ahead, rank, N, SLICE, TWO_SHOT)
+            ahead += stride
         slot = half + row * (2 * C * PLACES * SLICE)
         here = row.to(tl.int64) * WORDS
-        if TWO_SHOT and rows > stride:  # then another row may have been pushed since
-            own = tl.load(x + here + words, mask=mask, other=0, volatile=True)
+        if TWO_SHOT:  # noqa: SIM102 - decided when this is compiled
+            if rows > stride:  # then another row may have been pushed since
+                own = tl.load(x + here + words, mask=mask, other=0, volatile=True)
         own = sendable(own)
         dead = tl.where(tl.load(home, volatile=True) != 0, TOLD, 0)
         if TWO_SHOT and row % N != rank:

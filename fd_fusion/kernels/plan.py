@@ -192,7 +192,6 @@ def constants(
         registers = 192 if two_shot else 168
     else:
         registers = 168 if two_shot and plan.size in (2, 8) and units > 1 else 128
-        registers += 8 * (registers == 168 and plan.num_warps == 2)  # sm_80; on sm_90 less are taken
     return {
         "N": plan.size,
         "WORDS": plan.words,

@@ -40,16 +40,19 @@ def sleeping_poll(ns):
     return text
 
 
-def ahead(row):
-    """Which row is pushed before `row` is waited for, whatever the path."""
-    return {"kernel": [("row + stride if TWO_SHOT else row\n", row + "\n"), ("if TWO_SHOT and rows > stride:", "if rows > stride:")]}
+def ahead(rows):
+    """So many rows pushed behind the one that is waited for, whatever the path."""
+    bound = f"row + {1 + rows} * stride)"
+    return {"kernel": [("row + (2 if TWO_SHOT else 1) * stride)", bound), ("        if TWO_SHOT:  # noqa", "        if True:  # noqa")]}
 
 
 VARIANTS = {  # replacements in the kernel, in _wait.py, what is changed in the plan or at launch
     "as it is": {},
     "PDL": {"pdl": "1"},
-    "none ahead": ahead("row"),
-    "one ahead": ahead("row + stride"),
+    "none ahead": ahead(0),
+    "one ahead": ahead(1),
+    "two ahead": ahead(2),
+    "all ahead": ahead(1 << 10),
     "the residual stays": {"stays": True},
     "a quarter of the device": {"share": 0.5},
     "all of the device": {"share": 2},

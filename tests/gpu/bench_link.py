@@ -3,7 +3,7 @@
 python tests/gpu/bench_link.py --size 2 --out FILE.json [--two-shot] [--hidden 4096 8192] [--rows 1 128 512 2048]
 
 Groups of variants run in child processes with a limit on their time each, every one with the kernel as it is and the
-yardstick in it; what a group has measured is kept when another fails. --asked "PDL + one ahead" ...: one more group.
+yardstick in it; what a group has measured is kept when another fails. --asked "PDL + two ahead" ...: one more group.
 """
 
 import argparse
@@ -21,8 +21,8 @@ from tests.support.ranks import run_ranks  # noqa: E402
 
 BASE = "as it is"
 GROUPS = {
-    "two_shot": ["PDL", "the residual stays", "none ahead"],  # with --two-shot
-    "ahead": ["PDL", "one ahead"],
+    "two_shot": ["PDL", "the residual stays", "none ahead", "two ahead"],  # with --two-shot
+    "ahead": ["PDL", "one ahead", "two ahead", "all ahead"],
     "device": ["a quarter of the device", "all of the device", "eight warps"],
     "details": ["poll, sleep 50 ns", "poll, sleep 200 ns", "cleared twice", "outputs streamed"],
 }
