@@ -12,6 +12,7 @@ README = HERE / "README.md"
 # No extra names paddlepaddle-gpu: the newest one on PyPI is 2.6.2, which would overwrite the 3.x build that
 # FastDeploy runs on. Next to FastDeploy the command is `pip install --no-deps .`.
 CPU = ["paddlepaddle>=3.3", "triton>=3.3", "numpy", "safetensors", "tqdm"]
+BUILD = ["setuptools", "wheel"]  # a test builds the wheel
 
 setup(
     name="fd_fusion",
@@ -22,10 +23,14 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["fd_fusion", "fd_fusion.*"]),
+    # Said outright, an editable install puts this folder on the path. By default it hooks the import of the name,
+    # and beside a clone that is called fd_fusion too, Python finds that folder first.
+    package_dir={"": "."},
+    package_data={"fd_fusion": ["py.typed"]},
     install_requires=[],
     extras_require={
         "cpu": CPU,
-        "test": ["pytest>=8", "pytest-timeout", "pytest-cov", "pytest-xdist", "ruff", "prometheus_client"],
+        "test": ["pytest>=8", "pytest-timeout", "pytest-cov", "pytest-xdist", "ruff", "prometheus_client", *BUILD],
         "bench": ["matplotlib"],
     },
     entry_points={

@@ -4,25 +4,66 @@ Importing this package loads no Paddle, Triton, FlashInfer or torch: every publi
 """
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # what runs is __getattr__
+    from fd_fusion.config import FusionConfig as FusionConfig
+    from fd_fusion.integration.binding import bind as bind
+    from fd_fusion.integration.binding import check as check
+    from fd_fusion.integration.binding import freeze as freeze
+    from fd_fusion.integration.binding import report as report
+    from fd_fusion.integration.binding import reset as reset
+    from fd_fusion.integration.binding import unbind as unbind
+    from fd_fusion.layers.qk_rms_norm import QKRMSNorm as QKRMSNorm
+    from fd_fusion.layers.rms_norm import RMSNorm as RMSNorm
+    from fd_fusion.layers.row_parallel_linear import RowParallelLinear as RowParallelLinear
+    from fd_fusion.reasons import BindError as BindError
+    from fd_fusion.reasons import FusionError as FusionError
+    from fd_fusion.reasons import FusionTimeout as FusionTimeout
+    from fd_fusion.reasons import HandOverError as HandOverError
 
 __version__ = "0.1.0"
 
 _HOME = {
     "FusionConfig": "config",
+    "FusionError": "reasons",
     "FusionTimeout": "reasons",
+    "BindError": "reasons",
+    "HandOverError": "reasons",
     "bind": "integration.binding",
     "unbind": "integration.binding",
     "report": "integration.binding",
     "check": "integration.binding",
+    "freeze": "integration.binding",
+    "reset": "integration.binding",
     "RMSNorm": "layers.rms_norm",
     "RowParallelLinear": "layers.row_parallel_linear",
     "QKRMSNorm": "layers.qk_rms_norm",
 }
-__all__ = ["__version__", *_HOME]
+__all__ = [
+    "BindError",
+    "FusionConfig",
+    "FusionError",
+    "FusionTimeout",
+    "HandOverError",
+    "QKRMSNorm",
+    "RMSNorm",
+    "RowParallelLinear",
+    "__version__",
+    "bind",
+    "check",
+    "freeze",
+    "report",
+    "reset",
+    "unbind",
+]
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'fd_fusion' has no attribute {name!r}")
     return getattr(importlib.import_module(f"fd_fusion.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

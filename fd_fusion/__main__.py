@@ -39,6 +39,10 @@ def main(argv: list[str] | None = None) -> int:
         parser.print_help()
         return 0
     try:
+        os.getcwd()
+    except FileNotFoundError:
+        return _fail(command, "the working folder is not there any more; change to one that is")
+    try:
         code = _module(command).main(argv[1:])
         print(end="", flush=True)
         return code
@@ -46,8 +50,23 @@ def main(argv: list[str] | None = None) -> int:
         print(f"fd-fusion {command}: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:  # `| head`: nobody reads on. At exit Python flushes once more
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _forget_output()
         return 141  # as a shell tells SIGPIPE
+    except OSError as error:  # what the machine refuses: a full disk, a folder of somebody else, no more processes
+        try:
+            sys.stdout.flush()
+        except OSError:
+            _forget_output()
+        return _fail(command, str(error))
+
+
+def _forget_output() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _fail(command: str, text: str) -> int:
+    print(f"fd-fusion {command}: {text}", file=sys.stderr)
+    return 2
 
 
 def _module(command: str) -> Any:

@@ -34,7 +34,9 @@ class FusionConfig:
             In deterministic mode it has no effect.
         workspace_mb: bounds all workspaces of a process together, in MiB.
         timeout_s: how long a fused call waits for a missing rank, in seconds.
-        strict: a failure at bind is an error on all ranks instead of one warning.
+        strict: nothing may be off: what would be one warning is an error at bind, on all ranks. Left out are only
+            what was not asked for and what a rule of the table of reasons excludes: one rank, a draft model, a layer
+            on another pipeline rank, a tuning table that says fusing never wins, q and k with another backend.
     Raises: ValueError: a value of the wrong type or out of range; the message names the key.
     """
 
@@ -56,6 +58,11 @@ class FusionConfig:
         time_ok = isinstance(self.timeout_s, (int, float)) and not isinstance(self.timeout_s, bool)
         _require(time_ok and 0.1 <= self.timeout_s <= 3600, "timeout_s", self.timeout_s, "a number, 0.1 to 3600")
 
+    @property
+    def insists(self) -> bool:
+        """Whether a failure of what was asked for is an error: under `strict`, or of a named backend."""
+        return self.strict or self.backend != "auto"
+
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> FusionConfig:
         """A config from plain data. Raises ValueError for an unknown key, naming it and the known ones."""
@@ -72,7 +79,7 @@ class FusionConfig:
         """A config from JSON text such as '{"backend": "triton"}'. Raises ValueError."""
         try:
             data = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:  # also a number or a nesting beyond Python's own limits
             raise ValueError(f"fusion config: {text!r} is not JSON: {error}; expected an object like {{}}") from None
         return cls.from_dict(data)
 

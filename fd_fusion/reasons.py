@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import string
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A row of the table: `sentence` with {named} facts, and the `remedy` that a user can act on."""
+    """A row of the table: `sentence` with {named} facts, and the `remedy` that a user can act on.
+
+    rule: what is left out by design, or because nobody asked for it: never an error, under `strict` neither.
+    """
 
     sentence: str
     remedy: str
+    rule: bool = False
 
 
 TABLE: dict[str, Entry] = {
@@ -24,15 +28,16 @@ TABLE: dict[str, Entry] = {
     "not_asked": Entry(
         "fusion was not asked for",
         "set FD_FUSION_CONFIG='{{}}', pass --fusion-config, or give the model a FusionConfig",
+        rule=True,
     ),
-    "kill_switch": Entry("FD_FUSION_DISABLE is set", "unset FD_FUSION_DISABLE to allow fusion"),
-    "disabled": Entry("{flag} is false in the fusion config", "set {flag} to true"),
+    "kill_switch": Entry("FD_FUSION_DISABLE is set", "unset FD_FUSION_DISABLE to allow fusion", rule=True),
+    "disabled": Entry("{flag} is false in the fusion config", "set {flag} to true", rule=True),
     "two_configs": Entry(
         "layers of one model carry different fusion configs: {first} and {second}",
         "give every layer of the model the same FusionConfig",
     ),
     # Whether a pair can have a Site.
-    "one_rank": Entry("one rank: there is nothing to reduce", "nothing to do"),
+    "one_rank": Entry("one rank: there is nothing to reduce", "nothing to do", rule=True),
     "no_pairs": Entry(
         "no known (row-parallel linear, norm) pair in {model}", "see the README for the supported decoders"
     ),
@@ -63,6 +68,7 @@ TABLE: dict[str, Entry] = {
         "rank {rank} built another model: {detail}",
         "start every rank with the same model, config and versions",
     ),
+    "bind_raised": Entry("bind raised {error}", "see the log of this rank"),
     # The proving pass.
     "not_proven": Entry("the proving pass has not run yet", "run one forward in eager mode"),
     "unmatched": Entry(
@@ -74,19 +80,63 @@ TABLE: dict[str, Entry] = {
         "check the reductions of the blocks before this site",
     ),
     "already_reduced": Entry(
-        "{site}: every rank handed over the same bits, so the sum was reduced before",
+        "{site}: the norm gets, in the stock forward, what the producer hands over, so the sum was reduced before",
         "remove the block's own all-reduce, or leave the pair unbound",
     ),
     "proof_failed": Entry(
-        "{site}: fused and stock results differ by {error}, more than {budget} of {output}",
+        "{site}: in row {row} the kernel's {output} is off by {times} times what is allowed",
         "report it with the output of `python -m fd_fusion doctor`",
     ),
+    "qk_differs": Entry(
+        "{site}: q and k differ from the stock formula by {error}, more than {budget}",
+        "report it with the output of `python -m fd_fusion doctor`",
+    ),
+    "qk_wrote_v": Entry(
+        "{site}: the kernel of q and k changed v", "report it with the output of `python -m fd_fusion doctor`"
+    ),
     "outputs_differ": Entry(
-        "the model's output {output} differs from stock by {error}, more than {budget}",
-        "a partial sum is read outside its pair: report it with the model's class",
+        "with the pairs' own hand-overs and nothing fused, the model's output {output} is not that of the stock "
+        "forward; the first pair whose norm gives something else: {site}",
+        "the model's data flow is not the one that its pairs expect: report it with the model's class",
+    ),
+    "stock_differs": Entry(
+        "the stock forward does not repeat its own bits, so the outputs were compared within twice its own spread",
+        "nothing to do; in the host's deterministic mode they are compared bit by bit",
+    ),
+    "hooked": Entry(
+        "{layer} has a forward hook that would read a partial sum", "remove the hook, or unbind the model"
+    ),
+    "sum_differs": Entry(
+        "{site}: the sum of the handed-over parts is not the sum that the host makes of them one by one",
+        "a part is reduced twice or not at all: report it with the model's class",
+    ),
+    "overwritten": Entry(
+        "{site}: the partial sum was overwritten between its producer and its norm",
+        "the model's data flow is not the one that this pair expects: report it with the model's class",
+    ),
+    "zeros": Entry(
+        "{site}: every rank handed over zeros, which prove nothing: the model runs as stock until they are not",
+        "load the weights; the next eager forward tries again",
+    ),
+    "no_rows_yet": Entry(
+        "the forward had no rows, which proves nothing: the model runs as stock until there are some",
+        "nothing to do; the next eager forward tries again",
+    ),
+    "inputs_not_copied": Entry(
+        "the arguments of the first forward cannot be copied, so it cannot be run a second time: {error}",
+        "give bind an example",
     ),
     "proof_raised": Entry("{site}: the fused call raised {error}", "see the log of this rank"),
-    "forward_raised": Entry("the first forward after bind raised {error}", "see the log of this rank"),
+    "forward_raised": Entry("a forward of bind, the {which} one, raised {error}", "see the log of this rank"),
+    "not_compared": Entry(
+        "what the forwards of bind returned cannot be compared: {error}",
+        "give bind an example that returns the model's output tensors",
+    ),
+    "out_of_step": Entry(
+        "rank {rank} left the {which} forward of bind where other ranks went on ({why}): the ranks' collectives "
+        "are out of step, and every later sum would be wrong",
+        "see the log of rank {rank}, and restart the ranks",
+    ),
     # Using a Site.
     "double_hand_over": Entry(
         "{site}: a second partial sum was handed over before the first was finished",
@@ -96,6 +146,11 @@ TABLE: dict[str, Entry] = {
         "{site}: finish() got another tensor than the one handed over",
         "something changed the partial sum between the linear and the norm: unbind the model or report its class",
     ),
+    "changed_in_place": Entry(
+        "{site}: the partial sum was changed in place between its producer and its norm, so the change would count "
+        "once for each rank",
+        "change the sum after the norm, or unbind the model",
+    ),
     "nothing_handed_over": Entry(
         "{site}: finish() was called with nothing handed over", "run the pair's linear before its norm"
     ),
@@ -103,11 +158,15 @@ TABLE: dict[str, Entry] = {
         "{site}: used by {second} while {first} had not finished",
         "run a bound model from one thread and one stream at a time",
     ),
+    "gradients": Entry(
+        "{layer}: gradients are recorded, and a fused op has none",
+        "run the model under paddle.no_grad(), or unbind it to train it",
+    ),
     "too_many_rows": Entry("T={rows} is above the limit of {limit} rows", "raise max_token_num, or tune the limit"),
     "no_rows": Entry("T=0: there is nothing to compute", "nothing to do"),
     "tracing": Entry("the proving pass runs in eager mode only", "run one eager forward before capture"),
     # fastdeploy
-    "draft_model": Entry("{model} is a draft model: its layers are used in another way", "nothing to do"),
+    "draft_model": Entry("{model} is a draft model: its layers are used in another way", "nothing to do", rule=True),
     "sequence_parallel": Entry("sequence-parallel MoE splits the rows over the ranks", "nothing to do"),
     "expert_parallel": Entry("expert parallel: the experts are not split over the group", "nothing to do"),
     "proxy_rmsnorm": Entry("FD_USE_PHI_RMSNORM asks for another norm", "unset FD_USE_PHI_RMSNORM to fuse"),
@@ -117,7 +176,7 @@ TABLE: dict[str, Entry] = {
     ),
     "split_token": Entry("the linear splits its rows over the ranks", "nothing to do"),
     "unknown_block": Entry("{block} reduces in a way that is not known", "report it with the version of FastDeploy"),
-    "pipeline_boundary": Entry("layer {layer} is not on this rank", "nothing to do"),
+    "pipeline_boundary": Entry("layer {layer} is not on this rank", "nothing to do", rule=True),
     "quantised_norm": Entry("the norm quantises its output", "nothing to do"),
     "norm_bias": Entry("the norm has a bias", "nothing to do"),
     "wide_residual": Entry(
@@ -153,7 +212,9 @@ TABLE: dict[str, Entry] = {
         "bind when the weights are loaded",
     ),
     "qk_stock": Entry(
-        "q and k are normalised by the stock formula: backend {backend} on a {device}", "name the triton backend"
+        "q and k are normalised by the stock formula: backend {backend} on a {device}",
+        "name the triton backend",
+        rule=True,
     ),
     # comm and the triton backend.
     "other_machine": Entry(
@@ -188,7 +249,14 @@ TABLE: dict[str, Entry] = {
         "another rank ran out of time in a fused call and ended it for the whole group",
         "see the logs of the other ranks; restart the ranks, or call reset() on every rank",
     ),
-    "closed": Entry("the workspace is closed", "bind the model again"),
+    "dropped": Entry(
+        "a bound {model} was dropped without unbind: its workspace of {bytes} bytes stays open until the next bind",
+        "call fd_fusion.unbind(model) on every rank before the model goes",
+    ),
+    "closed": Entry(
+        "the workspace is closed: its model was unbound, or is gone",
+        "bind the model again, then trace and capture it again",
+    ),
     # cli and the tuning table.
     "two_paddles": Entry(
         "two distributions of Paddle overwrite each other's files: paddlepaddle {first}, paddlepaddle-gpu {second}",
@@ -210,6 +278,7 @@ TABLE: dict[str, Entry] = {
     "never_wins": Entry(
         "the tuning table says that fusing never wins here for {size} ranks, H={hidden_size}, {dtype}",
         "set max_token_num to fuse all the same",
+        rule=True,
     ),
     "open_failed": Entry("the workspace could not be opened: {error}", "see the log of this rank"),
     "dead_group": Entry(
@@ -262,41 +331,87 @@ TABLE: dict[str, Entry] = {
     "flashinfer_differs": Entry(
         "rank {rank} has FlashInfer {got}, rank 0 has {need}", "install the same FlashInfer on every rank"
     ),
-    "flashinfer_wrong": Entry(
-        "the first call gave {got} where {need} was due", "report it with the output of `python -m fd_fusion doctor`"
+    "first_call_wrong": Entry(
+        "the first call of {variant} gave a wrong {output}: {wrong} of {words} words, the first at {where}",
+        "report it with the output of `python -m fd_fusion doctor`",
     ),
 }
 
 
 @dataclass(frozen=True)
 class Reason:
-    """Why something is off: a code of `TABLE` and the facts of its sentence. `str()` gives the sentence."""
+    """Why something is off: a code of `TABLE` and the facts of its sentence. `str()` gives the sentence.
+
+    told: sentence and remedy of a rank with another version, whose code or facts are not in this table.
+    cause: what that rank said, where the code is "refused".
+    """
 
     code: str
     facts: tuple[tuple[str, Any], ...] = ()
+    told: tuple[str, str] | None = None
+    cause: Reason | None = None
 
     def __str__(self) -> str:
-        return TABLE[self.code].sentence.format(**dict(self.facts))
+        return self.told[0] if self.told else TABLE[self.code].sentence.format(**dict(self.facts))
 
     @property
     def remedy(self) -> str:
+        if self.told:
+            return self.told[1]
+        if self.cause is not None:
+            return f"on rank {dict(self.facts)['rank']}: {self.cause.remedy}"
         return TABLE[self.code].remedy.format(**dict(self.facts))
 
+    @property
+    def is_rule(self) -> bool:
+        """Whether this is never an error."""
+        return self.code in TABLE and TABLE[self.code].rule
+
+    @property
+    def root(self) -> Reason:
+        """What was wrong in the first place: the innermost cause."""
+        return self if self.cause is None else self.cause.root
+
     def to_dict(self) -> dict[str, Any]:
-        return {"code": self.code, "facts": dict(self.facts), "text": str(self), "remedy": self.remedy}
+        cause = {"cause": self.cause.to_dict()} if self.cause is not None else {}
+        return {"code": self.code, "facts": dict(self.facts), "text": str(self), "remedy": self.remedy, **cause}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Reason:
-        return because(data["code"], **data["facts"])
+        """Of another rank: what this version does not know is kept as it was told. Raises ValueError."""
+        try:
+            code, facts = data["code"], dict(data["facts"])
+            if _facts_of(code) == set(facts):
+                cause = data.get("cause")
+                return cls(code, _sorted(facts), cause=cls.from_dict(cause) if cause else None)
+            return cls(code, _sorted(facts), told=(str(data["text"]), str(data["remedy"])))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"not a reason: {type(error).__name__}: {error}") from None
 
 
 def because(code: str, **facts: Any) -> Reason:
     """Make a `Reason`. An unknown code or a missing fact is our own mistake and asserts at once."""
-    entry = TABLE.get(code)
-    assert entry is not None, f"no reason {code!r} in the table"
-    fields = {f for text in (entry.sentence, entry.remedy) for _, f, _, _ in string.Formatter().parse(text) if f}
+    fields = _facts_of(code)
+    assert fields is not None, f"no reason {code!r} in the table"
     assert fields == set(facts), f"reason {code!r} takes {sorted(fields)}, got {sorted(facts)}"
-    return Reason(code, tuple(sorted(facts.items())))
+    return Reason(code, _sorted(facts))
+
+
+def refused_by(rank: int, why: Reason) -> Reason:
+    """That `rank` refused, and all that it said: its sentence, its remedy, its code."""
+    return Reason("refused", _sorted({"rank": rank, "why": str(why)}), cause=why)
+
+
+def _facts_of(code: str) -> set[str] | None:
+    """The names in the sentence and the remedy of a code; None if there is no such code."""
+    entry = TABLE.get(code)
+    if entry is None:
+        return None
+    return {f for text in (entry.sentence, entry.remedy) for _, f, _, _ in string.Formatter().parse(text) if f}
+
+
+def _sorted(facts: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
+    return tuple(sorted(facts.items()))
 
 
 class FusionError(RuntimeError):
@@ -307,12 +422,17 @@ class FusionError(RuntimeError):
         self.reason = reason
 
 
+def closed(*_: Any, **__: Any) -> NoReturn:
+    """Put in the place of what was closed: every call of it raises, and a call before that pays nothing."""
+    raise FusionError(because("closed"))
+
+
 class HandOverError(FusionError):
     """A partial sum was handed over and not finished, or finished and not handed over."""
 
 
 class BindError(FusionError):
-    """`bind` failed under `strict` or for a named backend; raised on all ranks alike, after the vote."""
+    """What `strict` or a named backend insists on is off; raised on all ranks alike, after the vote."""
 
 
 class FusionTimeout(FusionError):

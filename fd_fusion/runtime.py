@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import os
 import socket
 import threading
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 from fd_fusion.reasons import FusionError, because
 
 MIN_PADDLE = (3, 3)
+_logger = logging.getLogger("fd_fusion")
 
 
 def require_paddle() -> Any:
@@ -75,15 +77,29 @@ def _send_at_once(port: int) -> None:
                     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
 
-@functools.cache
 def tcp_store() -> TcpStore | None:
-    """The job's store, as Paddle's launcher announces it; None where there is no such job."""
-    host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
-    if not (host and port):
-        host, _, port = os.environ.get("PADDLE_MASTER", "").rpartition(":")
-    if not (host and port.isdigit()):
+    """The job's store, as Paddle's launcher or spawn announces it; None where there is no such job (yet)."""
+    address = store_address(os.environ)
+    size = os.environ.get("PADDLE_TRAINERS_NUM", "")
+    try:
+        return address and _connect(*address, int(size) if size.isdecimal() else 1)
+    except (RuntimeError, ValueError, OSError) as error:  # nobody serves it there
+        _logger.warning("fd_fusion: no store at %s:%s: %s", *address, error)
         return None
-    return TcpStore(host, int(port), int(os.environ.get("PADDLE_TRAINERS_NUM", "1")), 30)
+
+
+def store_address(environ: Mapping[str, str]) -> tuple[str, int] | None:
+    """Host and port, found in the order of `init_parallel_env`: spawn names none, and the first rank's is taken."""
+    host, port = environ.get("MASTER_ADDR"), environ.get("MASTER_PORT", "")
+    if not (host and port):
+        first = environ.get("PADDLE_TRAINER_ENDPOINTS", "").partition(",")[0]
+        host, _, port = (environ.get("PADDLE_MASTER") or first).rpartition(":")
+    return (host, int(port)) if host and port.isdecimal() else None
+
+
+@functools.cache
+def _connect(host: str, port: int, world_size: int) -> TcpStore:
+    return TcpStore(host, port, world_size, 30)
 
 
 def how_to_tell_users() -> Callable[[], Hashable]:
@@ -95,6 +111,19 @@ def how_to_tell_users() -> Callable[[], Hashable]:
 
     stream = functools.partial(paddle._C._cuda_getCurrentRawStream, paddle.cuda.current_device())
     return lambda: (threading.get_ident(), stream())
+
+
+def is_capturing() -> bool:
+    """Whether the current stream is being captured into a CUDA graph, or cannot be asked: then only launch on it."""
+    if device_of()[0] == "cpu":
+        return False
+    import ctypes
+
+    import paddle
+
+    status, stream = ctypes.c_int(), paddle._C._cuda_getCurrentRawStream(paddle.cuda.current_device())
+    code = ctypes.CDLL("libcuda.so.1").cuStreamIsCapturing(ctypes.c_void_p(stream), ctypes.byref(status))
+    return bool(code or status.value)
 
 
 def device_of() -> tuple[str, int | None]:

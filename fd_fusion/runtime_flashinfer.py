@@ -89,9 +89,10 @@ def compiled_module(version: str) -> Path | None:
         with contextlib.suppress(ValueError):  # a module that was put into sys.modules without a spec
             if (spec := importlib.util.find_spec(package)) and spec.origin:
                 found += (Path(spec.origin).parent / inside / MODULE).glob(f"{MODULE}.so")
-    base = Path(os.environ.get("FLASHINFER_WORKSPACE_BASE", Path.home()))
-    cache = base / ".cache" / "flashinfer" / version
-    found += sorted(cache.glob(f"*/cached_ops/{MODULE}/{MODULE}.so"))
+    base = os.environ.get("FLASHINFER_WORKSPACE_BASE") or os.path.expanduser("~")
+    if os.path.isabs(base):  # "~" where there is neither HOME nor an entry in the password file: no cache either
+        cache = Path(base) / ".cache" / "flashinfer" / version
+        found += sorted(cache.glob(f"*/cached_ops/{MODULE}/{MODULE}.so"))
     return found[0] if found else None
 
 

@@ -10,23 +10,32 @@ This module knows no framework: tensors are opaque to it, and what it calls is g
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sized
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
-from fd_fusion.reasons import HandOverError, Reason, because
+from fd_fusion.reasons import HandOverError, Reason, because, closed
 
 Tensor = Any
 Finished = tuple[Tensor, Tensor]  # (norm_out, residual_out)
 Norm = Callable[[Tensor, Tensor], Finished]
 
+logger = logging.getLogger("fd_fusion")
+
 # A traced graph can hold no Python object: there a site goes by its number.
 _numbers = itertools.count(1)
 by_number: weakref.WeakValueDictionary[str, Site] = weakref.WeakValueDictionary()
+
+
+def site_of(number: str) -> Site:
+    """The Site of a traced graph. Raises: FusionError: its model was unbound, or is gone."""
+    site = by_number.get(number)
+    return closed() if site is None else site
 
 
 @dataclass(frozen=True)
@@ -36,6 +45,43 @@ class Rejected:
     name: str
     reason: Reason
     ranks: tuple[int, ...] = ()
+
+
+class Prover(Protocol):
+    """The proving pass, as a Site sees it. While it runs a misuse is recorded there instead of raised."""
+
+    def keep(self, site: Site, partial: Tensor) -> Tensor:
+        """What was handed over, for the finish; `partial` itself may be spoilt after this. It may have no rows."""
+
+    def take(self, site: Site, partial: Tensor, kept: Tensor) -> Tensor:
+        """What to finish, in place of the very tensor that was handed over."""
+
+    def prove(self, site: Site, partial: Tensor, residual: Tensor | None, norm: Norm) -> Finished: ...
+    def miss(self, reason: Reason) -> None: ...
+
+
+class ForwardCount:
+    """Counts the forwards of one model. All its Sites share it, and so tell what an earlier forward left behind.
+
+    A copy of the model, whose hook it is there too, counts by itself.
+    """
+
+    def __init__(self) -> None:
+        self.number = 0
+        self._then: tuple[int, Callable[[], bool]] | None = None
+
+    def start(self, *_: Any) -> None:
+        """At the start of each eager forward: the hook of the model. What is pending from before is dropped."""
+        self.number += 1
+        if self._then is not None and self.number >= self._then[0] and self._then[1]():
+            self._then = None
+
+    def at_second(self, action: Callable[[], bool]) -> None:
+        """Run `action` when the second forward from now starts, and at each later start until it returns True."""
+        self._then = self.number + 2, action
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return ForwardCount, ()
 
 
 class Site:
@@ -48,6 +94,8 @@ class Site:
         norm: (sum, residual or None) -> (norm_out, residual_out): the host's own norm.
         limit: the most rows that are fused; None means any number.
         user: who runs now, for example (thread, stream); two users at once are an error.
+        hooks: the hooks of the layers at both ends that would read a partial sum; empty ones cost nothing.
+        forwards: of the model, shared by its Sites; without it a forward that raised costs the next one an error.
     """
 
     def __init__(
@@ -59,6 +107,8 @@ class Site:
         norm: Norm,
         limit: int | None,
         user: Callable[[], Hashable] = threading.get_ident,
+        hooks: tuple[Sized, ...] = (),
+        forwards: ForwardCount | None = None,
     ):
         self.name = name
         self.limit = limit
@@ -66,11 +116,15 @@ class Site:
         by_number[self.number] = self
         self.calls: Counter[str] = Counter()  # by "fused", or the code of the reason why not
         self.checked = True  # off where a tracer may take a hand-over and its finish apart
+        self.refuses_gradients = True  # off where the host only infers, whether it records gradients or not
         self.handed = 0  # partial sums handed over since the proving pass began
-        self._fused, self._reduce, self._norm, self._user = fused, reduce, norm, user
+        self.whole: Tensor | None = None  # in the proving pass, the host's own sum where it adds in another order
+        self._fused, self._reduce, self._norm, self._user, self._hooks = fused, reduce, norm, user, hooks
         self._proven = False
-        self._prove: Callable[[Site, Tensor, Tensor, Norm], Finished] | None = None
-        self._pending: tuple[Tensor, Hashable] | None = None
+        self._prover: Prover | None = None
+        self._forwards = forwards or ForwardCount()
+        # (the tensor, its user, the number of the forward, its in-place version, what the proving pass finishes)
+        self._pending: tuple[Tensor, Hashable, int, int, Tensor] | None = None
 
     @property
     def proven(self) -> bool:
@@ -92,45 +146,70 @@ class Site:
     def hand_over(self, partial: Tensor) -> Tensor:
         """The producer's end: give the partial sum away unreduced. Returns it, the very same object.
 
-        Raises: HandOverError: one is still unfinished. A second try after the error starts afresh.
+        One that a forward left behind when it raised is dropped.
+        Raises: HandOverError: one of this forward is still unfinished. A second try after the error starts afresh.
         """
-        if not self.checked or not _rows(partial):  # a host may skip its norm where there are no rows
+        for hooks in self._hooks:
+            if hooks:
+                self._say_hooked()
+        if not _rows(partial):  # a host may skip its norm where there are no rows
+            if self._prover is not None:
+                self._prover.keep(self, partial)
             return partial
-        user = self._user()
-        if self._pending is not None:
-            first = self._pending[1]
-            if first != user:
-                raise HandOverError(because("two_users", site=self.name, first=str(first), second=str(user)))
+        if not self.checked and self._prover is None:
+            return partial
+        user, pending, forward = self._user(), self._pending, self._forwards.number
+        if pending is not None and pending[2] == forward:
+            if pending[1] != user:
+                self._wrong("two_users", first=str(pending[1]), second=str(user))
             self._pending = None
-            raise HandOverError(because("double_hand_over", site=self.name))
-        self._pending = (partial, user)
+            self._wrong("double_hand_over")
+        kept = partial if self._prover is None else self._prover.keep(self, partial)
+        self._pending = (partial, user, forward, getattr(partial, "inplace_version", 0), kept)
         self.handed += 1
         return partial
 
     def finish(self, partial: Tensor, residual: Tensor | None, norm: Norm | None = None) -> Finished:
         """The norm's end, eager: check that this is what was handed over, then `complete` it.
 
-        Raises: HandOverError: nothing, or another tensor, was handed over, or by another user.
+        Raises: HandOverError: nothing, or another tensor, was handed over, or by another user, or it was changed in
+            place since.
         """
-        self._take(partial)
-        return self.complete(partial, residual, norm)
+        return self.complete(self._take(partial), residual, norm)
 
     def finish_stock(self, partial: Tensor, residual: Tensor | None, norm: Norm) -> Finished:
         """The norm's end where the host asks for another norm in this call: never fused. Raises as `finish` does."""
-        self._take(partial)
-        return self.stock(partial, residual, norm)
+        return self.stock(self._take(partial), residual, norm)
 
-    def _take(self, partial: Tensor) -> None:
-        if not self.checked or not _rows(partial):
-            return
+    def _take(self, partial: Tensor) -> Tensor:
+        """What is to be finished: the tensor itself, once it is known to be what was handed over."""
+        if not _rows(partial) or not (self.checked or self._prover is not None):
+            return partial
         pending, self._pending = self._pending, None
-        if pending is None:
-            raise HandOverError(because("nothing_handed_over", site=self.name))
-        if pending[0] is not partial:
-            raise HandOverError(because("other_tensor", site=self.name))
-        if pending[1] != self._user():
-            first, second = str(pending[1]), str(self._user())
-            raise HandOverError(because("two_users", site=self.name, first=first, second=second))
+        if pending is None or pending[2] != self._forwards.number:
+            self._wrong("nothing_handed_over")
+            return partial
+        tensor, first, _, version, kept = pending
+        if first != (second := self._user()):  # before the tensor, which is another one if two forwards run at once
+            self._wrong("two_users", first=str(first), second=str(second))
+        elif tensor is not partial:
+            self._wrong("other_tensor")
+        elif getattr(partial, "inplace_version", 0) != version:
+            self._wrong("changed_in_place")
+        return partial if self._prover is None else self._prover.take(self, partial, kept)
+
+    def _wrong(self, code: str, **facts: str) -> None:
+        """Raise, or in the proving pass record: there the other ranks are still to be heard."""
+        reason = because(code, site=self.name, **facts)
+        if self._prover is None:
+            raise HandOverError(reason)
+        self._prover.miss(reason)
+
+    def _say_hooked(self) -> None:
+        """Once. What a hook changes, the next finish finds; one that only looks gets a partial sum."""
+        self._hooks = ()
+        reason = because("hooked", layer=self.name)
+        logger.warning("fd_fusion: %s; %s", reason, reason.remedy)
 
     def complete(self, partial: Tensor, residual: Tensor | None, norm: Norm | None = None) -> Finished:
         """Finish a partial sum [..., H] of T rows: one kernel if `fuses(T)`, else all-reduce and the stock norm.
@@ -142,24 +221,43 @@ class Site:
             self.calls["fused"] += 1
             return self._fused(partial, residual)
         self.calls[self.why_not(rows).code] += 1
-        if self._prove is not None and rows:
-            return self._prove(self, partial, residual, norm or self._norm)
+        if self._prover is not None and rows:
+            return self._prover.prove(self, partial, residual, norm or self._norm)
         return self.stock(partial, residual, norm or self._norm)
 
     def stock(self, partial: Tensor, residual: Tensor | None, norm: Norm) -> Finished:
         """All-reduce, then the host's norm: what the host does without us, bit for bit."""
-        return norm(self._reduce(partial) if _rows(partial) else partial, residual)
+        return norm(self.total(partial), residual)
+
+    def total(self, partial: Tensor) -> Tensor:
+        """The host's own all-reduce."""
+        return self._reduce(partial) if _rows(partial) else partial
+
+    @property
+    def proving(self) -> bool:
+        return self._prover is not None
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         """None in a copy of a layer: what a Site calls belongs to the layers that it was made for."""
         return type(None), ()
 
-    def start_proof(self, prove: Callable[[Site, Tensor, Tensor, Norm], Finished]) -> None:
-        """Until `end_proof`, nothing is fused and every finish goes through `prove`."""
-        self._proven, self._prove, self._pending, self.handed = False, prove, None, 0
+    def start_proof(self, prover: Prover) -> None:
+        """Until `end_proof`, nothing is fused, every finish goes through `prover`, and a misuse is told to it."""
+        self._proven, self._prover, self._pending, self.handed = False, prover, None, 0
 
     def end_proof(self, proven: bool) -> None:
-        self._proven, self._prove, self._pending = proven, None, None
+        self._proven, self._prover, self._pending, self.whole = proven, None, None, None
+
+    def holds(self, tensor: Any) -> bool:
+        """Whether this very tensor is handed over and not finished."""
+        return self._pending is not None and self._pending[0] is tensor
+
+    def close(self) -> None:
+        """Every later use raises `closed`, from a layer that was kept or a graph that was traced."""
+        self.end_proof(False)
+        self._fused = self._reduce = self._norm = closed
+        for entry in ("hand_over", "finish", "finish_stock", "complete", "stock", "fused"):
+            setattr(self, entry, closed)
 
     def fused(self, partial: Tensor, residual: Tensor | None) -> Finished:
         """The fused call by itself, for the proving pass."""

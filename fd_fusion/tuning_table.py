@@ -82,34 +82,39 @@ def versions_here() -> dict[str, str]:
         ("flashinfer", ("flashinfer-python-paddle", "flashinfer-python")),
     ):
         for name in names:
-            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            with contextlib.suppress(importlib.metadata.PackageNotFoundError, KeyError):  # or its METADATA is broken
                 found.setdefault(key, f"{name} {importlib.metadata.version(name)}")
     return found
 
 
-def table_path(environ: Mapping[str, str] = os.environ) -> Path:
-    """limits.json in the user's cache directory."""
+def table_path(environ: Mapping[str, str] = os.environ) -> Path | None:
+    """limits.json in the user's cache directory; None for a user who has no home and named no other folder."""
     base = environ.get("XDG_CACHE_HOME") or ""
-    root = Path(base) if os.path.isabs(base) else Path.home() / ".cache"
-    return root / "fd_fusion" / "limits.json"
+    try:
+        root = Path(base) if os.path.isabs(base) else Path.home() / ".cache"
+    except RuntimeError:  # a container's user, with neither HOME nor an entry in the password file
+        return None
+    return root / "fd_fusion" / "limits.json" if root.is_absolute() else None
 
 
-def read_limits(key: Fingerprint, path: Path) -> tuple[Limits | None, Reason | None]:
+def read_limits(key: Fingerprint, path: Path | None) -> tuple[Limits | None, Reason | None]:
     """The limits for this fingerprint, or why none are used. (None, None): nothing was measured for it."""
+    if path is None:
+        return None, None
     try:
         entries = _read(path)
         same = [one for one in entries if all(one["for"][name] == getattr(key, name) for name in _KEYS)]
         for one in same:
             if one["for"]["versions"] == dict(key.versions):
                 return Limits.from_dict(one["limits"]), None
+        if not same:
+            return None, None
+        return None, because("table_stale", got=_told(same[-1]["for"]["versions"]), need=_told(key.versions))
     except FileNotFoundError:
         return None, None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         text = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
         return None, because("table_unusable", path=str(path), error=text)
-    if not same:
-        return None, None
-    return None, because("table_stale", got=_told(same[-1]["for"]["versions"]), need=_told(key.versions))
 
 
 def store_limits(key: Fingerprint, limits: Limits, path: Path) -> None:
@@ -123,7 +128,7 @@ def store_limits(key: Fingerprint, limits: Limits, path: Path) -> None:
         "limits": limits.to_dict(),
         "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
     }
-    text = json.dumps({"schema": _SCHEMA, "entries": [*entries, entry]}, indent=1)
+    text = json.dumps({"schema": _SCHEMA, "entries": [*entries, entry]}, indent=1, allow_nan=False)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     part.unlink(missing_ok=True)
     fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
@@ -154,9 +159,16 @@ def table_lock(path: Path) -> Iterator[None]:
 def _read(path: Path) -> list[dict[str, Any]]:
     """The entries of the file. Raises OSError, and ValueError for what is not to be believed."""
     fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
-    with os.fdopen(fd) as file:
+    try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):  # a folder in its place has no text
+            raise ValueError("it is not a small regular file")
+        file = os.fdopen(fd, encoding="utf-8")
+    except BaseException:
+        os.close(fd)
+        raise
+    with file:
         found = os.fstat(fd)
-        if not stat.S_ISREG(found.st_mode) or found.st_size > _LARGEST:
+        if found.st_size > _LARGEST:
             raise ValueError("it is not a small regular file")
         if found.st_uid != os.geteuid() or found.st_mode & 0o022:
             raise ValueError("others own it or may write to it")

@@ -17,6 +17,7 @@ from fd_fusion.integration.binding import _site_of
 from fd_fusion.integration.opening import Opening
 from fd_fusion.integration.pairs import Pair
 from fd_fusion.layers.rms_norm import RMSNorm
+from fd_fusion.site import ForwardCount
 from fd_fusion.tuning import Facts
 
 SIZE, ROWS, H = 2, 16, 4096
@@ -52,7 +53,7 @@ def pair_of(norm, weight_dtype):
 def pair_and_step():
     """A proven Site and one turn of it: hand over, finish."""
     opened = opened_with(lambda constants: lambda *args: None)
-    site = _site_of(pair_of(RMSNorm(H, dtype="bfloat16"), "bfloat16"), Opening("triton", opened))
+    site = _site_of(pair_of(RMSNorm(H, dtype="bfloat16"), "bfloat16"), Opening("triton", opened), ForwardCount())
     site.end_proof(True)
     partial, residual = (paddle.ones([ROWS, H], dtype="bfloat16") for _ in range(2))
 

@@ -82,3 +82,14 @@ def test_a_malformed_source_is_named_but_only_if_it_wins():
         resolve(environ=bad)
     assert resolve("{}", environ=bad).config == FusionConfig()
     assert resolve(environ={**bad, **OFF}).config is None
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"max_token_num": ' + "1" * 5000 + "}"], ids=["deep", "long"])
+def test_json_beyond_pythons_limits_is_an_error_that_says_what_is_expected(text):
+    with pytest.raises(ValueError, match="is not JSON"):
+        FusionConfig.from_json(text)
+
+
+@pytest.mark.parametrize("changes, insists", [({}, False), ({"strict": True}, True), ({"backend": "triton"}, True)])
+def test_who_insists_has_named_a_backend_or_asked_for_strict(changes, insists):
+    assert FusionConfig(**changes).insists is insists

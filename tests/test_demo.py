@@ -1,5 +1,6 @@
 """`python -m fd_fusion demo`: the runs agree with the truth, and whatever goes wrong is told in one sentence."""
 
+import dataclasses
 import importlib.metadata
 import importlib.util
 import json
@@ -8,24 +9,28 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+import types
 from pathlib import Path
 
 import numpy as np
 import pytest
 from support.launch import launch
 
-from fd_fusion.cli import demo, demo_launch, demo_report
+from fd_fusion import __main__
+from fd_fusion.cli import demo, demo_launch, demo_report, run_folder
 from fd_fusion.cli.demo_config import DecoderConfig
 from fd_fusion.cli.demo_reference import Truth
+from fd_fusion.cli.plain_json import to_json
 
 ROOT = Path(__file__).parents[1]
 
 
-def start(tmp_path, *args):
+def start(tmp_path, *args, **variables):
     """The demo as a process of its own, its temporary folder inside `tmp_path`."""
     command = [sys.executable, "-m", "fd_fusion", "demo", *args]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)}
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path), **variables}
     pipe = subprocess.PIPE
     return subprocess.Popen(command, env=env, stdout=pipe, stderr=pipe, text=True, cwd=tmp_path)
 
@@ -43,7 +48,8 @@ def left_behind(tmp_path):
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(("nproc", "extra"), [(1, []), (2, ["--max-token-num", "4"]), (4, ["--steps", "2"])])
 def test_the_runs_agree(nproc, extra, tmp_path):
-    process = start(tmp_path, "--nproc", str(nproc), "--json", "out.json", *extra)
+    job = {"PADDLE_NNODES": "2", "PADDLE_MASTER": "10.0.0.1:9", "PADDLE_TRAINER_ID": "1"}  # of a job around us
+    process = start(tmp_path, "--nproc", str(nproc), "--json", "out.json", *extra, **job)
     out, err = process.communicate(timeout=280)
     assert process.returncode == 0, out + err
     assert err == "" and out.endswith("verdict: the numbers agree\n")
@@ -66,7 +72,6 @@ def test_the_runs_agree(nproc, extra, tmp_path):
 def test_json_has_these_keys(tmp_path):
     truth, results = made_up()
     outcome = demo_report.judge(DecoderConfig(), 2, truth, results)
-    json.dumps(outcome)
     expected = "version nproc decoder report calls difference budget step_ms prefill_ms ranks_bit_equal"
     assert list(outcome) == [*expected.split(), "weights_unchanged", "router_margin", "agree"]
     assert outcome["agree"]
@@ -109,6 +114,23 @@ def test_the_verdict_sees(fault):
     assert says.get(fault, "weights changed when bound") in demo_report.lines(outcome)[-1]
 
 
+@pytest.mark.parametrize("number", [np.nan, np.inf])
+def test_a_truth_that_is_no_number_agrees_with_nothing(number):
+    """A checkpoint that holds NaN: every error is NaN, and so is the budget."""
+    truth, results = made_up()
+    truth.logits[1, 2] = number
+    results[0]["bound"] = results[1]["bound"] = results[0]["stock"] = results[1]["stock"] = {
+        "logits": truth.logits.astype(np.float32).tobytes().hex(),
+        "ms": [2.0, 1.0],
+    }
+    outcome = demo_report.judge(DecoderConfig(), 2, dataclasses.replace(truth, plain_error=float(number)), results)
+    last = demo_report.lines(outcome)[-1]
+    assert not outcome["agree"] and last.startswith("verdict: the numbers do not agree: ")
+    assert "the exact result, or the same in float32, holds NaN or Inf; look at the weights" in last
+    text = to_json(outcome)
+    assert "NaN" not in text and "Infinity" not in text and json.loads(text)["difference"]["bound"] is None
+
+
 # --- what goes wrong ------------------------------------------------------------------------------------------------
 
 
@@ -137,6 +159,49 @@ def test_a_bad_argument_gets_one_sentence(args, says, capsys, monkeypatch):
     assert demo.main(args) == 2
     out, err = capsys.readouterr()
     assert says in err and err.startswith("fd-fusion demo: ") and err.count("\n") == 1 and not out
+
+
+GOOD = DecoderConfig().to_json()
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        ("[1]", "config.json holds a list, expected an object"),
+        ("[" * 100_000, "config.json cannot be read"),
+        ("{", "config.json cannot be read"),
+        ({**GOOD, "rms_norm_eps": "small"}, "rms_norm_eps is 'small'; give a number"),
+        ({**GOOD, "rms_norm_eps": float("nan")}, "rms_norm_eps is nan"),
+        ({**GOOD, "rms_norm_eps": -1.0}, "rms_norm_eps is -1.0"),
+        ({**GOOD, "rope_theta": None}, "rope_theta is None"),
+        ({**GOOD, "partial_rotary_factor": 1.5}, "partial_rotary_factor is 1.5"),
+        ({**GOOD, "norm_topk_prob": "no"}, "norm_topk_prob is 'no'; give true or false"),
+    ],
+    ids=lambda value: value[:40] if isinstance(value, str) else "",
+)
+def test_a_checkpoint_that_is_none_gets_one_sentence(config, says, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(demo, "launch", None)
+    text = config if isinstance(config, str) else json.dumps(config)
+    (tmp_path / "config.json").write_text(text)
+    assert demo.main(["--checkpoint", str(tmp_path)]) == 2
+    out, err = capsys.readouterr()
+    assert says in err and err.startswith("fd-fusion demo: ") and err.count("\n") == 1 and not out
+
+
+def test_a_full_temporary_folder_gets_one_sentence(capsys, monkeypatch, tmp_path):
+    """safetensors tells it with an error of its own."""
+    import safetensors.numpy
+
+    def save_file(*_, **__):
+        raise safetensors.SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(demo, "launch", None)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(safetensors.numpy, "save_file", save_file)
+    assert demo.main(["--hidden-size", "32"]) == 2
+    err = capsys.readouterr().err
+    assert "No space left on device" in err and "TMPDIR" in err and err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_missing_or_old_package_gets_one_sentence(capsys, monkeypatch):
@@ -174,17 +239,39 @@ def test_a_killed_rank_is_named(tmp_path):
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("late", [False, True])
-def test_ctrl_c_leaves_nothing(late, tmp_path):
+def test_ctrl_c_leaves_nothing(tmp_path):
     process = start(tmp_path, "--steps", "40", "--hidden-size", "64")
-    if late:
-        begun(process, tmp_path)
-    else:
-        while not list(tmp_path.glob("fd_fusion_demo_*/launcher.log")):
-            time.sleep(0.02)
+    while not list(tmp_path.glob("fd_fusion_demo_*/launcher.log")):
+        time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out, err) == (130, "", "fd-fusion demo: interrupted\n")
+    assert not left_behind(tmp_path)
+
+
+@pytest.mark.timeout(300)
+def test_a_terminal_that_closes_leaves_nothing(tmp_path):
+    process = start(tmp_path, "--steps", "40", "--hidden-size", "64")
+    begun(process, tmp_path)
+    process.send_signal(signal.SIGHUP)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (129, "", "")
+    assert not left_behind(tmp_path)
+
+
+@pytest.mark.timeout(300)
+def test_ranks_do_not_outlive_a_demo_that_is_killed(tmp_path, monkeypatch):
+    """Out of memory: nothing of ours runs on, so the folder stays until the next run starts."""
+    process = start(tmp_path, "--steps", "40", "--hidden-size", "64")
+    folder = begun(process, tmp_path)
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 10
+    while left_behind(tmp_path) != [folder]:
+        assert time.monotonic() < deadline, left_behind(tmp_path)
+        time.sleep(0.02)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    run_folder.remove_old()
     assert not left_behind(tmp_path)
 
 
@@ -216,10 +303,9 @@ def test_seeded_bugs_are_caught(tmp_path):
     results = launch("seeded_bug.py", 2, tmp_path)
     assert results[0].keys() == results[1].keys()
     codes = {
-        "forgets_to_reduce": ["forward_raised"],
+        "forgets_to_reduce": ["nothing_handed_over"],
         "flag_says_no": ["residual_differs"],
-        "reduces_after": ["already_reduced"],
-        "reduces_twice": ["already_reduced"],
+        "reduces_after": ["outputs_differ"],
     }
     for result in results:
         healthy = result.pop("healthy")
@@ -229,6 +315,8 @@ def test_seeded_bugs_are_caught(tmp_path):
             assert got["as_stock"], f"{name}: bind must not make it another model"
         for name, code in codes.items():
             assert result[name]["sites"] == 0 and set(code) <= set(result[name]["codes"]), result[name]
+        # The stock model reduces twice by itself, with our hand-over or without: bound it is that model.
+        assert result["reduces_twice"]["sites"] == 4 and not result["reduces_twice"]["codes"]
         assert result["reduces_before"]["sites"] == 3 and result["reduces_before"]["codes"] == ["reduced_inside"]
 
 
@@ -241,6 +329,40 @@ def test_seeded_bugs_are_caught(tmp_path):
 def test_the_command_line(args, code, says):
     run = subprocess.run([sys.executable, "-m", "fd_fusion", *args], capture_output=True, text=True, cwd=ROOT)
     assert run.returncode == code and says in run.stdout + run.stderr and "Traceback" not in run.stderr
+
+
+COMMANDS = ["demo", "doctor", "tune --hidden-size 256", "bench all-reduce", "serve", "reasons"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_working_folder_that_was_deleted(command, capsys, monkeypatch, tmp_path):
+    (gone := tmp_path / "gone").mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    assert __main__.main(command.split()) == 2
+    assert capsys.readouterr().err == (
+        f"fd-fusion {command.split()[0]}: the working folder is not there any more; change to one that is\n"
+    )
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_what_the_system_refuses_is_one_sentence(command, capsys, monkeypatch):
+    """Whatever a command does not know of: no memory for a process, a full disk, a folder of somebody else."""
+
+    def main(argv):
+        raise OSError(28, "No space left on device", "/some/file")
+
+    monkeypatch.setattr(__main__, "_module", lambda command: types.SimpleNamespace(main=main))
+    assert __main__.main(command.split()) == 2
+    name = command.split()[0]
+    assert capsys.readouterr().err == f"fd-fusion {name}: [Errno 28] No space left on device: '/some/file'\n"
+
+
+def test_a_full_place_for_the_output():
+    with open("/dev/full", "wb") as full:
+        argv = [sys.executable, "-m", "fd_fusion", "reasons"]
+        run = subprocess.run(argv, stdout=full, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    assert (run.returncode, run.stderr) == (2, "fd-fusion reasons: [Errno 28] No space left on device\n")
 
 
 def test_nobody_reads_the_output():

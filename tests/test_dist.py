@@ -1,7 +1,7 @@
 """The rank scripts of tests/dist, as real processes under paddle.distributed.launch (gloo, no GPU)."""
 
 import pytest
-from support.launch import launch
+from support.launch import launch, spawn
 
 
 @pytest.mark.parametrize("nproc, args", [(1, []), (2, []), (4, ["auto", "eager"]), (2, ["triton", "eager"])])
@@ -26,3 +26,59 @@ def test_subgroups(tmp_path):
     results = launch("subgroups.py", 4, tmp_path)
     bits = [result["bits"] for result in results]
     assert bits[0] == bits[1] != bits[2] == bits[3]
+
+
+def test_paddle_spawn(tmp_path):
+    for result in spawn("spawned.py", 2, tmp_path):
+        assert result["sites"] == 2 and result["off"] is None and result["worst"] < 1e-5
+
+
+SITE = "layers.1.self_attn.o_proj -> layers.1.post_attention_layernorm"
+MISSES = {  # scenario: (reason, what its sentence names)
+    "delta_in_place": ("changed_in_place", SITE),
+    "overwritten_in_place": ("overwritten", SITE),
+    "reduced_again": ("outputs_differ", SITE),
+    "reader_between": ("outputs_differ", "layers.1.mlp.down_proj -> layers.2.input_layernorm"),
+    "reader_after": ("outputs_differ", "output 0"),
+    "another_tensor": ("other_tensor", SITE),
+}
+
+
+def test_what_the_proving_pass_sees(tmp_path):
+    first, second = launch("proof_scenarios.py", 2, tmp_path)
+    assert first == second, "both ranks come to the same end"
+    for name, (code, text) in MISSES.items():
+        for found in first[name].values():
+            assert found["codes"] == [code] and text in found["text"], (name, found)
+            assert found["stock"] and not found["proven"], name
+    for name in ("healthy", "equal_shards", "nan_in_stock"):
+        for found in first[name].values():
+            assert found["proven"] and found["calls"] == 6 and not found["codes"], (name, found)
+    hooks = first["hooks"]
+    assert hooks["producer"]["codes"] == ["hooked"] and hooks["producer"]["calls"] == 5
+    assert hooks["around"]["codes"] == ["hooked"] and "layers.1.self_attn has" in hooks["around"]["text"]
+    assert hooks["around"]["stock"] and first["changed_after_bind"] == {"code": "changed_in_place"}
+    for found in first["zeros_then_weights"].values():
+        assert found == {"waiting": "zeros", "proven": True, "fused": 6, "near": True, "left": False}
+    assert first["no_rows_first"] == {"waiting": "no_rows_yet", "codes": [], "proven": True, "fused": 6}
+    raised = first["every_forward_raises"]
+    assert [one["raised"] for one in raised] == [False, True] * 3
+    for one, which in zip(raised, (1, 1, 2, 2, 3, 3)):
+        assert f"on purpose in forward {which}" in one["text"] and "rank 1" in one["text"]
+    step = "rank 1 left the stock forward of bind"
+    by_example, all_by_example, by_first, all_by_first = zip(*first["ranks_out_of_step"])
+    for found, off, unbound in (*by_example, *by_first):
+        assert off == "out_of_step" and unbound and "wrong numbers" not in found, found
+    for (told,), *_ in by_example:
+        assert told.startswith("out_of_step") and step in told and "on purpose" in told
+    for rank, (found, *_) in enumerate(by_first):
+        assert found[0] == "on purpose" if rank else step in found[0]
+        assert all(step in one for one in found[1:]), "no forward of it goes on, until it is unbound"
+    for found, off, unbound in all_by_example:
+        assert found == ["bound", "right", "right", "right"] and off is None and unbound
+    for found, off, unbound in all_by_first:
+        assert found == ["right"] * 3 and off is None and unbound
+    assert first["stock_does_not_repeat"] == {
+        "within": {"proven": True, "codes": [], "spread": True},
+        "stock_repeats": {"proven": False, "codes": ["outputs_differ"], "spread": False},
+    }

@@ -158,7 +158,7 @@ def test_a_bound_layer_cannot_be_copied():
     model, _ = build()
     found = find_pairs(model, "float32")[0][0]
     before = [dict(vars(part)) for part in (found.producer, found.norm)]
-    detach = _attach(found, site=None)
+    detach = _attach(found, site=SimpleNamespace())
     for part in (found.producer, found.norm):
         with pytest.raises(TypeError, match="unbind"):
             copy.deepcopy(part)

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent / "host"))
 from fd_fusion.config import ENV_CONFIG, ENV_DISABLE
 from fd_fusion.integration import fastdeploy as plugin
 from fd_fusion.integration import fastdeploy_worker as worker
-from fd_fusion.reasons import FusionTimeout, because
+from fd_fusion.reasons import BindError, FusionTimeout, because
 
 HOST = Path(__file__).parent / "host"
 LOADERS = """
@@ -207,6 +207,29 @@ def test_an_unforeseen_shape_of_the_host_is_one_warning_and_stock(monkeypatch, h
     assert "off" in caplog.text
 
 
+def test_strict_ends_the_load_of_a_model_that_cannot_fuse_but_for_a_rule(monkeypatch, host_worker):
+    """Expert parallel and FD_USE_PHI_RMSNORM raised nothing, and no report held such a model."""
+    from fd_fusion.integration import binding
+
+    class Model:
+        pass
+
+    monkeypatch.setenv(ENV_CONFIG, '{"strict": true}')
+    experts = fd_config_of()
+    experts.parallel_config.expert_parallel_size = 2
+    models = [Model(), Model(), Model()]
+    with pytest.raises(BindError, match="expert parallel"):
+        plugin._after_load(models[0], experts)
+    plugin._after_load(models[1], fd_config_of(size=1))
+    monkeypatch.setenv("FD_USE_PHI_RMSNORM", "1")
+    with pytest.raises(BindError, match="FD_USE_PHI_RMSNORM"):
+        plugin._after_load(models[2], fd_config_of())
+    monkeypatch.setenv(ENV_CONFIG, "{}")
+    plugin._after_load(models[2], fd_config_of())
+    codes = [binding._reports[model].off.code for model in models]
+    assert codes == ["expert_parallel", "one_rank", "proxy_rmsnorm"]
+
+
 @pytest.mark.parametrize("newer", [True, False])
 def test_no_token_leaves_after_a_timeout(newer, monkeypatch, host_worker):
     """Both places where a version publishes: the check runs first, and raises."""
@@ -243,10 +266,10 @@ def test_no_token_leaves_after_a_timeout(newer, monkeypatch, host_worker):
 
 def test_what_a_pooling_model_gives_waits_for_the_device(monkeypatch, host_worker):
     """It leaves in post_process in newer versions too, where nothing has waited for the step yet."""
-    from fd_fusion.integration import binding
+    from fd_fusion.integration import binding, lifecycle
 
     order = []
-    monkeypatch.setattr(binding, "report", lambda: ["a bound model"])
+    monkeypatch.setattr(lifecycle, "held", lambda: ("a workspace",))
     monkeypatch.setattr(binding, "check", lambda: order.append("check"))
     monkeypatch.setattr(worker, "_wait_for_device", lambda: order.append("wait"))
     monkeypatch.setattr(host_worker.runner, "_publish", lambda rank, tokens: order.append("publish"))
@@ -256,7 +279,14 @@ def test_what_a_pooling_model_gives_waits_for_the_device(monkeypatch, host_worke
     host_worker.runner.post_process(
         sampler_or_pooler_output=host_worker.runner.PoolerOutput(), model_output={"rank": 0}
     )
-    assert order == ["check"] + 2 * ["wait", "check", "publish"]
+    assert order == 2 * ["wait", "check", "publish"], "what leaves in _save_model_output is checked there, once"
+    runner = host_worker.runner.GPUModelRunner.__new__(host_worker.runner.GPUModelRunner)
+    runner._save_model_output({"rank": 0}, [1])
+    assert order[6:] == ["check", "publish"]
+    monkeypatch.setattr(lifecycle, "held", tuple)
+    monkeypatch.setattr(binding, "report", lambda: [SimpleNamespace(sites=[], off="by a rule")])
+    host_worker.runner.post_process(host_worker.runner.PoolerOutput(), {"rank": 0})
+    assert order[8:] == ["check", "publish"], "nothing is open, so nothing can be wrong: the host need not wait"
 
 
 def test_a_runner_that_a_plugin_brings(monkeypatch, host_worker, caplog):
@@ -289,20 +319,21 @@ def test_a_waiting_model_is_proven_before_capture_and_frozen_after(monkeypatch, 
 
     class Model:
         def forward(self):
-            order.append("forward")
+            """Not noted."""
 
     model = Model()
     gpu_worker.model_runner = SimpleNamespace(
         model=model,
         _dummy_run=lambda num_tokens, batch_size: order.append(f"dummy {num_tokens}"),
-        capture_model=lambda: order.append("capture"),
+        capture_model=lambda: order.append("capture as stock" if model.forward() else "capture"),
     )
     gpu_worker.graph_optimize_and_warm_up_model()
-    waiting = lambda: None  # noqa: E731
-    waiting.binds_at_first_call = True
+    waiting = lambda: 1 / 0  # noqa: E731  # voting while a graph is captured
+    waiting.binds_at_first_call, waiting.__wrapped__ = True, lambda: "stock"
     model.__dict__["forward"] = waiting
     gpu_worker.graph_optimize_and_warm_up_model()
-    assert order == ["capture", "freeze", "dummy 2", "capture", "freeze"]
+    assert order == ["capture", "freeze", "dummy 2", "capture as stock", "freeze"]
+    assert model.__dict__["forward"] is waiting, "tried again afterwards"
 
 
 def test_a_host_that_gives_out_our_own_logger(monkeypatch):

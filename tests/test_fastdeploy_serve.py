@@ -1,11 +1,14 @@
 """`fd_fusion serve` and the contract host's api server: argument, environment, plugin, profile, tokens, SIGTERM."""
 
+import contextlib
 import json
+import logging
 import os
 import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,8 @@ from support.segments import left, none_left
 
 from fd_fusion.cli import demo_launch, serve
 from fd_fusion.config import ENV_CONFIG
+from fd_fusion.integration import fastdeploy_log
+from fd_fusion.integration.fastdeploy_log import mark_of
 from fd_fusion.reasons import because
 
 HERE = Path(__file__).parent
@@ -173,6 +178,86 @@ class _Server:
     def poll(self):
         self.polls -= 1
         return None if self.polls > 0 else 0
+
+
+def test_the_watcher_tells_two_servers_in_one_folder_apart(tmp_path, capsys):
+    log = tmp_path / "fd_fusion.log"
+    log.write_text(f"fd_fusion 0.1.0: 92 sites{mark_of('7-a')}\nfd_fusion 0.1.0: 91 sites\n")
+    serve._watch(log, {}, _Server(9), 0.05, mark_of("8-a"))
+    assert "warning" in capsys.readouterr().err
+    with log.open("a") as lines:
+        lines.write(
+            f"fd_fusion 0.1.0: M: off: here is why{mark_of('8-a')}\nfd_fusion 0.1.0: 90 sites{mark_of('7-a')}\n"
+        )
+    serve._watch(log, {}, _Server(9), 0.05, mark_of("8-a"))
+    assert capsys.readouterr().err == "fd_fusion: off: here is why\n"
+
+
+@pytest.mark.parametrize("same", [False, True], ids=["passed on", "the very logger"])
+def test_a_rank_says_which_server_it_is_of(same, monkeypatch):
+    lines = []
+    target = fastdeploy_log.logger if same else logging.Logger("of the host")
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    utils = types.SimpleNamespace(get_logger=lambda *_: target)
+    monkeypatch.setitem(sys.modules, "fastdeploy", types.SimpleNamespace(utils=utils))
+    monkeypatch.setitem(sys.modules, "fastdeploy.utils", utils)
+    monkeypatch.setattr(fastdeploy_log.logger, "handlers", [])
+    monkeypatch.setattr(fastdeploy_log.logger, "filters", [])
+    monkeypatch.setattr(fastdeploy_log.logger, "level", logging.INFO)
+    target.addHandler(handler)
+    fastdeploy_log.log_to_host()
+    fastdeploy_log.logger.warning("%d sites", 3)
+    monkeypatch.setenv(fastdeploy_log.ENV_RUN, "7-a")
+    fastdeploy_log.log_to_host()
+    fastdeploy_log.logger.warning("%d sites", 4)
+    fastdeploy_log.logger.warning("fd_fusion metrics %s", "{}")
+    assert lines == ["3 sites", "4 sites [server 7-a]", "fd_fusion metrics {}"]
+
+
+COUNTS = """
+import os, signal, time
+came = []
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, lambda got, _: came.append(got))
+print(os.getpid(), os.getpgrp(), flush=True)
+while not came:
+    time.sleep(0.02)
+time.sleep(0.2)
+print(*map(int, came), flush=True)
+"""
+SERVES = """
+import sys
+from fd_fusion.cli import serve
+serve.SERVER, serve._plugin_names = "counts", lambda: [serve.PLUGIN]
+serve.importlib.util.find_spec = lambda name: name
+sys.exit(serve.main([]))
+"""
+
+
+@pytest.mark.parametrize("how", ["a terminal's Ctrl-C", "killed"])
+def test_the_server_gets_one_signal(how, tmp_path):
+    """A terminal sends SIGINT to every process of its group. Where we are killed, the server is asked to end."""
+    (tmp_path / "counts.py").write_text(COUNTS)
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(HERE.parent)]), "FD_FUSION_DISABLE": "1"}
+    with subprocess.Popen(
+        [sys.executable, "-c", SERVES], env=env, stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as ours:
+        server, its_group = map(int, ours.stdout.readline().split())
+        try:
+            assert its_group != ours.pid, "the terminal's own SIGINT would come beside the one that is passed on"
+            if how == "killed":
+                ours.kill()
+            else:
+                os.killpg(ours.pid, signal.SIGINT)
+            deadline = time.monotonic() + 20
+            while demo_launch._alive(server) and time.monotonic() < deadline:
+                time.sleep(0.02)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(server, signal.SIGKILL)
+        out = ours.stdout.read()
+    assert out == f"{int(signal.SIGTERM if how == 'killed' else signal.SIGINT)}\n"
 
 
 def test_the_watcher_warns_when_no_rank_speaks(tmp_path, capsys):

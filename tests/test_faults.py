@@ -54,12 +54,6 @@ def test_a_rank_that_exits_in_the_middle_of_a_step():
     assert "missing rank 1" in ended[0].text
 
 
-def test_sigterm_in_a_call_takes_no_memory_from_under_it():
-    ended = run("sigterm_in_call")
-    ended_well(ended)
-    assert "the host's handler" in ended[0].text
-
-
 def test_two_jobs_at_once():
     with concurrent.futures.ThreadPoolExecutor() as pool:
         for job in [pool.submit(run_ranks, "triton_calls.py", 2, "together", timeout_s=90) for _ in range(2)]:

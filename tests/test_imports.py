@@ -1,6 +1,7 @@
 """What importing loads, and who may import whom (design: one direction, no level imports itself)."""
 
 import ast
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "fd_fusion"
 LEVELS = [
     {"reasons", "reference", "__init__"},
-    {"config", "tuning", "tuning_table", "site"},
+    {"config", "exact", "tuning", "tuning_table", "site"},
     {"runtime", "runtime_triton", "runtime_flashinfer", "comm", "kernels"},
     {"backends"},
     {"layers"},
@@ -41,6 +42,7 @@ def run(code: str) -> str:
 def test_import_loads_no_framework():
     got = run(
         "import sys; import fd_fusion, fd_fusion.config, fd_fusion.site, fd_fusion.reasons, fd_fusion.comm.group; "
+        "import fd_fusion.layers; dir(fd_fusion), dir(fd_fusion.layers); "
         "fd_fusion.FusionConfig; print([m for m in sys.modules if m.split('.')[0] in "
         f"{sorted(FRAMEWORKS)!r}])"
     )
@@ -62,6 +64,38 @@ def test_public_names_resolve():
     assert names == "[]"
 
 
+@pytest.mark.parametrize("package", ["fd_fusion", "fd_fusion.layers"])
+def test_the_lazy_names_are_known_before_they_are_used(package):
+    """To dir(), to `from ... import *`, and to editors and type checkers, which read and do not run."""
+    module = importlib.import_module(package)
+    assert set(module.__all__) <= set(dir(module))
+    source = ast.parse(Path(module.__file__).read_text())
+    read = [name for node in source.body if _for_type_checkers(node) for name in _names(node)]
+    assert sorted(read) == sorted(set(module.__all__) - {"__version__"}) == sorted(module._HOME)
+    (listed,) = (node.value for node in source.body if isinstance(node, ast.Assign) and _target(node) == "__all__")
+    assert ast.literal_eval(listed) == module.__all__, "a list that can be read without running"
+
+
+def test_names_of_a_subpackage():
+    code = "from fd_fusion.layers import *; import fd_fusion; print(RMSNorm is fd_fusion.RMSNorm, QKRMSNorm.__name__)"
+    assert run(code) == "True QKRMSNorm"
+    with pytest.raises(ImportError, match="no_such"):
+        from fd_fusion.layers import no_such  # noqa: F401
+
+
+def _for_type_checkers(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+
+
+def _names(block: ast.If):
+    """Names that a block imports for others to use: `from x import y as y`."""
+    return [alias.asname for node in block.body for alias in node.names if alias.asname == alias.name]
+
+
+def _target(node: ast.Assign) -> str:
+    return getattr(node.targets[0], "id", "")
+
+
 def _unit(module: str) -> str:
     """The part that a module belongs to: "comm" for fd_fusion.comm.group."""
     return module.split(".")[1] if "." in module else "__init__"
@@ -73,7 +107,10 @@ def _imports(path: Path):
     inside = {
         id(n) for f in ast.walk(tree) if isinstance(f, ast.FunctionDef | ast.AsyncFunctionDef) for n in ast.walk(f)
     }
+    unread = {id(n) for block in ast.walk(tree) if _for_type_checkers(block) for n in ast.walk(block)}
     for node in ast.walk(tree):
+        if id(node) in unread:
+            continue
         if isinstance(node, ast.Import):
             yield from ((alias.name, id(node) in inside) for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.level == 0:

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from fd_fusion.comm.group import Group
 from fd_fusion.config import FusionConfig
-from fd_fusion.integration import metrics
+from fd_fusion.integration import binding, lifecycle, metrics
 from fd_fusion.integration.opening import Opening
 from fd_fusion.integration.report import Report, SiteLine
 from fd_fusion.reasons import FusionTimeout, because
@@ -51,6 +52,7 @@ def report_of(opened, sites=3, **more):
 def fresh(monkeypatch):
     monkeypatch.setattr(metrics, "_next", 0.0)
     monkeypatch.setattr(metrics, "_exporter", None)
+    monkeypatch.setattr(metrics, "_failures", set())
     monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR", raising=False)
 
 
@@ -91,11 +93,15 @@ def test_a_small_workspace_is_not_told_as_none(nbytes, told, monkeypatch):
     assert f", workspace {told}, group" in report_of(Opened()).lines()[0]
 
 
-def test_totals():
-    counted, nbytes = metrics.totals([report_of(Opened(rows=50, timeouts=1)), report_of(Opened(rows=4))])
+def test_totals(monkeypatch):
+    monkeypatch.setattr(lifecycle, "_held", ())
+    opened = [Opened(rows=50, timeouts=1), Opened(rows=4)]
+    for one in (*opened, Opened()):
+        lifecycle.hold(Group("g", 0, 2, (0, 1), None), one)
+    counted, nbytes = metrics.totals([report_of(one) for one in opened])
     assert counted["finished", "fused", ""] == 12 and counted["finished", "stock", "too_many_rows"] == 6
     assert counted["device_rows", "triton"] == 54 and counted["timeouts",] == 1
-    assert nbytes == 2 * (32 << 20), "each workspace once, however many sites it has"
+    assert nbytes == 3 * (32 << 20), "each workspace once, and that of a dropped model, which no report has any more"
 
 
 def test_one_line_of_json_a_minute(caplog, monkeypatch):
@@ -112,13 +118,37 @@ def test_one_line_of_json_a_minute(caplog, monkeypatch):
     assert len(caplog.records) == 2
 
 
-def test_a_timeout_is_told_at_once(caplog, monkeypatch):
-    from fd_fusion.integration import binding
+def bind(monkeypatch, opened):
+    monkeypatch.setattr(binding, "_bound", {"model": types.SimpleNamespace(report=report_of(opened))})
+    monkeypatch.setattr(lifecycle, "_held", ())
+    lifecycle.hold(Group("g", 0, 2, (0, 1), None), opened)
 
+
+def test_a_failing_reader_hides_no_timeout_and_holds_no_token_up(caplog, monkeypatch):
+    class CudaError(RuntimeError):
+        pass
+
+    def stats():
+        raise CudaError("cuMemcpyDtoHAsync_v2: CUDA_ERROR_ILLEGAL_ADDRESS")
+
+    now = [0.0]
+    monkeypatch.setattr(metrics, "time", types.SimpleNamespace(monotonic=lambda: now.append(now[-1] + 61) or now[-1]))
+    opened = Opened()
+    opened.stats, opened.check = stats, lambda: None
+    bind(monkeypatch, opened)
+    for _ in range(3):
+        binding.check()
+    opened.check = lambda: (_ for _ in ()).throw(FusionTimeout(because("aborted")))
+    with pytest.raises(FusionTimeout):
+        binding.check()
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert "CudaError: cuMemcpyDtoHAsync_v2" in line
+
+
+def test_a_timeout_is_told_at_once(caplog, monkeypatch):
     caplog.set_level(logging.INFO, "fd_fusion")
     opened = Opened(timeouts=1)
-    state = types.SimpleNamespace(openings=[types.SimpleNamespace(opened=opened)], report=report_of(opened))
-    monkeypatch.setattr(binding, "_bound", {"model": state})
+    bind(monkeypatch, opened)
     opened.check = lambda: None
     binding.check()
 
@@ -144,6 +174,19 @@ def test_without_prometheus_client_the_log_says_so(caplog, monkeypatch):
     monkeypatch.setitem(sys.modules, "prometheus_client", None)
     assert metrics.choose({"PROMETHEUS_MULTIPROC_DIR": "/tmp"}) is metrics.to_log
     assert "prometheus_client is not installed" in caplog.text
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("prometheus_client"), reason="prometheus_client is not installed")
+@pytest.mark.parametrize("name", ["PROMETHEUS_MULTIPROC_DIR", "prometheus_multiproc_dir"])
+def test_prometheus_client_that_was_imported_too_early(name, caplog, monkeypatch, tmp_path):
+    """It looks at its variable once, at import: set later, the numbers would stay in this process."""
+    from prometheus_client import values
+
+    monkeypatch.setattr(values, "ValueClass", values.MutexValue)  # as where no variable is set
+    made = []
+    monkeypatch.setattr(metrics, "Prometheus", lambda: made.append(1))
+    assert metrics.choose({name: str(tmp_path)}) is metrics.to_log and not made
+    assert f"prometheus_client was imported before {name} was set" in caplog.text
 
 
 WORKER = """

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fd_fusion.reasons import TABLE, FusionError, Reason, because
+from fd_fusion.reasons import TABLE, FusionError, Reason, because, refused_by
 
 SOURCES = sorted((Path(__file__).parents[1] / "fd_fusion").rglob("*.py"))
 
@@ -38,3 +38,26 @@ def test_every_reason_is_used_and_every_used_one_exists():
     assert used <= set(TABLE), used - set(TABLE)
     named = {code for code in TABLE if re.search(rf'"{code}"', text.replace(f'"{code}": Entry', ""))}
     assert named == set(TABLE), f"never used: {sorted(set(TABLE) - named)}"
+
+
+def test_a_reason_of_another_version_is_kept_as_it_was_told():
+    """An unknown code, or a known one with other facts: it became "there is no store to vote over"."""
+    for told in (
+        {"code": "new_in_2", "facts": {"x": 1}, "text": "the new thing is off", "remedy": "turn it on"},
+        {"code": "too_many_rows", "facts": {"rows": 1}, "text": "T=1 is too many", "remedy": "fewer"},
+    ):
+        reason = Reason.from_dict(told)
+        assert reason.to_dict() == told and (str(reason), reason.remedy) == (told["text"], told["remedy"])
+        assert Reason.from_dict(refused_by(1, reason).to_dict()).cause == reason
+    for broken in (None, 3, {}, {"code": "x", "facts": {}}, {"code": [], "facts": {}, "text": "", "remedy": ""}):
+        with pytest.raises(ValueError, match="not a reason"):
+            Reason.from_dict(broken)
+
+
+def test_a_refusal_hands_on_what_was_refused():
+    cause = because("hidden_size", got=30, need="a multiple of 8")
+    reason = refused_by(2, refused_by(1, cause).cause)
+    assert str(reason) == f"rank 2 refused: {cause}" and reason.remedy == f"on rank 2: {cause.remedy}"
+    assert reason.root == cause and reason.to_dict()["cause"] == cause.to_dict()
+    assert Reason.from_dict(reason.to_dict()) == reason
+    assert cause.remedy in str(FusionError(reason))

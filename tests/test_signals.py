@@ -3,15 +3,16 @@
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
 from fd_fusion.cli import demo, serve
-from fd_fusion.cli.signals import held_back
+from fd_fusion.cli.signals import ending_well, held_back
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_arrives_after_the_block_and_once(number):
     came, done = [], []
     before = signal.signal(number, lambda got, _: came.append((got, list(done))))
@@ -38,6 +39,22 @@ def test_what_is_ignored_stays_ignored_by_the_child_too():
         signal.signal(signal.SIGINT, before)
 
 
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_it_ends_well(number, code):
+    with pytest.raises(SystemExit) as left, ending_well():
+        signal.raise_signal(number)
+    assert left.value.code == code
+
+
+def test_under_nohup_a_terminal_that_closes_ends_nothing():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with ending_well():
+            signal.raise_signal(signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 class Interrupted(subprocess.Popen):
     """Ctrl-C comes when the child exists and Popen has not returned: nobody has its id yet."""
 
@@ -62,7 +79,7 @@ def ended(pid):
 
 
 def test_the_demo_s_launcher_is_ended(interrupted, tmp_path, monkeypatch):
-    monkeypatch.setattr(demo.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     with pytest.raises(KeyboardInterrupt):
         demo.main(["--hidden-size", "32", "--steps", "1"])
     assert len(interrupted) == 1 and ended(interrupted[0]) and not list(tmp_path.iterdir())

@@ -1,15 +1,18 @@
 """A Site by itself, with strings for tensors: who may hand over what, when it fuses, and what it counts."""
 
+import gc
 import threading
 
 import pytest
 
-from fd_fusion.reasons import HandOverError
-from fd_fusion.site import Site
+from fd_fusion.reasons import FusionError, HandOverError
+from fd_fusion.site import ForwardCount, Site, site_of
 
 
 class Fake:
-    """Stands for a tensor: only its shape counts."""
+    """Stands for a tensor: only its shape and its version count."""
+
+    inplace_version = 0
 
     def __init__(self, *shape):
         self.shape = shape
@@ -63,15 +66,69 @@ def test_nothing_fuses_before_the_proof():
     assert calls == ["reduce", "norm"] and site.calls == {"not_proven": 1} and not site.proven
 
 
+class Prover:
+    """The proving pass of a test: it notes what it is told."""
+
+    def __init__(self):
+        self.seen, self.missed = [], []
+
+    def keep(self, site, partial):
+        return ("kept", partial)
+
+    def take(self, site, partial, kept):
+        return kept[1]
+
+    def prove(self, *args):
+        self.seen.append(args)
+        return "stock", "sum"
+
+    def miss(self, reason):
+        self.missed.append(reason.code)
+
+
 def test_the_proving_pass_sees_every_finish_and_counts_hand_overs():
     site, calls = make(proven=False)
-    seen = []
-    site.start_proof(lambda *args: seen.append(args) or ("stock", "sum"))
-    finish(site, 2)
-    assert len(seen) == 1 and seen[0][0] is site and site.handed == 1 and calls == []
+    site.checked = False  # a host's graphs: what proves is eager all the same
+    site.start_proof(prover := Prover())
+    partial = finish(site, 2)
+    assert [args[:2] for args in prover.seen] == [(site, partial)] and site.handed == 1 and calls == []
     site.end_proof(True)
     finish(site, 2)
     assert calls == ["fused"]
+
+
+def test_in_the_proving_pass_a_misuse_is_recorded_and_nothing_is_raised():
+    site, _ = make()
+    site.start_proof(prover := Prover())
+    site.finish(Fake(1, 8), None)
+    site.hand_over(Fake(1, 8))
+    site.hand_over(partial := Fake(1, 8))
+    partial.inplace_version += 1
+    site.finish(partial, None)
+    site.hand_over(Fake(1, 8))
+    site.finish(Fake(1, 8), None)
+    assert prover.missed == ["nothing_handed_over", "double_hand_over", "changed_in_place", "other_tensor"]
+
+
+def test_a_change_in_place_between_the_ends_is_an_error():
+    site, calls = make()
+    partial = site.hand_over(Fake(1, 8))
+    partial.inplace_version += 1
+    with pytest.raises(HandOverError, match="a -> b") as error:
+        site.finish(partial, None)
+    assert error.value.reason.code == "changed_in_place" and calls == []
+    finish(site, 1)
+
+
+def test_a_hook_that_came_after_bind_is_told_once(caplog):
+    hooks = {}
+    site, _ = make(hooks=(hooks,))
+    finish(site, 1)
+    assert not caplog.records
+    hooks[0] = "a hook"
+    finish(site, 1)
+    finish(site, 1)
+    assert [record.levelname for record in caplog.records] == ["WARNING"] and "a -> b" in caplog.text
 
 
 def test_a_failure_in_the_fused_call_is_raised_and_never_falls_back():
@@ -130,3 +187,94 @@ def test_a_norm_given_with_the_call_takes_the_place_of_the_bound_one():
     partial = site.hand_over(Fake(3, 8))
     assert site.finish(partial, None, lambda total, residual: ("other", total)) == ("other", partial)
     assert calls == ["reduce"]
+
+
+def closed(use):
+    with pytest.raises(FusionError) as error:
+        use()
+    return error.value.reason.code == "closed"
+
+
+def test_a_closed_site_raises_from_every_entry():
+    """What it calls is gone: at T above the limit too, and at T=0, and with a partial sum handed over before."""
+    site, calls = make()
+    site.hand_over(partial := Fake(1, 8))
+    site.close()
+    for rows in (0, 1, 5):
+        assert closed(lambda: site.hand_over(Fake(rows, 8)))  # noqa: B023
+        assert closed(lambda: site.finish(partial, None)) and closed(lambda: site.complete(Fake(rows, 8), None))  # noqa: B023
+        assert closed(lambda: site.finish_stock(partial, None, lambda *_: ("out", "sum")))
+    assert closed(lambda: site.fused(partial, None)) and not site.fuses(1) and calls == []
+    site.close()
+
+
+def test_the_number_of_a_site_that_is_gone_is_closed():
+    site, _ = make()
+    number = site.number
+    assert site_of(number) is site
+    del site
+    gc.collect()
+    assert closed(lambda: site_of(number)) and closed(lambda: site_of("no such number"))
+
+
+def test_a_forward_that_raised_costs_the_next_one_nothing():
+    """On this rank alone perhaps: an error in its next forward would leave the other ranks waiting."""
+    forwards = ForwardCount()
+    site, calls = make(forwards=forwards)
+    forwards.start()
+    left = site.hand_over(Fake(1, 8))  # and then the forward raises
+    forwards.start()
+    finish(site, 1)
+    assert calls == ["fused"]
+    forwards.start()
+    site.hand_over(Fake(1, 8))
+    with pytest.raises(HandOverError) as error:
+        site.hand_over(Fake(1, 8))
+    assert error.value.reason.code == "double_hand_over", "twice in one forward is still an error"
+    site.hand_over(left)
+    forwards.start()
+    with pytest.raises(HandOverError) as error:
+        site.finish(left, None)
+    assert error.value.reason.code == "nothing_handed_over", "nor may a forward finish what another began"
+
+
+def test_two_forwards_at_once_are_an_error_of_one_of_them():
+    forwards = ForwardCount()
+    user = [1]
+    site, _ = make(forwards=forwards, user=lambda: user[0])
+    forwards.start()
+    first = site.hand_over(Fake(1, 8))
+    forwards.start()
+    user[0] = 2
+    site.hand_over(Fake(1, 8))
+    user[0] = 1
+    with pytest.raises(HandOverError) as error:
+        site.finish(first, None)
+    assert error.value.reason.code == "two_users"
+
+
+def test_what_is_to_be_done_at_the_second_forward_is_done_once_and_waits_until_it_may():
+    forwards, done, may = ForwardCount(), [], [False, True]
+    forwards.start()
+    forwards.at_second(lambda: done.append(forwards.number) or may[len(done) - 1])
+    for _ in range(6):
+        forwards.start()
+    assert done == [3, 4]
+
+
+def test_what_waits_for_the_second_forward_runs_in_a_later_one_too():
+    """A second forward that is skipped, since its start raised in another hook for example, skips nothing."""
+    forwards, done = ForwardCount(), []
+    forwards.at_second(lambda: done.append(forwards.number) or True)
+    forwards.number = 2
+    for _ in range(3):
+        forwards.start()
+    assert done == [3]
+
+
+def test_the_hosts_own_sum_does_not_outlive_the_proving_pass():
+    """A tensor of all rows of a profile run."""
+    site = Site("a -> b", fused=None, reduce=None, norm=None, limit=1)
+    site.whole = object()
+    site.end_proof(True)
+    assert site.whole is None

@@ -265,3 +265,11 @@ def test_the_whole_command_under_the_interpreter(cache):
     assert outcome["mode"] == "cpu" and outcome["stored"] is None
     assert set(outcome["times"]) == {"one_shot", "two_shot", "unfused"}
     assert "GPU" in outcome["skipped"]["flashinfer"] and not table_path().exists()
+
+
+def test_without_a_home_tune_says_so(monkeypatch, capsys):
+    """It was a traceback."""
+    monkeypatch.setattr(tune, "table_path", lambda: None)
+    monkeypatch.setattr(tune, "tune", lambda args: (_ for _ in ()).throw(OSError(2, "this user has none")))
+    assert tune.main(["--nproc", "2", "--hidden-size", "4096"]) == 1
+    assert "a home folder (this user has none): set XDG_CACHE_HOME" in capsys.readouterr().err

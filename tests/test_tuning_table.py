@@ -57,6 +57,53 @@ def test_other_versions_are_stale(path):
     assert "fd_fusion 0.1.0, triton 3.6.0" in str(reason) and "fd_fusion 0.2.0" in str(reason)
 
 
+def test_without_a_home_there_is_no_table_and_no_error(monkeypatch):
+    """Path.home() raised before the vote, for a user with neither HOME nor an entry in the password file."""
+
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(tuning_table.Path, "home", no_home)
+    assert table_path({}) is None and table_path({"XDG_CACHE_HOME": "relative"}) is None
+    assert read_limits(KEY, None) == (None, None)
+    assert table_path({"XDG_CACHE_HOME": "/there"}) is not None
+    monkeypatch.setattr(tuning_table.Path, "home", lambda: tuning_table.Path("relative"))
+    assert table_path({}) is None
+
+
+@pytest.mark.parametrize("how", ["folder", "not utf-8", "versions", "parent is a file", "unreadable fields"])
+def test_whatever_lies_where_the_table_should_be_is_a_reason(path, how):
+    data = json.loads(path.read_text())
+    if how == "folder":
+        path.unlink()
+        path.mkdir()
+    elif how == "not utf-8":
+        path.write_bytes(b"\xff\xfe" + path.read_bytes())
+    elif how == "parent is a file":
+        path = path / "limits.json"
+    else:
+        data["entries"][0]["for"]["versions"] = "none" if how == "versions" else {"triton": 3}
+        path.write_text(json.dumps(data))
+    files = len(os.listdir("/proc/self/fd"))
+    limits, reason = read_limits(KEY, path)
+    assert limits is None and reason.code == "table_unusable", reason
+    assert len(os.listdir("/proc/self/fd")) == files, "a file is left open"
+
+
+def test_a_failure_on_the_way_to_the_table_does_not_part_the_ranks(monkeypatch):
+    """The other ranks wait in the vote on the table."""
+
+    def broken():
+        raise RuntimeError("no such metadata")
+
+    monkeypatch.setattr(opening.tuning_table, "versions_here", broken)
+    cuda = type("Cuda", (), {"get_device_name": staticmethod(lambda: "GPU X")})
+    monkeypatch.setattr(opening.runtime_triton, "framework", lambda: type("Paddle", (), {"cuda": cuda}))
+    pair = type("Pair", (), {"hidden_size": 4096, "dtype": "bfloat16"})
+    limits, note = opening._tuned(Group("g", 0, 1, (0,), None), pair, 1.0)
+    assert limits is None and note.code == "table_unusable" and "no such metadata" in str(note)
+
+
 def entry(**limits):
     return {
         "for": {**vars(KEY)},

@@ -14,7 +14,7 @@ import paddle.distributed as dist
 
 from fd_fusion import runtime
 from fd_fusion.comm.group import Group
-from fd_fusion.reasons import Reason, because
+from fd_fusion.reasons import Reason, because, closed
 from fd_fusion.tuning import Facts, row_limit
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -114,6 +114,8 @@ class Opened:
     """Gather the partial sums and add them in rank order, in float32. Nothing is held open."""
 
     bytes = 0
+    in_rank_order = True  # the exact bits of the contract's sum
+    _closed = False
 
     def __init__(self, facts: Facts, group: Group):
         self.limit = row_limit(facts)
@@ -121,6 +123,7 @@ class Opened:
 
     def finish(self, partial, residual, weight, eps, weight_offset):
         """The formula of `reference.all_reduce_rms_norm`, in its order; [T, H] -> (norm_out, residual_out)."""
+        self._need_open()
         parts: list[paddle.Tensor] = []
         dist.all_gather(parts, partial.contiguous(), group=self._group.handle)
         total = parts[0].astype("float32")
@@ -133,15 +136,26 @@ class Opened:
 
     def check(self) -> None:
         """Nothing can run out of time here unseen: a collective of the framework raises by itself."""
+        self._need_open()
 
     def freeze(self) -> None:
         """Nothing to freeze."""
+        self._need_open()
+
+    def reset(self) -> None:
+        """Nothing to reset."""
+        self._need_open()
 
     def stats(self) -> dict[str, int]:
         return {}
 
     def close(self) -> None:
-        """Nothing to close."""
+        """Nothing to give back."""
+        self._closed = True
+
+    def _need_open(self) -> None:
+        if self._closed:
+            closed()
 
 
 def open(facts: Facts, group: Group) -> Opened:

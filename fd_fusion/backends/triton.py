@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fd_fusion import runtime_triton
+from fd_fusion.backends.triton_first_calls import run_all
 from fd_fusion.comm.cuda_ipc import CudaIpc
 from fd_fusion.comm.group import Group
 from fd_fusion.comm.posix_shm import PosixShm
@@ -21,7 +22,7 @@ from fd_fusion.comm.symmetric_memory import Maker, attempt, settle
 from fd_fusion.comm.workspace import Layout, Workspace, open_workspace
 from fd_fusion.kernels import plan as plans
 from fd_fusion.kernels.counts import Counts
-from fd_fusion.reasons import FusionTimeout, Reason, because
+from fd_fusion.reasons import FusionTimeout, Reason, because, closed
 from fd_fusion.tuning import NEVER, Facts, row_limit
 
 _CPU_PROGRAMS = 4  # rows in flight under the interpreter, where programs run one after another anyway
@@ -67,6 +68,8 @@ def open(facts: Facts, group: Group) -> Opened:
 
 class Opened:
     """One workspace and its kernels. `limit`: the most rows T of a call, None for any number."""
+
+    in_rank_order = True  # the exact bits of the contract's sum
 
     def __init__(self, facts: Facts, group: Group):
         """The local half of `open`: import and compile, no vote and no memory."""
@@ -140,6 +143,7 @@ class Opened:
         self._counts.start_anew()
 
     def stats(self) -> dict[str, Any]:
+        """Facts and counts; of a closed workspace those that need no memory."""
         plan, workspace = self._plan, self._workspace
         return {
             "bytes": workspace.bytes,
@@ -158,13 +162,18 @@ class Opened:
 
         rows: finished rows. calls: launches, which are calls where none has more rows than there are slots.
         """
-        data = self._maker.read(self._workspace.local, 8 * plans.HEAD_WORDS)
-        head = struct.unpack(f"<{plans.HEAD_WORDS}Q", data)
-        rows, calls = self._counts.seen([head[plans.ROWS], head[plans.COUNTER] // plans.TURN])
+        rows, calls = self._counts.seen(self._read_counters)
         return {"rows": rows, "calls": calls}
+
+    def _read_counters(self) -> tuple[int, int]:
+        data = self._workspace.read(self._workspace.local, 8 * plans.HEAD_WORDS)
+        head = struct.unpack(f"<{plans.HEAD_WORDS}Q", data)
+        return head[plans.ROWS], head[plans.COUNTER] // plans.TURN
 
     def close(self) -> None:
         """Give the memory back; may be repeated, and waits no more than seconds for the other ranks."""
+        self.finish = closed
+        self._launches_for = closed  # whoever kept `finish` launches nothing either
         if self._workspace is not None:
             self._workspace.close()
 
@@ -242,16 +251,8 @@ class Opened:
         settle(self._group, "ran", refusal, None, timeout_s)
 
     def _run_once(self) -> None:
-        """Run every kernel that can be chosen: a first launch may allocate."""
-        facts, here = self._facts, self._framework
-        place = {"device": "cuda"} if here.__name__ == "torch" and facts.device == "gpu" else {}
-        for weight_dtype, two_shot, bare in self._launches:
-            if two_shot and facts.device == "cpu":  # one kernel in two modes: nothing is loaded, and it takes long
-                continue
-            rows = (self._plan.two_shot_rows or 1) if two_shot else 1
-            x = here.ones([rows, facts.hidden_size], dtype=getattr(here, facts.dtype), **place)
-            weight = here.ones([facts.hidden_size], dtype=getattr(here, weight_dtype), **place)
-            self.finish(x, None if bare else x, weight, 1e-5, 0.0)
+        """Run every kernel that can be chosen, and compare what it gives: a first launch may allocate."""
+        run_all(self, self._facts, self._framework)
         self._maker.synchronize()
         self.check()
 

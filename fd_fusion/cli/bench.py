@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import sys
 
 from fd_fusion.reasons import FusionError, because
@@ -28,7 +29,11 @@ def main(argv: list[str]) -> int:
     if missing is not None:
         print(FusionError(because("no_gpu", detail=missing)), file=sys.stderr)
         return 1
-    return args.run(args)
+    try:
+        return args.run(args)
+    except json.JSONDecodeError as error:  # of --render
+        print(f"fd-fusion bench: {args.render}: this is no JSON: {error}", file=sys.stderr)
+        return 2
 
 
 def _missing() -> str | None:

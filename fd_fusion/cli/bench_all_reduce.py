@@ -11,14 +11,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from fd_fusion.cli.bench_all_reduce_report import draw, tables
+from fd_fusion.cli.plain_json import to_json
+from fd_fusion.cli.run_folder import run_folder
+from fd_fusion.cli.signals import ending_well
+from fd_fusion.cli.tied import child_environment, end_with_parent
 
 HIDDEN = (2880, 4096, 5120, 6144, 7168, 8192)
 WIRE_GBPS = 400
@@ -40,11 +42,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     if args.child:
+        end_with_parent()
         _measure(args)
         return 0
-    result = json.loads(args.render.read_text()) if args.render else _by_children(args)
+    with ending_well():
+        result = json.loads(args.render.read_text()) if args.render else _by_children(args)
     if args.output:
-        args.output.write_text(json.dumps(result, indent=1) + "\n")
+        args.output.write_text(to_json(result, 1) + "\n")
     print(tables(result))
     if args.plot:
         draw(result, args.plot)
@@ -53,12 +57,12 @@ def run(args: argparse.Namespace) -> int:
 
 def _by_children(args: argparse.Namespace) -> dict[str, Any]:
     """Each N in a process of its own: a mistake in a spinning kernel is a hang."""
-    env = {**os.environ, "CUDA_MODULE_LOADING": "EAGER", "CUDA_DEVICE_MAX_CONNECTIONS": "32"}
+    env = {**child_environment(), "CUDA_MODULE_LOADING": "EAGER", "CUDA_DEVICE_MAX_CONNECTIONS": "32"}
     libraries = "".join(f" {Path(library).name}" for library in args.flashinfer)
     command = f"python -m fd_fusion bench all-reduce --sizes {args.sizes} --rows {args.rows}"
     result: dict[str, Any] = {"command": command + (f" --flashinfer{libraries}" if libraries else ""), "cells": []}
     for size in args.sizes.split(","):
-        with tempfile.NamedTemporaryFile("r") as lines:
+        with run_folder() as folder, open(folder / "lines", "w+") as lines:
             child = [sys.executable, "-m", "fd_fusion.cli.bench_all_reduce", "--child", size, "--rows", args.rows]
             child += ["--output", lines.name, "--flashinfer", *args.flashinfer]
             try:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from fd_fusion.cli.bench_qk_norm_report import draw, tables
+from fd_fusion.cli.plain_json import to_json
 from fd_fusion.cli.timing import copy_gbps, event_us, graph_of, provenance
 
 D, EPS, HIDDEN = 128, 1e-6, 4096
@@ -41,8 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     result = json.loads(args.render.read_text()) if args.render else measure(args)
     if args.output:
-        cells = ",\n  ".join(map(json.dumps, result["cells"]))  # a line each
-        rest = json.dumps({name: value for name, value in result.items() if name != "cells"}, indent=1)
+        cells = ",\n  ".join(map(to_json, result["cells"]))  # a line each
+        rest = to_json({name: value for name, value in result.items() if name != "cells"}, 1)
         args.output.write_text(f'{rest[:-2]},\n "cells": [\n  {cells}\n ]\n}}\n')
     print(tables(result))
     if args.plot:

@@ -1,7 +1,8 @@
 """`python -m fd_fusion demo`: a tensor-parallel decoder of GLM-4.5's structure, run stock and bound, and compared.
 
 This process writes the checkpoint, starts the ranks, computes the truth in NumPy meanwhile, and judges.
-Exit code: 0 when the numbers agree, 1 when they do not or a rank failed, 2 for bad arguments, 130 after Ctrl-C.
+Exit code: 0 when the numbers agree, 1 when they do not or a rank failed, 2 for bad arguments or a full disk, 130
+after Ctrl-C.
 """
 
 from __future__ import annotations
@@ -10,10 +11,7 @@ import argparse
 import contextlib
 import importlib.metadata
 import importlib.util
-import json
-import shutil
 import sys
-import tempfile
 import threading
 from pathlib import Path
 
@@ -25,7 +23,9 @@ from fd_fusion.cli.demo_config import DecoderConfig
 from fd_fusion.cli.demo_launch import RunFailed, launch, read_results, stop, watch
 from fd_fusion.cli.demo_rank import units
 from fd_fusion.cli.demo_reference import Truth, make_truth
+from fd_fusion.cli.plain_json import to_json
 from fd_fusion.cli.ranks import write_whole
+from fd_fusion.cli.run_folder import run_folder
 from fd_fusion.cli.signals import ending_well, held_back, undisturbed
 from fd_fusion.config import BACKENDS, FusionConfig
 from fd_fusion.reasons import FusionError, because
@@ -56,8 +56,10 @@ def main(argv: list[str]) -> int:
         return _fail(error, 2)
     except BrokenPipeError:  # nobody reads our output: the caller's business
         raise
-    except (FusionError, RunFailed, OSError) as error:
+    except (FusionError, RunFailed) as error:
         return _fail(error, 1)
+    except OSError as error:
+        return _fail(error, 2)
 
 
 def _fail(error: object, code: int) -> int:
@@ -101,20 +103,16 @@ def _demo(args: argparse.Namespace) -> int:
     if config:
         config.check_ranks(args.nproc)
     _check_packages(args.backend)
-    folder = Path(tempfile.mkdtemp(prefix="fd_fusion_demo_"))
-    try:
+    with run_folder("demo_") as folder:
         if config:
             write_checkpoint(folder, config, args.seed)
         checkpoint = Checkpoint(args.checkpoint or folder)
         checkpoint.config.check_ranks(args.nproc)
         truth, results = _run(folder, checkpoint, fusion, args)
-    finally:
-        with undisturbed():
-            shutil.rmtree(folder, ignore_errors=True)
     outcome = demo_report.judge(checkpoint.config, args.nproc, truth, results)
     print("\n".join(demo_report.lines(outcome)))
     if args.json:
-        args.json.write_text(json.dumps(outcome, indent=2) + "\n")
+        args.json.write_text(to_json(outcome, 2) + "\n")
     return 0 if outcome["agree"] else 1
 
 
@@ -135,14 +133,14 @@ def _check_packages(backend: str) -> None:
 def _run(folder: Path, checkpoint: Checkpoint, fusion: FusionConfig, args) -> tuple[Truth, list[dict]]:
     """Start the ranks; while they load, compute the truth and give them the tokens to feed in."""
     job = {"checkpoint": str(checkpoint.folder.resolve()), "nproc": args.nproc, "prompt_len": args.prompt_len}
-    write_whole(folder / "run.json", json.dumps({**job, "config": fusion.to_dict()}))
+    write_whole(folder / "run.json", to_json({**job, "config": fusion.to_dict()}))
     prompt = np.random.default_rng(args.seed).integers(checkpoint.config.vocab_size, size=args.prompt_len).tolist()
     found: list[Truth | Exception] = []
 
     def find_truth() -> None:
         try:
             truth = make_truth(checkpoint, prompt, args.steps)
-            write_whole(folder / "tokens.json", json.dumps(truth.tokens))
+            write_whole(folder / "tokens.json", to_json(truth.tokens))
             found.append(truth)
         except Exception as error:  # raised in the main thread, which looks for it
             found.append(error)

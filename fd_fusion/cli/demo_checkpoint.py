@@ -11,19 +11,28 @@ from typing import NamedTuple
 import numpy as np
 
 from fd_fusion.cli.demo_config import DecoderConfig, Weight, expected_weights
+from fd_fusion.cli.plain_json import to_json
 
 # The names that safetensors gives to dtypes. NumPy has no bfloat16: its bits are widened after reading.
 DTYPES = {"F32": np.float32, "F16": np.float16, "F64": np.float64, "BF16": np.uint16}
 
 
 def write_checkpoint(folder: Path, config: DecoderConfig, seed: int) -> None:
-    """Write config.json and model.safetensors with float32 weights, scaled so that activations stay near one."""
+    """Write config.json and model.safetensors with float32 weights, scaled so that activations stay near one.
+
+    Raises: OSError: it cannot be written.
+    """
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     rng = np.random.default_rng(seed)
     weights = {name: _random(rng, name, weight) for name, weight in expected_weights(config).items()}
-    save_file(weights, folder / "model.safetensors", metadata={"format": "np"})
-    (folder / "config.json").write_text(json.dumps(config.to_json(), indent=2) + "\n")
+    try:
+        save_file(weights, folder / "model.safetensors", metadata={"format": "np"})
+    except SafetensorError as error:  # a full disk is told in this way too
+        text = f"the checkpoint cannot be written to {folder}: {error}; set TMPDIR to a folder with room"
+        raise OSError(text) from None
+    (folder / "config.json").write_text(to_json(config.to_json(), 2) + "\n")
 
 
 def _random(rng: np.random.Generator, name: str, weight: Weight) -> np.ndarray:
@@ -109,11 +118,16 @@ def _first(names: list[str], most: int = 3) -> str:
 
 def _read_config(folder: Path) -> dict:
     try:
-        return json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError) as error:
+        data = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(
             f"checkpoint {folder}: config.json cannot be read: {error}; give a folder that has one"
         ) from None
+    if not isinstance(data, dict):
+        raise ValueError(
+            f"checkpoint {folder}: config.json holds a {type(data).__name__}, expected an object; give a GLM-4.5 one"
+        )
+    return data
 
 
 def _read_header(file: Path) -> dict[str, Stored]:
@@ -127,11 +141,15 @@ def _read_header(file: Path) -> dict[str, Stored]:
         for name, entry in header.items():
             start, stop = entry["data_offsets"]
             shape, dtype = tuple(entry["shape"]), np.dtype(DTYPES[entry["dtype"]])
-            if stop - start != math.prod(shape) * dtype.itemsize or 8 + length + stop > file.stat().st_size:
+            if (
+                start < 0
+                or stop - start != math.prod(shape) * dtype.itemsize
+                or 8 + length + stop > file.stat().st_size
+            ):
                 raise ValueError(f"{name} has not the bytes of its shape")
             stored[name] = Stored(file, entry["dtype"], shape, 8 + length + start)
         return stored
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(
             f"checkpoint {file}: not a readable safetensors file of {', '.join(DTYPES)}: {error!r}; write it anew"
         ) from None

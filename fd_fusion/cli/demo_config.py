@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -45,6 +46,12 @@ class DecoderConfig:
             value, least = getattr(self, field.name), 0 if field.name in _MAY_BE_ZERO else 1
             if field.type == "int" and (type(value) is not int or value < least):
                 raise ValueError(f"{field.name} is {value!r}; give an integer from {least}")
+            if field.type == "bool" and type(value) is not bool:
+                raise ValueError(f"{field.name} is {value!r}; give true or false")
+            if field.type == "float" and (type(value) not in (int, float) or not 0 < value < math.inf):
+                raise ValueError(f"{field.name} is {value!r}; give a number above 0")
+        if self.partial_rotary_factor > 1:
+            raise ValueError(f"partial_rotary_factor is {self.partial_rotary_factor}; give a number up to 1")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads = {self.num_attention_heads} is not a multiple of num_key_value_heads = "

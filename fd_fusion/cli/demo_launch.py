@@ -1,7 +1,8 @@
 """Start the demo's ranks, watch them, and leave nothing behind: no process, no file.
 
 The launcher gives every rank a session of its own, so ending the launcher's process group is not enough: each rank
-writes its pid before anything else, and looks for the `stop` file right after. Whichever comes first, it ends.
+writes its pid before anything else, and looks for the `stop` file right after. Whichever comes first, it ends. Where
+this process is killed, the kernel ends the launcher with it, and the ranks with that.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import fd_fusion
+from fd_fusion.cli.tied import child_environment
 from fd_fusion.comm.posix_shm import remove_left
 
 _POLL_S = 0.02
@@ -28,16 +29,11 @@ class RunFailed(RuntimeError):
 
 def launch(folder: Path, nproc: int, interpret: bool) -> subprocess.Popen:
     """Start `paddle.distributed.launch` in a session of its own. Everything it writes goes into `folder`."""
-    home = str(Path(fd_fusion.__file__).parent.parent)
-    env = {
-        **os.environ,
-        "PADDLE_DISTRI_BACKEND": "gloo",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join(filter(None, [home, os.environ.get("PYTHONPATH")])),
-    }
+    env = {**child_environment(), "PADDLE_DISTRI_BACKEND": "gloo", "OMP_NUM_THREADS": "1"}
     if interpret:
         env["TRITON_INTERPRET"] = "1"  # there is no GPU in this run
-    command = [sys.executable, "-W", "ignore", "-m", "paddle.distributed.launch", "--nproc_per_node", str(nproc)]
+    command = [sys.executable, "-m", "fd_fusion.cli.tied", sys.executable, "-W", "ignore"]  # it ends with us
+    command += ["-m", "paddle.distributed.launch", "--nproc_per_node", str(nproc)]
     command += ["--log_dir", str(folder / "log"), str(Path(__file__).with_name("demo_rank.py")), str(folder)]
     with (folder / "launcher.log").open("wb") as log:
         return subprocess.Popen(

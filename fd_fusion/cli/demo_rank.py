@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fd_fusion.cli.ranks import write_whole
+from fd_fusion.cli.tied import end_with_parent
 
 
 def units(steps: int) -> int:
@@ -35,6 +36,7 @@ class Progress:
 
 
 def main(folder: Path) -> int:
+    end_with_parent()  # the launcher
     rank = int(os.environ.get("PADDLE_TRAINER_ID", "0"))
     write_whole(folder / f"pid.{rank}", str(os.getpid()))
     if (folder / "stop").exists():  # the parent ended the run before it could see our pid

@@ -24,13 +24,14 @@ def judge(config: DecoderConfig, nproc: int, truth: Truth, results: list[dict[st
     The budget is that of the package's tests: twice the error of a plain float32 run, and one unit in the last place.
     """
     logits = {run: [_unpack(result[run]["logits"], truth) for result in results] for run in RUNS}
-    allowed = float(budget(truth.plain_error, "float32", float(np.abs(truth.logits).max())))
+    largest = float(np.abs(truth.logits).max())
+    allowed = float(budget(truth.plain_error, "float32", largest)) if np.isfinite(largest) else np.nan
     errors = {run: max(_difference(one, truth.logits) for one in logits[run]) for run in RUNS}
     equal = {run: all(one.tobytes() == logits[run][0].tobytes() for one in logits[run]) for run in RUNS}
     weights = {when: all(result["weights"][when] for result in results) for when in ("bound", "unbound")}
     report = results[0]["report"]
     calls = sum((Counter(site["calls"]) for site in report["sites"]), Counter())
-    return {
+    outcome = {
         "version": __version__,
         "nproc": nproc,
         "decoder": dataclasses.asdict(config),
@@ -43,8 +44,8 @@ def judge(config: DecoderConfig, nproc: int, truth: Truth, results: list[dict[st
         "ranks_bit_equal": equal,
         "weights_unchanged": weights,
         "router_margin": truth.margin if np.isfinite(truth.margin) else None,
-        "agree": all(error <= allowed for error in errors.values()) and all(equal.values()) and all(weights.values()),
     }
+    return {**outcome, "agree": not _faults(outcome)}
 
 
 def _unpack(text: str, truth: Truth) -> np.ndarray:
@@ -127,7 +128,18 @@ def _yes(flag: bool) -> str:
 
 
 def _verdict(outcome: dict[str, Any]) -> str:
-    faults = [f"the {run} run is out of budget" for run in RUNS if outcome["difference"][run] > outcome["budget"]]
-    faults += [f"the ranks' bits differ in the {run} run" for run in RUNS if not outcome["ranks_bit_equal"][run]]
-    faults += [f"weights changed when {when}" for when, same in outcome["weights_unchanged"].items() if not same]
+    faults = _faults(outcome)
     return f"verdict: the numbers do not agree: {'; '.join(faults)}" if faults else "verdict: the numbers agree"
+
+
+def _faults(outcome: dict[str, Any]) -> list[str]:
+    """Why the numbers do not agree. With a budget that is no number, nothing agrees."""
+    if not np.isfinite(outcome["budget"]):
+        return ["the exact result, or the same in float32, holds NaN or Inf; look at the weights"]
+    faults = [
+        f"the {run} run is out of budget" for run in RUNS if not outcome["difference"][run] <= outcome["budget"]
+    ]
+    faults += [f"the ranks' bits differ in the {run} run" for run in RUNS if not outcome["ranks_bit_equal"][run]]
+    return faults + [
+        f"weights changed when {when}" for when, same in outcome["weights_unchanged"].items() if not same
+    ]

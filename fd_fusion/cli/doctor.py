@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,6 +16,7 @@ from fd_fusion.cli import doctor_child
 from fd_fusion.cli.doctor_machine import machine
 from fd_fusion.cli.doctor_packages import packages
 from fd_fusion.cli.findings import Finding, guarded, of_reason
+from fd_fusion.cli.plain_json import to_json
 from fd_fusion.cli.ranks import RanksFailed, run_ranks
 from fd_fusion.cli.signals import ending_well
 from fd_fusion.config import resolve
@@ -32,7 +32,7 @@ def main(argv: list[str]) -> int:
     with ending_well():
         findings = find(args.nproc, launch=not args.no_run)
     outcome = judge(findings)
-    print(json.dumps(outcome, indent=2) if args.json else "\n".join(lines(outcome)))
+    print(to_json(outcome, 2) if args.json else "\n".join(lines(outcome)))
     return outcome["exit_code"]
 
 

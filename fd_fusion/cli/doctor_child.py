@@ -15,8 +15,8 @@ from typing import Any
 from fd_fusion import tuning_table
 from fd_fusion.cli.doctor_machine import tool
 from fd_fusion.cli.findings import Finding, guarded, of_reason
-from fd_fusion.cli.ranks import child_environment
 from fd_fusion.cli.signals import held_back
+from fd_fusion.cli.tied import child_environment, end_with_parent
 from fd_fusion.config import BACKENDS, FusionConfig
 from fd_fusion.reasons import FusionError, because
 from fd_fusion.tuning import Facts
@@ -143,7 +143,8 @@ def _table(here: Any, facts: Facts) -> Iterator[Finding]:
             "framework", "table", "ok", f"tuned limits for {shape}: {dict(limits.rows)}", data=limits.to_dict()
         )
     else:
-        text = f"nothing tuned for {shape} in {path}: the built-in limits count"
+        where = path or "~/.cache, since this user has no home"
+        text = f"nothing tuned for {shape} in {where}: the built-in limits count"
         yield Finding("framework", "table", "note", text, f"python -m fd_fusion tune --nproc {facts.size}")
 
 
@@ -217,6 +218,7 @@ PROBES: dict[str, Callable[..., Iterator[Finding]]] = {p.__name__: p for p in (f
 
 
 def main() -> None:
+    end_with_parent()
     what, *args = sys.argv[1:]
     found = guarded(what, lambda: PROBES[what](*args), _failed(what))
     print("\n" + _MARK + json.dumps([one.to_dict() for one in found]), flush=True)

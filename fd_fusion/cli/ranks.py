@@ -6,15 +6,12 @@ with its parent, whatever ends that one.
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 import traceback
 from collections.abc import Callable
@@ -22,13 +19,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-import fd_fusion
+from fd_fusion.cli.run_folder import run_folder
 from fd_fusion.cli.signals import held_back, undisturbed
+from fd_fusion.cli.tied import child_environment, end_with_parent
 from fd_fusion.comm.group import Group
 from fd_fusion.comm.posix_shm import remove_left
 
 _POLL_S = 0.02
-_PR_SET_PDEATHSIG = 1
 
 
 class RanksFailed(RuntimeError):
@@ -70,36 +67,30 @@ def run_ranks(
 
     Raises: RanksFailed: a rank died, failed, or was not done after `timeout_s`. No process and no file is left.
     """
-    folder, processes = Path(tempfile.mkdtemp(prefix="fd_fusion_")), []
-    since = folder.stat().st_ctime
-    try:
-        (folder / "job.json").write_text(json.dumps({**job, "size": size, "parent": os.getpid()}))
-        for rank in range(size):
-            with held_back():
-                processes.append(_start(module, folder, rank, env or {}))
-        _watch(processes, folder, timeout_s)
-        return [json.loads((folder / f"result.{rank}").read_text()) for rank in range(size)]
-    finally:
-        with undisturbed():
-            for process in processes:
-                process.kill()  # does nothing to one that has ended
-            for process in processes:
-                process.wait()
-            remove_left(since)
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def child_environment() -> dict[str, str]:
-    """The environment of a child that imports this very package."""
-    home = str(Path(fd_fusion.__file__).parent.parent)
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [home, os.environ.get("PYTHONPATH")]))}
+    processes: list[subprocess.Popen] = []
+    with run_folder() as folder:
+        since = folder.stat().st_ctime
+        try:
+            (folder / "job.json").write_text(json.dumps({**job, "size": size}))
+            for rank in range(size):
+                with held_back():
+                    processes.append(_start(module, folder, rank, env or {}))
+            _watch(processes, folder, timeout_s)
+            return [json.loads((folder / f"result.{rank}").read_text()) for rank in range(size)]
+        finally:
+            with undisturbed():
+                for process in processes:
+                    process.kill()  # does nothing to one that has ended
+                for process in processes:
+                    process.wait()
+                remove_left(since)
 
 
 def rank_main(run: Callable[[dict[str, Any], Group], dict[str, Any]]) -> int:
     """The rank's side: read the job, run it, tell the result or one sentence of error. Returns the exit code."""
     folder, rank = Path(sys.argv[1]), int(sys.argv[2])
+    end_with_parent()
     job = json.loads((folder / "job.json").read_text())
-    end_with_parent(job["parent"])
     group = Group("cli", rank, job["size"], tuple(range(job["size"])), FolderStore(folder / "store"))
     try:
         result = run(job, group)
@@ -110,13 +101,6 @@ def rank_main(run: Callable[[dict[str, Any], Group], dict[str, Any]]) -> int:
         return 1
     write_whole(folder / f"result.{rank}", json.dumps(result))
     return 0
-
-
-def end_with_parent(parent: int) -> None:
-    """Have the kernel kill this process when its parent is gone, or the thread of the parent that started it."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it went before we asked
-        os._exit(1)
 
 
 def write_whole(path: Path, text: str) -> None:

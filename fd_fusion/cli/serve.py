@@ -21,8 +21,11 @@ from collections.abc import Mapping
 from importlib.metadata import distributions
 from pathlib import Path
 
+from fd_fusion.cli.signals import heard
+from fd_fusion.cli.tied import PARENT
 from fd_fusion.config import ENV_CONFIG, ENV_DISABLE, FusionConfig, resolve
 from fd_fusion.integration.fastdeploy import ENV_SOURCE
+from fd_fusion.integration.fastdeploy_log import ENV_RUN, mark_of
 from fd_fusion.reasons import because
 
 SERVER = "fastdeploy.entrypoints.openai.api_server"
@@ -48,22 +51,37 @@ def main(argv: list[str]) -> int:
     log = Path(env.get("FD_LOG_DIR", "log")) / "fd_fusion.log"
     # FastDeploy makes a file a day, and the name a link to it: what was said before was said in that file.
     told = {log.resolve(): log.stat().st_size} if log.exists() else {}
-    early: list[int] = []  # what came before there was a server
-    for number in _PASSED_ON:
-        signal.signal(number, lambda got, _: early.append(got))
-    server = subprocess.Popen([sys.executable, "-m", SERVER, *rest], env=env)
-    for number in _PASSED_ON:
-        signal.signal(number, lambda got, _: server.send_signal(got))
-    for number in early:
-        server.send_signal(number)
+    run = f"{os.getpid()}-{time.time_ns() // 10**6:x}"
+    server = _start(rest, {**env, ENV_RUN: run})
     if resolve(environ=env).source == ENV_DISABLE:
         _say(f"off: {ENV_DISABLE} is set")
         return _code(server.wait())
-    watcher = threading.Thread(target=_watch, args=(log, told, server, ours.bound_within_s), daemon=True)
+    watcher = threading.Thread(
+        target=_watch, args=(log, told, server, ours.bound_within_s, mark_of(run)), daemon=True
+    )
     watcher.start()
     code = server.wait()
     watcher.join(timeout=1)
     return _code(code)
+
+
+def _start(argv: list[str], env: dict[str, str]) -> subprocess.Popen:
+    """The api server, which gets our signals once, and is asked to end where this process is killed.
+
+    It has a session of its own, so that a terminal's Ctrl-C comes to us alone. A second one would end it at once,
+    with requests under way.
+    """
+    numbers = heard(*_PASSED_ON)
+    early: list[int] = []  # what came before there was a server
+    for number in numbers:
+        signal.signal(number, lambda got, _: early.append(got))
+    command = [sys.executable, "-m", "fd_fusion.cli.tied", "--term", sys.executable, "-m", SERVER, *argv]
+    server = subprocess.Popen(command, env={**env, PARENT: str(os.getpid())}, start_new_session=True)
+    for number in numbers:
+        signal.signal(number, lambda got, _: server.send_signal(got))
+    for number in early:
+        server.send_signal(number)
+    return server
 
 
 def _code(code: int) -> int:
@@ -102,14 +120,18 @@ def _plugin_names() -> list[str]:
     return sorted({point.name for point in points if point.group.startswith("fastdeploy.")})
 
 
-def _watch(log: Path, told: Mapping[Path, int], server: subprocess.Popen, within_s: float) -> None:
-    """Wait for the outcome in `log`, behind the bytes `told` of a file that was there before."""
+def _watch(log: Path, told: Mapping[Path, int], server: subprocess.Popen, within_s: float, mark: str = "") -> None:
+    """Wait for the outcome in `log`, behind the bytes `told` of a file that was there before.
+
+    Another server may write to it too: only lines that end with `mark` are ours.
+    """
     deadline = time.monotonic() + within_s
     while server.poll() is None:
         with contextlib.suppress(FileNotFoundError):  # not yet, or a rank is putting the link anew
             with open(file := log.resolve(), errors="replace") as lines:
                 lines.seek(told.get(file, 0))
-                said = outcome(lines.read().splitlines())
+                ours = [line.removesuffix(mark) for line in lines.read().splitlines() if line.endswith(mark)]
+                said = outcome(ours)
             if said:
                 return _say(said if said.startswith("off") else f"on: {said}")
         if time.monotonic() > deadline:

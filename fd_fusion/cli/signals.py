@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM, around what starts processes and what ends them."""
+"""Ctrl-C, SIGTERM and SIGHUP, around what starts processes and what ends them."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-_ENDING = (signal.SIGINT, signal.SIGTERM)
+_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @contextlib.contextmanager
 def ending_well() -> Iterator[None]:
-    """SIGTERM as an exit, so that `finally` runs."""
-    with _handling((signal.SIGTERM,), lambda *_: sys.exit(143)):
+    """SIGTERM, and SIGHUP of a terminal that closes, as an exit, so that `finally` runs. What is ignored stays so."""
+    with _handling(heard(signal.SIGTERM, signal.SIGHUP), lambda got, _: sys.exit(128 + got)):
         yield
 
 
@@ -25,9 +25,8 @@ def held_back() -> Iterator[None]:
     Inside `Popen` it would leave a child that nobody can end. What is ignored stays ignored, by the child too.
     """
     came: list[int] = []
-    numbers = [number for number in _ENDING if signal.getsignal(number) is not signal.SIG_IGN]
     try:
-        with _handling(numbers, lambda got, _: came.append(got)):
+        with _handling(heard(*_ENDING), lambda got, _: came.append(got)):
             yield
     finally:
         if came:
@@ -39,6 +38,11 @@ def undisturbed() -> Iterator[None]:
     """While cleaning up, a second Ctrl-C is ignored."""
     with _handling(_ENDING, signal.SIG_IGN):
         yield
+
+
+def heard(*numbers: int) -> list[int]:
+    """Those that are not ignored, as nohup has SIGHUP ignored."""
+    return [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
 
 
 @contextlib.contextmanager

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import importlib.util
-import json
 import socket
 import sys
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any
 
 from fd_fusion import __version__
 from fd_fusion.cli import doctor_child, tune_limits
+from fd_fusion.cli.plain_json import to_json
 from fd_fusion.cli.ranks import RanksFailed, run_ranks
 from fd_fusion.cli.signals import ending_well
 from fd_fusion.cli.tune_virtual import MOST_ROWS
@@ -44,7 +45,7 @@ def main(argv: list[str]) -> int:
     except BlockingIOError:
         return _fail("another tune is running: wait for it, or end it")
     except OSError as error:
-        folder = table_path().parent
+        folder = getattr(table_path(), "parent", "a home folder")
         return _fail(
             f"the table cannot be kept in {folder} ({error.strerror}): set XDG_CACHE_HOME to a folder of yours"
         )
@@ -52,7 +53,7 @@ def main(argv: list[str]) -> int:
         return _fail(f"{error}; nothing was stored" + (f"; its log ends with\n{error.log}" if error.log else ""))
     except KeyboardInterrupt:
         return _fail("interrupted; nothing was stored", 130)
-    print(json.dumps(outcome, indent=2) if args.json else "\n".join(lines(outcome)))
+    print(to_json(outcome, 2) if args.json else "\n".join(lines(outcome)))
     return 0 if tune_limits.by_backend(outcome["times"]) else 1
 
 
@@ -93,6 +94,8 @@ def tune(args: argparse.Namespace) -> dict[str, Any]:
         if not rows:
             raise ValueError(f"--rows {args.rows}: {args.nproc} virtual ranks on one GPU take up to {most} rows")
     path = table_path()
+    if path is None and mode == "gpu":
+        raise OSError(errno.ENOENT, "this user has none")
     # Held while measuring, so that no two disturb each other; and a folder that cannot be written shows at once.
     with table_lock(path) if mode == "gpu" else contextlib.nullcontext():
         try:

@@ -5,32 +5,32 @@ so a vote needs neither NCCL nor a new process group, and unpickles nothing. Gro
 writes one verdict; every other rank reads that verdict. So two ranks cannot come to two conclusions because one
 of them looked a moment earlier. A rank that waits in vain for rank 0 seals the ballot first, with an atomic
 add, and rank 0, should it come late after all, finds the seal and calls the vote off too.
+
+Ballots are counted by each rank itself, from the last meeting on (`meeting.convene`), where all ranks start at zero.
 """
 
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import threading
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
-from fd_fusion.reasons import FusionError, Reason, because
+from fd_fusion.comm.waiting import Signs, Store, is_published, progress_key, publish, wait_for
+from fd_fusion.reasons import FusionError, Reason, because, refused_by
 
 _SEAL = 1 << 20  # a waiter's mark on the ballot; rank 0's own mark is 1, so both fit into one counter
-_PATIENCE = 10  # a rank that shows progress is waited for this many times the limit
-_POLL_S = (0.001, 0.05)  # first and longest pause between two looks at the store
 
 
-class Store(Protocol):
-    """What a vote needs of a store. `get` is called only for a key that is known to be set."""
+@dataclass
+class Place:
+    """Where a rank stands: its last meeting, the ballots that it has cast in it, and what it waited for in vain."""
 
-    def set(self, key: str, value: str) -> None: ...
-    def get(self, key: str) -> bytes | str: ...
-    def add(self, key: str, amount: int) -> int: ...
+    meeting: int = 0
+    ballots: int = 0
+    given_up: set[str] = field(default_factory=set)
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Group:
     ranks: tuple[int, ...]
     store: Store | None
     handle: Any = field(default=None, compare=False, repr=False)  # the framework's own process group, if any
-    _ballots: Any = field(default_factory=itertools.count, compare=False, repr=False)
+    place: Place = field(default_factory=Place, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.size or len(self.ranks) != self.size:
@@ -54,7 +54,8 @@ class Group:
 
     def next_ballot(self, topic: str) -> str:
         """The prefix of the next vote's keys: equal on all ranks, since voting is collective and in order."""
-        return f"fd_fusion/{self.name}/{next(self._ballots)}/{topic}"
+        number, self.place.ballots = self.place.ballots, self.place.ballots + 1
+        return f"{meeting_key(self, self.place.meeting)}/{number}/{topic}"
 
 
 @dataclass(frozen=True)
@@ -67,10 +68,14 @@ class Vote:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The same on every rank: the data of all ranks in rank order, and the refusals of some of them."""
+    """The same on every rank: the data of all ranks in rank order, and the refusals of some of them.
+
+    missing: the ranks whose vote did not come in time; each has a refusal too.
+    """
 
     data: tuple[Any, ...]
     refusals: tuple[tuple[int, Reason], ...]
+    missing: tuple[int, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -78,13 +83,16 @@ class Verdict:
 
     @property
     def reason(self) -> Reason | None:
-        """The first refusal, naming its rank, or the one that an earlier vote named. All are in `refusals`."""
+        """The first refusal, naming its rank, or the one that an earlier vote named. All are in `refusals`.
+
+        What every rank says alike, all of them found out together: it is nobody's own.
+        """
         if self.ok:
             return None
         rank, why = self.refusals[0]
-        return (
-            why if why.code in ("never_voted", "gave_up", "refused") else because("refused", rank=rank, why=str(why))
-        )
+        if len(self.refusals) == len(self.data) and all(other == why for _, other in self.refusals):
+            return why
+        return why if why.code in ("never_voted", "gave_up", "refused") else refused_by(rank, why)
 
 
 def agree(group: Group, topic: str, vote: Vote, *, timeout_s: float) -> Verdict:
@@ -104,8 +112,12 @@ def agree(group: Group, topic: str, vote: Vote, *, timeout_s: float) -> Verdict:
     ballot = group.next_ballot(topic)
     text = {"refusal": vote.refusal.to_dict() if vote.refusal else None, "data": vote.data}
     try:
-        _publish(group.store, f"{ballot}/vote/{group.rank}", json.dumps(text))
-        return (_gather if group.rank == 0 else _await_verdict)(group, ballot, timeout_s)
+        with working(group, timeout_s=timeout_s):  # a rank that waits is alive: ranks of its other groups wait for it
+            group.store.add(progress_key(group.ranks[group.rank]), 1)
+            publish(group.store, f"{ballot}/vote/{group.rank}", json.dumps(text))
+            return (_gather if group.rank == 0 else _await_verdict)(group, ballot, timeout_s)
+    except (FusionError, AssertionError):
+        raise
     except Exception as error:  # each store has its own
         raise FusionError(because("no_store", detail=f"{type(error).__name__}: {error}")) from error
 
@@ -124,7 +136,7 @@ def working(group: Group, *, timeout_s: float = 30.0) -> Iterator[None]:
     def beat() -> None:
         with contextlib.suppress(Exception):  # a store that is gone is told by the next vote
             while not stop.wait(every_s):
-                group.store.add(_progress_key(group, group.rank), 1)
+                group.store.add(progress_key(group.ranks[group.rank]), 1)
 
     thread = threading.Thread(target=beat, name="fd_fusion-progress", daemon=True)
     thread.start()
@@ -138,66 +150,76 @@ def working(group: Group, *, timeout_s: float = 30.0) -> Iterator[None]:
 def _gather(group: Group, ballot: str, timeout_s: float) -> Verdict:
     """Rank 0: collect the votes, decide, write the verdict."""
     keys = {rank: f"{ballot}/vote/{rank}" for rank in range(group.size)}
-    with working(group, timeout_s=timeout_s):
-        missing = _wait_for(group, keys, timeout_s)
-    votes = {rank: json.loads(group.store.get(key)) for rank, key in keys.items() if rank not in missing}
-    refusals = []
-    for rank in range(group.size):
-        if rank in missing:
-            refusals.append((rank, because("never_voted", rank=rank, seconds=timeout_s)))
-        elif votes[rank]["refusal"]:
-            refusals.append((rank, Reason.from_dict(votes[rank]["refusal"])))
+    missing = _wait(group, keys, timeout_s)
+    group.store.add(f"{meeting_key(group, group.place.meeting)}/ended", 1)  # for a rank that has yet to join
+    votes = [
+        Vote(because("never_voted", rank=rank, seconds=timeout_s)) if rank in missing else _read(group, rank, key)
+        for rank, key in keys.items()
+    ]
+    refusals = [(rank, vote.refusal) for rank, vote in enumerate(votes) if vote.refusal is not None]
     if group.store.add(f"{ballot}/seal", 1) >= _SEAL:
         refusals.insert(0, (0, because("gave_up", rank=0)))  # somebody already runs without this vote
-    data = [votes[rank]["data"] if rank in votes else None for rank in range(group.size)]
-    text = {"data": data, "refusals": [[rank, why.to_dict()] for rank, why in refusals]}
-    _publish(group.store, f"{ballot}/verdict", json.dumps(text))
-    return Verdict(tuple(data), tuple(refusals))
+        missing.add(0)
+    verdict = Verdict(tuple(vote.data for vote in votes), tuple(refusals), tuple(sorted(missing)))
+    text = {
+        "data": verdict.data,
+        "refusals": [[rank, why.to_dict()] for rank, why in refusals],
+        "missing": verdict.missing,
+    }
+    publish(group.store, f"{ballot}/verdict", json.dumps(text))
+    return verdict
+
+
+def _read(group: Group, rank: int, key: str) -> Vote:
+    """The vote of a rank; one that cannot be read, from a rank of another version, is a refusal."""
+    text = group.store.get(key)
+    try:
+        vote = json.loads(text)
+        return Vote(Reason.from_dict(vote["refusal"]) if vote["refusal"] else None, vote["data"])
+    except (ValueError, KeyError, TypeError) as error:
+        return Vote(_unreadable(rank, "vote", error))
+
+
+def _unreadable(rank: int, what: str, error: Exception) -> Reason:
+    return because(
+        "structure_differs", rank=rank, detail=f"its {what} cannot be read: {type(error).__name__}: {error}"
+    )
 
 
 def _await_verdict(group: Group, ballot: str, timeout_s: float) -> Verdict:
     """Another rank: read the verdict, or seal the ballot if rank 0 shows no sign of life."""
-    key = f"{ballot}/verdict"
+    key, meetings = f"{ballot}/verdict", meetings_key(group)
+
+    def is_over(_: int) -> bool:
+        """The verdict is there, or rank 0 has raised and is at another meeting: then it will never be."""
+        return is_published(group.store, key) or group.store.add(meetings, 0) > group.place.meeting
+
     # Rank 0 may itself be waiting up to the limit for a third rank, so it is given one limit more.
-    missing = _wait_for(group, {0: key}, 2 * timeout_s)
+    missing = wait_for(is_over, {0: Signs(group.store, group.ranks[0], 2 * timeout_s)})
     if missing and group.store.add(f"{ballot}/seal", _SEAL) % _SEAL:
-        missing = _wait_for(group, {0: key}, timeout_s)  # rank 0 was just about to write it
-    if missing:
-        return Verdict((None,) * group.size, ((0, because("never_voted", rank=0, seconds=timeout_s)),))
-    text = json.loads(group.store.get(key))
-    return Verdict(tuple(text["data"]), tuple((rank, Reason.from_dict(why)) for rank, why in text["refusals"]))
+        just_about = {0: Signs(group.store, group.ranks[0], timeout_s)}
+        missing = wait_for(is_over, just_about)
+    if missing or not is_published(group.store, key):
+        return Verdict((None,) * group.size, ((0, because("never_voted", rank=0, seconds=timeout_s)),), (0,))
+    text = group.store.get(key)
+    try:
+        verdict = json.loads(text)
+        refusals = tuple((rank, Reason.from_dict(why)) for rank, why in verdict["refusals"])
+        return Verdict(tuple(verdict["data"]), refusals, tuple(verdict["missing"]))
+    except (ValueError, KeyError, TypeError) as error:
+        return Verdict((None,) * group.size, ((0, _unreadable(0, "verdict", error)),), (0,))
 
 
-def _wait_for(group: Group, keys: dict[int, str], timeout_s: float) -> set[int]:
-    """Wait until each rank has published its key, longer while it shows progress. Returns the missing ranks."""
-    start = time.monotonic()
-    last_sign = dict.fromkeys(keys, start)
-    progress = {rank: group.store.add(_progress_key(group, rank), 0) for rank in keys}
-    waiting, missing = set(keys), set()
-    pause = _POLL_S[0]
-    while True:
-        for rank in sorted(waiting):
-            if group.store.add(f"{keys[rank]}/set", 0):
-                waiting.discard(rank)
-                continue
-            now = time.monotonic()
-            seen = group.store.add(_progress_key(group, rank), 0)
-            if seen != progress[rank]:
-                progress[rank], last_sign[rank] = seen, now
-            if now - last_sign[rank] > timeout_s or now - start > _PATIENCE * timeout_s:
-                waiting.discard(rank)
-                missing.add(rank)
-        if not waiting:
-            return missing
-        time.sleep(pause)
-        pause = min(2 * pause, _POLL_S[1])
+def _wait(group: Group, keys: dict[int, str], timeout_s: float) -> set[int]:
+    """Wait until each rank has published its key. Returns the missing ranks."""
+    signs = {rank: Signs(group.store, group.ranks[rank], timeout_s) for rank in keys}
+    return wait_for(lambda rank: is_published(group.store, keys[rank]), signs)
 
 
-def _publish(store: Store, key: str, text: str) -> None:
-    """Set the value, then the mark that says so: `get` of a key that is not set would block."""
-    store.set(key, text)
-    store.add(f"{key}/set", 1)
+def meetings_key(group: Group) -> str:
+    """How many meetings rank 0 has opened."""
+    return f"fd_fusion/{group.name}/meetings"
 
 
-def _progress_key(group: Group, rank: int) -> str:
-    return f"fd_fusion/{group.name}/progress/{rank}"
+def meeting_key(group: Group, number: int) -> str:
+    return f"fd_fusion/{group.name}/{number}"

@@ -10,14 +10,13 @@ import atexit
 import ctypes
 import logging
 import os
-import signal
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from fd_fusion.comm import watcher
 from fd_fusion.comm.group import Group
+from fd_fusion.comm.meeting import convene
 from fd_fusion.comm.symmetric_memory import (
     Maker,
     Push,
@@ -61,6 +60,7 @@ class Workspace:
         self._page, self._page_of_kernel = memory.maker.host_page(layout.page_bytes)
         self._words = (ctypes.c_int64 * (layout.page_bytes // 8)).from_address(self._page)
         self._closed = False
+        self._use = threading.RLock()  # held while memory is read, so that no other thread gives it back meanwhile
 
     @property
     def bytes(self) -> int:
@@ -72,7 +72,14 @@ class Workspace:
 
     def error(self) -> Reason | None:
         """What kernels of this rank wrote on the error page, or None. Cheap: reads host memory."""
-        return self.layout.read_error(self._words[:]) if any(self._words) else None
+        with self._use:
+            return self.layout.read_error(self._words[:]) if not self._closed and any(self._words) else None
+
+    def read(self, address: int, nbytes: int) -> bytes:
+        """What lies at an address of this workspace. Raises: FusionError: it is closed."""
+        with self._use:
+            self._need_open()
+            return self.memory.maker.read(address, nbytes)
 
     def check(self) -> None:
         """To be called before results leave the process, when the calls that made them have ended.
@@ -82,16 +89,17 @@ class Workspace:
         """
         self._need_open()
         reason = self.error()
-        if reason is None and any(self.memory.maker.read(self.memory.own, 4)):
+        if reason is None and any(self.read(self.memory.own, 4)):
             reason = self.error() or because("aborted")
         if reason is not None:
             raise FusionTimeout(reason)
 
     def freeze(self) -> None:
         """From now on a call waits `timeout_s`, and nothing allocates."""
-        self._need_open()
-        self.frozen = True
-        self.memory.maker.write(self.local, self._limit().to_bytes(8, "little"))
+        with self._use:
+            self._need_open()
+            self.frozen = True
+            self.memory.maker.write(self.local, self._limit().to_bytes(8, "little"))
 
     def reset(self) -> None:
         """Collective: make the workspace usable again after an error, on all ranks or on none.
@@ -100,8 +108,13 @@ class Workspace:
         """
         self._need_open()
         group, patience = self.memory.group, (1 if self.frozen else WARM_UP) * self.timeout_s
+        label = f"reset {self.memory.nonce} {self.generation}"
+        if (reason := convene(group, label, timeout_s=patience)) is not None:  # the others find this rank missing
+            raise FusionError(reason)
         _, refusal = attempt(self.memory.maker.synchronize)  # nobody clears what a kernel may still write
-        settle(group, "reset", refusal, None, 2 * patience)
+        labels = settle(group, "reset", refusal, label, 2 * patience)
+        if others := [rank for rank, other in enumerate(labels) if other != labels[0]]:
+            raise FusionError(because("structure_differs", rank=others[0], detail="it resets another workspace"))
         _, refusal = attempt(self._fill)
         try:
             settle(group, "cleared", refusal, None, patience)
@@ -113,9 +126,10 @@ class Workspace:
 
     def close(self, *, wait: bool = True) -> None:
         """Give everything back; may be repeated. Waits a few seconds for the other ranks, never longer."""
-        if self._closed or os.getpid() != self._pid:  # a forked child owns nothing of this
-            return
-        self._closed = True
+        with self._use:  # not longer: the watcher holds its own lock while it reads
+            if self._closed or os.getpid() != self._pid:  # a forked child owns nothing of this
+                return
+            self._closed = True
         watcher.unwatch(self)
         if self in _open:
             _open.remove(self)
@@ -169,25 +183,10 @@ def open_workspace(group: Group, layout: Layout, maker: Maker, push: Push, *, ti
 
 
 @atexit.register
-def close_all(*, wait: bool = True) -> None:
+def close_all() -> None:
     """Close every workspace of this process, oldest first: the same order on all ranks."""
     for workspace in list(_open):
-        workspace.close(wait=wait)
-
-
-def close_on_sigterm() -> None:
-    """Close without waiting when the process is told to end, then do what would have been done without us."""
-    before: Any = signal.getsignal(signal.SIGTERM)
-
-    def handle(number: int, frame: Any) -> None:
-        close_all(wait=False)
-        if callable(before):
-            before(number, frame)
-        elif before is not signal.SIG_IGN:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-
-    signal.signal(signal.SIGTERM, handle)
+        workspace.close()
 
 
 def _line(nbytes: int) -> int:

@@ -17,8 +17,8 @@ from typing import Any
 
 from fd_fusion.config import ENV_CONFIG, ENV_DISABLE, Resolved, resolve
 from fd_fusion.integration import fastdeploy_worker as worker
-from fd_fusion.integration.fastdeploy_log import log_to_host, logger, say_off, say_unreadable
-from fd_fusion.reasons import because
+from fd_fusion.integration.fastdeploy_log import log_to_host, logger, say_off, unreadable
+from fd_fusion.reasons import Reason, because
 
 ENV_SOURCE = "FD_FUSION_CONFIG_SOURCE"  # set by `fd_fusion serve`: who wrote FD_FUSION_CONFIG
 _LOADERS = "fastdeploy.model_executor.model_loader.base_loader"
@@ -87,23 +87,32 @@ def _patch_loader(cls: type) -> None:
 def _after_load(model: Any, fd_config: Any) -> None:
     """Decide whether this model is to be bound, and if so arm its first forward.
 
-    Raises: ValueError: the config that won is malformed. Anything else unexpected is one warning, and stock.
+    Raises: ValueError: the config that won is malformed. BindError: strict, and the model is off, but not by a rule.
+    Anything else unexpected is one warning, and stock.
     """
     resolved = _resolve(fd_config)
     if resolved.config is None and resolved.source == "nobody":
         return
     log_to_host()
     if resolved.config is None:
-        return say_off(model, resolved.reason)
+        return _off(model, resolved, resolved.reason)
     try:
         from fd_fusion.integration import fastdeploy_pairs as pairs
 
         reason = pairs.whole_model_reason(model, fd_config) or worker.patch()
-        if reason:
-            return say_off(model, reason)
-        _bind_in_first_forward(model, fd_config, resolved)
+        if not reason:
+            return _bind_in_first_forward(model, fd_config, resolved)
     except Exception as error:
-        say_unreadable(model, error)
+        reason = unreadable(model, error)
+    _off(model, resolved, reason)
+
+
+def _off(model: Any, resolved: Resolved, reason: Reason) -> None:
+    """Leave the model stock for a reason that all ranks share: nobody votes. Raises: BindError: under `strict`."""
+    from fd_fusion.integration.binding import note_off
+
+    say_off(model, reason)
+    note_off(model, resolved, reason)
 
 
 def _resolve(fd_config: Any) -> Resolved:
@@ -119,25 +128,29 @@ def _resolve(fd_config: Any) -> Resolved:
 def _bind_in_first_forward(model: Any, fd_config: Any, resolved: Resolved) -> None:
     """The first eager forward binds: it is the profile run, or the one that `worker` runs before graph capture.
 
-    It runs four times: stock, proving, fused, and for the caller. The host repeats a forward in the same way when it
-    warms up a graph, so its inputs allow it. A model with a recurrent state is not compared by its outputs.
+    It runs three times: stock, proving, and for the caller. The host repeats a forward in the same way when it warms
+    up a graph, so its inputs allow it and are not copied. A model with a recurrent state is not compared by its
+    outputs.
     """
     from fd_fusion.integration.fastdeploy_adapters import is_eager, without_upstream_fusion
     from fd_fusion.integration.fastdeploy_pairs import has_state
 
     stateful = has_state(model)
 
+    def example_of(forward, args, kwargs):
+        def example():
+            with without_upstream_fusion(model):
+                outputs = forward(*args, **kwargs)
+            return [] if stateful else _two_rows(outputs)
+
+        return example
+
     def forward(*args, **kwargs):
         if not is_eager():
             return stock(*args, **kwargs)
         del model.__dict__["forward"]
 
-        def example():
-            with without_upstream_fusion(model):
-                outputs = stock(*args, **kwargs)
-            return [] if stateful else _two_rows(outputs)
-
-        _bind(model, fd_config, resolved, example)
+        _bind(model, fd_config, resolved, example_of)
         return model.forward(*args, **kwargs)
 
     stock = model.forward
@@ -146,25 +159,30 @@ def _bind_in_first_forward(model: Any, fd_config: Any, resolved: Resolved) -> No
     model.__dict__["forward"] = forward
 
 
-def _bind(model: Any, fd_config: Any, resolved: Resolved, example: Callable) -> None:
+def _bind(model: Any, fd_config: Any, resolved: Resolved, example_of: Callable) -> None:
     """Collective. Raises: BindError: strict, or a named backend, and something failed; on all ranks."""
+    from fd_fusion.backends.paddle import group_of
     from fd_fusion.integration import fastdeploy_adapters as adapters
     from fd_fusion.integration.binding import bind
     from fd_fusion.integration.fastdeploy_pairs import find_pairs
 
+    pairs, qk_norms, refusal = [], [], None
     try:
         found, rejected = find_pairs(model, adapters.activation_dtype(fd_config))
         pairs = [*(adapters.pair_of(pair, fd_config) for pair in found), *rejected]
         qk_norms = adapters.qk_norms_of(model, fd_config)
-    except Exception as error:  # if this rank alone comes here, the others see it missing in the vote, and run stock
-        return say_unreadable(model, error)
+    except Exception as error:  # perhaps on this rank alone: the others hear of it in the vote
+        say_off(model, refusal := unreadable(model, error))
+        pairs, qk_norms = [], []
     report = bind(
         model,
         pairs=pairs,
         qk_norms=qk_norms,
-        example=example,
+        example_of=example_of,
         deterministic=_is_deterministic(),
         resolved=resolved,
+        group=group_of(fd_config.parallel_config.tp_group),
+        refusal=refusal,
     )
     if getattr(getattr(fd_config, "graph_opt_config", None), "graph_opt_level", 0):
         for line in report.sites:

@@ -7,13 +7,12 @@ from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 import paddle
-from paddle.base.dygraph.base import in_sot_simulation_mode
 
 from fd_fusion.backends import paddle as formulas
 from fd_fusion.integration.fastdeploy_pairs import HostPair, dtype_name
 from fd_fusion.integration.pairs import Pair
 from fd_fusion.integration.qk import QKNorm
-from fd_fusion.layers.finish_op import finish, hand_over, run_on_copy
+from fd_fusion.layers.finish_op import finish, hand_over, is_eager, run_on_copy
 from fd_fusion.site import Site
 
 _ABSENT = object()
@@ -38,6 +37,8 @@ def pair_of(found: HostPair, fd_config: Any) -> Pair:
         norm=stock_norm,
         weight=lambda: norm.weight,
         attach=lambda site: _attach(found, site),
+        producer=found.producer,
+        reader=norm,
     )
 
 
@@ -85,24 +86,23 @@ def _qk_forward(stock: Callable, kernel: Callable) -> Callable:
     return forward
 
 
-def is_eager() -> bool:
-    """Not inside the tracing of a static graph, by AST or by SOT."""
-    return paddle.in_dynamic_mode() and not in_sot_simulation_mode()
-
-
 def _attach(found: HostPair, site: Site) -> Callable[[], None]:
     """Switch the producer's reduction and upstream's own fusion off and give both ends the Site. Returns the undo.
 
     The constructors are long past: a bias was divided by the number of ranks when it was loaded, so the sum of the
     partial sums still holds it once.
     """
+    site.refuses_gradients = False  # the worker runs under no_grad; a host that does not reads no gradient either
+    on = [(switch.layer, switch.attribute, getattr(switch.layer, switch.attribute)) for switch in found.switches]
     undo = [_set(switch.layer, switch.attribute, switch.off) for switch in found.switches]
     for layer in {
         id(part): part for part in (found.producer, found.norm, *(s.layer for s in found.switches))
     }.values():
         if getattr(layer, _UPSTREAM, False):
             undo.append(_set(layer, _UPSTREAM, False))
-    undo.append(_set_forward(found.producer, _producer_forward(found.producer.forward, site)))
+    stock = found.producer.forward
+    once = _producer_forward(stock, site) if len(on) < 2 else _regrouping_forward(stock, site, on)
+    undo.append(_set_forward(found.producer, once))
     undo.append(_set_forward(found.norm, _norm_forward(found.norm.forward, site)))
     return _all(undo)
 
@@ -152,6 +152,27 @@ def _producer_forward(stock: Callable, site: Site) -> Callable:
 
     forward.__wrapped__ = stock
     return forward
+
+
+def _regrouping_forward(stock: Callable, site: Site, on: list[tuple[Any, str, Any]]) -> Callable:
+    """For a block of several reductions that become one: the sum is the same but for its roundings. The proving pass
+    is given the host's own sum too."""
+
+    def forward(*args, **kwargs):
+        if site.proving:
+            site.whole = _with_own_reductions(stock, on, args, kwargs)
+        return hand_over(site, stock(*args, **kwargs))
+
+    forward.__wrapped__ = stock
+    return forward
+
+
+def _with_own_reductions(stock: Callable, on: list[tuple[Any, str, Any]], args: tuple, kwargs: dict) -> Any:
+    undo = [_set(layer, attribute, value) for layer, attribute, value in on]
+    try:
+        return stock(*args, **kwargs)
+    finally:
+        _all(undo)()
 
 
 def _norm_forward(stock: Callable, site: Site) -> Callable:

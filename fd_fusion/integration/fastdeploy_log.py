@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import os
 from typing import Any
 
 from fd_fusion import __version__
 from fd_fusion.reasons import Reason, because
 
 logger = logging.getLogger("fd_fusion")
+ENV_RUN = "FD_FUSION_RUN"  # which server this process belongs to: `fd-fusion serve` sets it, and looks for its mark
 
 
 class _ToHost(logging.Handler):
@@ -22,10 +24,23 @@ class _ToHost(logging.Handler):
         self._target.handle(record)
 
 
+def mark_of(run: str) -> str:
+    """The end of every line of one server, in a log that several may share."""
+    return f" [server {run}]"
+
+
+def _mark(record: logging.LogRecord) -> bool:
+    """A filter that keeps every record, and says which server it is of. Metrics stay a line that ends with JSON."""
+    if (run := os.environ.get(ENV_RUN)) and not record.msg.startswith("fd_fusion metrics"):
+        record.msg, record.args = record.getMessage() + mark_of(run), ()
+    return True
+
+
 def log_to_host() -> None:
     """Send what this package says to the host's log too, once a process."""
     if any(isinstance(handler, _ToHost) for handler in logger.handlers):
         return
+    logger.addFilter(_mark)  # a second time it is not added
     try:
         from fastdeploy.utils import get_logger
 
@@ -44,8 +59,8 @@ def say_off(model: Any, reason: Reason) -> None:
     logger.warning("fd_fusion %s: %s: off: %s", __version__, type(model).__name__, reason)
 
 
-def say_unreadable(model: Any, error: Exception) -> None:
-    """The same for a model of a shape that nobody foresaw; the traceback at debug level."""
+def unreadable(model: Any, error: Exception) -> Reason:
+    """Why a model of a shape that nobody foresaw is off; the traceback at debug level."""
     cls = type(model)
     logger.debug("fd_fusion: %s could not be read", cls.__name__, exc_info=error)
-    say_off(model, because("symbol_moved", path=f"{cls.__module__}.{cls.__name__} ({type(error).__name__}: {error})"))
+    return because("symbol_moved", path=f"{cls.__module__}.{cls.__name__} ({type(error).__name__}: {error})")

@@ -7,9 +7,10 @@ after graphs are captured          workspaces are frozen
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from fd_fusion.reasons import Reason, because
@@ -36,9 +37,9 @@ def patch() -> Reason | None:
     if not hasattr(worker_class, "graph_optimize_and_warm_up_model") or not hasattr(runner_class, "_dummy_run"):
         return because("symbol_moved", path=f"{_WORKER}.GpuWorker.graph_optimize_and_warm_up_model")
     if saves:
-        _replace(runner_class, "_save_model_output", lambda stock: _checked(stock, waits=False))
+        _replace(runner_class, "_save_model_output", _checked)
     if hasattr(runner, "post_process"):
-        _replace(runner, "post_process", lambda stock: _checked(stock, waits=not saves))
+        _replace(runner, "post_process", lambda stock: _checked_once_done(stock, pooled_alone=saves))
     _replace(worker_class, "graph_optimize_and_warm_up_model", _proven_before_capture)
     return None
 
@@ -54,19 +55,34 @@ def _replace(owner: Any, name: str, wrap: Callable[[Callable], Callable]) -> Non
     _undo.append(lambda: delattr(owner, name) if inherited else setattr(owner, name, stock))
 
 
-def _checked(stock: Callable, waits: bool) -> Callable:
-    """`stock`, once the step that is to be published is known to be sound. `waits`: it may still be running.
-
-    What a pooling model gives leaves in post_process in every version.
-    """
+def _checked(stock: Callable) -> Callable:
+    """`stock`, which publishes a step that has ended, once that step is known to be sound."""
 
     def publish(*args, **kwargs):
         from fd_fusion.integration import binding
 
-        if (waits or _is_pooled(args[0] if args else kwargs.get("sampler_or_pooler_output"))) and binding.report():
-            _wait_for_device()
         binding.check()
         return stock(*args, **kwargs)
+
+    return publish
+
+
+def _checked_once_done(stock: Callable, pooled_alone: bool) -> Callable:
+    """`post_process`, whose step may still be running: wait for it, then check it.
+
+    What a pooling model gives leaves here in every version. `pooled_alone`: all else leaves in _save_model_output,
+    which checks it, so that a step is checked once.
+    """
+    checked = _checked(stock)
+
+    def publish(*args, **kwargs):
+        from fd_fusion.integration import lifecycle
+
+        if pooled_alone and not _is_pooled(args[0] if args else kwargs.get("sampler_or_pooler_output")):
+            return stock(*args, **kwargs)
+        if lifecycle.held():
+            _wait_for_device()
+        return checked(*args, **kwargs)
 
     return publish
 
@@ -83,11 +99,27 @@ def _proven_before_capture(stock: Callable) -> Callable:
         forward = runner.model.__dict__.get("forward")
         if getattr(forward, "binds_at_first_call", False):  # still to come: the host did not profile
             _eagerly(lambda: runner._dummy_run(num_tokens=2, batch_size=1))
-        result = stock(self, *args, **kwargs)
+        with _never_in_a_graph(runner.model):
+            result = stock(self, *args, **kwargs)
         binding.freeze()
         return result
 
     return graph_optimize_and_warm_up_model
+
+
+@contextlib.contextmanager
+def _never_in_a_graph(model: Any) -> Iterator[None]:
+    """A model that even that forward could not prove, with zero weights for example, is captured as stock: no forward
+    votes while a graph is captured. It is tried again afterwards."""
+    forward = model.__dict__.get("forward")
+    waits = getattr(forward, "binds_at_first_call", False)
+    if waits:
+        model.__dict__["forward"] = forward.__wrapped__
+    try:
+        yield
+    finally:
+        if waits:
+            model.__dict__["forward"] = forward
 
 
 def _eagerly(run: Callable[[], Any]) -> None:

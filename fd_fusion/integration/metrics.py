@@ -21,6 +21,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from fd_fusion.integration import lifecycle
 from fd_fusion.integration.report import Report
 
 logger = logging.getLogger("fd_fusion")
@@ -37,31 +38,41 @@ _HELP = {
     "timeouts": "Fused calls that ran out of time",
 }
 _next = 0.0
+_failures: set[str] = set()
 _exporter: Callable[[list[Report]], None] | None = None
 
 
 def tick(reports: Callable[[], list[Report]], *, every_s: float = EVERY_S) -> None:
-    """Tell the numbers if the last time is `every_s` ago."""
+    """Tell the numbers if the last time is `every_s` ago. Never raises; each failure is logged once."""
     global _next, _exporter
     if (now := time.monotonic()) < _next - EVERY_S + every_s:
         return
     _next = now + EVERY_S
-    told = reports()
-    if any(report.sites for report in told):
-        _exporter = _exporter or choose(os.environ)
-        try:
+    try:
+        told = reports()
+        if any(report.sites for report in told):
+            _exporter = _exporter or choose(os.environ)
             _exporter(told)
-        except (OSError, ValueError) as error:  # tokens are not held up by their statistics
-            logger.warning("fd_fusion: no metrics this minute: %s", error)
+    except Exception as error:  # recorded: tokens are not held up, nor a FusionTimeout hidden, by statistics
+        text = f"{type(error).__name__}: {error}"
+        if text not in _failures:
+            _failures.add(text)
+            logger.warning("fd_fusion: no metrics this minute, and no such line again: %s", text)
 
 
 def choose(environ: Mapping[str, str]) -> Callable[[list[Report]], None]:
     """How the numbers leave this process: prometheus_client's folder, or the log."""
-    folder = environ.get("PROMETHEUS_MULTIPROC_DIR") or environ.get("prometheus_multiproc_dir")
-    if not folder:
+    name = next(filter(environ.get, ("PROMETHEUS_MULTIPROC_DIR", "prometheus_multiproc_dir")), None)
+    if name is None:
         return to_log
+    folder = environ[name]
     try:
-        return Prometheus()
+        from prometheus_client import values
+
+        if getattr(values.ValueClass, "_multiprocess", True):  # which class it is was settled at import
+            return Prometheus()
+        why = f"prometheus_client was imported before {name} was set; set it before the server starts"
+        logger.warning("fd_fusion: metrics go to this log: %s", why)
     except ImportError:
         logger.warning("fd_fusion: metrics go to this log: prometheus_client is not installed")
     except (OSError, ValueError) as error:  # a folder that cannot be written; names that are taken
@@ -70,9 +81,8 @@ def choose(environ: Mapping[str, str]) -> Callable[[list[Report]], None]:
 
 
 def totals(reports: Sequence[Report]) -> tuple[Counter[_Key], int]:
-    """(counters by metric and labels, bytes of all workspaces)."""
+    """(counters by metric and labels, bytes of all open workspaces, those of dropped models too)."""
     counted: Counter[_Key] = Counter()
-    nbytes = 0
     for report in reports:
         for line in report.sites:
             for code, count in line.calls.items():
@@ -80,11 +90,10 @@ def totals(reports: Sequence[Report]) -> tuple[Counter[_Key], int]:
                 counted["finished", path, "" if path == "fused" else code] += count
         for line in report.workspaces:
             stats = line.opening.opened.stats()
-            nbytes += line.workspace_bytes
             counted["timeouts",] += stats.get("timeouts") or 0
             if stats.get("device"):
                 counted["device_rows", line.backend] += stats["device"]["rows"]
-    return counted, nbytes
+    return counted, lifecycle.taken_bytes()
 
 
 def to_log(reports: list[Report]) -> None:
@@ -96,7 +105,7 @@ def to_log(reports: list[Report]) -> None:
             data.setdefault(name, {})["/".join(filter(None, labels))] = value
         else:
             data[name] = value
-    logger.info("fd_fusion metrics %s", json.dumps(data, sort_keys=True))
+    logger.info("fd_fusion metrics %s", json.dumps(data, sort_keys=True, allow_nan=False))
 
 
 class Prometheus:

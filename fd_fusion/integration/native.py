@@ -49,6 +49,8 @@ def _pair(link: Link) -> Pair | Rejected:
         norm=norm.stock_forward,
         weight=lambda: norm.weight,
         attach=lambda site: _attach(link, site),
+        producer=link.producer,
+        reader=norm,
     )
 
 

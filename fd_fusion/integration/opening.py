@@ -67,9 +67,12 @@ def _candidates(named: str, device: str, tuned: Limits | None) -> tuple[str, ...
 
 def _tuned(group: Group, pair: Any, timeout_s: float) -> tuple[Limits | None, Reason | None]:
     """Collective: what the tuning table says, if it says the same on all ranks, or why it is not used."""
-    gpu = runtime_triton.framework().cuda.get_device_name()
-    key = Fingerprint(gpu, group.size, pair.hidden_size, pair.dtype, tuning_table.versions_here())
-    limits, note = tuning_table.read_limits(key, tuning_table.table_path())
+    try:
+        gpu = runtime_triton.framework().cuda.get_device_name()
+        key = Fingerprint(gpu, group.size, pair.hidden_size, pair.dtype, tuning_table.versions_here())
+        limits, note = tuning_table.read_limits(key, tuning_table.table_path())
+    except Exception as error:  # told in the report; the other ranks wait for this vote
+        limits, note = None, because("table_unusable", path="of limits", error=f"{type(error).__name__}: {error}")
     verdict = agree(group, "table", Vote(None, limits and limits.to_dict()), timeout_s=timeout_s)
     if not verdict.ok:
         return None, verdict.reason

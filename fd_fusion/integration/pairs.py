@@ -5,12 +5,13 @@ Nothing is guessed from prefixes or weight names. A decoder class that is not in
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from fd_fusion.comm.group import Group
-from fd_fusion.site import Site
+from fd_fusion.reasons import because
+from fd_fusion.site import Rejected, Site
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,8 @@ class Pair:
 
     `reduce` and `norm` are the host's own, so that the fallback is bit-equal to stock; `weight()` reads the norm's
     weight at each call, since weights may be reloaded; `attach(site)` installs the Site in both ends and returns the
-    undo, which restores the instances exactly. `group` owns the reduction of the producer.
+    undo, which restores the instances exactly. `group` owns the reduction of the producer. `producer` and `reader`
+    are the layers at the two ends.
     """
 
     name: str
@@ -58,6 +60,23 @@ class Pair:
     norm: Callable[[Any, Any], tuple[Any, Any]]
     weight: Callable[[], Any]
     attach: Callable[[Site], Callable[[], None]]
+    producer: Any = None
+    reader: Any = None
+
+    @property
+    def hooks(self) -> tuple[Any, ...]:
+        """The hooks that would see a partial sum: after the producer, and before the norm."""
+        hooks = (self.producer, "_forward_post_hooks"), (self.reader, "_forward_pre_hooks")
+        return tuple(getattr(layer, name) for layer, name in hooks if layer is not None)
+
+
+def without_hooked(pairs: Sequence[Pair | Rejected]) -> list[Pair | Rejected]:
+    """The pairs; one that has a hook between its ends is rejected, and the layer with the hook named."""
+
+    def hooked(pair: Pair | Rejected) -> bool:
+        return isinstance(pair, Pair) and any(pair.hooks)
+
+    return [Rejected(pair.name, because("hooked", layer=pair.name)) if hooked(pair) else pair for pair in pairs]
 
 
 TABLE: dict[str, Decoder] = {"DemoDecoder": Decoder()}

@@ -1,154 +1,196 @@
-"""The proving pass: structure does not prove data flow, so the first forward after bind does.
+"""The proving pass: structure does not prove data flow, and a name does not prove a kernel.
 
-While it runs nothing is fused: every finish gives the stock result, and beside it the fused one is computed on a copy
-of the first rows and compared. What is found is voted on, so all ranks come to the same end.
+It asks two things apart. *Data flow*: nothing is fused in it, every finish is the host's own reduce and norm of what
+was handed over, and the handed-over tensor itself is filled with NaN; so the model's outputs are the stock forward's,
+bit for bit, unless something but the two ends reads or changes a partial sum. *Kernel*: at each Site the fused call
+is judged on some rows of the real sums and on numbers with a known answer (`evidence`).
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import paddle
 
+from fd_fusion import exact
 from fd_fusion.backends.paddle import dtype_name
+from fd_fusion.integration import evidence
+from fd_fusion.integration.evidence import BARE, WITH, Contract
+from fd_fusion.integration.outputs import as_numpy, digest
 from fd_fusion.reasons import Reason, because
-from fd_fusion.reference import UNIT_ROUNDOFF
 from fd_fusion.site import Site
 
-_ROWS = 64  # rows of a call that are compared
-_SAMPLE = 16  # values of a row that tell one tensor from another
+_ROWS = 4  # rows of a call that the kernel is tried on: the first, the last, and two between
 
 
 class Proof:
-    """What one forward pass showed of the sites of a model, on this rank."""
+    """What one forward pass showed of the Sites of a model, on this rank. `site.Prover` says what a Site asks of it.
 
-    def __init__(self, sites: Sequence[Site], sizes: dict[str, int]):
-        self.sites, self._sizes = sites, sizes  # ranks of each site's group, by name
-        self._forget()
+    Args: sites: each with its contract, a function that gives its weight, and this rank's number in its group.
+    """
 
-    def _forget(self) -> None:
-        """Start afresh: a forward that raised may be followed by another."""
+    def __init__(self, sites: Sequence[tuple[Site, Contract, Callable[[], Any], int]]):
+        self._of = {site.name: (contract, weight, rank) for site, contract, weight, rank in sites}
+        self.sites = [site for site, *_ in sites]
         self.finished: Counter[str] = Counter()
-        self.samples: dict[str, dict[str, Any]] = {}
+        self.without_rows: set[str] = set()
+        self.handed_over: dict[str, str] = {}  # hashes of what was handed over
+        self.alike: set[str] = set()  # sites at which every rank handed over the same words
+        self.words: dict[str, dict[str, Any]] = {}
         self.failure: Reason | None = None
 
-    def start(self) -> None:
-        self._forget()
-        for site in self.sites:
-            site.start_proof(self.prove)
+    def keep(self, site: Site, partial: Any) -> Any:
+        """A copy to finish; in the tensor itself is NaN from now on, for whoever reads it."""
+        if 0 in partial.shape:
+            self.without_rows.add(site.name)
+            return partial
+        self.handed_over[site.name] = digest(partial)
+        kept = partial.clone()
+        with paddle.no_grad():
+            paddle.assign(paddle.full_like(partial, float("nan")), output=partial)
+        return kept
 
-    def prove(self, site: Site, partial, residual, norm):
-        """In place of a finish: the stock result, compared with the fused one on the first rows."""
+    def take(self, site: Site, partial: Any, kept: Any) -> Any:
+        if not bool(paddle.isnan(partial).all()):  # not every op that writes in place counts a version
+            self.miss(because("overwritten", site=site.name))
+        return kept
+
+    def miss(self, reason: Reason) -> None:
+        self.failure = self.failure or reason
+
+    def prove(self, site: Site, partial: Any, residual: Any, norm: Any) -> Any:
+        """In place of a finish: the host's own result; beside it the kernel is tried on some rows."""
         self.finished[site.name] += 1
-        shape = (-1, partial.shape[-1])
-        rows = min(_ROWS if site.limit is None else min(_ROWS, site.limit), int(np.prod(partial.shape[:-1])))
-        few = partial.reshape(shape)[:rows].clone()  # the stock all-reduce may work in place
-        few_residual = None if residual is None else residual.reshape(shape)[:rows].clone()
-        stock = norm_out, residual_out = site.stock(partial, residual, norm)
-        self.samples[site.name] = {"partial": _sample(few), "residual": _sample(few_residual)}
+        tried = self.finished[site.name] == 1  # a second one is a miss, whatever the kernel says
+        few = _some_rows(partial, site.limit), None if residual is None else _some_rows(residual, site.limit)
         try:
-            fused = site.fused(few, few_residual)
-        except Exception as error:  # recorded, voted on and reported; the pass itself goes on as stock
-            self._fail(because("proof_raised", site=site.name, error=f"{type(error).__name__}: {error}"))
-            return stock
-        scale = self._sizes[site.name] * _norms(few)
-        if few_residual is not None:
-            scale = scale + _norms(few_residual)
-        for name, got, want in (("residual_out", fused[1], residual_out), ("norm_out", fused[0], norm_out)):
-            self._compare(site, name, got, want.reshape(shape)[:rows], scale, residual_out.reshape(shape)[:rows])
+            stock = norm(self._total(site, partial), residual)
+        finally:
+            if tried:
+                self._try(site, *few, norm)
         return stock
 
-    def _compare(self, site: Site, output: str, got, want, scale: np.ndarray, total) -> None:
-        """Row by row: ||fused - stock|| against the roundings that either may make.
-
-        Each of the N + 2 roundings is relative to the terms of the sum, whose size over that of the sum itself is
-        the cancellation; four times that, since both sides round.
+    def _total(self, site: Site, partial: Any) -> Any:
+        """The host's own sum. Where the host reduces the parts of a block one by one, and the pair their sum once,
+        they differ by roundings: then the host's goes on, so that all behind it are the same bits; ours is near it.
         """
-        dtype = dtype_name(got)
-        cancellation = 1.0 + scale / np.maximum(_norms(total), np.finfo(np.float32).tiny)
-        allowed = 4 * (self._sizes[site.name] + 2) * UNIT_ROUNDOFF[dtype] * cancellation
-        error = relative_errors(as_numpy(got), as_numpy(want))
-        if got.dtype != want.dtype or not (error <= allowed).all():
-            worst = int(np.argmax(np.nan_to_num(error - allowed, nan=np.inf)))
-            facts = {"error": f"{error[worst]:.2e}", "budget": f"{allowed[worst]:.2e}"}
-            self._fail(because("proof_failed", site=site.name, output=output, **facts))
+        size, whole = self._of[site.name][0].size, site.whole
+        own = partial if whole is None else as_numpy(partial)
+        total = site.total(partial)
+        if whole is None:
+            return total
+        site.whole = None
+        theirs = as_numpy(whole)
+        if not exact.regrouped(as_numpy(total), theirs, own, size, self._of[site.name][0].dtype):
+            self.miss(because("sum_differs", site=site.name))
+        return whole
 
-    def _fail(self, reason: Reason) -> None:
-        self.failure = self.failure or reason
+    def _try(self, site: Site, partial: Any, residual: Any, norm: Any) -> None:
+        """Every launch of the kernel and of the host's all-reduce comes before anything is judged: the other ranks
+        make theirs, and wait in them for this one."""
+        contract, weight, rank = self._of[site.name]
+        calls = _Calls()
+        fused = calls.run(site.fused, partial, residual)
+        known = [calls.make(lambda of=of: _known(of, contract, partial, site.limit)) for of in (rank, contract.size)]
+        probe = calls.run(site.fused, *known)
+        host = calls.run(lambda x, residual: site.stock(x, residual, norm), *known)
+        try:
+            if calls.error is not None:
+                raise calls.error
+            reason = self._judge(site, contract, weight, (partial, residual), fused)
+            reason = evidence.probe_refusal(contract, _numbers(probe), _numbers(host)) or reason
+        except Exception as error:  # recorded, voted on and reported; the pass itself goes on as stock
+            reason = because("proof_raised", site=site.name, error=f"{type(error).__name__}: {error}")
+        if reason:
+            self.miss(reason)
+
+    def _judge(
+        self,
+        site: Site,
+        contract: Contract,
+        weight: Callable[[], Any],
+        inputs: tuple[Any, Any],
+        fused: dict[str, Any],
+    ) -> Reason | None:
+        """What the kernel made of the real sums, as far as this rank can tell; the rest goes into the vote."""
+        numbers = _numbers(fused)
+        self.words[site.name] = evidence.words_of(*map(as_numpy, inputs), numbers)
+        dtypes = {dtype_name(one) for pair in fused.values() for one in pair}
+        if dtypes != {contract.dtype}:
+            raise TypeError(f"the kernel gave {', '.join(sorted(dtypes))}, not {contract.dtype}")
+        return evidence.own_refusal(contract, as_numpy(weight()), numbers)
 
     def own_refusal(self) -> Reason | None:
         """What this rank alone can see."""
+        if self.failure:
+            return self.failure
         if not any(site.handed for site in self.sites) and self.finished:
             return because("tracing")
         for site in self.sites:
             handed, finished = site.handed, self.finished[site.name]
-            if handed != 1 or finished != 1:
+            if (handed, finished) != (1, 1):
                 return because("unmatched", site=site.name, handed=handed, finished=finished)
-        return self.failure
-
-
-def joint_refusal(dtypes: Mapping[str, str], samples: Sequence[dict[str, Any]]) -> Reason | None:
-    """What only all ranks together can see, from the samples of each, in rank order: the same answer on all.
-
-    `dtypes` gives the dtype of each site by its name.
-    """
-    for name, dtype in dtypes.items():
-        of_ranks = [sample[name] for sample in samples]
-        partials = [sample["partial"] for sample in of_ranks]
-        if any(partials[0]) and all(partial == partials[0] for partial in partials):
-            return because("already_reduced", site=name)
-        residuals = [np.array(sample["residual"] or [0.0]) for sample in of_ranks]
-        errors = [relative_errors(other[None], residuals[0][None])[0] for other in residuals[1:]]
-        if not all(error <= 64 * UNIT_ROUNDOFF[dtype] for error in errors):
-            return because("residual_differs", site=name)
-    return None
-
-
-def outputs_refusal(got: Sequence[Any], want: Sequence[Any], sites: int) -> Reason | None:
-    """Whether the model's outputs, auxiliary ones too, are those of the stock model.
-
-    Roundings of different sites are independent, so they add up as their square root. Measured on the demo's decoder
-    (6 layers, 4 ranks, float32): 3 to 4.4 times that. Sixteen times is allowed, and never more than a third: a leaked
-    partial sum of N ranks misses sqrt((N - 1) / N) of the whole, 0.7 and more.
-    """
-    if len(got) != len(want):
-        return because("outputs_differ", output="count", error=str(len(got)), budget=str(len(want)))
-    for i, (ours, stock) in enumerate(zip(got, want)):
-        if dtype_name(ours) not in UNIT_ROUNDOFF:
-            continue  # token numbers and the like
-        allowed = min(16 * UNIT_ROUNDOFF[dtype_name(ours)] * (sites + 1) ** 0.5, 1 / 3)
-        flat = as_numpy(ours), as_numpy(stock)
-        same_shape = flat[0].shape == flat[1].shape
-        error = relative_errors(flat[0].reshape(1, -1), flat[1].reshape(1, -1))[0] if same_shape else np.inf
-        if not error <= allowed:
-            return because("outputs_differ", output=i, error=f"{error:.2e}", budget=f"{allowed:.2e}")
-    return None
-
-
-def as_numpy(tensor) -> np.ndarray:
-    return tensor.astype("float32").numpy().astype(np.float64)
-
-
-def relative_errors(got: np.ndarray, want: np.ndarray) -> np.ndarray:
-    """||got - want|| / ||want|| of each row, over finite values; inf where the others are not the same."""
-    finite = np.isfinite(want)
-    odd = ~((finite == np.isfinite(got)) & (finite | (np.isnan(got) == np.isnan(want)))).all(axis=-1)
-    with np.errstate(invalid="ignore"):
-        difference = np.where(finite & np.isfinite(got), got - want, 0.0)
-    size = np.linalg.norm(np.where(finite, want, 0.0), axis=-1)
-    error = np.linalg.norm(difference, axis=-1)
-    return np.where(odd, np.inf, np.where(error == 0, 0.0, error / np.maximum(size, np.finfo(np.float32).tiny)))
-
-
-def _norms(x) -> np.ndarray:
-    wide = as_numpy(x)
-    return np.linalg.norm(np.where(np.isfinite(wide), wide, 0.0), axis=-1)
-
-
-def _sample(x) -> list[float] | None:
-    if x is None:
         return None
-    row = as_numpy(x[0])
-    return np.nan_to_num(row[:: max(1, len(row) // _SAMPLE)][:_SAMPLE]).tolist()
+
+    def joint_refusal(self, words: Sequence[Mapping[str, Any]]) -> Reason | None:
+        """What all ranks of a group see together, of the sites whose words these are."""
+        for name in words[0]:
+            of_ranks = [of_rank.get(name) for of_rank in words]
+            if not all(of_ranks):
+                return because("unmatched", site=name, handed=0, finished=0)
+            if all(one["partial"] == of_ranks[0]["partial"] for one in of_ranks):
+                self.alike.add(name)
+            if reason := evidence.joint_refusal(self._of[name][0], of_ranks):
+                return reason
+        return None
+
+
+def vacuous(words: Sequence[Mapping[str, Any]]) -> Reason | None:
+    """The first site of a group at which no rank handed over anything but zeros."""
+    for name in words[0]:
+        if evidence.nothing_to_sum([of_rank[name] for of_rank in words]):
+            return because("zeros", site=name)
+    return None
+
+
+class _Calls:
+    """Runs one call after the other, each whatever became of the last one. `error` is the first that was raised."""
+
+    def __init__(self) -> None:
+        self.error: Exception | None = None
+
+    def make(self, call: Callable[[], Any]) -> Any:
+        try:
+            return call()
+        except Exception as error:  # judged when all have run
+            self.error = self.error or error
+            return None
+
+    def run(self, run: Callable[[Any, Any], Any], partial: Any, residual: Any) -> dict[str, Any]:
+        """With and without the residual, each on copies: a host's all-reduce works in place."""
+        forms = {BARE: None} if residual is None else {WITH: residual, BARE: None}
+        return {
+            form: self.make(lambda rest=rest: run(partial.clone(), None if rest is None else rest.clone()))
+            for form, rest in forms.items()
+        }
+
+
+def _known(of: int, contract: Contract, like: Any, limit: int | None) -> Any:
+    """The numbers with a known answer of a rank; those after the last rank's are the residual."""
+    rows = exact.probe_partial(of, contract.size, like.shape[-1], contract.eps, contract.dtype)
+    return paddle.to_tensor(rows[:limit], place=like.place).astype(like.dtype)
+
+
+def _numbers(calls: dict[str, Any]) -> evidence.Outputs:
+    return {form: tuple(as_numpy(one) for one in pair) for form, pair in calls.items()}
+
+
+def _some_rows(tensor: Any, limit: int | None) -> Any:
+    flat = tensor.reshape([-1, tensor.shape[-1]])
+    rows = flat.shape[0]
+    count = min(_ROWS, rows, rows if limit is None else limit)
+    index = np.unique(np.linspace(0, rows - 1, count).astype("int64"))
+    return paddle.index_select(flat, paddle.to_tensor(index, place=flat.place), axis=0)

@@ -16,7 +16,7 @@ import paddle
 from fd_fusion import runtime
 from fd_fusion.backends.paddle import dtype_name
 from fd_fusion.config import FusionConfig
-from fd_fusion.integration.proof import as_numpy
+from fd_fusion.integration.outputs import as_numpy
 from fd_fusion.kernels.plan import SMALLEST
 from fd_fusion.reasons import Reason, because
 from fd_fusion.reference import UNIT_ROUNDOFF
@@ -99,13 +99,13 @@ def _try(norm: QKNorm) -> Reason | None:
     if not (want[:, :q].any() and want[:, q : q + k].any()):
         return because("qk_zero", site=norm.name)
     if (got[:, q + k :] != before[:, q + k :]).any():
-        return because("proof_failed", site=norm.name, output="v", error="any", budget="0")
+        return because("qk_wrote_v", site=norm.name)
     allowed = _allowed(norm.head_dim, dtype)
     got, want = got[:, : q + k], want[:, : q + k]
     error = (np.abs(got - want) / (np.abs(want) + _SMALL[dtype])).max()
     if not error <= allowed:
         facts = {"error": f"{error:.2e}", "budget": f"{allowed:.2e}"}
-        return because("proof_failed", site=norm.name, output="q and k", **facts)
+        return because("qk_differs", site=norm.name, **facts)
     return None
 
 

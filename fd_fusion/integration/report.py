@@ -52,6 +52,8 @@ class Report:
     source: str
     model: str
     off: Reason | None = None
+    waiting: Reason | None = None  # why a proving pass showed nothing; another one follows
+    spread: Reason | None = None  # why outputs were not compared bit by bit
     sites: list[SiteLine] = field(default_factory=list)
     rejected: list[Rejected] = field(default_factory=list)
     qk_fused: list[str] = field(default_factory=list)  # q and k norms that run as one kernel
@@ -73,11 +75,12 @@ class Report:
     def lines(self) -> list[str]:
         """One line on what fuses, and one for each reason why something does not, with the number of sites."""
         lines = [self._headline()]
-        for reason, count in Counter(str(line.reason) for line in self.rejected).items():
+        for reason, count in Counter(_told(line.reason) for line in self.rejected).items():
             lines.append(f"fd_fusion: {count} pair{'s' * (count != 1)} stock: {reason}")
         for reason in dict.fromkeys(line.opening.note for line in self.workspaces if line.opening.note):
             lines.append(f"fd_fusion: {reason}; {reason.remedy}")
-        for reason, count in Counter(str(reason) for reason in self.qk_stock.values()).items():
+        lines += [f"fd_fusion: {reason}" for reason in (self.waiting, self.spread) if reason is not None]
+        for reason, count in Counter(map(_told, self.qk_stock.values())).items():
             lines.append(f"fd_fusion: {count} q and k norm{'s' * (count != 1)} stock: {reason}")
         return lines
 
@@ -101,6 +104,8 @@ class Report:
             "config": self.config.to_dict() if self.config else None,
             "off": self.off.to_dict() if self.off else None,
             "proven": self.proven,
+            "waiting": self.waiting.to_dict() if self.waiting else None,
+            "spread": self.spread.to_dict() if self.spread else None,
             # Python counts calls when it runs: eager, or once while a graph is captured. What a graph replays is
             # counted on the device alone: stats.device of a workspace.
             "calls_counted": "eager or capture",
@@ -126,13 +131,18 @@ class Report:
     def log(self, logger: logging.Logger) -> None:
         """Say it once the outcome is known, the first line on rank 0; a warning if what was asked for is off."""
         waiting = bool(self.sites) and not self.proven
-        if self._logged or waiting:
+        if self._logged or waiting or self.waiting:
             return
         self._logged = True
         lines = self.lines()
         logger.log(logging.INFO if _global_rank() == 0 else logging.DEBUG, lines[0])
         for line in lines[1:]:
             logger.warning(line)
+
+
+def _told(reason: Reason) -> str:
+    """The sentence, and the remedy where there is something to do."""
+    return str(reason) if reason.remedy == "nothing to do" else f"{reason}; {reason.remedy}"
 
 
 def _space(line: SiteLine) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 
 class Counts:
@@ -14,11 +14,12 @@ class Counts:
         self._paused = False
         self._lock = threading.Lock()
 
-    def seen(self, counters: Sequence[int]) -> list[int]:
-        """What has been counted since open, now that the counters are these."""
+    def seen(self, read: Callable[[], Sequence[int]]) -> list[int]:
+        """What has been counted since open. `read` gives the counters as they are now; no two reads overlap, and none
+        lasts into a pause, so that no total ever falls."""
         with self._lock:
             if not self._paused:
-                self._last = [before + now for before, now in zip(self._before, counters)]
+                self._last = [before + now for before, now in zip(self._before, read())]
             return self._last
 
     def pause(self) -> None:

@@ -1,17 +1,22 @@
 """`finish` of a Site, and the all-reduce, as opaque ops: a traced graph holds neither decision nor collective.
 
 Under `paddle.jit.to_static` (AST and SOT) the op's body runs as Python whenever the graph runs, with real tensors:
-`fuses(T)` is decided there, for the T of that run. Call the layer in `eval()` mode: the op has no gradient.
+`fuses(T)` is decided there, for the T of that run. The op has no gradient: eager and under SOT it raises where one is
+recorded, and a whole graph that is to be differentiated is refused by Paddle.
 """
 
 from __future__ import annotations
+
+import math
+from typing import Any
 
 import paddle
 from paddle.base.dygraph.base import in_sot_simulation_mode
 from paddle.static import MetaTensor, register_op
 
 from fd_fusion.backends import paddle as formulas
-from fd_fusion.site import Site, by_number
+from fd_fusion.reasons import FusionError, because
+from fd_fusion.site import Site, site_of
 
 
 def _like_partial(partial, *rest):
@@ -26,7 +31,9 @@ def _like_partial(partial, *rest):
     output_names=["norm_out", "residual_out"],
 )
 def _finish(partial, residual, site):
-    return by_number[site].complete(partial, residual)
+    site = site_of(site)
+    refuse_gradients(site, partial)
+    return site.complete(_own(partial, site), residual)
 
 
 @register_op(
@@ -36,19 +43,44 @@ def _finish(partial, residual, site):
     output_names=["norm_out", "residual_out"],
 )
 def _finish_without_residual(partial, site):
-    norm_out, residual_out = by_number[site].complete(partial, None)
-    # A graph may not give an input back as an output, and the stock norm returns x itself as the residual.
-    return norm_out, residual_out.clone() if residual_out is partial else residual_out
+    site = site_of(site)
+    refuse_gradients(site, partial)
+    return site.complete(_own(partial, site), None)
+
+
+def _own(partial, site):
+    """The partial sum, or a copy where it is reduced in place, or given back as the residual.
+
+    A graph may reuse the memory of an input, and two equal products are one value in it, which would be summed twice.
+    """
+    return partial if site.fuses(math.prod(partial.shape[:-1])) else partial.clone()
+
+
+def is_eager() -> bool:
+    """Not inside the tracing of a static graph, by AST or by SOT."""
+    return paddle.in_dynamic_mode() and not in_sot_simulation_mode()
 
 
 def finish(site: Site, partial: paddle.Tensor, residual: paddle.Tensor | None):
     """`site.finish` in eager mode, with its checks; the opaque op while a graph is being traced."""
     if paddle.in_dynamic_mode() and not in_sot_simulation_mode():
+        refuse_gradients(site, partial)
         return site.finish(partial, residual)
     alone = residual is None  # SOT breaks the graph at `if <tensor> is None`, and takes the two apart
     if alone:
         return _finish_without_residual(partial, site.number)
     return _finish(partial, residual, site.number)
+
+
+def refuse_gradients(site: Site, partial: paddle.Tensor) -> None:
+    """Raises: FusionError: a gradient would have to pass; without a word it would be zero."""
+    if site.refuses_gradients and is_recorded(partial):
+        raise FusionError(because("gradients", layer=site.name))
+
+
+def is_recorded(x: paddle.Tensor) -> bool:
+    """Whether what is computed from x, eager, will have a gradient."""
+    return not x.stop_gradient and paddle.is_grad_enabled()
 
 
 def hand_over(site: Site, partial: paddle.Tensor) -> paddle.Tensor:
@@ -64,9 +96,15 @@ def hand_over(site: Site, partial: paddle.Tensor) -> paddle.Tensor:
     input_names=["x"],
     output_names=["total"],
 )
-def all_reduce(x, group):
-    """The sum of x over the group, eager and traced."""
-    return formulas.all_reduce(x, group)
+def _all_reduce(x, group):
+    return formulas.all_reduce(x.clone(), group)  # in place, or x itself: see _own
+
+
+def all_reduce(x: paddle.Tensor, group: Any) -> paddle.Tensor:
+    """The sum of x over the group: in place in eager mode, a new tensor in a traced graph."""
+    if paddle.in_dynamic_mode() and not in_sot_simulation_mode():
+        return formulas.all_reduce(x, group)
+    return _all_reduce(x, group)
 
 
 @register_op(

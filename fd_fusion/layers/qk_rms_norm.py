@@ -11,8 +11,10 @@ from paddle.base.dygraph.base import in_sot_simulation_mode
 
 from fd_fusion.backends import paddle as formulas
 from fd_fusion.config import FusionConfig
-from fd_fusion.layers.finish_op import run_on_copy
+from fd_fusion.layers.finish_op import is_recorded, run_on_copy
 from fd_fusion.layers.rms_norm import RMSNorm
+from fd_fusion.layers.shapes import told
+from fd_fusion.reasons import FusionError, because
 
 
 class QKRMSNorm(nn.Layer):
@@ -52,16 +54,21 @@ class QKRMSNorm(nn.Layer):
     def forward(self, qkv: paddle.Tensor, forward_meta: object = None) -> paddle.Tensor:
         """qkv [T, (q_heads + kv_heads) D + the width of v], rows may be strided -> the same tensor, changed in place.
 
-        Under `to_static` a new tensor is returned. `forward_meta` is accepted, as FastDeploy's layer does, and
-        not needed. Raises: ValueError: fewer columns than q and k take, or not two dimensions.
+        Under `to_static`, and where gradients are recorded, a new tensor is returned. `forward_meta` is accepted, as
+        FastDeploy's layer does, and not needed. Raises: ValueError: fewer columns than q and k take, or not two
+        dimensions. FusionError: gradients are recorded, and the layer is bound.
         """
         q_size, k_size = self.q_heads * self.head_dim, self.kv_heads * self.head_dim
-        if qkv.ndim != 2 or qkv.shape[1] < q_size + k_size:
-            raise ValueError(f"QKRMSNorm: qkv is {list(qkv.shape)}, expected [T, at least {q_size + k_size}]")
+        narrow = [size for size in told(qkv.shape[1:]) if size is not None and size < q_size + k_size]
+        if qkv.ndim != 2 or narrow:
+            raise ValueError(f"QKRMSNorm: qkv is {told(qkv.shape)}, expected [T, at least {q_size + k_size}]")
         traced = not paddle.in_dynamic_mode() or in_sot_simulation_mode()
+        recorded = not traced and is_recorded(qkv)
         if self.kernel is not None:
+            if recorded:
+                raise FusionError(because("gradients", layer=type(self).__name__))
             return run_on_copy(qkv, self.kernel) if traced else self.kernel(qkv)
-        return self._concatenated(qkv) if traced else self.stock_forward(qkv)
+        return self._concatenated(qkv) if traced or recorded else self.stock_forward(qkv)
 
     def stock_forward(self, qkv: paddle.Tensor) -> paddle.Tensor:
         """The formula in Paddle's own ops, in place."""

@@ -8,6 +8,7 @@ from paddle import nn
 from fd_fusion.backends import paddle as formulas
 from fd_fusion.config import FusionConfig
 from fd_fusion.layers.finish_op import finish
+from fd_fusion.layers.shapes import cannot_fit, told
 from fd_fusion.site import Site
 
 
@@ -63,12 +64,12 @@ class RMSNorm(nn.Layer):
         )
 
     def _check(self, x, residual_input) -> None:
-        if x.shape[-1] != self.hidden_size:
-            raise ValueError(f"RMSNorm: x has shape {list(x.shape)}, expected a last dimension of {self.hidden_size}")
+        if cannot_fit(x.shape[-1:], [self.hidden_size]):
+            raise ValueError(f"RMSNorm: x has shape {told(x.shape)}, expected a last dimension of {self.hidden_size}")
         if residual_input is None:
             return
-        if list(residual_input.shape) != list(x.shape) or residual_input.dtype != x.dtype:
+        if cannot_fit(residual_input.shape, x.shape) or residual_input.dtype != x.dtype:
             raise ValueError(
-                f"RMSNorm: the residual is {list(residual_input.shape)} {formulas.dtype_name(residual_input)}, "
-                f"expected {list(x.shape)} {formulas.dtype_name(x)} like x"
+                f"RMSNorm: the residual is {told(residual_input.shape)} {formulas.dtype_name(residual_input)}, "
+                f"expected {told(x.shape)} {formulas.dtype_name(x)} like x"
             )

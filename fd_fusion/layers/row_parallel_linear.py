@@ -10,6 +10,7 @@ from paddle import nn
 from fd_fusion.backends import paddle as formulas
 from fd_fusion.config import FusionConfig
 from fd_fusion.layers.finish_op import all_reduce, hand_over
+from fd_fusion.layers.shapes import cannot_fit, told
 from fd_fusion.site import Site
 
 
@@ -58,9 +59,9 @@ class RowParallelLinear(nn.Layer):
     def forward(self, x: paddle.Tensor) -> paddle.Tensor:
         """x [..., in_features / N], this rank's columns -> [..., H]: the sum, or this rank's partial sum."""
         expected = self.weight.shape[0]
-        if x.shape[-1] != expected:
+        if cannot_fit(x.shape[-1:], [expected]):
             raise ValueError(
-                f"RowParallelLinear: x has shape {list(x.shape)}, expected a last dimension of {expected}"
+                f"RowParallelLinear: x has shape {told(x.shape)}, expected a last dimension of {expected}"
             )
         bias = self.bias if self._adds_bias else None
         return reduce_or_hand_over(self, formulas.linear(x, self.weight, bias))

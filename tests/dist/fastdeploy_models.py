@@ -46,7 +46,7 @@ def traces_of(model):
         (path, key): value if isinstance(value, (bool, int, float, str)) else key
         for path, layer in model.named_sublayers(include_self=True)
         for key, value in layer.__dict__.items()
-        if key != "_full_name"  # Paddle's own count of layers
+        if key not in ("_full_name", "_built")  # Paddle's own books: of all layers, and of those called with a hook
     }
 
 

@@ -226,18 +226,6 @@ def exit_in_step(group, options):
     print(_must_raise(opened, _case(group, options, 1), group, options))
 
 
-def sigterm_in_call(group, options):
-    """SIGTERM comes while a rank waits in a call, and the host's handler lets it go on: it must live to say so."""
-    signal.signal(signal.SIGTERM, lambda number, frame: print("the host's handler", flush=True))
-    opened = calls.open_for(group, _case(group, options), options)
-    _patience(opened, 3 * SHORT_S)
-    if not _faulty(group):
-        workspace.close_on_sigterm()
-        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
-        _must_raise(opened, _case(group, options), group, options)
-    assert barrier(group, "over", 30)
-
-
 if __name__ == "__main__":
     calls.__dict__.update({name: value for name, value in globals().items() if callable(value) and name[0] != "_"})
     calls.main()

@@ -76,18 +76,27 @@ def plain():
     group = this_group("tp")
     opened = open_backend(group)
     assert opened.limit == 5 and opened.stats()["version"] == "0.7.2"
-    warm = kernel().CALLS[0]
+    warm = kernel().CALLS[0]  # with a residual, and then without
     assert warm["token_num"] == 1 and warm["weight_bias"] == 0.0
     for index, rows in enumerate((1, 5, 2, 0, 4, 3, 5, 1)):
         call_and_compare(opened, group, rows, offset=index % 2)
         if index == 3:
             opened.freeze()
             assert opened.stats()["limit_s"] == 20.0
-    biases = [call["weight_bias"] for call in kernel().CALLS[1:]]
+    biases = [call["weight_bias"] for call in kernel().CALLS[2:]]
     assert biases == [0, 1, 0, 0, 1, 0, 1] and len(kernel().BUILDS) == 1
     opened.check()
+    opened.reset()
+    kept = opened.finish
     opened.close()
     opened.close()
+    x = paddle.ones([1, H])
+    for use in (lambda: kept(x, x, x[0], EPS, 0.0), opened.finish, opened.check, opened.freeze, opened.reset):
+        try:
+            use()
+            raise AssertionError("a closed workspace was used")
+        except FusionError as error:
+            assert error.reason.code == "closed", error
     times = FOLDER / f"built{group.rank}"
     times.write_text(str(kernel().BUILDS[0]))
 

@@ -14,6 +14,7 @@ from support.values import check, wide
 from fd_fusion import RMSNorm, RowParallelLinear, reference
 from fd_fusion.backends import paddle as formulas
 from fd_fusion.comm.group import Group
+from fd_fusion.reasons import FusionError
 from fd_fusion.reference import round_to
 from fd_fusion.site import Site
 from fd_fusion.tuning import Facts
@@ -86,6 +87,14 @@ for dtype, rows, with_residual, offset in cases:
     )
     for i, name in enumerate(("norm_out", "residual_out")):
         worst = max(worst, check(results[True][i], truth[i], results[False][i], dtype, (name, dtype, rows, offset)))
+
+opened.close()
+for use in (lambda: opened.finish(x, None, norm.weight, EPS, 0.0), opened.check, opened.freeze, opened.reset):
+    try:
+        use()
+        raise AssertionError("a closed backend was used")
+    except FusionError as error:
+        assert error.reason.code == "closed", error
 
 # gloo's float16 sum is inf; ours is right.
 half = paddle.full([4, 8], 1.0 + rank, dtype="float16")

@@ -81,7 +81,7 @@ def judge(checkpoint, truth, seed_bug):
     unbind(model)
     return {
         "sites": len(report.sites),
-        "codes": sorted({one.reason.code for one in report.rejected}),
+        "codes": sorted({one.reason.root.code for one in report.rejected}),
         "text": [str(one.reason) for one in report.rejected][:1],
         "stock": float(np.abs(stock - truth.logits[-1]).max() / allowed),
         "bound": float(np.abs(after - truth.logits[-1]).max() / allowed),

@@ -17,6 +17,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspa
 from fd_fusion.backends import triton as backend
 from fd_fusion.comm.group import working
 from fd_fusion.kernels import plan as plans
+from fd_fusion.reasons import FusionError
 from fd_fusion.tuning import Facts
 from tests.support import tensors
 from tests.support.all_reduce_cases import Case, judge
@@ -174,7 +175,20 @@ def strange_inputs(group, options):
             assert str(options.hidden) in str(error)
         else:
             raise AssertionError("a wrong shape was taken")
+    kept = opened.finish
     opened.close()
+    calls = [lambda run=run: run(x, residual, weight, case.eps, 0.0) for run in (kept, opened.finish)]
+    for use in (*calls, opened.check, opened.freeze, opened.reset):
+        assert _is_closed(use), use
+    assert opened.stats()["device"] is None
+
+
+def _is_closed(use):
+    try:
+        use()
+    except FusionError as error:
+        return error.reason.code == "closed"
+    return False
 
 
 def weights(group, options):
@@ -199,8 +213,24 @@ def weights(group, options):
     opened.close()
 
 
+def few_slots(group, options):
+    """Calls of more rows than there are slots are several launches, the first calls too, and count as such."""
+    case = Case(group.size, 7, options.hidden)
+    plan = plans.plan_for(group.size, case.hidden, case.dtype, interpreted=options.device == "cpu")
+    opened = open_for(group, case, options, workspace_bytes=plans.total_bytes(plan, 3))
+    assert opened._slots == 3, opened._slots
+    before = opened.stats()["device"]
+    for rows, two_shot_rows in ((7, 1 << 62), (2, 1), (7, 1), (1, 1 << 62), (4, 1 << 62)):
+        if options.device == "cpu":
+            opened._two_shot_rows = two_shot_rows
+        check(opened, dataclasses.replace(case, rows=rows, seed=rows), group.rank, options.device)
+    after = opened.stats()["device"]
+    assert (after["rows"] - before["rows"], after["calls"] - before["calls"]) == (21, 10), (before, after)
+    opened.close()
+
+
 def wrap(group, options):
-    """The count of rows goes on where a counter of 32 bits would wrap, and through a reset, whatever it was last seen at."""
+    """The count of rows goes on where a counter of 32 bits would wrap, and through a reset, whatever was last seen."""
     case = Case(group.size, 3, options.hidden)
     opened = open_for(group, case, options)
 
@@ -219,6 +249,11 @@ def wrap(group, options):
     assert rows() == before + 18
     check(opened, case, group.rank, options.device)
     assert rows() == before + 21 and opened.stats()["device"]["calls"] > 2**32
+    opened.reset()  # and through another, at once after a count and with none since
+    opened.reset()
+    assert rows() == before + 21
+    check(opened, case, group.rank, options.device)
+    assert rows() == before + 24
     opened.close()
 
 

@@ -110,31 +110,6 @@ def lost_in_reset(group):
         assert "closed" in raises(FusionError, action)
 
 
-def sigterm(group):
-    """SIGTERM closes, then does what the host had asked for."""
-    signal.signal(signal.SIGTERM, lambda number, frame: print("the host's handler", flush=True))
-    made = open_one(group)
-    workspace.close_on_sigterm()
-    os.kill(os.getpid(), signal.SIGTERM)
-    assert "closed" in raises(FusionError, made.check)
-
-
-def sigterm_in_watch(group):
-    """SIGTERM finds this thread inside the watcher's own books."""
-    signal.signal(signal.SIGTERM, lambda number, frame: print("the host's handler", flush=True))
-    made = open_one(group)
-    workspace.close_on_sigterm()
-    with watcher._lock:
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert _until(lambda: made.closed)
-
-
-def default_sigterm(group):
-    open_one(group)
-    workspace.close_on_sigterm()
-    os.kill(os.getpid(), signal.SIGTERM)
-
-
 def fork(group):
     """A forked child that ends leaves its parent's workspace alone."""
     made = open_one(group)

@@ -20,6 +20,17 @@ def launch(script: str, nproc: int, out: Path, *args: str, timeout_s: float = 24
     """
     command = [sys.executable, "-W", "ignore", "-m", "paddle.distributed.launch", "--nproc_per_node", str(nproc)]
     command += ["--log_dir", str(out / "log"), str(ROOT / "tests/dist" / script), *args]
+    return _run(command, script, nproc, out, timeout_s, env)
+
+
+def spawn(script: str, nproc: int, out: Path, timeout_s: float = 240) -> list:
+    """The same for a script that starts its `nproc` ranks itself."""
+    return _run(
+        [sys.executable, "-W", "ignore", str(ROOT / "tests/dist" / script)], script, nproc, out, timeout_s, {}
+    )
+
+
+def _run(command: list[str], script: str, nproc: int, out: Path, timeout_s: float, env: dict | None) -> list:
     full = {**os.environ, "PYTHONPATH": str(ROOT), OUT: str(out), "PADDLE_DISTRI_BACKEND": "gloo", **(env or {})}
     with open(out / "launcher.log", "w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=full, start_new_session=True, cwd=out)

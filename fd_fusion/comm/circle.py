@@ -1,0 +1,103 @@
+"""The circle of a model: all ranks that its groups tie together, directly or through one another.
+
+What counts for the whole model (the proof, an error that a user insisted on) must end alike on all of these ranks,
+and one group's vote does not reach the others. So the ranks first tell each other which groups they are in, in
+rounds; then the circle is a group like any other, with one ballot for one question, however the groups overlap.
+
+A rank cannot know how many rounds the others need. It need not: whether a group holds one more round is read off that
+group's own verdict, which is the same on all its ranks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+from fd_fusion.comm.group import Group, Place, Vote, agree
+from fd_fusion.comm.meeting import convene
+from fd_fusion.reasons import Reason
+
+Known = dict[str, list[list]]  # global rank -> [name, global ranks, meeting] of each of its groups
+
+
+def in_order(groups: Sequence[Group]) -> list[Group]:
+    """The order in which every rank goes through its groups, so that no two wait for each other crosswise."""
+    return sorted(groups, key=lambda group: (group.size, group.ranks, group.name))
+
+
+def meet(labels: Mapping[Group, str], *, timeout_s: float) -> tuple[Known, Reason | None, list[Group]]:
+    """Collective: come together in each group, whatever a rank has missed before, and learn who is tied together.
+
+    Args: labels: what each group meets for, see `meeting`.
+    Returns: (who is in which groups, why this rank does not know all of it or None, the groups that hold votes).
+    Raises: FusionError: the store is gone.
+    """
+    here, broken = [], None
+    for group in in_order(list(labels)):
+        reason = convene(group, labels[group], timeout_s=timeout_s)
+        broken = broken or reason
+        here += [group] if reason is None else []
+    known, broken, dead = find_circle(here, broken, timeout_s=timeout_s)
+    return known, broken, [group for group in here if group not in dead]
+
+
+def find_circle(
+    groups: Sequence[Group], refusal: Reason | None, *, timeout_s: float
+) -> tuple[Known, Reason | None, list[Group]]:
+    """Collective over each of `groups`: learn who is tied together.
+
+    Args: refusal: of this rank, if it cannot go on; it is told to every group that still asks.
+    Returns: (who is in which groups, None, []), or (what is known, why that is not all, the groups with a rank that
+        did not come, which hold no vote any more).
+    Raises: FusionError: the store is gone.
+    """
+    me = next(iter(groups)) if groups else None
+    known: Known = {}
+    if me is not None:
+        known[str(me.ranks[me.rank])] = [[one.name, list(one.ranks), one.place.meeting] for one in groups]
+    waiting, dead = in_order(groups), []
+    while waiting:
+        for group in list(waiting):
+            verdict = agree(group, "circle", Vote(refusal, known), timeout_s=timeout_s)
+            told: Known = {}
+            for data in verdict.data:
+                told.update(data or {})
+            known = {**known, **told}
+            refusal = refusal or verdict.reason
+            if not verdict.ok or _is_whole(told):
+                waiting.remove(group)
+            if verdict.missing:
+                dead.append(group)
+    return known, refusal, dead
+
+
+def circle_of(groups: Sequence[Group], known: Known, open_names: set[str] | None = None) -> Group | None:
+    """The circle of this rank as a group; None where it has no group. `open_names`: the groups that count, or all."""
+    mine = [group for group in in_order(groups) if open_names is None or group.name in open_names]
+    if not mine:
+        return None
+    here = mine[0].ranks[mine[0].rank]
+    ranks, names = {here}, []
+    while True:
+        found = [
+            one
+            for rank in sorted(ranks)
+            for one in known.get(str(rank), ())
+            if open_names is None or one[0] in open_names
+        ]
+        names = sorted({f"{name}:{meeting}" for name, _, meeting in found})
+        more = ranks.union(*(members for _, members, _ in found))
+        if more == ranks:
+            break
+        ranks = more
+    for group in mine:
+        if set(group.ranks) == ranks:
+            return group
+    ordered = tuple(sorted(ranks))
+    own = {"name": "circle/" + "+".join(names), "rank": ordered.index(here), "size": len(ordered), "ranks": ordered}
+    return dataclasses.replace(mine[0], **own, handle=None, place=Place())
+
+
+def _is_whole(told: Known) -> bool:
+    """Whether every rank that is in a group of these has told its own groups."""
+    return all(str(rank) in told for groups in told.values() for _, ranks, _ in groups for rank in ranks)

@@ -1,0 +1,125 @@
+"""The workspaces that bound models of this process hold: counted, checked, frozen, reset and closed from here.
+
+A model that is dropped without `unbind` leaves its workspaces open: its peers may still run, and device memory goes
+in an order that all ranks keep. They count against `workspace_mb` until all ranks have dropped the model; then the
+next `bind`, which is collective, closes them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import logging
+import threading
+import weakref
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fd_fusion.comm.group import Group, Vote, agree
+from fd_fusion.reasons import FusionError, because
+
+logger = logging.getLogger("fd_fusion")
+lock = threading.RLock()  # of all books of bound models; `check` and `bind` may run in two threads
+_held: tuple[Space, ...] = ()  # replaced, never changed, so whoever goes through it needs no lock
+_opened_by: Counter[str] = Counter()  # workspaces ever opened in a group, by its name: equal on all its ranks
+
+
+@dataclass(eq=False)
+class Space:
+    """An open workspace. `number` counts those of its group, so it names the same workspace on every rank."""
+
+    group: Group
+    number: int
+    opened: Any
+    dropped: bool = False
+
+
+def hold(group: Group, opened: Any) -> None:
+    """Enter a workspace that was opened on all ranks of `group`."""
+    global _held
+    with lock:
+        _opened_by[group.name] += 1
+        _held = (*_held, Space(group, _opened_by[group.name], opened))
+
+
+def close(opened: Any) -> None:
+    """Give a workspace back and strike it off. One that cannot be closed in time is left to the process's end."""
+    global _held
+    with lock:
+        _held = tuple(space for space in _held if space.opened is not opened)
+    with contextlib.suppress(Exception):  # whatever a driver says at the end: nobody can act on it
+        opened.close()
+
+
+def held() -> tuple[Space, ...]:
+    """Every open workspace, oldest first: the same order on all ranks."""
+    return _held
+
+
+def taken_bytes() -> int:
+    """What all open workspaces of this process take, those of dropped models too."""
+    return sum(space.opened.bytes for space in _held)
+
+
+def watch_model(model: Any, openeds: Sequence[Any]) -> None:
+    """Notice when `model` is garbage collected while these workspaces are open."""
+    keys = {(space.group.name, space.number) for space in _held if any(space.opened is one for one in openeds)}
+    weakref.finalize(model, _drop, keys, type(model).__name__).atexit = False
+
+
+def close_dropped(groups: Sequence[Group], timeout_s: float) -> None:
+    """Collective: close the workspaces whose model every rank of its group has dropped. One vote a group."""
+    groups = [group for group in groups if _opened_by[group.name]]
+    if groups:
+        gc.collect()  # a model in a reference cycle is dropped now, not at some later time
+    for group in groups:
+        mine = {space.number: space for space in _held if space.dropped and space.group.name == group.name}
+        with contextlib.suppress(FusionError):  # no store any more: the vote that follows says so
+            verdict = agree(group, "dropped", Vote(None, sorted(mine)), timeout_s=timeout_s)
+            if not verdict.ok:
+                continue
+            for number in sorted(set(mine).intersection(*verdict.data)):
+                close(mine[number].opened)
+
+
+def freeze() -> None:
+    """Freeze every workspace of this process."""
+    for space in _held:
+        space.opened.freeze()
+
+
+def reset() -> None:
+    """Collective: reset every workspace, in the order in which they were opened. Raises the first FusionError, once
+    all were tried: the other ranks wait for each of them."""
+    errors = []
+    for space in _held:
+        try:
+            space.opened.reset()
+        except FusionError as error:
+            errors.append(error)
+    if errors:
+        raise errors[0]
+
+
+def check() -> None:
+    """Raises: FusionTimeout: a call of a model that is bound ran out of time."""
+    for space in _held:
+        try:
+            if not space.dropped:
+                space.opened.check()
+        except FusionError as error:
+            if error.reason.code != "closed":  # unbound by another thread meanwhile
+                raise
+
+
+def _drop(keys: set[tuple[str, int]], name: str) -> None:
+    """The model is gone. Nothing is closed here: the garbage collector calls at any time, on one rank alone."""
+    spaces = [space for space in _held if (space.group.name, space.number) in keys]
+    for space in spaces:
+        space.dropped = True
+    if spaces:
+        nbytes = sum(space.opened.bytes for space in spaces)
+        reason = because("dropped", model=name, bytes=nbytes)
+        logger.warning("fd_fusion: %s; %s", reason, reason.remedy)

@@ -1,0 +1,131 @@
+"""The outputs of two forwards of a model, bit by bit, and where in it they part ways."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from fd_fusion.reasons import Reason, because
+
+
+def tensors_of(outputs: Any, *, inside: frozenset[int] = frozenset()) -> list[Any]:
+    """Copies of all tensors in lists, tuples, dicts and plain objects: a host may reuse the tensors themselves.
+
+    Args: inside: the ids of what `outputs` is a part of: one that holds itself is gone through once.
+    """
+    if hasattr(outputs, "dtype") and hasattr(outputs, "clone"):
+        return [outputs.clone()]
+    if id(outputs) in inside:
+        return []
+    if isinstance(outputs, Mapping):
+        parts = list(outputs.values())
+    elif isinstance(outputs, list | tuple):
+        parts = outputs
+    else:
+        parts = list(vars(outputs).values()) if hasattr(outputs, "__dict__") else []
+    inside |= {id(outputs)}
+    return [tensor for part in parts for tensor in tensors_of(part, inside=inside)]
+
+
+def first_difference(got: Sequence[Any], want: Sequence[Any]) -> int | str | None:
+    """The number of the first output that is not the same bits (NaN where NaN is), "count", or None."""
+    if len(got) != len(want):
+        return "count"
+    return next((i for i, pair in enumerate(zip(got, want)) if not _same(*pair)), None)
+
+
+def within_spread(got: Sequence[Any], want: Sequence[Any], again: Sequence[Any]) -> int | str | None:
+    """The first output of `got` that is farther from `want` than twice what `again`, a second stock forward, is."""
+    for i, (ours, stock, second) in enumerate(zip(got, want, again)):
+        if _same(ours, stock):
+            continue
+        flat = [as_numpy(one).reshape(1, -1) for one in (ours, stock, second)]
+        if len({one.shape for one in flat}) != 1:
+            return i
+        if not relative_errors(flat[0], flat[1])[0] <= 2 * relative_errors(flat[2], flat[1])[0] < np.inf:
+            return i
+    return None if len(got) == len(want) == len(again) else "count"
+
+
+class Trace:
+    """What each pair's norm got and gave in a forward, as hashes of its first and last row, by the pair's name.
+
+    With it a difference of the outputs is given the name of the first Site at which the forwards part.
+    """
+
+    def __init__(self, norms: Mapping[str, Any]):
+        self._norms, self.seen = norms, {}
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        layers = {name: layer for name, layer in self._norms.items() if layer is not None}
+        built = [(layer, layer.__dict__.get("_built")) for layer in layers.values()]  # a call with a hook sets it
+        hooks = [
+            layer.register_forward_post_hook(lambda _, inputs, outputs, name=name: self._look(name, inputs, outputs))
+            for name, layer in layers.items()
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+            for layer, before in built:
+                if before is not None:
+                    layer.__dict__["_built"] = before
+
+    def _look(self, name: str, inputs: Any, outputs: Any) -> None:
+        first = outputs[0] if isinstance(outputs, list | tuple) else outputs
+        self.seen.setdefault(name, (digest(inputs[0]) if inputs else None, digest(first)))
+
+    def parts_at(self, other: Trace) -> str | None:
+        """The first norm, in the order of the forward, that gave something else in `other`."""
+        return next((name for name, (_, out) in self.seen.items() if other.seen.get(name, (0, out))[1] != out), None)
+
+
+def digest(tensor: Any) -> str:
+    """Of the bits of the first and the last row."""
+    flat = tensor.reshape([-1, tensor.shape[-1]])
+    rows = [_bits(flat[i : i + 1] if i >= 0 else flat[i:]) for i in (0, -1)] if flat.shape[0] else []
+    return hashlib.blake2b(b"".join(row.tobytes() for row in rows), digest_size=8).hexdigest()
+
+
+def outputs_differ(output: int | str, site: str | None) -> Reason:
+    return because("outputs_differ", output=output, site=site or "none")
+
+
+def as_numpy(tensor: Any) -> np.ndarray | None:
+    """In float32, which holds every dtype of a pair."""
+    return None if tensor is None else tensor.detach().astype("float32").numpy()
+
+
+def relative_errors(got: np.ndarray, want: np.ndarray) -> np.ndarray:
+    """||got - want|| / ||want|| of each row, over finite values; inf where the others are not the same."""
+    got, want = got.astype(np.float64), want.astype(np.float64)
+    finite = np.isfinite(want)
+    odd = ~((finite == np.isfinite(got)) & (finite | (np.isnan(got) == np.isnan(want)))).all(axis=-1)
+    with np.errstate(invalid="ignore"):
+        difference = np.where(finite & np.isfinite(got), got - want, 0.0)
+    size = np.linalg.norm(np.where(finite, want, 0.0), axis=-1)
+    error = np.linalg.norm(difference, axis=-1)
+    return np.where(odd, np.inf, np.where(error == 0, 0.0, error / np.maximum(size, np.finfo(np.float32).tiny)))
+
+
+def _same(a: Any, b: Any) -> bool:
+    if a.dtype != b.dtype or list(a.shape) != list(b.shape):
+        return False
+    ours, theirs = _bits(a), _bits(b)
+    if ours.tobytes() == theirs.tobytes():
+        return True
+    if not a.is_floating_point():
+        return False
+    nan = np.isnan(as_numpy(a)), np.isnan(as_numpy(b))
+    return bool((nan[0] == nan[1]).all() and (ours == theirs)[~nan[0]].all())
+
+
+def _bits(tensor: Any) -> np.ndarray:
+    values = np.ascontiguousarray(tensor.detach().numpy())
+    return values.view(f"uint{8 * values.itemsize}") if values.dtype.kind == "f" else values
