@@ -178,6 +178,17 @@ def prepare(kernel: Any, like: tuple, constants: dict[str, Any], device: str) ->
     return Loaded(lambda programs, *args: run(programs, 1, 1, stream(), *loaded, *args, *tail), resident)
 
 
+def uses_pdl() -> bool:
+    """Whether launches use programmatic dependent launch: start while the kernel in front drains, wait for its
+    end before the first read. From sm_90 on, where Triton has it, unless the host's own FD_ENABLE_PDL is 0."""
+    cuda = importlib.import_module("triton.language.extra.cuda")
+    options = importlib.import_module("triton.backends.nvidia.compiler").CUDAOptions
+    if not hasattr(cuda, "gdc_wait") or not hasattr(options, "launch_pdl") or os.environ.get("FD_ENABLE_PDL") == "0":
+        return False
+    with triton_driver():
+        return importlib.import_module("triton.runtime.driver").driver.active.get_current_target().arch >= 90
+
+
 def programs_at_once(num_warps: int, registers: int) -> int:
     """How many programs of so many warps and registers a thread a multiprocessor holds at least, from sm_80 on."""
     a_warp = 32 * (-(-registers // 8) * 8)

@@ -37,6 +37,7 @@ def opened_with(launch_of, weight_dtypes=("bfloat16",)):
         mock.patch.object(runtime_triton, "require_mode"),
         mock.patch.object(runtime_triton, "load_kernel"),
         mock.patch.object(runtime_triton, "prepare", prepare),
+        mock.patch.object(runtime_triton, "uses_pdl", lambda: False),
     ):
         opened = backend.Opened(facts, GROUP)
     opened._own = 0, 0

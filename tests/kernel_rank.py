@@ -72,26 +72,29 @@ class Rank:
             addresses=[base + peer * size for peer in range(case["size"])],
         )
         self.local = np.array(words + [-1] * 64, np.int64)  # with words behind it that nobody may touch
-        self.local[plans.PROGRAM_WORDS : len(words) : 3] = case.get("epoch", 0)
+        self.local[plans.COUNTER] = case.get("launches", 0) * plans.TURN
 
     def call(self, step, rows, x, residual, weight, two_shot=False):
         """Returns norm_out and residual_out, as bits. x and residual may be written over."""
         aliased = self.case.get("aliased")
         norm_out = x if aliased else np.full_like(x, 0x1234)
         residual_out = residual if aliased else np.full_like(x, 0x1234)
-        address = [t.ctypes.data for t in (x, residual, weight, norm_out, residual_out, self.local)]
-        address.append(int(self.local[2 + self.rank]))
         constants = plans.constants(
             self.plan,
             weight_dtype=self.case["weight_dtype"],
             has_residual=self.case.get("residual", True),
             two_shot=two_shot,
+            residual_stays=self.case.get("residual_stays", False),
         )
         # Imported here: the test process reads this module's inputs, and must not load Triton in this mode.
         from fd_fusion.kernels.all_reduce_rms_norm import all_reduce_rms_norm
 
-        launch = all_reduce_rms_norm[plans.grid(self.plan, self.case["programs"], self.case["slots"], rows)]
-        launch(*address, rows, self.rank, step, 1e-5, self.case.get("weight_offset", 0.0), **constants)
+        for start, count in plans.launches(self.case["slots"], rows):
+            address = [t.ctypes.data + start * x.strides[0] for t in (x, residual, weight, norm_out, residual_out)]
+            address[2:3] = [weight.ctypes.data]
+            address += [self.local.ctypes.data, int(self.local[2 + self.rank])]
+            launch = all_reduce_rms_norm[plans.grid(self.plan, self.case["programs"], count)]
+            launch(*address, count, self.rank, step, 1e-5, self.case.get("weight_offset", 0.0), **constants)
         return norm_out, residual_out
 
 
@@ -129,7 +132,7 @@ def main(folder, rank):
             if case.get("late") == [rank, step]:
                 time.sleep(case["late_s"])
             if case.get("other_stream") == [rank, step]:
-                threading.Timer(1, member.local.__setitem__, (16, 7)).start()
+                threading.Timer(1, member.local.__setitem__, (plans.COUNTER, 7 * plans.TURN)).start()
             x, residual, weight = (aligned(bits) for bits in inputs(case, rank, step))
             outputs = member.call(step, rows, x, residual, weight, two_shot=case["two_shot"][step])
             results[f"{number}.{step}.norm"], results[f"{number}.{step}.residual"] = outputs

@@ -15,20 +15,19 @@ import triton.language as tl
 
 from fd_fusion.kernels import _wait
 from fd_fusion.kernels import plan as plans
-from fd_fusion.kernels._wait import HEAD, sum_slices
+from fd_fusion.kernels._wait import COUNTER, HEAD, TURN, clear_sums, sum_slices
 from fd_fusion.kernels._words import at
-
-EPOCH = 7
 
 
 @triton.jit
 def wait_for_neighbour(local, home, out):
     """Program 0 of the 2 of a row, with the sum 1.0 of its own slice."""
+    sums = at(local, tl.uint32) + 2 * HEAD
     local, home = at(local, tl.uint64), at(home, tl.uint32)
-    epochs = local + HEAD
-    before, zero = tl.load(epochs, volatile=True), tl.full((), 0, tl.int32)
+    turn, zero = tl.load(local + COUNTER, volatile=True) // TURN, tl.full((), 0, tl.int32)
     own = tl.full((), 1.0, tl.float32)
-    total = sum_slices(own, zero, local, home, epochs, 0, zero, zero, before, before + 1, 2, 2, 32, True)
+    total = sum_slices(own, zero, local, home, sums, zero, turn, zero, zero, 2, 2, 32, True)
+    clear_sums(sums, zero, 2)
     tl.store(at(out, tl.float32), total)
 
 
@@ -36,20 +35,22 @@ def main():
     home, out = np.zeros(64, np.uint32), np.zeros(4, np.float32)
     page, local = np.zeros(plans.ERROR_PAGE_BYTES // 8, np.int64), np.zeros(64, np.int64)
     local[:4] = 30_000_000_000, page.ctypes.data, home.ctypes.data, home.ctypes.data
-    epochs = local[plans.PROGRAM_WORDS :]
-    epochs[0] = EPOCH - 1
+    local[plans.COUNTER] = 7 * plans.TURN
+    sums = local[plans.HEAD_WORDS : plans.HEAD_WORDS + 2 * plans.LINE // 8].view(np.uint32)
+    sums[:] = 0xFFFFFFFF
 
     def others():
-        while epochs[1 + EPOCH % 2] == 0:  # its own sum, with the epoch
+        while sums[plans.LINE // 4] == 0xFFFFFFFF:  # its own sum, for program 1
             time.sleep(0.001)
-        epochs[0] = EPOCH  # thread 0 of the program has seen everything, and is done before its other threads
+        local[plans.COUNTER] = 8 * plans.TURN  # all programs of this launch have begun
         while looked[0] < 2:
             time.sleep(0.001)
-        epochs[3 + 1 + EPOCH % 2] = (int(np.float32(2.0).view(np.uint32)) << 32) | EPOCH
+        sums[1] = np.float32(2.0).view(np.uint32)
 
     looked = count_look_ups()
     threading.Thread(target=others, daemon=True).start()
     wait_for_neighbour[(1,)](local.ctypes.data, home.ctypes.data, out.ctypes.data)
+    assert sums[1] == 0xFFFFFFFF, "the sum that was read is not unsent again"
     print(out[0], plans.read_error_page(page.tolist()))
 
 

@@ -1,29 +1,29 @@
-"""A model of one program of the all-reduce kernel on every rank, explored exhaustively: every order in which ranks
-run, words arrive, time runs out and aborts become known.
+"""A model of the all-reduce kernel on every rank, explored exhaustively: every order in which programs run, words
+arrive, time runs out and aborts become known.
 
-Row k of a launch is worked on in lane k % 2. A lane has an epoch and two buffers of its own. Row k+1 is pushed before
-row k is waited for, so a program holds up to two rows that are pushed. In launches of one row each nothing is ahead,
-and there is one lane.
+A launch has rows; program g of G works on the rows g, g+G, ...: it pushes a row and up to `ahead` rows behind it,
+then waits for that row. Each row of a launch has a slot of its own, with two halves: the launch is the counter's
+`turn` and uses half `turn & 1`. Every program reads the counter when it starts, and adds its share behind that: the
+shares of a launch make one turn together. A launch starts when all programs of the one before have ended, on the same
+rank.
 
-A row is one word, whose value is the number of the row, counted through all launches. A store to another rank is a
-message that arrives at any later time, in any order. Clearing is local; a fence, or the end of a kernel, puts it
-before the next push. Until then the rank itself finds its words cleared, and for the others they never are: what
-holds then holds if they are cleared earlier. How the programs of one rank that share a row exchange their sums is a
-model of its own, sums_model.py.
+A row is one word, whose value is its number, counted through all launches. A store to another rank is a message that
+arrives at any later time, in any order. Clearing is local; the end of the kernel puts it before the next launch.
+Until then the rank itself finds its words cleared, and for the others they never are: what holds then holds if they
+are cleared earlier. How the programs of one rank that share a row exchange their sums: sums_model.py.
 
 After a failure of any rank, every rank learns that the group is dead, and every row of a later launch is NaN on every
-rank. So is every later row of the same launch but the next one: that may have been pushed before the failure, and any
-rank that finds all its words may give finite numbers for it.
+rank. In the same launch other rows may have been pushed before, and a rank that finds all words of a row may give
+finite numbers for it.
 
 `explore` returns what is wrong with the protocol as `Rules` describe it: an empty set, unless a bug is planted.
 """
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import NamedTuple
 
-PUSH, RESULT, ABORT = "push", "result", "abort"
-LANES = 2
+WORD, ABORT = "word", "abort"
+TURN = 8  # shares in a turn of the counter; more than a launch has programs
 
 
 @dataclass(frozen=True)
@@ -32,70 +32,72 @@ class Rules:
 
     size: int
     launches: tuple[tuple[int | None, ...], ...]  # of each row its owner by two-shot, or None for one-shot
+    programs: int = 1  # the most that a launch has
+    ahead: int = 1  # rows that a program pushes behind the one that it is going to wait for
     timeouts: bool = False  # whether a rank that waits may run out of time
-    epoch: int = 0  # of each lane before the first launch, a uint32
     at_once: bool = False  # whether words come when they are sent; see `_send`
     streams: int = 1  # of rank 0; with two, launches alternate between them and nothing orders the two
-    one_buffer: bool = False
-    one_slot: bool = False  # for both lanes, which then share the epochs too
-    signed_remainder: bool = False
+    one_half: bool = False
+    slots_of_programs: bool = False  # a slot for each program, and none for each row
+    halves_by_rows: bool = False  # where the second half begins depends on T
+    launch_too_early: bool = False  # when the programs of the one before have begun, and not ended: PDL with no wait
+    turn_of_one_program: bool = False  # one adds the whole turn, the others nothing
+    results_in_the_other_half: bool = False
     abort_not_spread: bool = False
     abort_not_heeded: bool = False  # by a push
-    no_fence: bool = False  # between two rows
-    clear_out_of_order: bool = False  # not even the end of a kernel orders it
 
-    @cached_property
-    def rows(self):
-        """(launch, number in the launch, owner) of each row."""
-        return [(n, k, owner) for n, launch in enumerate(self.launches) for k, owner in enumerate(launch)]
+    def grid(self, launch):
+        return min(self.programs, len(self.launches[launch]))
 
-    def lane(self, row):
-        return 0 if self.one_slot else self.rows[row][1] % LANES
+    def slot(self, launch, row, turn):
+        half = 0 if self.one_half else turn & 1
+        row = row % self.grid(launch) if self.slots_of_programs else row
+        return half * len(self.launches[launch]) + row if self.halves_by_rows else 2 * row + half
 
-    def parity(self, epoch):
-        if self.one_buffer:
-            return 0
-        if self.signed_remainder:
-            signed = epoch - (1 << 32) if epoch >> 31 else epoch
-            return abs(signed) % 2 * (1 if signed >= 0 else -1)  # as C and Triton have it
-        return epoch & 1
+    def number(self, launch, row):
+        return sum(map(len, self.launches[:launch])) + row
 
+    def place(self, reader, source):
+        """The last rank's word lies where the reader's own would, which nobody sends."""
+        return source if source < self.size - 1 else reader
 
-class Pushed(NamedTuple):
-    """A row between its push and its end. `dead`: the abort word was set, so nothing was pushed."""
-
-    before: int
-    epoch: int
-    dead: bool
+    def results(self):
+        """Where the two words of a result lie; with two ranks in one place, which makes no difference here."""
+        return (0, 1) if self.size > 2 else (0,)
 
 
-class Thread(NamedTuple):
-    """A stream of a rank: the rows that it has not finished, and what is known of the first, which are pushed."""
+class Program(NamedTuple):
+    launch: int
+    row: int  # the first that it has not finished
+    pushed: int = -1  # the first that it has not pushed; -1: it has not started
+    turn: int = 0
+    dead: bool = False  # the abort word was set at a push, so nothing was pushed
 
+
+class Stream(NamedTuple):
     rank: int
-    rows: tuple[int, ...]
-    pushed: tuple[Pushed, ...] = ()
-    cleared: frozenset = frozenset()  # places with words that are taken, which the others may still find there
+    launches: tuple[int, ...]  # that have not begun
+    programs: tuple[Program, ...] = ()  # that have not ended
+    cleared: frozenset = frozenset()  # words that are taken, which the others may still find there
 
 
 class State(NamedTuple):
-    threads: tuple[Thread, ...]
-    epochs: tuple[int, ...]  # by rank and lane
-    slots: frozenset  # ((rank, lane, parity, source or RESULT), row) of the words that have come
+    streams: tuple[Stream, ...]
+    counters: tuple[int, ...]  # by rank
+    slots: frozenset  # ((rank, slot, place), row) of the words that have come
     messages: frozenset  # (kind, place or rank, row) under way
     aborted: frozenset
-    failed: int  # the first row that is NaN, on any rank
-    finite: int  # the last row that is not, on any rank
+    failed: int  # the first launch with a row that is NaN, on any rank
+    finite: int  # the last launch with a row that is not, on any rank
 
 
 def explore(rules):
     """Walk through every reachable state, until something is wrong. Returns a set of sentences."""
-    rows = rules.rows
-    shares = [[row for row, (n, _, _) in enumerate(rows) if n % rules.streams == s] for s in range(rules.streams)]
-    threads = [Thread(0, tuple(share)) for share in shares]
-    threads += [Thread(rank, tuple(range(len(rows)))) for rank in range(1, rules.size)]
+    every = tuple(range(len(rules.launches)))
+    streams = [Stream(0, every[number :: rules.streams]) for number in range(rules.streams)]
+    streams += [Stream(rank, every) for rank in range(1, rules.size)]
     none = frozenset()
-    start = State(tuple(threads), (rules.epoch,) * LANES * rules.size, none, none, none, len(rows), -1)
+    start = State(tuple(streams), (0,) * rules.size, none, none, none, len(every), -1)
     wrong, seen, todo = set(), {start}, [start]
     while todo and not wrong:
         state = todo.pop()
@@ -110,27 +112,31 @@ def explore(rules):
 
 
 def _judge_end(rules, state, wrong):
-    if any(thread.rows for thread in state.threads):
+    if any(stream.launches or stream.programs for stream in state.streams):
         wrong.add("a rank waits for ever")
-    if state.failed < len(rules.rows):
+    if state.failed < len(rules.launches):
         if len(state.aborted) < rules.size:
             wrong.add("a rank never learns that the group is dead")
-        launches = [launch for launch, _, _ in rules.rows]
-        ahead = launches[state.failed : state.failed + 2] == [launches[state.failed]] * 2
-        if state.finite > state.failed + ahead:
+        if state.finite > state.failed:
             wrong.add("finite numbers after the error")
 
 
 def _steps(rules, state, wrong):
     for message in state.messages:
         yield _arrive(state, message, wrong)
-    for number, thread in enumerate(state.threads):
-        if thread.rows:  # one row is pushed, and the next if it is of the same launch, before one is waited for
-            launches = [rules.rows[row][0] for row in thread.rows[:2]]
-            if len(thread.pushed) < launches.count(launches[0]):
-                yield _push(rules, state, number, thread, wrong)
+    for number, stream in enumerate(state.streams):
+        begun = all(program.pushed >= 0 for program in stream.programs)
+        if stream.launches and (begun if rules.launch_too_early else not stream.programs):
+            yield _launch(rules, state, number, stream)
+        for which, program in enumerate(stream.programs):
+            here = rules, state, number, which
+            stride, rows = rules.grid(program.launch), len(rules.launches[program.launch])
+            if program.pushed < 0:
+                yield _start(*here)
+            elif program.pushed < min(rows, program.row + stride * (1 + rules.ahead)):
+                yield _push(*here, wrong)
             else:
-                yield from _finish(rules, state, number, thread, wrong)
+                yield from _finish(*here, wrong)
 
 
 def _arrive(state, message, wrong):
@@ -152,64 +158,106 @@ def _send(rules, state, sent, wrong):
     return state
 
 
-def _push(rules, state, number, thread, wrong):
+def _launch(rules, state, number, stream):
+    """The end of the launch before has put what it cleared in front of this one."""
+    slots = state.slots if rules.launch_too_early else _without(state.slots, stream.cleared)
+    launch, *rest = stream.launches
+    programs = (*stream.programs, *(Program(launch, g) for g in range(rules.grid(launch))))
+    cleared = stream.cleared if rules.launch_too_early else frozenset()
+    stream = stream._replace(launches=tuple(rest), programs=programs, cleared=cleared)
+    return state._replace(slots=slots, streams=_put(state.streams, number, stream))
+
+
+def _without(slots, cleared):
+    return frozenset(word for word in slots if word not in cleared)
+
+
+def _start(rules, state, number, which):
+    stream = state.streams[number]
+    program = stream.programs[which]
+    before = state.counters[stream.rank]
+    others = 0 if rules.turn_of_one_program else rules.grid(program.launch) - 1
+    share = TURN - others if program.row == 0 else min(1, others)
+    state = state._replace(counters=_put(state.counters, stream.rank, before + share))
+    return _with(state, number, which, program._replace(pushed=program.row, turn=before // TURN))
+
+
+def _push(rules, state, number, which, wrong):
     """Push the first row that is not pushed yet."""
-    rank, row = thread.rank, thread.rows[len(thread.pushed)]
-    _, k, owner = rules.rows[row]
-    lane = rules.lane(row)
-    before = thread.pushed[0].epoch if rules.one_slot and thread.pushed else state.epochs[LANES * rank + lane]
-    epoch = 2 if before >= 0xFFFFFFFF else before + 1
+    rank, program = state.streams[number].rank, state.streams[number].programs[which]
+    row, launch = program.pushed, program.launch
+    owner, slot = rules.launches[launch][row], rules.slot(launch, row, program.turn)
     dead = rank in state.aborted and not rules.abort_not_heeded
-    if (parity := rules.parity(epoch)) not in (0, 1):
-        wrong.add(f"there is no buffer {parity}")
-    if not rules.clear_out_of_order and (k == 0 or not rules.no_fence):
-        state = state._replace(slots=frozenset(word for word in state.slots if word[0] not in thread.cleared))
-        thread = thread._replace(cleared=frozenset())
     to = set(range(rules.size)) if owner is None else {owner}
-    sent = {(PUSH, (peer, lane, parity, rank), row) for peer in to - {rank} if not dead}
-    thread = thread._replace(pushed=(*thread.pushed, Pushed(before, epoch, dead)))
-    return _send(rules, state._replace(threads=_put(state.threads, number, thread)), sent, wrong)
+    sent = {
+        (WORD, (peer, slot, rules.place(peer, rank)), rules.number(launch, row)) for peer in to - {rank} if not dead
+    }
+    program = program._replace(pushed=row + rules.grid(launch), dead=program.dead or dead)
+    return _send(rules, _with(state, number, which, program), sent, wrong)
 
 
-def _finish(rules, state, number, thread, wrong):
-    """The ways in which the first row of a thread may end by now."""
-    rank = thread.rank
+def _finish(rules, state, number, which, wrong):
+    """The ways in which the first row of a program may end by now."""
+    rank, program = state.streams[number].rank, state.streams[number].programs[which]
     if rank in state.aborted:  # yet words that are all there when it looks are taken, if the row was pushed
-        yield _done(rules, state, number, thread, right=False)
+        yield _done(rules, state, number, which, right=False)
     elif rules.timeouts:
-        aborted = state.aborted | {rank}  # a message to one of these would change nothing
-        told = {(ABORT, peer, None) for peer in range(rules.size) if not rules.abort_not_spread}
-        messages = (state.messages | told) - {(ABORT, peer, None) for peer in aborted}
-        yield _done(rules, state._replace(messages=messages, aborted=aborted), number, thread, right=False)
-    if not thread.pushed[0].dead:
-        yield from _read(rules, state, number, thread, wrong)
+        yield _done(rules, _abort(rules, state, rank), number, which, right=False)
+    if not program.dead:
+        yield from _read(rules, state, number, which, wrong)
 
 
-def _read(rules, state, number, thread, wrong):
+def _abort(rules, state, rank):
+    aborted = state.aborted | {rank}  # a message to one of these would change nothing
+    told = {(ABORT, peer, None) for peer in range(rules.size) if not rules.abort_not_spread}
+    messages = (state.messages | told) - {(ABORT, peer, None) for peer in aborted}
+    return state._replace(messages=messages, aborted=aborted)
+
+
+def _read(rules, state, number, which, wrong):
     """If all words of the row have come: take them, clear them, and as the owner push the result."""
-    rank, row = thread.rank, thread.rows[0]
-    owner, lane, parity = rules.rows[row][2], rules.lane(row), rules.parity(thread.pushed[0].epoch)
+    stream = state.streams[number]
+    rank, program = stream.rank, stream.programs[which]
+    owner, value = rules.launches[program.launch][program.row], rules.number(program.launch, program.row)
+    slot = rules.slot(program.launch, program.row, program.turn)
+    back = rules.slot(program.launch, program.row, program.turn + rules.results_in_the_other_half)
     peers = [peer for peer in range(rules.size) if peer != rank]
-    places = {(rank, lane, parity, source) for source in (peers if owner in (None, rank) else [RESULT])}
-    found = [value for place, value in state.slots if place in places - thread.cleared]
+    if owner in (None, rank):
+        places = {(rank, slot, rules.place(rank, peer)) for peer in peers}
+    else:
+        places = {(rank, back, place) for place in rules.results()}
+    found = {word for word in state.slots - stream.cleared if word[0] in places}
     if len(found) < len(places):
         return
-    if any(value != row for value in found):
+    if any(row != value for _, row in found):
         wrong.add("words of another row are taken")
-    sent = {(PUSH, (peer, lane, parity, RESULT), row) for peer in peers} if owner == rank else set()
-    state = _send(rules, state, sent, wrong)
-    yield _done(rules, state, number, thread._replace(cleared=thread.cleared | places), right=True)
+    sent = set()
+    if owner == rank:
+        sent = {(WORD, (peer, back, place), value) for peer in peers for place in rules.results()}
+    stream = stream._replace(cleared=stream.cleared | found)
+    state = _send(rules, state._replace(streams=_put(state.streams, number, stream)), sent, wrong)
+    yield _done(rules, state, number, which, right=True)
 
 
-def _done(rules, state, number, thread, right):
-    """The row is over: its epoch is written back. A second stream shows by an epoch that is not the one read."""
-    rank, row, pushed = thread.rank, thread.rows[0], thread.pushed[0]
-    place = LANES * rank + rules.lane(row)
-    aborted = state.aborted if state.epochs[place] == pushed.before else state.aborted | {rank}
-    threads = _put(state.threads, number, thread._replace(rows=thread.rows[1:], pushed=thread.pushed[1:]))
-    epochs = _put(state.epochs, place, pushed.epoch)
-    failed, finite = (state.failed, max(state.finite, row)) if right else (min(state.failed, row), state.finite)
-    return state._replace(threads=threads, epochs=epochs, aborted=aborted, failed=failed, finite=finite)
+def _done(rules, state, number, which, right):
+    """The row is over. Behind the last one a counter that has gone on too far shows a second stream."""
+    stream = state.streams[number]
+    program = stream.programs[which]
+    launch, row = program.launch, program.row + rules.grid(program.launch)
+    failed, finite = (state.failed, max(state.finite, launch)) if right else (min(state.failed, launch), state.finite)
+    state = state._replace(failed=failed, finite=finite)
+    if row < len(rules.launches[launch]):
+        return _with(state, number, which, program._replace(row=row))
+    if state.counters[stream.rank] > (program.turn + 1) * TURN:
+        state = _abort(rules, state, stream.rank)
+    stream = stream._replace(programs=stream.programs[:which] + stream.programs[which + 1 :])
+    return state._replace(streams=_put(state.streams, number, stream))
+
+
+def _with(state, number, which, program):
+    stream = state.streams[number]
+    stream = stream._replace(programs=_put(stream.programs, which, program))
+    return state._replace(streams=_put(state.streams, number, stream))
 
 
 def _put(values, place, value):

@@ -35,7 +35,7 @@ class SharedRank:
         )
         self.local = shared(8 * len(words)).view(np.int64)
         self.local[:] = words
-        self.local[plans.PROGRAM_WORDS :: 3] = case.get("epoch", 0)
+        self.local[plans.COUNTER] = case.get("launches", 0) * plans.TURN
         self.calls = []
         for step in range(len(case["rows"])):
             x, residual, weight = inputs(case, rank, step)
@@ -62,7 +62,7 @@ def run_program(kernel, case, plan, member, rank, pid, home):
         if case.get("absent") == [rank, step]:
             return
         member.barrier.wait(60)
-        grid = plans.grid(plan, case["programs"], case["slots"], rows)
+        grid = plans.grid(plan, case["programs"], rows)
         if pid >= grid[0] or case.get("absent_program") == [rank, step, pid]:
             continue
         builder.set_grid_dim = lambda *_, grid=grid: set_dim(*grid, 1, 1)

@@ -1,9 +1,9 @@
 """A model of how the programs of a row exchange their sums of squares, explored exhaustively like protocol_model.py.
 
-A program stores its sum where all can read it, two buffers by `epoch & 1`, each word with its epoch; its threads poll
-by themselves, with no barrier. A store becomes visible at any later time, those to one place in their order. A call
-of a program begins when all its threads are done with the one before, as after a kernel's end or the fence between
-two rows. Thread 0 stores the program's epoch when it is done.
+A program stores its sum once for each of the others; its threads look by themselves, with no barrier, until the
+sums of all others are there. Behind a barrier thread 0 makes these words unsent again. A store becomes visible at any
+later time, those to one place in their order. A call of the row begins when all programs of it are done with the one
+before, whose stores are visible then: between two calls lies the end of a kernel.
 
 A thread whose time runs out, or that learns that the group is dead, takes NaN for the sum, and the group must be told
 by then: the other threads of that program may have found all words, and see nothing wrong.
@@ -11,7 +11,7 @@ by then: the other threads of that program may have found all words, and see not
 
 from dataclasses import dataclass, replace
 
-NAN, SUM = "nan", "sum"
+NAN, SUM, UNSENT = "nan", "sum", None
 THREADS = (0, 1)
 
 
@@ -23,21 +23,20 @@ class Rules:
     calls: int
     failures: bool = False  # whether a program may have no sum: its words did not come
     timeouts: bool = False  # whether a thread that waits may run out of time
-    epoch: int = 0  # before the first call, a uint32
-    one_buffer: bool = False
-    words_without_epoch: bool = False
+    cleared_with_no_barrier: bool = False  # by the first thread that is done
+    not_cleared: bool = False
+    next_call_too_early: bool = False  # when the program itself is done, whatever the others do
+    one_word_for_all_readers: bool = False  # each of whom makes it unsent
     failure_kept_back: bool = False
-    own_epoch_taken_for_another_stream_s: bool = False
     only_thread_0_reports: bool = False
 
-    def parity(self, epoch):
-        return 0 if self.one_buffer else epoch & 1
+    def word(self, reader, source):
+        return (source if self.one_word_for_all_readers else reader) * self.split + source
 
 
 @dataclass(frozen=True)
 class Program:
     call: int = 0
-    epoch: int = 0
     begun: bool = False
     done: tuple[int, ...] = ()
 
@@ -45,15 +44,14 @@ class Program:
 @dataclass(frozen=True)
 class State:
     programs: tuple[Program, ...]
-    words: tuple[tuple, ...]  # by place: the stores to it, (epoch, sum) each, of which the first is the visible one
+    words: tuple[tuple, ...]  # by place: the stores to it, (call, sum) or UNSENT, of which the first is visible
     results: frozenset = frozenset()  # (call, what a thread found), as long as nobody is told
     told: bool = False  # whether the abort words are set
 
 
 def explore(rules):
     """Walk through every reachable state, until something is wrong. Returns a set of sentences."""
-    programs = (Program(epoch=rules.epoch),) * rules.split
-    start = State(programs, ((None,),) * (2 * rules.split))
+    start = State((Program(),) * rules.split, ((UNSENT,),) * rules.split**2)
     wrong, seen, todo = set(), {start}, [start]
     while todo and not wrong:
         state = todo.pop()
@@ -75,9 +73,10 @@ def _steps(rules, state, wrong):
         if program.call == rules.calls:
             continue
         if not program.begun:
-            yield _begin(rules, state, number, program, SUM)
-            if rules.failures or state.told:
-                yield _begin(rules, state, number, program, NAN)
+            if rules.next_call_too_early or min(other.call for other in state.programs) == program.call:
+                yield _begin(rules, state, number, program, SUM)
+                if rules.failures or state.told:
+                    yield _begin(rules, state, number, program, NAN)
             continue
         for thread in THREADS:
             if thread not in program.done:
@@ -87,29 +86,27 @@ def _steps(rules, state, wrong):
 
 
 def _begin(rules, state, number, program, own):
-    epoch = 2 if program.epoch >= 0xFFFFFFFF else program.epoch + 1
     words = state.words
-    if own == SUM or not rules.failure_kept_back:
-        place = 2 * number + rules.parity(epoch)
-        words = _put(words, place, (*words[place], (epoch, own)))
-    begun = replace(program, epoch=epoch, begun=True)
-    return replace(state, programs=_put(state.programs, number, begun), words=words)
+    if program.call and not rules.next_call_too_early:
+        words = tuple(stores[-1:] for stores in words)
+    for reader in set(range(rules.split)) - {number} if own == SUM or not rules.failure_kept_back else ():
+        place = rules.word(reader, number)
+        words = _put(words, place, (*words[place], (program.call, own)))
+    return replace(state, programs=_put(state.programs, number, replace(program, begun=True)), words=words)
 
 
 def _look(rules, state, number, program, thread, wrong):
-    """A thread finds the sums of all programs of its row, if they have come."""
-    if rules.own_epoch_taken_for_another_stream_s and 0 in program.done:
-        wrong.add("a good row is NaN in part")
-    found = [state.words[2 * other + rules.parity(program.epoch)][0] for other in range(rules.split)]
-    if None in found or not (rules.words_without_epoch or all(epoch == program.epoch for epoch, _ in found)):
+    """A thread finds the sums of the other programs of its row, if they have come."""
+    found = [state.words[rules.word(number, other)][0] for other in range(rules.split) if other != number]
+    if UNSENT in found:
         return
-    if any(epoch != program.epoch for epoch, _ in found):
+    if any(call != program.call for call, _ in found) and not state.told:  # of a dead group nothing counts
         wrong.add("sums of another call are added")
     total = NAN if any(value == NAN for _, value in found) else SUM
-    results = state.results if state.told else state.results | {(program.call, total)}
-    if {(program.call, NAN), (program.call, SUM)} <= results:
-        wrong.add("two threads of a row found different sums")
-    yield _done(state, number, program, thread, results)
+    results = state.results if state.told else state.results | {(program.call, total, number)}
+    if {(program.call, NAN, number), (program.call, SUM, number)} <= results:
+        wrong.add("two threads of a program found different sums")
+    yield _done(rules, state, number, program, thread, results)
 
 
 def _give_up(rules, state, number, program, thread, wrong):
@@ -117,14 +114,18 @@ def _give_up(rules, state, number, program, thread, wrong):
     state = replace(state, told=state.told or thread == 0 or not rules.only_thread_0_reports)
     if not state.told:
         wrong.add("a row is NaN in part and nobody is told")
-    return _done(state, number, program, thread, frozenset())
+    return _done(rules, state, number, program, thread, frozenset())
 
 
-def _done(state, number, program, thread, results):
+def _done(rules, state, number, program, thread, results):
     program = replace(program, done=tuple(sorted((*program.done, thread))))
-    if program.done == THREADS:
-        program = Program(program.call + 1, program.epoch)
-    return replace(state, programs=_put(state.programs, number, program), results=results)
+    words, all_done = state.words, program.done == THREADS
+    if (len(program.done) == 1 if rules.cleared_with_no_barrier else all_done) and not rules.not_cleared:
+        for other in set(range(rules.split)) - {number}:
+            place = rules.word(number, other)
+            words = _put(words, place, (*words[place], UNSENT))
+    program = Program(program.call + 1) if all_done else program
+    return replace(state, programs=_put(state.programs, number, program), words=words, results=results)
 
 
 def _put(values, place, value):

@@ -4,6 +4,7 @@ Run as a program it compiles the cases and prints what is in them: Triton decide
 or interprets, and the other tests of this process interpret.
 """
 
+import dataclasses
 import itertools
 import json
 import os
@@ -45,8 +46,11 @@ def compile_case(arch, size, hidden, dtype, weight_dtype, two_shot):
     from fd_fusion.kernels.all_reduce_rms_norm import all_reduce_rms_norm as kernel
 
     plan = plans.plan_for(size, hidden, dtype)
-    constants = plans.constants(plan, weight_dtype=weight_dtype, has_residual=True, two_shot=two_shot)
+    plan = dataclasses.replace(plan, two_shot_rows=1) if two_shot else plan
+    pdl = arch >= 90
+    constants = plans.constants(plan, weight_dtype=weight_dtype, has_residual=True, two_shot=two_shot, pdl=pdl)
     options = {key: constants.pop(key) for key in ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")}
+    options["launch_pdl"] = constants.pop("launch_pdl", False)
     types = {"rows": "i32", "rank": "i32", "op": "i32", "eps": "fp32", "weight_offset": "fp32"}
     signature = {n: "constexpr" if n in constants else types.get(n, "i64") for n in kernel.arg_names}
     source, target = ASTSource(kernel, signature, constants), GPUTarget("cuda", arch, 32)
@@ -89,7 +93,7 @@ def polling_loops(sass):
         target = re.search(r"BRA (?:U?P\d+, )?`\((\S+)\)", line)
         if target and places.get(target[1], number) < number:
             body = sass[places[target[1]] : number]
-            if any("LDG.E.128" in one for one in body) and not any("BAR" in one for one in body):
+            if any("LDG.E.128" in one for one in body) and not any(re.search("BAR|STG", one) for one in body):
                 yield body
 
 
@@ -107,15 +111,21 @@ def check(case, got):
     assert max(len([line for line in body if "LDG" in line]) for body in loops) >= size, name
     stores = [line for line in sass if re.search(r"\bSTG\.E\.128\b", line)]
     strong = [line for line in stores if ".STRONG.SYS" in line]
-    # Pushed: a row to each peer, at two places, and by two-shot two; made unsent: N rows, by two-shot two. The rest:
-    # output.
-    most = (2 * (size - 1) + size + two_shot * (2 * (size - 1) + 2)) * got["units"]
+    # Pushed: a row to each peer, at two places, and by two-shot two; made unsent: a row of each peer, by two-shot
+    # two. The rest: output.
+    most = (3 * (size - 1) + two_shot * (2 * (size - 1) + 2)) * got["units"]
     assert size <= len(strong) <= most, (name, len(strong), most)
     assert len(stores) - len(strong) <= 4 * got["units"], name
-    fence = re.search(r"\bBAR\.(?:(?!\bBAR\.).)*\bMEMBAR\.\w+\.SYS\b(?:(?!\bBAR\.).)*\bBAR\.", "\n".join(sass), re.S)
-    assert fence, f"{name}: nothing orders what is made unsent before the next row but one"
+    assert not any(re.search(r"\b(MEMBAR|ERRBAR|CCTL)\b", line) for line in sass), f"{name}: a row waits for a fence"
+    counted = [line for line in sass if re.search(r"\b(ATOM|RED)G?\b", line)]
+    assert len(counted) == 2 and all("RED" in line for line in counted), f"{name}: somebody waits to count: {counted}"
     # A thread that waits for a neighbour's sum reports by itself when its time is over: epoch and record.
     assert got["told_by"] == [got["threads"]] * 2 * (got["split"] > 1), (name, got["told_by"])
+    touching = [bool(re.search(r"\b(LDG|STG|RED|ATOM)", line)) for line in sass]
+    waits = [number for number, line in enumerate(sass) if "ACQBULK" in line]
+    assert len(waits) == (case[0] >= 90), f"{name}: {len(waits)} waits for the kernel in front"
+    assert not any(touching[: waits[0]] if waits else []), f"{name}: memory is touched too early"
+    assert not any("PREEXIT" in line for line in sass), f"{name}: the next kernel may start too early"
     wide = [line for line in sass if re.search(r"\b(LDG|STG)\.E\.(U8|U16|S8|S16)", line)]
     assert not wide, (name, wide)
 

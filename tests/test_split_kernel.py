@@ -17,14 +17,14 @@ HERE = Path(__file__).parent
 
 
 def split(size, split, hidden, dtype="bfloat16", **more):
-    usual = {"programs": 1, "slots": 2, "rows": [1, 3], "two_shot": [True, False]}
+    usual = {"programs": 1, "slots": 3, "rows": [1, 3], "two_shot": [True, False]}
     return case(size, hidden, dtype, split=split, **{**usual, **more})
 
 
 MISSING = {"rows": [1, 1, 1], "two_shot": [False] * 3, "limit_s": 0.2}
 CASES = {  # a slice is 32 words, of two halves or one float
     "2 of two, short": split(2, 2, 72, weight_dtype="float32", weight_offset=1.0),
-    "2 of two, empty": split(2, 2, 32, "float32", rows=[2, 1, 1], two_shot=[False, False, True], epoch=2**32 - 3),
+    "2 of two, empty": split(2, 2, 32, "float32", rows=[2, 1, 1], two_shot=[False, False, True], launches=2**32 - 3),
     "4 of two, empty": split(2, 4, 192, rows=[2]),
     "2 of three, empty": split(3, 2, 64, rows=[2]),
     "4 of three, short": split(3, 4, 200, "float16", rows=[2, 1], two_shot=[False, True]),
@@ -53,7 +53,7 @@ def results(tmp_path_factory):
 
 @pytest.mark.parametrize("name", [name for name in CASES if not name.startswith("no")])
 def test_programs_that_share_a_row(name, results):
-    """One-shot and two-shot, rows that are pushed ahead, the epochs' wrap; a last slice that is short, or empty."""
+    """One-shot and two-shot, rows that are pushed ahead, a last slice that is short, or empty."""
     check_results([CASES[name]], results[name])
 
 

@@ -59,7 +59,7 @@ def test_special_payloads_and_delays_of_three_ranks():
 
 
 def test_several_workspaces_and_strange_inputs_of_two_ranks():
-    agreed(2, "together", "strange_inputs", "weights", "wrap")
+    agreed(2, "together", "strange_inputs", "weights", "few_slots", "wrap")
 
 
 def test_subgroups_beside_the_whole_group():

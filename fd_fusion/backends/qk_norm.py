@@ -7,12 +7,11 @@ eager prefill calls it once a layer, so the host's time counts.
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable
 from typing import Any
 
 from fd_fusion.kernels.plan import DTYPE_BYTES
-from fd_fusion.runtime_triton import current_stream, interpreting, require_mode, triton_driver
+from fd_fusion.runtime_triton import current_stream, interpreting, require_mode, triton_driver, uses_pdl
 
 _MOST_HEADS = 2**31 - 4096  # of all rows together: the kernel counts them in 32 bits
 
@@ -148,19 +147,6 @@ def _compile(kernels: Any, types: list[str], constants: dict[str, Any], aligned:
         compiled = kernels.qk_rms_norm_kernel.warmup(*pointers, 2, *[stride] * 3, grid=(1,), **constants, **options)
         compiled._init_handles()
     return compiled
-
-
-def uses_pdl() -> bool:
-    """Whether launches use programmatic dependent launch: start while the kernel in front drains, wait for its
-    end before the first read. From sm_90 on, where Triton has it, unless the host's own FD_ENABLE_PDL is 0."""
-    from triton.backends.nvidia.compiler import CUDAOptions
-    from triton.runtime.driver import driver
-
-    from fd_fusion.kernels.qk_norm import gdc_wait
-
-    if gdc_wait is None or not hasattr(CUDAOptions, "launch_pdl") or os.environ.get("FD_ENABLE_PDL") == "0":
-        return False
-    return driver.active.get_current_target().arch >= 90
 
 
 class Pointer:

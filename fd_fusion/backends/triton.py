@@ -20,7 +20,7 @@ from fd_fusion.comm.posix_shm import PosixShm
 from fd_fusion.comm.symmetric_memory import Maker, attempt, settle
 from fd_fusion.comm.workspace import Layout, Workspace, open_workspace
 from fd_fusion.kernels import plan as plans
-from fd_fusion.kernels.epochs import Turns
+from fd_fusion.kernels.counts import Counts
 from fd_fusion.reasons import FusionTimeout, Reason, because, closed
 from fd_fusion.tuning import NEVER, Facts, row_limit
 
@@ -44,7 +44,7 @@ def supports(facts: Facts) -> Reason | None:
     if facts.device == "gpu" and (facts.arch or 0) < 80:
         return because("old_gpu", got=facts.arch, need=80)
     plan = _plan(facts)
-    if (need := plans.total_bytes(plan, 2)) > facts.workspace_bytes:
+    if (need := plans.total_bytes(plan, 1)) > facts.workspace_bytes:
         return because("workspace_small", need=need, got=facts.workspace_bytes)
     return None
 
@@ -97,7 +97,7 @@ class Opened:
         ]
         self._two_shot_rows = self._plan.two_shot_rows or 1 << 62
         self._calls = itertools.count()
-        self._turns = Turns(self._slots)
+        self._counts = Counts(2)
         self._workspace: Workspace | None = None
 
     @property
@@ -137,9 +137,9 @@ class Opened:
     def reset(self) -> None:
         """Collective: go on after a FusionTimeout, on all ranks or on none. Raises FusionError."""
         attempt(self._device_counts)  # for the last time; a count that fails is no reason for the ranks to part
-        self._turns.pause()
+        self._counts.pause()
         self._workspace.reset()
-        self._turns.start_anew()
+        self._counts.start_anew()
 
     def stats(self) -> dict[str, Any]:
         """Facts and counts; of a closed workspace those that need no memory."""
@@ -159,12 +159,15 @@ class Opened:
     def _device_counts(self) -> dict[str, int]:
         """What the kernel itself counted since open, replays of graphs too.
 
-        rows: finished rows. calls: turns of slot 0, which are calls where none has more than two rows a program.
+        rows: finished rows. calls: launches, which are calls where none has more rows than there are slots.
         """
-        words = 3 * self._slots * self._plan.split
-        data = self._workspace.read(self._workspace.local + 8 * plans.PROGRAM_WORDS, 8 * words)
-        turns = self._turns.seen(struct.unpack(f"<{words}Q", data)[:: 3 * self._plan.split])
-        return {"rows": sum(turns), "calls": turns[0]}
+        rows, calls = self._counts.seen(self._read_counters)
+        return {"rows": rows, "calls": calls}
+
+    def _read_counters(self) -> tuple[int, int]:
+        data = self._workspace.read(self._workspace.local, 8 * plans.HEAD_WORDS)
+        head = struct.unpack(f"<{plans.HEAD_WORDS}Q", data)
+        return head[plans.ROWS], head[plans.COUNTER] // plans.TURN
 
     @property
     def error_page(self) -> int | None:
@@ -195,23 +198,27 @@ class Opened:
         raise ValueError(f"opened for weights {expected}, got {list(weight.shape)} of {dtype}; bind the model anew")
 
     def _launch(self, launches, partial, residual, weight, norm_out, residual_out, rows, eps, weight_offset):
-        """One launch on the current stream. `op` on the error page is the number of the call, or of its capture."""
+        """On the current stream. `op` on the error page is the number of the call, or of its capture."""
         weight, bare = _ready(weight), residual is None
         residual = partial if bare else _ready(residual)  # without one its address is not read
-        launches[rows >= self._two_shot_rows, bare](
-            *plans.grid(self._plan, self.programs, self._slots, rows),
-            partial.data_ptr(),
-            residual.data_ptr(),
-            weight.data_ptr(),
-            norm_out.data_ptr(),
-            residual_out.data_ptr(),
-            *self._own,
-            rows,
-            self._group.rank,
-            next(self._calls) & 0xFFFFFF,
-            eps,
-            weight_offset,
-        )
+        launch = launches[rows >= self._two_shot_rows, bare]
+        parts = [(0, rows)] if rows <= self._slots else plans.launches(self._slots, rows)
+        op, row_bytes = next(self._calls) & 0xFFFFFF, 4 * self._plan.words
+        for start, count in parts:
+            launch(
+                *plans.grid(self._plan, self.programs, count),
+                partial.data_ptr() + start * row_bytes,
+                residual.data_ptr() + start * row_bytes,
+                weight.data_ptr(),
+                norm_out.data_ptr() + start * row_bytes,
+                residual_out.data_ptr() + start * row_bytes,
+                *self._own,
+                count,
+                self._group.rank,
+                op,
+                eps,
+                weight_offset,
+            )
         if self._facts.device == "cpu" and (reason := self._workspace.error()) is not None:
             raise FusionTimeout(reason)
 
@@ -220,11 +227,12 @@ class Opened:
         Nothing is specialized on a value, so each is right for all calls."""
         kernel = runtime_triton.load_kernel("all_reduce_rms_norm", "all_reduce_rms_norm")
         like = (*(_ANY_ADDRESS,) * 7, 2, 0, 0, 1e-5, 0.0)
+        pdl = self._facts.device == "gpu" and runtime_triton.uses_pdl()
         return {
             (name, two_shot, bare): runtime_triton.prepare(
                 kernel,
                 like,
-                plans.constants(self._plan, weight_dtype=name, has_residual=not bare, two_shot=two_shot),
+                plans.constants(self._plan, weight_dtype=name, has_residual=not bare, two_shot=two_shot, pdl=pdl),
                 self._facts.device,
             )
             for name in self._facts.weight_dtypes

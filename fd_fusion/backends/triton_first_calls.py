@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from fd_fusion import exact
+from fd_fusion.kernels import plan as plans
 from fd_fusion.reasons import FusionError, Reason, because
 from fd_fusion.reference import round_to
 from fd_fusion.tuning import Facts
@@ -19,29 +20,38 @@ _EPS, _OFFSET = 100.0, 1.0  # about the mean of squares, so that it is seen
 
 def run_all(opened: Any, facts: Facts, framework: Any) -> None:
     """Collective: launch one-shot and two-shot, with and without a residual, for each dtype of weight; with one row,
-    and with more rows than programs (under the interpreter, which takes long, with a residual alone).
+    with more rows than programs, and as a call of more rows than slots, which is several launches (`_shapes`).
     `residual_out` must be the contract's bits, over the whole width.
 
     All are launched before a wrong one is told, since the other ranks take part in every launch.
     Raises: FusionError: the first kernel that gave wrong numbers. FusionTimeout: a rank is missing.
     """
-    wrong, stock_rows = None, opened._two_shot_rows
+    wrong, stock = None, (opened._two_shot_rows, opened._slots)
     try:
         for weight_dtype, two_shot, bare in opened._launches:
             opened._two_shot_rows = 1 if two_shot else 1 << 62
-            once = facts.device == "cpu" and bare
-            for rows in [1] if once else [opened.programs + 1] if facts.device == "cpu" else [1, opened.programs + 1]:
-                reason = _run(opened, facts, framework, _name(two_shot, bare, rows), rows, bare, weight_dtype)
+            for rows, slots in _shapes(opened.programs, stock[1], facts.device, bare):
+                opened._slots = slots
+                variant = _name(two_shot, bare, rows, len(plans.launches(slots, rows)))
+                reason = _run(opened, facts, framework, variant, rows, bare, weight_dtype)
                 wrong = wrong or reason
     finally:
-        opened._two_shot_rows = stock_rows
+        opened._two_shot_rows, opened._slots = stock
     if wrong:
         raise FusionError(wrong)
 
 
-def _name(two_shot: bool, bare: bool, rows: int) -> str:
+def _shapes(programs: int, slots: int, device: str, bare: bool) -> list[tuple[int, int]]:
+    """(T, slots) of the calls of a variant. Real slots are hundreds; to cut a call, as if there were few is as good.
+    The interpreter takes long, so there one row is run without a residual alone, and the rest with one."""
+    if device == "cpu":
+        return [(1, slots)] if bare else [(programs + 1, slots), (3, min(2, slots))]
+    return [(1, slots), (programs + 1, slots), (programs + 1, min(programs, slots))]
+
+
+def _name(two_shot: bool, bare: bool, rows: int, launches: int) -> str:
     path, residual = "two-shot" if two_shot else "one-shot", "without a residual" if bare else "with a residual"
-    return f"the {path} kernel {residual}, T={rows},"
+    return f"the {path} kernel {residual}, T={rows} in {launches} launch{'es' if launches > 1 else ''},"
 
 
 def _run(

@@ -55,7 +55,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Measure on the current GPU."""
     import torch
 
-    from fd_fusion.backends.qk_norm import qk_rms_norm, uses_pdl
+    from fd_fusion.backends.qk_norm import qk_rms_norm
+    from fd_fusion.runtime_triton import uses_pdl
 
     def ours(x, weights, q, kv):
         qk_rms_norm(x, *weights, q_heads=q, kv_heads=kv, head_dim=D, eps=EPS)
@@ -180,14 +181,14 @@ def _host_us(kernels: dict[str, Callable], weights: list) -> dict[str, float]:
     from triton.runtime.driver import driver
 
     from fd_fusion.backends import qk_norm
-    from fd_fusion.runtime_triton import make_driver
+    from fd_fusion.runtime_triton import make_driver, uses_pdl
 
     cuda = torch.cuda
     functions = cuda.current_device, cuda.set_device, cuda.get_device_capability, torch._C._cuda_getCurrentRawStream
     driver.set_active(make_driver(*functions))
     qk_norm._launcher.cache_clear()  # compiled and loaded once more, by that driver
     x = torch.randn(1, 40 * D, device="cuda", dtype=torch.bfloat16)
-    calls = {"ours": kernels["us"], "bare_triton_launch": _bare(qk_norm.uses_pdl())}
+    calls = {"ours": kernels["us"], "bare_triton_launch": _bare(uses_pdl())}
     calls |= {"reference": kernels["reference_us"]} if "reference_us" in kernels else {}
     times = {name: [] for name in calls}
     for _ in range(30):

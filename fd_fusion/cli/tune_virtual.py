@@ -69,7 +69,7 @@ def _launch(column: str, case: Any, library: str | None) -> Callable[[int], Any]
     if column == "flashinfer":
         return virtual_ranks.FlashInferRanks(library, *shape).prepare(case)
     plan = plan_for(case.size, case.hidden_size, case.dtype)
-    ranks = virtual_ranks.VirtualRanks(plan, min(case.rows, MOST_ROWS // case.size))
+    ranks = virtual_ranks.VirtualRanks(plan, min(case.rows, MOST_ROWS // case.size), case.rows)
     return ranks.prepare(case, two_shot=column == "two_shot")
 
 

@@ -9,6 +9,7 @@ wait for another while a rank already spins is a deadlock. Torch tensors; needs 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import importlib
 import statistics
@@ -72,10 +73,11 @@ def most_programs(plan: plans.Plan, multiprocessors: int) -> int:
 class VirtualRanks:
     """The triton kernel's memory of N ranks, and its launch on one of them."""
 
-    def __init__(self, plan: plans.Plan, programs: int, limit_ns: int = 5_000_000_000):
+    def __init__(self, plan: plans.Plan, programs: int, slots: int = 64, limit_ns: int = 5_000_000_000):
+        plan = dataclasses.replace(plan, two_shot_rows=plan.two_shot_rows or 1)  # with places for its results
         most = most_programs(plan, torch.cuda.get_device_properties("cuda").multi_processor_count)
         self.plan, self.programs = plan, min(programs, most)
-        self.slots = 2 * self.programs
+        self.slots = slots
         size = plans.symmetric_bytes(plan, self.slots)
         full = {"fill_value": plans.SLOT_FILL, "dtype": torch.uint8, "device": "cuda"}
         self.symmetric = [torch.full((size,), **full) for _ in range(plan.size)]
@@ -99,16 +101,16 @@ class VirtualRanks:
     def prepare(self, case: Case, two_shot: bool = False) -> Callable[[int], Any]:
         """Compile and load what `case` needs. Returns a function that launches it on a rank."""
         constants = plans.constants(self.plan, weight_dtype=case.dtype, has_residual=True, two_shot=two_shot)
-        grid = plans.grid(self.plan, self.programs, self.slots, case.rows)
+        assert case.rows <= self.slots
+        grid = plans.grid(self.plan, self.programs, case.rows)
         compiled = all_reduce_rms_norm.warmup(*self.arguments(case, 0), grid=grid, **constants)
         compiled._init_handles()
         launch = all_reduce_rms_norm[grid]
         return lambda rank: launch(*self.arguments(case, rank), **constants)
 
     def rows_done(self) -> list[int]:
-        """How many rows each rank's kernel has finished, by the epochs that it counts on the device."""
-        step = 3 * self.plan.split  # the first of the programs that share a slot
-        return [sum(mine.tolist()[plans.PROGRAM_WORDS :: step]) for mine in self.local]
+        """How many rows each rank's kernel has finished, counted on the device."""
+        return [mine[plans.ROWS].item() for mine in self.local]
 
     def failures(self) -> list:
         return [plans.read_error_page(page.tolist()) for page in self.pages]

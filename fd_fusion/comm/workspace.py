@@ -154,7 +154,7 @@ class Workspace:
         slots = layout.symmetric_bytes - layout.control_bytes
         memory.maker.fill(memory.own + layout.control_bytes, slots, layout.fill)
         words = layout.local_words(self._limit(), self._page_of_kernel, list(memory.addresses))
-        memory.maker.write(self.local, b"".join(word.to_bytes(8, "little") for word in words))
+        memory.maker.write(self.local, b"".join(word.to_bytes(8, "little", signed=True) for word in words))
         memory.maker.synchronize()
         ctypes.memset(self._page, 0, layout.page_bytes)
         self.failed.clear()

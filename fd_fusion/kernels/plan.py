@@ -6,6 +6,7 @@ ranks, for every T and on both paths, because the bits of the result depend on i
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,9 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 SIZES = range(2, 9)
 SLOT_FILL = 0xFF  # the byte that all slots are filled with before the first call and at a reset
 CONTROL_BYTES = 256  # the control page, at the start of every rank's symmetric memory
-PROGRAM_WORDS = 16  # 8-byte words of local memory before the epochs: limit, error page, the addresses of N ranks
+HEAD_WORDS = 16  # 8-byte words of local memory before the sums: limit, error page, addresses, counters
+COUNTER, ROWS, TURN = 10, 11, 1 << 20  # two of them, and what a launch adds to the first
+LINE = 128  # bytes of a line of the cache
 ERROR_PAGE_BYTES = 64
 SMALLEST = 2.0**-126  # what fp32 holds: the hardware's rsqrt takes less for zero
 
@@ -52,9 +55,14 @@ class Plan:
         return 1 << max(0, -(-self.slice_words // (128 * self.num_warps)) - 1).bit_length()
 
     @property
+    def places(self) -> int:
+        """Rows in half a slot: one from each peer. The two of a result take the same places, on other ranks."""
+        return max(2, self.size - 1) if self.two_shot_rows is not None or self.interpreted else self.size - 1
+
+    @property
     def slot_bytes(self) -> int:
-        """Symmetric memory of a slice of a slot: two parities of N rows of words, and of the two rows of results."""
-        return 2 * (self.size + 2) * self.slice_words * 4
+        """Symmetric memory of a slot, which is for a row of a call."""
+        return 2 * self.places * self.split * self.slice_words * 4
 
 
 def plan_for(size: int, hidden_size: int, dtype: str, *, interpreted: bool = False) -> Plan:
@@ -112,13 +120,13 @@ def _two_shot_rows(size: int, row_bytes: int) -> int | None:
 
 
 def symmetric_bytes(plan: Plan, slots: int) -> int:
-    """Symmetric memory of each rank: the control page, then `slots` slots, each for a row in flight."""
-    return CONTROL_BYTES + slots * plan.split * plan.slot_bytes
+    """Symmetric memory of each rank: the control page, then the slots."""
+    return CONTROL_BYTES + slots * plan.slot_bytes
 
 
 def local_bytes(plan: Plan, slots: int) -> int:
-    """Local memory of each rank: the head, then an epoch and two words of exchange for each slot and slice."""
-    return 8 * (PROGRAM_WORDS + 3 * slots * plan.split)
+    """Local memory of each rank: the head, then for each slot and program a line for the sums of the others."""
+    return 8 * HEAD_WORDS + (slots * plan.split * LINE if plan.split > 1 else 0)
 
 
 def total_bytes(plan: Plan, slots: int) -> int:
@@ -135,33 +143,49 @@ def local_words(plan: Plan, slots: int, *, limit: int, error_page: int, addresse
         addresses: of the ranks' symmetric memory as mapped in this process, in rank order.
     """
     assert len(addresses) == plan.size
-    words = [0] * (local_bytes(plan, slots) // 8)
-    words[: 2 + plan.size] = [limit, error_page, *addresses]
-    return words
+    sums = [-1] * (local_bytes(plan, slots) // 8 - HEAD_WORDS)
+    head = [limit, error_page, *addresses]
+    return head + [0] * (HEAD_WORDS - len(head)) + sums
 
 
 def programs_and_slots(plan: Plan, *, workspace_bytes: int, at_once: int, limit: int | None) -> tuple[int, int]:
-    """G, the most rows that are worked on at once, and the number of slots: two for each, unless the memory allows
-    fewer or calls of up to `limit` rows need fewer; but two at least, with which calls of any T can be made.
+    """G, the most rows that are worked on at once, and the number of slots, which is the most rows of a launch.
 
     `at_once` programs must be sure to run at the same time and leave room for other streams (half of what the device
-    holds). `workspace_bytes` must hold two slots.
+    holds). `workspace_bytes` must hold a slot. Calls have up to `limit` rows, None: any number.
     """
     fixed = total_bytes(plan, 0)
     most = (workspace_bytes - fixed) // (total_bytes(plan, 1) - fixed)
-    limit = most if limit is None else limit
-    programs = min(most, limit, max(1, at_once // plan.split))
-    return programs, max(2, min(most, limit, 2 * programs))
+    slots = most if limit is None else min(most, max(1, limit))
+    return min(slots, max(1, at_once // plan.split)), slots
 
 
-def grid(plan: Plan, programs: int, slots: int, rows: int) -> tuple[int]:
-    """The launch grid of a call of `rows` rows. A program has two slots, unless there is one for every row."""
-    at_once = slots // 2 if rows > slots else programs if rows > programs else rows
-    return (at_once * plan.split,)
+def launches(slots: int, rows: int) -> list[tuple[int, int]]:
+    """A call of `rows` rows as launches of no more than `slots`, all about as long: (first row, number of rows)."""
+    count = -(-rows // slots)
+    starts = [rows * number // count for number in range(count + 1)]
+    return [(start, stop - start) for start, stop in itertools.pairwise(starts)]
 
 
-def constants(plan: Plan, *, weight_dtype: str, has_residual: bool, two_shot: bool) -> dict[str, Any]:
-    """The kernel's constexpr arguments and launch options, by name."""
+def grid(plan: Plan, programs: int, rows: int) -> tuple[int]:
+    """The grid of a launch of `rows` rows."""
+    return (min(programs, rows) * plan.split,)
+
+
+def constants(
+    plan: Plan,
+    *,
+    weight_dtype: str,
+    has_residual: bool,
+    two_shot: bool,
+    pdl: bool = False,
+    residual_stays: bool = False,
+) -> dict[str, Any]:
+    """The kernel's constexpr arguments and launch options, by name. pdl: start while the kernel in front ends.
+    residual_stays: by two-shot residual_out is right in the rows that this rank owns, and untouched in the others.
+    """
+    results = 1 if residual_stays else 2
+    assert not two_shot or plan.places >= results, "opened without two-shot: its results have no place"
     units = plan.units
     # Found by compiling: nothing spills. Fewer registers are more rows in flight, which is speed for large T.
     if plan.dtype == "float32":
@@ -174,15 +198,19 @@ def constants(plan: Plan, *, weight_dtype: str, has_residual: bool, two_shot: bo
         "SLICE": plan.slice_words,
         "BLOCK": 128 * plan.num_warps * units,
         "C": plan.split,
+        "PLACES": plan.places,
         "DTYPE": plan.dtype,
         "WEIGHT_DTYPE": weight_dtype,
         "HAS_RESIDUAL": has_residual,
         "TWO_SHOT": two_shot,
+        "RESULTS": results,
         "OPERANDS": ",".join(["=&r"] * 36 * units + ["r"] * 4 * units + ["l"] * 4 * units + ["r"] * 4 * units),
         "UNITS": units,
         "POLL": None if plan.interpreted else poll(plan.size, plan.slice_words, units),
-        "POLL_RESULTS": None if plan.interpreted else poll(2, plan.slice_words, units),
+        "POLL_RESULTS": None if plan.interpreted else poll(results + 1, plan.slice_words, units),
+        "PDL": pdl,
         "INTERPRETED": plan.interpreted,
+        **({"launch_pdl": True} if pdl else {}),
         "num_warps": plan.num_warps,
         "num_stages": 1,
         # At least two programs fit on a multiprocessor.

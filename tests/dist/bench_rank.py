@@ -164,6 +164,40 @@ class Nccl:
         return {"nccl + norm": run}
 
 
+@triton.jit
+def push_rows(x, to, rows, WORDS: tl.constexpr, BLOCK: tl.constexpr):
+    """Store rows of x at another rank, as the fused kernel does, and nothing else."""
+    words, row = tl.arange(0, BLOCK), tl.program_id(0)
+    while row < rows:
+        at = row.to(tl.int64) * WORDS + words
+        own = tl.load(tl.multiple_of(x, 16) + at, mask=words < WORDS)
+        pointer = tl.multiple_of(to.to(tl.pointer_type(tl.uint32)), 16)
+        tl.store(pointer + at, own, mask=words < WORDS, cache_modifier=".wt")
+        row += tl.num_programs(0)
+
+
+class Push:
+    """The yardstick: the bytes of a one-shot call stored at the peers by programs of 128 threads, and nothing else."""
+
+    def __init__(self, group, hidden, rows, push):
+        self.group = group
+        nbytes = (group.size - 1) * rows * hidden * 2
+        self.memory = open_symmetric_memory(group, nbytes, CudaIpc(), push, timeout_s=30)
+
+    def contenders(self, case, x, residual, weight):
+        rank, size, words = self.group.rank, self.group.size, case.hidden // 2
+        peers = [(rank + i) % size for i in range(1, size)]
+        # A place for each source: nobody else stores there.
+        targets = [self.memory.addresses[p] + (rank - p - 1) % size * case.rows * 4 * words for p in peers]
+        x = x.view(torch.uint32) if hasattr(torch, "uint32") else x.view(torch.int32)
+
+        def run(programs):
+            for to in targets:
+                push_rows[(programs,)](x, to, case.rows, WORDS=words, BLOCK=triton.next_power_of_2(words), num_warps=4)
+
+        return {f"plain push, {p} programs": lambda p=p: run(p) for p in (32, 264) if p <= case.rows or p == 32}
+
+
 def capture(call, calls):
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
@@ -182,6 +216,8 @@ def measure(contenders, rounds, calls, rows, counted):
     times = {name: [] for name in graphs}
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     for name, graph in graphs.items():
+        if counted is None:
+            continue
         before = counted()
         graph.replay()
         torch.cuda.synchronize()
@@ -202,7 +238,7 @@ def measure(contenders, rounds, calls, rows, counted):
 def bytes_pushed(size, case, name):
     """What a rank sends for one call, in bytes, and its time at 400 GB/s."""
     row = case.rows * case.hidden * 2
-    sent = {"one-shot": (size - 1) * row, "two-shot": (size - 1) * row * 3 // size}
+    sent = {"one-shot": (size - 1) * row, "plain push": (size - 1) * row, "two-shot": (size - 1) * row * 3 // size}
     return next((count for kind, count in sent.items() if kind in name), 2 * (size - 1) * row // size)
 
 
@@ -229,8 +265,9 @@ def main():
     rows_of = {}
     for hidden in options.hidden:
         libraries = [Triton(facts_for(group.size, group.rank, hidden, options.workspace_mb), group)]
+        push = libraries[0].one_shot._push
+        libraries.append(Push(group, hidden, max(options.rows), push))
         if options.flashinfer:
-            push = libraries[0].one_shot._push
             libraries.append(FlashInfer(options.flashinfer, group, hidden, max(options.rows), push))
         if nccl:
             libraries.append(nccl)
@@ -245,8 +282,9 @@ def main():
             print(f"H={hidden} done at {time.monotonic() - began:.0f} s", flush=True)
         torch.cuda.synchronize()
         libraries[0].close()
-        if options.flashinfer:
-            libraries[1].memory.close()
+        for library in libraries[1:]:
+            if hasattr(library, "memory"):
+                library.memory.close()
     agree(group, "end", Vote(), timeout_s=30)
     os._exit(0)  # NCCL waits for graphs that it was captured in
 
@@ -260,7 +298,7 @@ def cell(group, libraries, case, options, found):
         contenders.update(library.contenders(case, x, residual, weight))
     truth, errors, far = exact(case, residual, weight), {}, {}
     for name, call in contenders.items():
-        if "nccl" not in name:
+        if not name.startswith(("nccl", "plain")):
             outputs = call()
             far[name] = [((out.double() - true).norm() / true.norm()).item() for out, true in zip(outputs, truth)]
             if case.rows in (1, 8) or (case.rows == 128 and case.hidden == 4096):

@@ -1,6 +1,6 @@
 """Rank script, GPU with torch: many CUDA-graph replays of calls with changing T, each fed by the one before.
 
-    replays.py WHAT ... [--calls 100000]: replays, host_time
+    replays.py WHAT ... [--calls 100000]: replays, host_time, dependent_launch
 
 What a rank sends depends on what it received, so a word taken from another call makes the ranks' bits differ.
 """
@@ -77,6 +77,51 @@ def replays(group, options):
     opened.close()
 
 
+def dependent_launch(group, options):
+    """A chain fused -> GEMM -> fused -> q/k norm, with T changing from graph to graph: programmatic dependent launch
+    changes no bit. Each graph starts from what the one before has left."""
+    import torch
+
+    from fd_fusion.backends import qk_norm
+
+    case, ends = Case(group.size, 256, options.hidden), {}
+    mixing = torch.randn(options.hidden, options.hidden, device="cuda", dtype=torch.bfloat16) * 0.01
+    heads = torch.ones(128, device="cuda", dtype=torch.bfloat16)
+    for pdl in ("0", "1"):
+        os.environ["FD_ENABLE_PDL"] = pdl
+        qk_norm._launcher.cache_clear()
+        opened = calls.open_for(group, case, options)
+        chain = Chain(group, case, opened, options)
+
+        def step(T, opened=opened, chain=chain):
+            norm, summed = opened.finish(chain.x[:T], chain.residual[:T], chain.weight, case.eps, 0.0)
+            norm, summed = opened.finish(norm @ mixing, summed, chain.weight, case.eps, 0.0)
+            count = options.hidden // 256
+            qk_norm.qk_rms_norm(norm, heads, heads, q_heads=count, kv_heads=count, head_dim=128, eps=case.eps)
+            chain.x[:T] = norm * ((group.rank + 1) / group.size)
+            chain.residual[:T] = summed * 0.5
+
+        graphs = []
+        for T in (1, 256, 3, 64, 8):
+            step(T)
+            torch.cuda.synchronize()
+            graphs.append(torch.cuda.CUDAGraph())
+            with torch.cuda.graph(graphs[-1]):
+                step(T)
+        for number in range(options.calls):
+            graphs[number % len(graphs)].replay()
+            if number % 500 == 0:
+                torch.cuda.synchronize()
+                opened.check()
+        torch.cuda.synchronize()
+        opened.check()
+        ends[pdl] = chain.digest()
+        del graphs
+        opened.close()
+    assert ends["0"] == ends["1"], "dependent launch changes the bits"
+    calls.digest.update(ends["1"].encode())
+
+
 def host_time(group, options):
     """Host time of a call, and of its parts; the GPU keeps up, so nothing waits for it."""
     import torch
@@ -112,5 +157,5 @@ def host_time(group, options):
 
 
 if __name__ == "__main__":
-    calls.replays, calls.host_time = replays, host_time
+    calls.replays, calls.host_time, calls.dependent_launch = replays, host_time, dependent_launch
     calls.main()

@@ -213,19 +213,32 @@ def weights(group, options):
     opened.close()
 
 
+def few_slots(group, options):
+    """Calls of more rows than there are slots are several launches, the first calls too, and count as such."""
+    case = Case(group.size, 7, options.hidden)
+    plan = plans.plan_for(group.size, case.hidden, case.dtype, interpreted=options.device == "cpu")
+    opened = open_for(group, case, options, workspace_bytes=plans.total_bytes(plan, 3))
+    assert opened._slots == 3, opened._slots
+    before = opened.stats()["device"]
+    for rows, two_shot_rows in ((7, 1 << 62), (2, 1), (7, 1), (1, 1 << 62), (4, 1 << 62)):
+        if options.device == "cpu":
+            opened._two_shot_rows = two_shot_rows
+        check(opened, dataclasses.replace(case, rows=rows, seed=rows), group.rank, options.device)
+    after = opened.stats()["device"]
+    assert (after["rows"] - before["rows"], after["calls"] - before["calls"]) == (21, 10), (before, after)
+    opened.close()
+
+
 def wrap(group, options):
-    """The count of rows goes on where the epochs wrap, and through a reset, whatever it was last seen at."""
+    """The count of rows goes on where a counter of 32 bits would wrap, and through a reset, whatever was last seen."""
     case = Case(group.size, 3, options.hidden)
     opened = open_for(group, case, options)
 
     def rows():
         return opened.stats()["device"]["rows"]
 
-    words = 3 * opened._slots * opened._plan.split
-    place = opened._workspace.local + 8 * plans.PROGRAM_WORDS
-    for slot in range(0, words, 3):
-        parity = opened._maker.read(place + 8 * slot, 8)[0] & 1
-        opened._maker.write(place + 8 * slot, (2**32 - 4 + parity).to_bytes(8, "little"))
+    place = opened._workspace.local + 8 * plans.COUNTER
+    opened._maker.write(place, ((2**32 - 2) * plans.TURN).to_bytes(8, "little"))
     before = rows()
     for number in range(1, 6):
         check(opened, dataclasses.replace(case, seed=number), group.rank, options.device)
@@ -235,7 +248,12 @@ def wrap(group, options):
     opened.reset()
     assert rows() == before + 18
     check(opened, case, group.rank, options.device)
-    assert rows() == before + 21 and opened.stats()["device"]["calls"] > 0
+    assert rows() == before + 21 and opened.stats()["device"]["calls"] > 2**32
+    opened.reset()  # and through another, at once after a count and with none since
+    opened.reset()
+    assert rows() == before + 21
+    check(opened, case, group.rank, options.device)
+    assert rows() == before + 24
     opened.close()
 
 

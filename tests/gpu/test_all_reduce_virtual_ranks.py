@@ -86,17 +86,17 @@ def missing_rank(size, hidden_size):
 
 
 def two_streams():
-    """Rank 0 waits; meanwhile its epoch moves, as if another stream had used the workspace."""
+    """Rank 0 waits; meanwhile its counter moves, as if another stream had used the workspace."""
     ranks = VirtualRanks(plan_for(2, 4096, "bfloat16"), 1)
     case = Case(2, 1, 4096, "bfloat16")
     launch = ranks.prepare(case)
-    one = torch.ones(1, dtype=torch.int64, device="cuda")
+    one = torch.full((1,), 7 * plans.TURN, device="cuda")
     torch.cuda.synchronize()
     with torch.cuda.stream(torch.cuda.Stream()):
         launch(0)
     time.sleep(0.01)
     with torch.cuda.stream(torch.cuda.Stream()):
-        ranks.local[0][plans.PROGRAM_WORDS].copy_(one[0])
+        ranks.local[0][plans.COUNTER].copy_(one[0])
     torch.cuda.synchronize()
     assert ranks.failures()[0]["code"] == plans.TWO_STREAMS, ranks.failures()
     assert case.norm_out[0].isnan().all()

@@ -83,6 +83,10 @@ def test_a_hundred_thousand_calls_by_replay(size, mps):
     agreed("replays.py", size, "replays", "--hidden", 4096, mps=mps)
 
 
+def test_dependent_launch_changes_no_bit(mps):
+    agreed("replays.py", 2, "dependent_launch", "--hidden", 4096, "--calls", 10_000, mps=mps)
+
+
 def test_paddle_s_driver_object_with_no_torch_to_import(mps):
     agreed("without_torch.py", 2, "without_torch", "--hidden", 1024, mps=mps)
 

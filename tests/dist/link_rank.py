@@ -1,0 +1,250 @@
+"""Rank script: variants of the fused kernel against a plain push of the same bytes, on several GPUs, torch tensors.
+
+Every variant has a workspace of its own; in each cell all of them are captured, and their replays take turns. A figure
+is the median over the rounds of the slowest rank's time for a call. Started by tests/gpu/bench_link.py.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import importlib.util
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+
+import bench_rank as bench
+import torch
+
+from fd_fusion import runtime_triton
+from fd_fusion.backends import triton as backend
+from fd_fusion.comm.group import Group, Vote, agree
+from fd_fusion.kernels import plan as plans
+from fd_fusion.kernels._poll import poll
+from fd_fusion.tuning import NEVER
+from tests.support.all_reduce_cases import Case
+from tests.support.ranks import this_group, this_rank
+
+CLEAR = "    clear(slot, words, both(mask, state == 0), N - 1, SLICE)\n"
+
+
+def sleeping_poll(ns):
+    def text(*args, **kwargs):
+        return poll(*args, **kwargs).replace("@again bra look;", f"@again nanosleep.u32 {ns};\n@again bra look;")
+
+    return text
+
+
+def ahead(rows):
+    """So many rows pushed behind the one that is waited for, whatever the path."""
+    bound = f"row + {1 + rows} * stride)"
+    return {"kernel": [("row + (2 if TWO_SHOT else 1) * stride)", bound), ("        if TWO_SHOT:  # noqa", "        if True:  # noqa")]}
+
+
+VARIANTS = {  # replacements in the kernel, in _wait.py, what is changed in the plan or at launch
+    "as it is": {},
+    "PDL": {"pdl": "1"},
+    "none ahead": ahead(0),
+    "one ahead": ahead(1),
+    "two ahead": ahead(2),
+    "all ahead": ahead(1 << 10),
+    "the residual stays": {"stays": True},
+    "a quarter of the device": {"share": 0.5},
+    "all of the device": {"share": 2},
+    "eight warps": {"warps": 8},
+    "poll, sleep 50 ns": {"poll": sleeping_poll(50)},
+    "poll, sleep 200 ns": {"poll": sleeping_poll(200)},
+    "cleared twice": {"kernel": [(CLEAR, 2 * CLEAR)]},
+    "outputs streamed": {
+        "kernel": [
+            (f"{end})\n", f'{end}, cache_modifier=".cs")\n')
+            for end in ("norm_out + here + words, norm, mask=mask", "row % N == rank) if stays else mask")
+        ]
+    },
+}
+
+
+def changes_of(name):
+    """`name` may be several variants with " + " between them."""
+    changes = {}
+    for part in name.split(" + "):
+        for key, change in VARIANTS[part].items():
+            changes[key] = changes.get(key, []) + change if isinstance(change, list) else change
+    return changes
+
+
+def patched_kernel(name, changes):
+    """The kernel with other source text, from files that are the same in every process."""
+    folder = Path(tempfile.gettempdir()) / f"fd_fusion_link_{os.getuid()}_{abs(hash_of(name))}"
+    folder.mkdir(exist_ok=True)
+    home = Path(plans.__file__).parent
+    loaded = None
+    for module, key in (("_wait", "wait"), ("all_reduce_rms_norm", "kernel")):
+        text = (home / f"{module}.py").read_text()
+        for before, after in changes.get(key, []):
+            assert text.count(before) == 1, (name, before, text.count(before))
+            text = text.replace(before, after)
+        text = text.replace("from fd_fusion.kernels._wait import", f"from link_wait_{hash_of(name)} import")
+        file = folder / f"link_{module.strip('_')}_{hash_of(name)}.py"
+        part = file.with_suffix(f".{os.getpid()}")
+        part.write_text(text)
+        part.replace(file)
+        sys.path.insert(0, str(folder))
+        spec = importlib.util.spec_from_file_location(file.stem, file)
+        loaded = importlib.util.module_from_spec(spec)
+        sys.modules[file.stem] = loaded
+        spec.loader.exec_module(loaded)
+    return loaded.all_reduce_rms_norm
+
+
+def hash_of(name):
+    return sum(ord(letter) * 31**place for place, letter in enumerate(name)) % 10**8
+
+
+@contextlib.contextmanager
+def variant(name):
+    """Inside, what is opened is this variant."""
+    changes = changes_of(name)
+    saved = plans.poll, dict(plans._MEASURED), runtime_triton.load_kernel
+    load = runtime_triton.load_kernel
+    os.environ["FD_ENABLE_PDL"] = changes.get("pdl", "0")
+    plans.poll = changes.get("poll", plans.poll)
+    if "warps" in changes:
+        plans._MEASURED.update({key: (split, changes["warps"]) for key, (split, _) in plans._MEASURED.items()})
+    if {"kernel", "wait"} & set(changes):
+        kernel = patched_kernel(name, changes)
+        runtime_triton.load_kernel = lambda module, what: kernel if what == kernel.__name__ else load(module, what)
+    try:
+        yield
+    finally:
+        plans.poll, measured, runtime_triton.load_kernel = saved
+        plans._MEASURED.clear()
+        plans._MEASURED.update(measured)
+
+
+class Variant(backend.Opened):
+    """With a residual and one-shot or two-shot alone: half of the compiling."""
+
+    two_shot = False
+
+    def _compile(self):
+        kernel = runtime_triton.load_kernel("all_reduce_rms_norm", "all_reduce_rms_norm")
+        constants = plans.constants(
+            self._plan,
+            weight_dtype="bfloat16",
+            has_residual=True,
+            two_shot=self.two_shot,
+            pdl=self.pdl,
+            residual_stays=self.stays,
+        )
+        like = (*(1 << 40,) * 7, 2, 0, 0, 1e-5, 0.0)
+        prepared = runtime_triton.prepare(kernel, like, constants, "gpu")
+        return {("bfloat16", self.two_shot, False): prepared}
+
+
+def open_variant(name, facts, group, collective=True):
+    changes = changes_of(name)
+    chosen = {"two_shot": facts.two_shot_rows == 1, "pdl": "pdl" in changes, "stays": "stays" in changes}
+    kind = type("Variant", (Variant,), chosen)
+    with variant(name):
+        opened = kind(facts, group)
+        opened.programs = max(1, min(opened._slots, int(opened.programs * changes.get("share", 1))))
+        if collective:
+            opened._open()
+            opened.freeze()
+    return opened
+
+
+def cell(group, opened, yardstick, hidden, rows, options):
+    case = Case(group.size, rows, hidden)
+    residual, weight = bench.common(case)
+    x = bench.partial(case, group.rank)
+    truth = bench.exact(case, residual, weight)
+    contenders, errors = {}, {}
+    for name, one in opened.items():
+        def call(one=one):
+            return one.finish(x, residual, weight, bench.EPS, 0.0)
+
+        try:
+            stale = [torch.full_like(x, float("nan")) for _ in range(4)]  # what the outputs will find in their memory
+            del stale
+            outputs = call()
+            torch.cuda.synchronize()
+            one.check()
+            pairs = list(zip(outputs, truth))
+            if "stays" in changes_of(name) and options.two_shot:  # each launch counts its rows anew
+                launches = plans.launches(one._slots, rows)
+                owned = [start + row for start, count in launches for row in range(group.rank, count, group.size)]
+                pairs[1] = tuple(part[owned] for part in pairs[1])
+            errors[name] = max([0.0, *(((o.double() - t).norm() / t.norm()).item() for o, t in pairs if len(o))])
+        except Exception as error:  # told in the table
+            errors[name] = float("inf")
+            print(f"{name}, H={hidden} T={rows}: {type(error).__name__}: {error}", flush=True)
+        contenders[name] = call
+    everybody = agree(group, "right", Vote(data=errors), timeout_s=60).data
+    for name in list(contenders):
+        if not all(rank[name] < 0.01 for rank in everybody):
+            print(f"WRONG {name}, H={hidden} T={rows}: {[rank[name] for rank in everybody]}", flush=True)
+            del contenders[name]
+    contenders |= yardstick.contenders(case, x, residual, weight)
+    calls = 20 if rows <= 128 else 6
+    times = bench.measure(contenders, options.rounds, calls, rows, None)
+    everybody = agree(group, "times", Vote(data=times), timeout_s=60).data
+    slowest = {n: [max(rank[n][i] for rank in everybody) for i in range(options.rounds)] for n in times}
+    return [
+        {
+            "N": group.size,
+            "H": hidden,
+            "T": rows,
+            "name": name,
+            "two_shot": options.two_shot,
+            "us": round(statistics.median(values), 3),
+            "min_us": round(min(values), 3),
+            "bytes_pushed": bench.bytes_pushed(group.size, case, "two-shot" if options.two_shot else "one-shot"),
+        }
+        for name, values in slowest.items()
+    ]
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS))
+    parser.add_argument("--hidden", type=int, nargs="+", default=[4096, 8192])
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 128, 512, 2048])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--workspace_mb", type=int, default=40)
+    parser.add_argument("--two-shot", action="store_true")
+    parser.add_argument("--size", type=int, help="compile for so many ranks, and run nothing")
+    options = parser.parse_args()
+    torch.cuda.set_device(0 if options.size else this_rank() % torch.cuda.device_count())
+    torch.zeros(1, device="cuda")
+    began = time.monotonic()
+    group = Group("compile", 0, options.size, tuple(range(options.size)), None) if options.size else this_group()
+    two_shot = 1 if options.two_shot else None
+    for hidden in options.hidden:
+        facts = bench.facts_for(group.size, group.rank, hidden, options.workspace_mb)
+        facts = dataclasses.replace(facts, two_shot_rows=two_shot or NEVER, timeout_s=3)
+        opened = {name: open_variant(name, facts, group, not options.size) for name in options.variants}
+        if options.size:
+            continue
+        yardstick = bench.Push(group, hidden, max(options.rows), opened[options.variants[0]]._push)
+        results = [row for rows in options.rows for row in cell(group, opened, yardstick, hidden, rows, options)]
+        if group.rank == 0:
+            print("RESULT", json.dumps(results), flush=True)
+            print(f"H={hidden} done at {time.monotonic() - began:.0f} s", flush=True)
+        torch.cuda.synchronize()
+        for one in opened.values():
+            one.close()
+        yardstick.memory.close()
+    if not options.size:
+        agree(group, "end", Vote(), timeout_s=30)
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()
