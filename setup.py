@@ -35,6 +35,6 @@ setup(
     },
     entry_points={
         "console_scripts": ["fd-fusion = fd_fusion.__main__:main"],
-        "fastdeploy.model_register_plugins": ["fd_fusion = fd_fusion.integration.fastdeploy:register"],
+        "fastdeploy.model_register_plugins": ["fd_fusion = fd_fusion.hosts.fastdeploy.plugin:register"],
     },
 )

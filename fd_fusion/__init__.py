@@ -7,13 +7,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # what runs is __getattr__
+    from fd_fusion.binding.bind import bind as bind
+    from fd_fusion.binding.bind import check as check
+    from fd_fusion.binding.bind import freeze as freeze
+    from fd_fusion.binding.bind import report as report
+    from fd_fusion.binding.bind import reset as reset
+    from fd_fusion.binding.bind import unbind as unbind
     from fd_fusion.config import FusionConfig as FusionConfig
-    from fd_fusion.integration.binding import bind as bind
-    from fd_fusion.integration.binding import check as check
-    from fd_fusion.integration.binding import freeze as freeze
-    from fd_fusion.integration.binding import report as report
-    from fd_fusion.integration.binding import reset as reset
-    from fd_fusion.integration.binding import unbind as unbind
     from fd_fusion.layers.qk_rms_norm import QKRMSNorm as QKRMSNorm
     from fd_fusion.layers.rms_norm import RMSNorm as RMSNorm
     from fd_fusion.layers.row_parallel_linear import RowParallelLinear as RowParallelLinear
@@ -30,12 +30,12 @@ _HOME = {
     "FusionTimeout": "reasons",
     "BindError": "reasons",
     "HandOverError": "reasons",
-    "bind": "integration.binding",
-    "unbind": "integration.binding",
-    "report": "integration.binding",
-    "check": "integration.binding",
-    "freeze": "integration.binding",
-    "reset": "integration.binding",
+    "bind": "binding.bind",
+    "unbind": "binding.bind",
+    "report": "binding.bind",
+    "check": "binding.bind",
+    "freeze": "binding.bind",
+    "reset": "binding.bind",
     "RMSNorm": "layers.rms_norm",
     "RowParallelLinear": "layers.row_parallel_linear",
     "QKRMSNorm": "layers.qk_rms_norm",

@@ -13,11 +13,11 @@ from fd_fusion import __version__
 # Each module has `main(argv) -> exit code` and is imported only when its command is given.
 COMMANDS = {
     "serve": ("fd_fusion.cli.serve", "run FastDeploy's api server with fusion on"),
-    "bench": ("fd_fusion.cli.bench", "measure the kernels on a GPU"),
-    "demo": ("fd_fusion.cli.demo", "run a small tensor-parallel decoder, stock and fused, and compare"),
-    "doctor": ("fd_fusion.cli.doctor", "whether fusion works on this machine, and what to do if it does not"),
-    "tune": ("fd_fusion.cli.tune", "measure up to how many rows fusing wins here, and keep it for `bind`"),
-    "reasons": ("fd_fusion.cli.reasons", "every reason why something is off, and what to do about it"),
+    "bench": ("fd_fusion.cli.bench.command", "measure the kernels on a GPU"),
+    "demo": ("fd_fusion.cli.demo.command", "run a small tensor-parallel decoder, stock and fused, and compare"),
+    "doctor": ("fd_fusion.cli.doctor.command", "whether fusion works on this machine, and what to do if it does not"),
+    "tune": ("fd_fusion.cli.tune.command", "measure up to how many rows fusing wins here, and keep it for `bind`"),
+    "reasons": ("fd_fusion.cli.list_reasons", "every reason why something is off, and what to do about it"),
 }
 
 

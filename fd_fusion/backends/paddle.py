@@ -12,10 +12,10 @@ from typing import Any
 import paddle
 import paddle.distributed as dist
 
-from fd_fusion import runtime
 from fd_fusion.comm.group import Group
+from fd_fusion.frameworks import paddle_runtime as runtime
 from fd_fusion.reasons import Reason, because, closed
-from fd_fusion.tuning import Facts, row_limit
+from fd_fusion.tuning.limits import Facts, row_limit
 
 DTYPES = ("float32", "bfloat16", "float16")
 

@@ -13,16 +13,16 @@ import struct
 from collections.abc import Callable
 from typing import Any
 
-from fd_fusion import runtime_triton
 from fd_fusion.comm.cuda_ipc import CudaIpc
 from fd_fusion.comm.group import Group
 from fd_fusion.comm.posix_shm import PosixShm
 from fd_fusion.comm.symmetric_memory import Maker, attempt, settle
 from fd_fusion.comm.workspace import Layout, Workspace, open_workspace
-from fd_fusion.kernels import plan as plans
-from fd_fusion.kernels.counts import Counts
+from fd_fusion.frameworks import triton_launch as runtime_triton
+from fd_fusion.kernels.all_reduce import plan as plans
+from fd_fusion.kernels.all_reduce.counts import Counts
 from fd_fusion.reasons import FusionTimeout, Reason, because, closed
-from fd_fusion.tuning import NEVER, Facts, row_limit
+from fd_fusion.tuning.limits import NEVER, Facts, row_limit
 
 _CPU_PROGRAMS = 4  # rows in flight under the interpreter, where programs run one after another anyway
 _ANY_ADDRESS = 1 << 40  # what a kernel is compiled for: an int64; nothing is specialized on its value
@@ -85,7 +85,7 @@ class Opened:
             self._plan, workspace_bytes=facts.workspace_bytes, at_once=room, limit=self.limit
         )
         word = _ANY_ADDRESS, _ANY_ADDRESS
-        store = runtime_triton.load_kernel("probe", "store_word")
+        store = runtime_triton.load_kernel("all_reduce.probe", "store_word")
         self._store_word = runtime_triton.prepare(store, word, {}, facts.device).launch
         self._framework = runtime_triton.framework()
         self._empty_like = runtime_triton.empty_like()
@@ -225,7 +225,7 @@ class Opened:
     def _compile(self) -> dict[tuple[str, bool, bool], runtime_triton.Loaded]:
         """By (weight dtype, two-shot, without residual): all that any call can need, since nothing compiles later.
         Nothing is specialized on a value, so each is right for all calls."""
-        kernel = runtime_triton.load_kernel("all_reduce_rms_norm", "all_reduce_rms_norm")
+        kernel = runtime_triton.load_kernel("all_reduce.kernel", "all_reduce_rms_norm")
         like = (*(_ANY_ADDRESS,) * 7, 2, 0, 0, 1e-5, 0.0)
         pdl = self._facts.device == "gpu" and runtime_triton.uses_pdl()
         return {

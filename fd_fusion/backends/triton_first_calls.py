@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from fd_fusion import exact
-from fd_fusion.kernels import plan as plans
+from fd_fusion.kernels.all_reduce import plan as plans
 from fd_fusion.reasons import FusionError, Reason, because
 from fd_fusion.reference import round_to
-from fd_fusion.tuning import Facts
+from fd_fusion.tuning.limits import Facts
 
 _EPS, _OFFSET = 100.0, 1.0  # about the mean of squares, so that it is seen
 

@@ -21,11 +21,11 @@ from collections.abc import Mapping
 from importlib.metadata import distributions
 from pathlib import Path
 
-from fd_fusion.cli.signals import heard
-from fd_fusion.cli.tied import PARENT
+from fd_fusion.cli.processes.signals import heard
+from fd_fusion.cli.processes.tied import PARENT
 from fd_fusion.config import ENV_CONFIG, ENV_DISABLE, FusionConfig, resolve
-from fd_fusion.integration.fastdeploy import ENV_SOURCE
-from fd_fusion.integration.fastdeploy_log import ENV_RUN, mark_of
+from fd_fusion.hosts.fastdeploy.log import ENV_RUN, mark_of
+from fd_fusion.hosts.fastdeploy.plugin import ENV_SOURCE
 from fd_fusion.reasons import because
 
 SERVER = "fastdeploy.entrypoints.openai.api_server"
@@ -75,7 +75,7 @@ def _start(argv: list[str], env: dict[str, str]) -> subprocess.Popen:
     early: list[int] = []  # what came before there was a server
     for number in numbers:
         signal.signal(number, lambda got, _: early.append(got))
-    command = [sys.executable, "-m", "fd_fusion.cli.tied", "--term", sys.executable, "-m", SERVER, *argv]
+    command = [sys.executable, "-m", "fd_fusion.cli.processes.tied", "--term", sys.executable, "-m", SERVER, *argv]
     server = subprocess.Popen(command, env={**env, PARENT: str(os.getpid())}, start_new_session=True)
     for number in numbers:
         signal.signal(number, lambda got, _: server.send_signal(got))

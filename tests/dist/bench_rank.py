@@ -28,8 +28,8 @@ from fd_fusion.comm.cuda_ipc import CudaIpc
 from fd_fusion.comm.group import Vote, agree
 from fd_fusion.comm.symmetric_memory import attempt, open_symmetric_memory
 from fd_fusion.config import FusionConfig
-from fd_fusion.kernels import plan as plans
-from fd_fusion.tuning import Facts
+from fd_fusion.kernels.all_reduce import plan as plans
+from fd_fusion.tuning.limits import Facts
 from tests.support import tensors
 from tests.support.all_reduce_cases import Case, judge
 from tests.support.ranks import this_group, this_rank

@@ -16,7 +16,7 @@ from support import rank as this
 from support.tiny import DemoDecoder, hidden
 
 import fd_fusion
-from fd_fusion.integration import lifecycle
+from fd_fusion.binding import lifecycle
 from fd_fusion.reasons import FusionError, FusionTimeout, HandOverError
 
 LIMIT = 4

@@ -11,7 +11,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspa
 
 from fd_fusion.backends import triton as backend
 from fd_fusion.comm.group import Group
-from fd_fusion.tuning import Facts
+from fd_fusion.tuning.limits import Facts
 
 
 def compile_all(kernels, *flags):

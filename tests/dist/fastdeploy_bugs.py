@@ -15,7 +15,7 @@ from support.rank import record, start
 
 rank, size = start()
 import fd_fusion
-from fd_fusion.integration.fastdeploy import register
+from fd_fusion.hosts.fastdeploy.plugin import register
 
 register()
 from fastdeploy.distributed.communication import tensor_model_parallel_all_reduce

@@ -16,7 +16,7 @@ from support.rank import record, start
 rank, size = start()
 assert size == 4
 import fd_fusion
-from fd_fusion.integration.fastdeploy import register
+from fd_fusion.hosts.fastdeploy.plugin import register
 
 register()
 TP = 2

@@ -18,7 +18,7 @@ from support.rank import record, start
 
 rank, size = start()
 import fd_fusion
-from fd_fusion.integration.fastdeploy import register, unregister
+from fd_fusion.hosts.fastdeploy.plugin import register, unregister
 
 FEW, MANY = [1, 2, 3], [i % 60 for i in range(40)]
 ROUNDINGS = 2e-5  # float32, over the few sites of these models

@@ -29,7 +29,7 @@ MODELS = {
 }
 real.load(MODELS)
 import fd_fusion
-from fd_fusion.integration.fastdeploy import register, unregister
+from fd_fusion.hosts.fastdeploy.plugin import register, unregister
 
 register()
 from fastdeploy.model_executor.graph_optimization.utils import profile_run_guard, sot_warmup_guard

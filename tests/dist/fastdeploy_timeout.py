@@ -15,7 +15,7 @@ from support.rank import record, start
 
 rank, size = start()
 from fd_fusion import FusionTimeout
-from fd_fusion.integration.fastdeploy import register
+from fd_fusion.hosts.fastdeploy.plugin import register
 
 register()
 os.environ["FD_FUSION_CONFIG"] = '{"backend": "triton", "timeout_s": 5, "max_token_num": 8}'

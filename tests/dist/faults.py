@@ -14,7 +14,7 @@ sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
 import triton_calls as calls
 
-from fd_fusion.cli.demo_launch import _alive
+from fd_fusion.cli.demo.launch import _alive
 from fd_fusion.comm import cuda_ipc, posix_shm, workspace
 from fd_fusion.comm.symmetric_memory import barrier
 from fd_fusion.reasons import FusionError, FusionTimeout

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import paddle
 
-from fd_fusion import runtime_flashinfer
-from fd_fusion.backends import flashinfer, flashinfer_workspace
+from fd_fusion.backends.flashinfer import loader as runtime_flashinfer
+from fd_fusion.backends.flashinfer import backend as flashinfer, workspace as flashinfer_workspace
 from fd_fusion.comm.group import working
 from fd_fusion.comm.posix_shm import PosixShm
 from fd_fusion.reasons import FusionError

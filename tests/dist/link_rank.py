@@ -21,12 +21,12 @@ sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 import bench_rank as bench
 import torch
 
-from fd_fusion import runtime_triton
+from fd_fusion.frameworks import triton_launch as runtime_triton
 from fd_fusion.backends import triton as backend
 from fd_fusion.comm.group import Group, Vote, agree
-from fd_fusion.kernels import plan as plans
-from fd_fusion.kernels._poll import poll
-from fd_fusion.tuning import NEVER
+from fd_fusion.kernels.all_reduce import plan as plans
+from fd_fusion.kernels.all_reduce.poll_ptx import poll
+from fd_fusion.tuning.limits import NEVER
 from tests.support.all_reduce_cases import Case
 from tests.support.ranks import this_group, this_rank
 
@@ -46,7 +46,7 @@ def ahead(rows):
     return {"kernel": [("row + (2 if TWO_SHOT else 1) * stride)", bound), ("        if TWO_SHOT:  # noqa", "        if True:  # noqa")]}
 
 
-VARIANTS = {  # replacements in the kernel, in _wait.py, what is changed in the plan or at launch
+VARIANTS = {  # replacements in the kernel, in wait.py, what is changed in the plan or at launch
     "as it is": {},
     "PDL": {"pdl": "1"},
     "none ahead": ahead(0),
@@ -89,7 +89,7 @@ def patched_kernel(name, changes):
         for before, after in changes.get(key, []):
             assert text.count(before) == 1, (name, before, text.count(before))
             text = text.replace(before, after)
-        text = text.replace("from fd_fusion.kernels._wait import", f"from link_wait_{hash_of(name)} import")
+        text = text.replace("from fd_fusion.kernels.all_reduce.wait import", f"from link_wait_{hash_of(name)} import")
         file = folder / f"link_{module.strip('_')}_{hash_of(name)}.py"
         part = file.with_suffix(f".{os.getpid()}")
         part.write_text(text)
@@ -133,7 +133,7 @@ class Variant(backend.Opened):
     two_shot = False
 
     def _compile(self):
-        kernel = runtime_triton.load_kernel("all_reduce_rms_norm", "all_reduce_rms_norm")
+        kernel = runtime_triton.load_kernel("all_reduce.kernel", "all_reduce_rms_norm")
         constants = plans.constants(
             self._plan,
             weight_dtype="bfloat16",

@@ -17,7 +17,7 @@ from fd_fusion.comm.group import Group
 from fd_fusion.reasons import FusionError
 from fd_fusion.reference import round_to
 from fd_fusion.site import Site
-from fd_fusion.tuning import Facts
+from fd_fusion.tuning.limits import Facts
 
 EPS, K = 1e-5, 16
 rank, size = this.start()

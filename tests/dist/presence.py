@@ -16,7 +16,7 @@ from fd_fusion.comm import sentinel
 from fd_fusion.comm.posix_shm import PosixShm
 from fd_fusion.comm.presence import open_presence
 from fd_fusion.comm.symmetric_memory import barrier
-from fd_fusion.kernels.plan import TIMED_OUT
+from fd_fusion.kernels.all_reduce.plan import TIMED_OUT
 from tests.support.ranks import this_group
 
 LIMIT_S = 2.0

@@ -13,7 +13,7 @@ from support.tiny import H, DemoDecoder, hidden
 
 import fd_fusion
 from fd_fusion import FusionConfig
-from fd_fusion.integration import binding
+from fd_fusion.binding import bind as binding
 from fd_fusion.reasons import BindError, FusionError, HandOverError
 
 rank, size = this.start()

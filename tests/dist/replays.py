@@ -14,8 +14,8 @@ sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
 import triton_calls as calls
 
-from fd_fusion import runtime_triton
-from fd_fusion.kernels import plan as plans
+from fd_fusion.frameworks import triton_launch as runtime_triton
+from fd_fusion.kernels.all_reduce import plan as plans
 from tests.support import tensors
 from tests.support.all_reduce_cases import Case
 
@@ -82,7 +82,7 @@ def dependent_launch(group, options):
     changes no bit. Each graph starts from what the one before has left."""
     import torch
 
-    from fd_fusion.backends import qk_norm
+    from fd_fusion.backends import qk_rms_norm as qk_norm
 
     case, ends = Case(group.size, 256, options.hidden), {}
     mixing = torch.randn(options.hidden, options.hidden, device="cuda", dtype=torch.bfloat16) * 0.01
@@ -132,7 +132,7 @@ def host_time(group, options):
     x = tensors.tensor(case.partial(group.rank), case.dtype, options.device)
     out = torch.empty_like(x), torch.empty_like(x)
     addresses = [t.data_ptr() for t in (x, residual, weight, *out)]
-    run, kernel = opened._launches[case.weight_dtype, False, False], runtime_triton.load_kernel(*2 * ["all_reduce_rms_norm"])
+    run, kernel = opened._launches[case.weight_dtype, False, False], runtime_triton.load_kernel("all_reduce.kernel", "all_reduce_rms_norm")
     constants = plans.constants(opened._plan, weight_dtype=case.dtype, has_residual=True, two_shot=False)
     args = (*addresses, *opened._own, 1, group.rank, 0, case.eps, 0.0)
     parts = {

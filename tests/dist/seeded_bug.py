@@ -12,11 +12,11 @@ from support import rank as this
 
 from fd_fusion import FusionConfig, bind, unbind
 from fd_fusion.backends.paddle import all_reduce, linear
-from fd_fusion.cli.demo_checkpoint import Checkpoint, write_checkpoint
-from fd_fusion.cli.demo_config import DecoderConfig
-from fd_fusion.cli.demo_model import KVCache, load_model
-from fd_fusion.cli.demo_rank import two_rows
-from fd_fusion.cli.demo_reference import make_truth
+from fd_fusion.cli.demo.checkpoint import Checkpoint, write_checkpoint
+from fd_fusion.cli.demo.config import DecoderConfig
+from fd_fusion.cli.demo.model import KVCache, load_model
+from fd_fusion.cli.demo.rank import two_rows
+from fd_fusion.cli.demo.reference import make_truth
 from fd_fusion.layers.row_parallel_linear import reduce_or_hand_over
 from fd_fusion.reference import budget
 

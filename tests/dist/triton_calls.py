@@ -16,9 +16,9 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspa
 
 from fd_fusion.backends import triton as backend
 from fd_fusion.comm.group import working
-from fd_fusion.kernels import plan as plans
+from fd_fusion.kernels.all_reduce import plan as plans
 from fd_fusion.reasons import FusionError
-from fd_fusion.tuning import Facts
+from fd_fusion.tuning.limits import Facts
 from tests.support import tensors
 from tests.support.all_reduce_cases import Case, judge
 from tests.support.ranks import this_group, this_rank

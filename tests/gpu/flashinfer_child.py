@@ -16,13 +16,14 @@ from types import SimpleNamespace
 
 import torch
 
-from fd_fusion import runtime_flashinfer
-from fd_fusion.backends import flashinfer, flashinfer_opened
-from fd_fusion.backends.flashinfer_call import Fixed, compiled_call, python_call
-from fd_fusion.backends.flashinfer_opened import Opened, device_table
-from fd_fusion.backends.flashinfer_versions import block_threads, rules
-from fd_fusion.backends.flashinfer_watchdog import ControlReader
-from fd_fusion.backends.flashinfer_workspace import Layout, fill
+from fd_fusion.backends.flashinfer import backend as flashinfer
+from fd_fusion.backends.flashinfer import loader as runtime_flashinfer
+from fd_fusion.backends.flashinfer import op as flashinfer_opened
+from fd_fusion.backends.flashinfer.calls import Fixed, compiled_call, python_call
+from fd_fusion.backends.flashinfer.op import Opened, device_table
+from fd_fusion.backends.flashinfer.releases import block_threads, rules
+from fd_fusion.backends.flashinfer.watchdog import ControlReader
+from fd_fusion.backends.flashinfer.workspace import Layout, fill
 from fd_fusion.comm.cuda_ipc import CudaIpc
 from fd_fusion.comm.group import Group, working
 from tests.support.flashinfer_facts import facts

@@ -124,9 +124,9 @@ if __name__ == "__main__":
 
     import torch
 
-    from fd_fusion.cli.virtual_ranks import Case, VirtualRanks, capture
-    from fd_fusion.kernels import plan as plans
-    from fd_fusion.kernels.plan import plan_for
+    from fd_fusion.cli.bench.virtual_ranks import Case, VirtualRanks, capture
+    from fd_fusion.kernels.all_reduce import plan as plans
+    from fd_fusion.kernels.all_reduce.plan import plan_for
 
     function, *arguments, _ = CASES[sys.argv[1]]
     globals()[function](*arguments)

@@ -33,7 +33,7 @@ def fw():
 
 @pytest.fixture(scope="module")
 def norm():
-    from fd_fusion.backends.qk_norm import qk_rms_norm
+    from fd_fusion.backends.qk_rms_norm import qk_rms_norm
 
     return qk_rms_norm
 

@@ -1,6 +1,6 @@
 """Facts that the FlashInfer backend says yes to, unless a test changes one."""
 
-from fd_fusion.tuning import Facts
+from fd_fusion.tuning.limits import Facts
 
 
 def facts(**changed):

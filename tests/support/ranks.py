@@ -69,7 +69,7 @@ def run_ranks(script, size, *args, timeout_s=60, env=None, shm=None):
 
 def this_group(name="test", ranks=None):
     """The group of this script: of `run_ranks`, or of paddle.distributed.launch. `ranks`: a sub-group."""
-    from fd_fusion.cli.ranks import FolderStore
+    from fd_fusion.cli.processes.ranks import FolderStore
     from fd_fusion.comm import posix_shm
     from fd_fusion.comm.group import Group
 
@@ -90,7 +90,7 @@ def _launched():
     os.environ.setdefault("PADDLE_DISTRI_BACKEND", "gloo")
     import paddle.distributed as dist
 
-    from fd_fusion import runtime
+    from fd_fusion.frameworks import paddle_runtime as runtime
 
     dist.init_parallel_env()
     return dist.get_rank(), dist.get_world_size(), runtime.tcp_store()

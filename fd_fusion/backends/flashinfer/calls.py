@@ -1,0 +1,141 @@
+"""One call of FlashInfer's fused kernel, through whichever of its three entries there is, with the same meaning.
+
+    sum = round(x_0 + ... + x_{N-1});  residual_out = round(sum + residual)
+    norm_out = round(residual_out * rsqrt(mean(residual_out^2) + eps) * (weight + bias))
+
+Three roundings to the tensors' dtype; our own contract has no first one. All tensors of a call have one dtype, since
+the kernel reads every one of them as the input's.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from fd_fusion.backends.flashinfer.releases import BASE, rules
+from fd_fusion.reasons import FusionError, because
+
+PATTERN = 1  # kARResidualRMSNorm
+Tensor = Any
+Call = Callable[..., None]  # (x, residual, norm_out, residual_out, weight, eps, bias, one_shot)
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """What is the same in every call of a workspace. `pointers` is the device int64 table of 3N + 1 addresses."""
+
+    size: int
+    rank: int
+    hidden_size: int
+    rows: int  # capacity
+    is_fp32: bool
+    pointers: Tensor
+
+    def metadata(self) -> dict[str, Any]:
+        """What a version from 0.5.0 compares a call with, as its own workspaces describe themselves."""
+        return {
+            "tp_rank": self.rank,
+            "tp_size": self.size,
+            "max_token_num": self.rows,
+            "hidden_dim": self.hidden_size,
+            "use_fp32_lamport": self.is_fp32,
+        }
+
+
+def parameters(function: Callable[..., Any], *, oldest: tuple[str, ...] = BASE) -> dict[str, bool]:
+    """Parameters by name, and whether each must be given; those of the oldest release where Python cannot tell."""
+    try:
+        found = inspect.signature(function).parameters.values()
+    except (ValueError, TypeError):
+        return dict.fromkeys(oldest, True)
+    plain = [p for p in found if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    return {p.name: p.default is p.empty for p in plain}
+
+
+def python_call(function: Call, fixed: Fixed, version: str) -> tuple[Call, bool]:
+    """Call through `trtllm_allreduce_fusion`, by keyword. Returns the call, and whether it adds a bias.
+
+    Raises: FusionError: the version must be given something that is unknown here, or lacks a parameter.
+    """
+    takes = parameters(function)
+    known = {*BASE, "metadata", "block_quant_group_size", "weight_bias"}
+    strange = [name for name, must in takes.items() if must and name not in known]
+    strange += [f"no {name}" for name in BASE if name not in takes]
+    if strange:
+        raise FusionError(because("flashinfer_signature", version=version, names=", ".join(strange)))
+    extra: dict[str, Any] = {"metadata": fixed.metadata()} if "metadata" in takes else {}
+    if "block_quant_group_size" in takes:
+        extra["block_quant_group_size"] = None
+    adds_bias = "weight_bias" in takes
+
+    def call(x, residual, norm_out, residual_out, weight, eps, bias, one_shot) -> None:
+        if adds_bias:
+            extra["weight_bias"] = bias
+        function(
+            allreduce_in=x,
+            world_size=fixed.size,
+            world_rank=fixed.rank,
+            token_num=x.shape[0],
+            hidden_dim=fixed.hidden_size,
+            workspace_ptrs=fixed.pointers,
+            launch_with_pdl=False,
+            trigger_completion_at_end=True,
+            fp32_acc=True,
+            pattern_code=PATTERN,
+            use_oneshot=one_shot,
+            allreduce_out=None,
+            residual_in=residual,
+            residual_out=residual_out,
+            norm_out=norm_out,
+            quant_out=None,
+            scale_out=None,
+            rms_gamma=weight,
+            rms_eps=eps,
+            scale_factor=None,
+            layout_code=None,
+            **extra,
+        )
+
+    return call, adds_bias
+
+
+def compiled_call(entry: Call, fixed: Fixed, version: str) -> tuple[Call, bool]:
+    """Call the compiled module's entry: by position, in its own order, 21 to 23 arguments by version."""
+    rule = rules(version)
+
+    def call(x, residual, norm_out, residual_out, weight, eps, bias, one_shot) -> None:
+        head = (x, fixed.size, fixed.rank, x.shape[0], fixed.hidden_size, fixed.pointers)
+        how = (False, one_shot, True, True, PATTERN)  # pdl, one-shot, trigger at end, fp32 sum
+        outputs = (None, residual, residual_out, norm_out, None, None, weight, eps, None, None)
+        entry(*head, *how, *outputs, *(None, bias)[: rule.c_args - 21])
+
+    return call, rule.weight_bias
+
+
+def unified_call(function: Call, workspace: Any) -> tuple[Call, bool]:
+    """Call through `allreduce_fusion`, for a version that has nothing else."""
+    takes = parameters(function, oldest=())
+    extra: dict[str, Any] = {"trigger_completion_at_end": True} if "trigger_completion_at_end" in takes else {}
+    adds_bias = "weight_bias" in takes
+
+    def call(x, residual, norm_out, residual_out, weight, eps, bias, one_shot) -> None:
+        if adds_bias:
+            extra["weight_bias"] = bias
+        function(
+            input=x,
+            workspace=workspace,
+            pattern=PATTERN,
+            launch_with_pdl=False,
+            residual_in=residual,
+            residual_out=residual_out,
+            norm_out=norm_out,
+            rms_gamma=weight,
+            rms_eps=eps,
+            use_oneshot=one_shot,
+            fp32_acc=True,
+            **extra,
+        )
+
+    return call, adds_bias

@@ -1,0 +1,182 @@
+"""FlashInfer's kernel over one open workspace: the op, its checks, and the end of it."""
+
+from __future__ import annotations
+
+import atexit
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from fd_fusion import exact
+from fd_fusion.backends.flashinfer.calls import Call, Tensor
+from fd_fusion.backends.flashinfer.releases import rules
+from fd_fusion.backends.flashinfer.watchdog import Watchdog
+from fd_fusion.comm.group import Group
+from fd_fusion.comm.symmetric_memory import CLOSE_TIMEOUT_S, attempt, settle
+from fd_fusion.comm.workspace import WARM_UP
+from fd_fusion.reasons import FusionError, Reason, because, closed
+from fd_fusion.tuning.limits import Facts
+
+ELEMENT_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
+ALIGNMENT = 16
+_ONE_SHOT_BYTES = {2: 512 << 20, 4: 64 << 20, 8: 42 << 20, 16: 42 << 20}  # 2*N*T*H*e up to which one-shot is taken
+
+
+class Opened:
+    """FlashInfer's kernel over one workspace, for one group, hidden size and dtype."""
+
+    in_rank_order = False  # its tree changes with T, and the sum is rounded before the residual is added
+
+    def __init__(
+        self,
+        facts: Facts,
+        group: Group,
+        library: Any,
+        call: Call,
+        adds_bias: bool,
+        rows: int,
+        nbytes: int,
+        read: Any,
+        release: Callable[..., Any],
+    ):
+        self.limit, self.bytes = rows, nbytes
+        self._facts, self._group, self._library = facts, group, library
+        self._call, self._adds_bias, self._read, self._release = call, adds_bias, read, release
+        self._two_shot = rules(library.version).two_shot
+        op = f"flashinfer all_reduce_rms_norm (H={facts.hidden_size}, {facts.dtype})"
+        what = f"{op} of group {group.name!r}, rank {group.rank} of {group.size},"
+        self._watchdog = Watchdog(read, what, WARM_UP * facts.timeout_s)
+        self._closed = False
+        atexit.register(self.close)
+
+    def finish(
+        self, partial: Tensor, residual: Tensor | None, weight: Tensor, eps: float, weight_offset: float
+    ) -> tuple[Tensor, Tensor]:
+        """One kernel for what `reference.all_reduce_rms_norm` says, with FlashInfer's own roundings.
+
+        Args: partial, residual: [T, H]. weight: [H]. All of the opened dtype, contiguous, 16-byte aligned.
+        Returns: (norm_out, residual_out), [T, H] each.
+        Raises: ValueError: before the launch. RuntimeError: the launch failed; the other ranks are waiting then.
+        """
+        framework = self._library.framework
+        if residual is None:
+            residual = framework.zeros_like(partial)
+        self._require(partial, residual, weight, weight_offset)
+        norm_out, residual_out = framework.empty_like(partial), framework.empty_like(partial)
+        rows = partial.shape[0]
+        if rows:
+            self._call(partial, residual, norm_out, residual_out, weight, eps, weight_offset, self.one_shot(rows))
+        return norm_out, residual_out
+
+    def one_shot(self, rows: int) -> bool:
+        """Two-shot for big messages, where the version's two-shot is sound; it wants more rows than ranks."""
+        facts = self._facts
+        nbytes = 2 * facts.size * rows * facts.hidden_size * ELEMENT_BYTES[facts.dtype]
+        return not self._two_shot or rows <= facts.size or nbytes <= _ONE_SHOT_BYTES[facts.size]
+
+    def check(self) -> None:
+        """Nothing to raise but `closed`: a call that runs out of time ends the process."""
+        self._need_open()
+
+    def reset(self) -> None:
+        """Nothing to reset, since a call that runs out of time ends the process."""
+        self._need_open()
+
+    def freeze(self) -> None:
+        """From now on a call may wait `timeout_s`. Nothing allocates but the outputs."""
+        self._need_open()
+        self._watchdog.limit_s = self._facts.timeout_s
+
+    def stats(self) -> dict[str, Any]:
+        return {"version": self._library.version, "note": self._library.note, "limit_s": self._watchdog.limit_s}
+
+    def close(self) -> None:
+        """Give the workspace back, all ranks together, in bounded time; leave it to the exit if a call hangs."""
+        if self._closed:
+            return
+        self._closed, self.finish, self._call = True, closed, closed  # `_call`: whoever kept `finish` calls nothing
+        atexit.unregister(self.close)
+        idle = self._watchdog.idle_within(CLOSE_TIMEOUT_S)
+        if self._release(wait=idle):
+            self._watchdog.stop()
+            self._read.close()
+
+    def warm_up(self) -> None:
+        """Collective: call once with and without a residual, so the kernel is loaded and known to be right."""
+        facts, framework = self._facts, self._library.framework
+        rows = [1, facts.size + 1] if not self.one_shot(self.limit) else [1]
+
+        def run() -> None:
+            reasons = [_compare(self, facts, framework, count, bare) for count in rows for bare in (False, True)]
+            if wrong := next((reason for reason in reasons if reason), None):
+                raise FusionError(wrong)
+
+        _, refusal = attempt(run)
+        try:
+            settle(self._group, "flashinfer_ran", refusal, None, WARM_UP * facts.timeout_s)
+        except FusionError:
+            self.close()
+            raise
+
+    def _need_open(self) -> None:
+        if self._closed:
+            closed()
+
+    def _require(self, partial: Tensor, residual: Tensor, weight: Tensor, weight_offset: float) -> None:
+        """The kernel checks none of this: it would read past the end, or one dtype as another."""
+        facts, rows = self._facts, partial.shape[0]
+        if rows > self.limit:
+            raise ValueError(f"flashinfer: T={rows}; the workspace holds {self.limit} rows")
+        if weight_offset and not self._adds_bias:
+            raise ValueError(f"flashinfer {self._library.version}: weight_offset {weight_offset}; it adds none")
+        row = [rows, facts.hidden_size]
+        for name, tensor, shape in (("x", partial, row), ("residual", residual, row), ("weight", weight, row[1:])):
+            dtype = str(tensor.dtype).rpartition(".")[2]
+            if [*tensor.shape] != shape or dtype != facts.dtype:
+                raise ValueError(f"flashinfer: {name} is {[*tensor.shape]} {dtype}; expected {shape} {facts.dtype}")
+            if not tensor.is_contiguous() or tensor.data_ptr() % ALIGNMENT:
+                raise ValueError(
+                    f"flashinfer: {name} is not contiguous, or not aligned to {ALIGNMENT} bytes; copy it"
+                )
+
+
+def _compare(opened: Opened, facts: Facts, framework: Any, rows: int, bare: bool) -> Reason | None:
+    """One call on integers that add up exactly in every dtype and order; its norm rounds once."""
+    known = [
+        np.resize(exact.probe_partial(r, facts.size, facts.hidden_size, 1.0, facts.dtype), (rows, facts.hidden_size))
+        for r in range(facts.size + 1)
+    ]
+    residual, weight = None if bare else known[-1], exact.known_weight(facts.hidden_size, facts.dtype)
+    offset, eps = facts.weight_offset, 1.0
+    tensors = [
+        None if x is None else _tensor(framework, x, facts.dtype) for x in (known[facts.rank], residual, weight)
+    ]
+    norm_out, total = (_numbers(out) for out in opened.finish(*tensors, eps, offset))
+    need = exact.rank_order_sum(known[:-1], residual)
+    limits = {"eps": eps, "weight_offset": offset, "dtype": facts.dtype, "rounded": True}
+    wrong = {"residual_out": total != need, "norm_out": exact.norm_excess(norm_out, need, weight, **limits) > 1}
+    for output, where in wrong.items():
+        if where.any():
+            row, column = np.argwhere(where)[0]
+            at = {"wrong": int(where.sum()), "words": where.size, "where": f"row {row}, column {column}"}
+            variant = f"FlashInfer's kernel {'without' if bare else 'with'} a residual, T={rows},"
+            return because("first_call_wrong", variant=variant, output=output, **at)
+    return None
+
+
+def _tensor(framework: Any, values: np.ndarray, dtype: str) -> Tensor:
+    if framework.__name__ == "paddle":
+        return framework.to_tensor(values).astype(dtype)
+    return framework.from_numpy(values.copy()).to(getattr(framework, dtype)).cuda()
+
+
+def _numbers(tensor: Tensor) -> np.ndarray:
+    return (tensor.float().cpu() if hasattr(tensor, "float") else tensor.astype("float32")).numpy()
+
+
+def device_table(framework: Any, addresses: list[int]) -> Tensor:
+    """The addresses as an int64 tensor on the GPU."""
+    if framework.__name__ == "paddle":
+        return framework.to_tensor(addresses, dtype="int64")
+    return framework.tensor(addresses, dtype=framework.int64, device="cuda")

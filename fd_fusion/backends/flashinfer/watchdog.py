@@ -1,0 +1,114 @@
+"""Ends the process when FlashInfer's kernel waits for a peer for too long. Its wait has no end of its own.
+
+The kernel counts its blocks in the first word of its control block, and clears the word when a call ends, which
+also moves a flag. So a control block that stays the same and is not idle is a call that hangs, under graph replay
+too, where no Python of ours runs. One thread reads it, with a copy on a stream of its own; another one
+judges, since a read can itself be stuck behind what hangs.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from fd_fusion.backends.flashinfer.workspace import CONTROL_INTS
+from fd_fusion.comm.watcher import end_process  # the kernel cannot be recalled: only the end of the process ends it
+
+Words = tuple[int, ...]
+
+
+class Watchdog:
+    """Calls `end` once `read` has shown the same running call, or nothing at all, for `limit_s`.
+
+    Time is counted in looks, so a process that was stopped for a while is not taken for one that hangs.
+    """
+
+    def __init__(
+        self, read: Callable[[], Words], what: str, limit_s: float, *, end: Callable[[str], None] = end_process
+    ):
+        self._read, self._what, self._end = read, what, end
+        self.limit_s = limit_s
+        self._every_s = min(0.25, limit_s / 8)
+        self._signs = 0  # how often the kernel was seen idle, or further on
+        self._stop = threading.Event()
+        self._threads = [
+            threading.Thread(target=run, name=f"fd_fusion-flashinfer-{run.__name__[1:]}", daemon=True)
+            for run in (self._look, self._judge)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def idle_within(self, seconds: float) -> bool:
+        """Whether the running call, if there is one, ends within `seconds`."""
+        for _ in range(max(1, int(seconds / self._every_s))):
+            signs = self._signs
+            if self._stop.wait(self._every_s) or not self._threads[0].is_alive():
+                return False
+            if self._signs != signs and self._idle:
+                return True
+        return False
+
+    def stop(self) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join(1.0)
+
+    _idle = False
+
+    def _look(self) -> None:
+        last: Words = ()
+        while not self._stop.wait(self._every_s):
+            try:
+                words = self._read()
+            except RuntimeError:  # the context is broken or gone; the call that broke it raises
+                self._stop.set()
+                return
+            self._idle = words[0] == 0
+            if self._idle or words != last:
+                self._signs += 1
+            last = words
+
+    def _judge(self) -> None:
+        seen, looks = -1, 0
+        while not self._stop.wait(self._every_s):
+            seen, looks = (seen, looks + 1) if seen == self._signs else (self._signs, 0)
+            if looks * self._every_s > self.limit_s:
+                limit = f"{self.limit_s:g} s"
+                self._end(f"{self._what} has waited for another rank for {limit}; this process ends with it")
+                return
+
+
+class ControlReader:
+    """Reads a control block while kernels run: a copy on a stream of its own, allowed during a graph capture."""
+
+    def __init__(self, address: int):
+        self._cuda, self._address = ctypes.CDLL("libcuda.so.1"), ctypes.c_uint64(address)
+        self._context, self._stream, self._host = ctypes.c_void_p(), ctypes.c_void_p(), ctypes.c_void_p()
+        self._ready = threading.local()
+        self._call("cuCtxGetCurrent", ctypes.byref(self._context))
+        self._call("cuStreamCreate", ctypes.byref(self._stream), 1)  # CU_STREAM_NON_BLOCKING
+        self._call("cuMemHostAlloc", ctypes.byref(self._host), ctypes.c_size_t(4 * CONTROL_INTS), 1)  # portable
+
+    def __call__(self) -> Words:
+        if not getattr(self._ready, "done", False):
+            self._call("cuCtxSetCurrent", self._context)
+            relaxed = ctypes.c_int(2)  # CU_STREAM_CAPTURE_MODE_RELAXED, for this thread
+            self._call("cuThreadExchangeStreamCaptureMode", ctypes.byref(relaxed))
+            self._ready.done = True
+        nbytes = ctypes.c_size_t(4 * CONTROL_INTS)
+        self._call("cuMemcpyDtoHAsync_v2", self._host, self._address, nbytes, self._stream)
+        self._call("cuStreamSynchronize", self._stream)
+        return tuple((ctypes.c_int * CONTROL_INTS).from_address(self._host.value))
+
+    def close(self) -> None:
+        """From any thread, once nobody reads any more."""
+        self._cuda.cuCtxPushCurrent_v2(self._context)
+        self._cuda.cuStreamDestroy_v2(self._stream)
+        self._cuda.cuMemFreeHost(self._host)
+        self._cuda.cuCtxPopCurrent_v2(ctypes.byref(ctypes.c_void_p()))
+
+    def _call(self, name: str, *args: Any) -> None:
+        if code := getattr(self._cuda, name)(*args):
+            raise RuntimeError(f"{name}: error {code} of the CUDA driver")

@@ -1,0 +1,305 @@
+"""`bind` and `unbind`: give a built model its Sites, on all ranks or on none, and prove them.
+
+Knows no host: what a pair is, how its ends take a Site and how its stock path runs comes with each `Pair`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from fd_fusion.binding import lifecycle, metrics
+from fd_fusion.binding.backend_selection import Opening, open_for
+from fd_fusion.binding.forwards import ExampleOf
+from fd_fusion.binding.joining import (
+    by_group,
+    conclude_opening,
+    group_of_last_resort,
+    join,
+    label_of,
+    structure_refusal,
+)
+from fd_fusion.binding.pairs import Pair, without_hooked
+from fd_fusion.binding.proving_pass import Bound, attach_and_prove, give_up, leave_stock, logger, undo_all
+from fd_fusion.binding.qk_norms import QKNorm, settle_qk_norms
+from fd_fusion.binding.report import Report
+from fd_fusion.comm.circle import in_order
+from fd_fusion.comm.group import Group
+from fd_fusion.config import FusionConfig, Resolved, resolve
+from fd_fusion.frameworks import paddle_runtime as runtime
+from fd_fusion.hosts import own_layers as native
+from fd_fusion.reasons import BindError, FusionTimeout, Reason, because
+from fd_fusion.site import ForwardCount, Rejected, Site
+
+_bound: weakref.WeakKeyDictionary[Any, Bound] = weakref.WeakKeyDictionary()
+_reports: weakref.WeakKeyDictionary[Any, Report] = weakref.WeakKeyDictionary()  # of models that are off too
+
+
+def bind(
+    model: Any,
+    config: FusionConfig | Mapping[str, Any] | str | None = None,
+    *,
+    pairs: Sequence[Pair | Rejected] | None = None,
+    qk_norms: Sequence[QKNorm] | None = None,
+    example: Callable[[], Any] | None = None,
+    example_of: ExampleOf | None = None,
+    deterministic: bool = False,
+    source: str = "an argument",
+    resolved: Resolved | None = None,
+    group: Group | None = None,
+    refusal: Reason | None = None,
+) -> Report:
+    """Collective: give the pairs of `model` their Sites. Every rank of every group calls it with the same arguments.
+
+    Nothing is fused before a proving pass, in eager mode, has shown on all ranks:
+    1. Data flow: with the hand-overs in place, nothing fused, and NaN in every tensor that was handed over, the
+       model's outputs are the bits of a stock forward. Where two stock forwards differ from each other they are
+       within twice that, and the report's `spread` says so. What does not reach an output is not seen.
+    2. Kernel: every variant that can be launched gave known answers at open (`paddle` has no kernel of its own). At
+       each Site, with and without the residual, the fused call gives the same sums as the host on exact integers, and
+       norms within roundings of the host's; and on up to four rows of the real partial sums, at sixteen columns, the
+       contract's bits (FlashInfer: within six standard deviations of independent roundings), and norms within a
+       rounding of their own sums.
+    It shows that for the inputs and weights of that forward. Zero sums, or no rows, show nothing: the model stays
+    stock and the next eager forward is tried. So it is, up to three times in all, where the first forward raises or
+    a rank misses the vote before it.
+
+    Args:
+        model: a built `paddle.nn.Layer`, its weights loaded.
+        config: asks for fusion; without it the config that the layers carry, or the environment's, counts.
+        pairs, qk_norms: the host's; this package's own layers are looked for when None.
+        example: runs a forward of two rows and returns the model's outputs, the same input on all ranks; it is run
+            twice, and a third time if the outputs are not the same bits. Without it the model's first eager forward
+            is run so before itself, on copies of its arguments: give an example where they hold large caches, or
+            where a forward changes the model.
+        example_of: a host's (forward, args, kwargs) -> example, in place of those copies.
+        deterministic: the host is in its deterministic or batch-invariant mode.
+        source: where `config` comes from, for the log.
+        resolved: the outcome of a host's own `resolve`, in place of config and source.
+        group: ranks that vote in any case, also for a model in which this rank finds no pair.
+        refusal: why this rank cannot bind; the others hear of it in the vote.
+    Returns: the report. Binding twice with one config returns the first report, unless something failed: then it is
+        tried again.
+    Raises: ValueError: a malformed config. BindError: something is off that `strict`, or a named backend, insists on;
+        on all ranks alike. FusionError (`out_of_step`): a rank left a forward of the pass where others went on; on
+        all of them, and it is the first forward that raises it where there is no example. Restart the ranks.
+    """
+    resolved = resolved or _resolve(model, config, source)
+    with lifecycle.lock:
+        before = _bound.get(model)
+    if before is not None:
+        if before.report.config == resolved.config and before.on:
+            return before.report
+        unbind(model)
+    report = Report(resolved.config, resolved.source, type(model).__name__)
+    with lifecycle.lock:
+        _reports[model] = report
+    if resolved.config is None:
+        report.off = resolved.reason
+        return report
+    found = without_hooked(native.find_pairs(model) if pairs is None else pairs)
+    report.rejected += [pair for pair in found if isinstance(pair, Rejected)]
+    found = [pair for pair in found if isinstance(pair, Pair)]
+    if refusal is not None:
+        report.off = refusal
+    elif not resolved.config.enable_all_reduce_rms_norm:
+        report.off = because("disabled", flag="enable_all_reduce_rms_norm")
+    elif not found and not report.rejected:
+        report.off = because("no_pairs", model=type(model).__name__)
+    state = Bound(report, freezes_itself=pairs is None)
+    try:
+        failure = refusal or _settle_qk(state, native.find_qk_norms(model) if qk_norms is None else qk_norms)
+        state.failures += [failure] if failure is not None else []
+        pairs_of = by_group(found, group or group_of_last_resort(report, found))
+        labels = {one: label_of(model, of, resolved.config, deterministic) for one, of in pairs_of.items()}
+        join(state, {one: "/".join(map(str, label)) for one, label in labels.items()})
+        if resolved.config.enable_all_reduce_rms_norm:
+            _open(state, found, resolved.config, deterministic, failure, labels)
+        conclude_opening(state)
+        attach_and_prove(model, state, example, example_of)
+    except BaseException as error:
+        give_up(state, error)
+        raise
+    with lifecycle.lock:
+        _bound[model] = state
+    lifecycle.watch_model(model, [opening.opened for opening in state.openings])
+    report.log(logger)
+    return report
+
+
+def unbind(model: Any) -> None:
+    """Collective: restore every instance as it was and close the workspaces. Does nothing to an unbound model.
+
+    A graph that was captured or traced while the model was bound uses them, and must not run again.
+    """
+    with lifecycle.lock:
+        state, _ = _bound.pop(model, None), _reports.pop(model, None)
+    if state is not None:
+        undo_all(state)
+
+
+def report() -> list[Report]:
+    """The reports of the models of this process for which `bind` was called, those that are off too."""
+    with lifecycle.lock:
+        bound = [state.report for state in _bound.values()]
+        return bound + [one for one in _reports.values() if not any(one is other for other in bound)]
+
+
+def note_off(model: Any, resolved: Resolved, reason: Reason) -> None:
+    """Keep a report of a model that a host leaves stock without a vote, for a reason that all its ranks share.
+
+    Raises: BindError: under `strict`, unless the reason is a rule.
+    """
+    with contextlib.suppress(TypeError), lifecycle.lock:  # what is no layer, and cannot be held weakly, has no report
+        _reports[model] = Report(resolved.config, resolved.source, type(model).__name__, off=reason)
+    if resolved.config is not None and resolved.config.strict and not reason.is_rule:
+        raise BindError(reason)
+
+
+def check() -> None:
+    """Raise FusionTimeout if a fused call of any bound model ran out of time. For use before tokens are published.
+
+    Nothing else is raised: what goes wrong with the metrics, which it writes once a minute, is one line in the log.
+    """
+    try:
+        lifecycle.check()
+    except FusionTimeout:
+        metrics.tick(report, every_s=1.0)  # this process may end before the minute is over
+        raise
+    metrics.tick(report)
+
+
+def error_pages() -> list[int]:
+    """Descriptors of the pages on which fused kernels of this process say that a rank is missing."""
+    opened = [opening.opened for state in _bound.values() for opening in state.openings]
+    pages = [getattr(one, "error_page", None) for one in opened]
+    return [page for page in pages if page is not None]
+
+
+def freeze() -> None:
+    """Wait less for a missing rank from now on. Collective in spirit only: a rank that calls it later waits longer.
+
+        a fused call waits at most   10 x timeout_s before freeze, while a rank may still compile or capture
+                                     timeout_s      after it
+
+    For every bound model of this process. FastDeploy's worker calls it after its graphs were captured. A model of
+    this package's own layers freezes by itself when the second eager forward after its proving pass starts (the
+    first has run every fused op, so nothing is left to compile), or at the first later one that is not being
+    captured; call `freeze()` where all that follows are replays of graphs. Not while a graph is being captured.
+    `check`, `reset` and `bind` may follow it; a model that is bound later starts with the long wait.
+    Raises: FusionError (`closed`): the model was unbound by another thread meanwhile.
+    """
+    lifecycle.freeze()
+
+
+def reset() -> None:
+    """Collective: go on after a FusionTimeout. Every rank calls it, with no fused call under way on any of them.
+
+    Every workspace of this process is reset, oldest first: all ranks wait until all have ended what they run, then
+    clear their memory, and vote on the outcome. Each is usable again on all ranks of its group, or on none.
+
+        a silent rank is waited for at most   2 x t + t for each workspace,
+                                              t = timeout_s once frozen, else 10 x timeout_s
+
+    Numbers that were computed between the timeout and the reset are NaN or unfit: throw them away.
+    Raises: FusionError: a rank is missing (`never_voted`), or could not clear its memory; that workspace stays dead,
+        the others were reset all the same. Restart the ranks then.
+    """
+    lifecycle.reset()
+
+
+def _resolve(model: Any, config: Any, source: str) -> Resolved:
+    """The config that wins; the layers' own one where none is given."""
+    if config is None:
+        carried = {
+            layer.fusion_config: None
+            for layer in model.sublayers(include_self=True)
+            if getattr(layer, "fusion_config", None) is not None
+        }
+        if len(carried) > 1:
+            first, second = list(carried)[:2]
+            raise ValueError(str(because("two_configs", first=first, second=second)))
+        config, source = next(iter(carried), None), "the model's layers"
+    return resolve(config, explicit_source=source)
+
+
+def _settle_qk(state: Bound, norms: Sequence[QKNorm]) -> Reason | None:
+    """Choose what the q and k norms run. Returns a failure that the user does not want to be spared."""
+    config, report = state.report.config, state.report
+    state.qk_norms, report.qk_stock = settle_qk_norms(norms, config)
+    report.qk_fused = [norm.name for norm in state.qk_norms]
+    failed = [why for why in report.qk_stock.values() if why.code in ("backend_failed", "qk_differs", "qk_wrote_v")]
+    return failed[0] if config.insists and failed else None
+
+
+def _open(
+    state: Bound,
+    pairs: list[Pair],
+    config: FusionConfig,
+    deterministic: bool,
+    failure: Reason | None,
+    labels: Mapping[Group, tuple[str, int]],
+) -> None:
+    """Settle, group by group, which pairs get a Site. `failure` of this rank is a refusal that all ranks hear of."""
+    report, failure = state.report, failure or state.broken
+    report.rejected += [Rejected(pair.name, because("one_rank")) for pair in pairs if pair.group.size == 1]
+    pairs_of = {group: [pair for pair in pairs if pair.group == group] for group in labels}
+    spaces = len({(group, pair.hidden_size, pair.dtype) for group in pairs_of for pair in pairs_of[group]})
+    lifecycle.close_dropped([group for group in in_order(pairs_of) if group in state.live], config.timeout_s)
+    room = spaces, (config.workspace_mb << 20) - lifecycle.taken_bytes()
+    for group in in_order(pairs_of):
+        if group not in state.live:  # a rank did not come
+            refused, each = (state.broken, ()), 0
+        else:
+            refused, each = structure_refusal(group, len(pairs_of[group]), labels[group], failure, room, config)
+        if refused is not None:
+            _leave_stock(state, pairs_of[group], *refused)
+        elif pairs_of[group]:
+            _open_group(state, group, pairs_of[group], config, deterministic, each)
+
+
+def _leave_stock(state: Bound, pairs: list[Pair], reason: Reason, ranks: tuple[int, ...]) -> None:
+    """Of one group; the others go on, and `conclude_opening` tells all of them."""
+    leave_stock(state.report, pairs, reason, ranks)
+    state.failures.append(reason)
+
+
+def _open_group(
+    state: Bound, group: Group, pairs: list[Pair], config: FusionConfig, deterministic: bool, workspace_bytes: int
+) -> None:
+    """One workspace for each hidden size and dtype of the group; a Site for each of its pairs."""
+    spaces: dict[tuple[int, str], list[Pair]] = {}
+    for pair in pairs:
+        spaces.setdefault((pair.hidden_size, pair.dtype), []).append(pair)
+    for key in sorted(spaces):
+        opened, reason, ranks = open_for(group, spaces[key], config, deterministic, workspace_bytes)
+        if opened is None:
+            _leave_stock(state, spaces[key], reason, ranks)
+            continue
+        state.openings.append(opened)
+        lifecycle.hold(group, opened.opened)
+        for pair in spaces[key]:
+            site = _site_of(pair, opened, state.forwards)
+            state.sites.append((pair, site))
+            state.report.add_site(site, opened, group)
+    if any(pair.group == group for pair, _ in state.sites):
+        state.groups.append(group)
+
+
+def _site_of(pair: Pair, opening: Opening, forwards: ForwardCount) -> Site:
+    run, weight, eps, offset = opening.opened.finish, pair.weight, pair.eps, pair.weight_offset
+
+    def fused(partial, residual):
+        shape = partial.shape
+        if len(shape) == 2:
+            return run(partial, residual, weight(), eps, offset)
+        flat = [-1, shape[-1]]
+        residual = None if residual is None else residual.reshape(flat)
+        norm_out, residual_out = run(partial.reshape(flat), residual, weight(), eps, offset)
+        return norm_out.reshape(shape), residual_out.reshape(shape)
+
+    limit, user = opening.opened.limit, runtime.how_to_tell_users()
+    ends = {"reduce": pair.reduce, "norm": pair.norm, "hooks": pair.hooks}
+    return Site(pair.name, fused=fused, **ends, limit=limit, user=user, forwards=forwards)

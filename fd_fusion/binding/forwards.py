@@ -1,0 +1,150 @@
+"""The forwards that prove a model: stock, proving, and stock again where the two gave other bits."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import paddle
+
+from fd_fusion.binding.outputs import Trace, first_difference, outputs_differ, tensors_of, within_spread
+from fd_fusion.binding.pairs import Pair
+from fd_fusion.binding.proof import Proof
+from fd_fusion.binding.qk_norms import QKNorm
+from fd_fusion.reasons import FusionError, Reason, because
+from fd_fusion.site import Site
+
+ExampleOf = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Callable[[], Any]]
+STOCK, PROVING, AGAIN = "stock", "proving", "second stock"
+
+
+class Forwards:
+    """Runs a model's forwards on this rank, and compares what they gave. Votes on nothing.
+
+    Args: layers: all layers of the model by their paths, to find hooks.
+    """
+
+    def __init__(
+        self, pairs: Sequence[tuple[Pair, Site]], proof: Proof, example: Callable[[], Any], layers: dict[str, Any]
+    ):
+        self._pairs, self._proof, self._example, self._layers = pairs, proof, example, layers
+        self._outputs: dict[str, list[Any]] = {}
+        self._traces: dict[str, Trace] = {}
+        self.which = ""  # the last one that ran
+        self.raised: Exception | None = None  # what it raised
+        self.told: Reason | None = None  # the same as a reason
+
+    def run(self, which: str) -> Reason | None:
+        """One forward. What it raises is a reason, to be voted on: the ranks must not part ways here."""
+        self._traces[which] = trace = Trace({pair.name: pair.reader for pair, _ in self._pairs})
+        self.which, self.raised, self.told = which, None, None
+        try:
+            with trace.watching(), paddle.no_grad():  # nobody differentiates it, and a Site refuses gradients
+                self._outputs[which] = tensors_of(self._example())
+        except Exception as error:
+            told = because("forward_raised", which=which, error=f"{type(error).__name__}: {error}")
+            self.raised, self.told = error, error.reason if isinstance(error, FusionError) else told
+        return self.told
+
+    @property
+    def seen(self) -> list[str]:
+        """The pairs through whose norms the last forward came."""
+        return list(self._traces[self.which].seen)
+
+    def prove(self, qk_norms: Sequence[QKNorm]) -> Reason | None:
+        """The proving forward, with the Sites attached."""
+        with contextlib.ExitStack() as undo:
+            for pair, site in self._pairs:
+                undo.callback(pair.attach(site))
+                site.start_proof(self._proof)
+                undo.callback(site.end_proof, False)
+            for norm in qk_norms:
+                undo.callback(norm.attach(_in_place(norm.stock)))
+            undo.enter_context(self._looking_for_hooks())
+            return self.run(PROVING)
+
+    def compare(self) -> tuple[Reason | None, bool, bool]:
+        """After the proving forward: (what the Sites saw, whether it had no rows, whether its outputs differ).
+
+        What raises here is a reason too: the other ranks wait for this one's vote.
+        """
+        try:
+            if self._nothing_computed():
+                return None, True, False
+            reason = self._proof.own_refusal()
+            differs = first_difference(self._outputs[PROVING], self._outputs[STOCK]) is not None
+            return reason, False, reason is None and differs
+        except Exception as error:
+            return _not_compared(error), False, False
+
+    def _nothing_computed(self) -> bool:
+        """Whether the forward had no rows, that of an idle data-parallel rank for example: it shows nothing."""
+        outputs = self._outputs[STOCK]
+        empty = bool(outputs) and all(0 in tensor.shape for tensor in outputs)
+        return not self._proof.finished and (empty or bool(self._proof.without_rows))
+
+    def judge_spread(self) -> tuple[Reason | None, bool]:
+        """After the second stock forward: (why the proving one is not stock, whether stock repeats its own bits)."""
+        got, want, again = (self._outputs[which] for which in (PROVING, STOCK, AGAIN))
+        try:
+            repeats = first_difference(again, want) is None
+            output = first_difference(got, want) if repeats else within_spread(got, want, again)
+            return (None if output is None else self._name(output)), repeats
+        except Exception as error:
+            return _not_compared(error), True
+
+    def _name(self, output: int | str) -> Reason:
+        stock = self._traces[STOCK]
+        for name, (norm_input, _) in stock.seen.items():
+            if name in self._proof.alike and norm_input == self._proof.handed_over.get(name):
+                return because("already_reduced", site=name)
+        return outputs_differ(output, stock.parts_at(self._traces[PROVING]))
+
+    @contextlib.contextmanager
+    def _looking_for_hooks(self) -> Iterator[None]:
+        """A hook of a layer that returns the producer's very output, an attention for example, sees a partial sum."""
+
+        def look(path: str, outputs: Any) -> None:
+            first = outputs[0] if isinstance(outputs, list | tuple) and outputs else outputs
+            if any(site.holds(first) for _, site in self._pairs):
+                self._proof.miss(because("hooked", layer=path))
+
+        hooks = [
+            layer.register_forward_post_hook(lambda _, inputs, outputs, path=path: look(path, outputs))
+            for path, layer in self._layers.items()
+            if getattr(layer, "_forward_post_hooks", None)
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+def _not_compared(error: Exception) -> Reason:
+    return because("not_compared", error=f"{type(error).__name__}: {error}")
+
+
+def on_copies(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[], Any]:
+    """Runs `forward` on copies of its arguments: what it changes in them, a cache for example, it changes once."""
+
+    def example() -> Any:
+        try:
+            own_args, own_kwargs = copy.deepcopy((args, kwargs))
+        except Exception as error:  # each type has its own; told as a reason
+            text = f"{type(error).__name__}: {error}"
+            raise FusionError(because("inputs_not_copied", error=text)) from error
+        return forward(*own_args, **own_kwargs)
+
+    return example
+
+
+def _in_place(stock: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """The stock numbers where the kernel puts its own: the norms of q and k take part in what the pass shows."""
+
+    def run(qkv: Any) -> Any:
+        return paddle.assign(stock(qkv.clone()), output=qkv)
+
+    return run

@@ -1,0 +1,129 @@
+"""Around the opening of a model's backends: who takes part, whether all built the same, and what came of it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fd_fusion import __version__
+from fd_fusion.backends import paddle as formulas
+from fd_fusion.binding.pairs import Pair
+from fd_fusion.binding.proving_pass import Bound, insisted_failure, leave_stock, undo_all
+from fd_fusion.binding.report import Report
+from fd_fusion.comm.circle import circle_of, meet
+from fd_fusion.comm.group import Group, Vote, agree
+from fd_fusion.config import FusionConfig
+from fd_fusion.reasons import BindError, Reason, because
+
+_models: dict[str, list[tuple[int, weakref.ref]]] = {}  # by what their ranks compare: (number, model)
+
+
+def by_group(pairs: list[Pair], also: Group | None) -> dict[Group, list[Pair]]:
+    """The pairs of each group of several ranks. `also`: a group that is there in any case."""
+    found: dict[Group, list[Pair]] = {also: []} if also is not None and also.size > 1 else {}
+    for pair in pairs:
+        if pair.group.size > 1:
+            found.setdefault(pair.group, []).append(pair)
+    return found
+
+
+def group_of_last_resort(report: Report, pairs: Sequence[Pair]) -> Group | None:
+    """Where a failure of q and k norms is told in a model without pairs, if the user insists: to all ranks."""
+    config = report.config
+    tried = report.qk_fused or any(not reason.is_rule for reason in report.qk_stock.values())
+    return formulas.group_of() if tried and config.insists and not pairs else None
+
+
+def label_of(model: Any, pairs: list[Pair], config: FusionConfig, deterministic: bool) -> tuple[str, int]:
+    """(what must be equal on all ranks of a group, the number of this model among those of which it is the same).
+
+    A rank that is late for one model must not bind it together with the next one of the others.
+    """
+    facts = ("name", "hidden_size", "dtype", "weight_dtype", "weight_offset", "eps")
+    shape = [[getattr(pair, fact) for fact in facts] for pair in pairs]
+    text = json.dumps([__version__, shape, config.to_dict(), deterministic])
+    digest = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+    alike = _models.setdefault(digest, [])
+    number = next((number for number, known in alike if known() is model), None)
+    if number is None:
+        number = alike[-1][0] + 1 if alike else 0
+        alike.append((number, weakref.ref(model)))
+    return digest, number
+
+
+def join(state: Bound, labels: Mapping[Group, str]) -> None:
+    """Collective: meet in each group, whatever a rank has missed before, and learn which ranks belong together.
+
+    Args: labels: what each group meets for, see `meeting`. Sets `live`, `known` and `broken`.
+    """
+    state.labels = dict(labels)
+    state.known, state.broken, state.live = meet(labels, timeout_s=state.report.config.timeout_s)
+
+
+def conclude_opening(state: Bound) -> None:
+    """Collective: tell the circle what is open, and what was insisted on in vain.
+
+    Sets `circle` to the ranks that the open groups tie together.
+    Raises: BindError: on every rank of the circle alike.
+    """
+    config, failure = state.report.config, insisted_failure(state)
+    circle = None if state.broken is not None else circle_of(state.live, state.known)
+    if circle is None:  # nobody to tell, or a rank that did not come: every live group has heard of it
+        state.on = state.broken is None and not state.failures
+        if failure is None and config.insists:
+            failure = state.broken
+        if failure is not None:
+            raise BindError(failure)
+        return
+    names = [group.name for group in state.groups]
+    verdict = agree(circle, "bound", Vote(failure, names), timeout_s=config.timeout_s)
+    if verdict.ok:
+        opened = {name for data in verdict.data for name in data}
+        state.circle = circle_of(state.groups, state.known, opened)
+        state.on = bool(opened) or not state.failures
+        return
+    if not verdict.missing or config.insists:
+        raise BindError(verdict.reason)
+    _give_up(state, verdict.reason, verdict.missing)
+
+
+def _give_up(state: Bound, reason: Reason, ranks: tuple[int, ...]) -> None:
+    """A rank went missing in between: what this one had opened is closed again, as on every other."""
+    undo_all(state)
+    state.on = False
+    state.report.sites.clear()
+    leave_stock(state.report, [pair for pair, _ in state.sites], reason, ranks)
+    state.sites.clear()
+    state.groups.clear()
+
+
+def structure_refusal(
+    group: Group,
+    pairs: int,
+    label: tuple[str, int],
+    failure: Reason | None,
+    room: tuple[int, int],
+    config: FusionConfig,
+) -> tuple[tuple[Reason, tuple[int, ...]] | None, int]:
+    """The first vote of a group: None if every rank built the same, else (reason, ranks); and the bytes that each of
+    its workspaces may have, so that all fit into what is left of `workspace_mb` on every rank.
+
+    Args: room: how many workspaces this rank needs, of all its groups, and the bytes that are left for them.
+    """
+    verdict = agree(group, "structure", Vote(failure, [*label, pairs, *room]), timeout_s=config.timeout_s)
+    if not verdict.ok:
+        return (verdict.reason, tuple(rank for rank, _ in verdict.refusals)), 0
+    digests, numbers, counts, spaces, left = zip(*verdict.data)
+    others = [rank for rank in range(group.size) if (digests[rank], numbers[rank]) != (digests[0], numbers[0])]
+    if others:
+        if len(set(digests)) == 1:  # from now on all ranks count alike again
+            alike = _models[label[0]]
+            alike[-1] = (max(numbers), alike[-1][1])
+        detail = (
+            f"its pairs, config or version are not those of rank 0 ({counts[others[0]]} pairs; rank 0: {counts[0]})"
+        )
+        return (because("structure_differs", rank=others[0], detail=detail), tuple(others)), 0
+    return None, max(0, min(left)) // max(1, *spaces)

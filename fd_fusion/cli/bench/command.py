@@ -1,0 +1,48 @@
+"""`python -m fd_fusion bench all-reduce` and `bench qk-norm`: measured on a GPU, and checked before that."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import sys
+
+from fd_fusion.reasons import FusionError, because
+
+# Each module has `add_arguments(parser)` and `run(args) -> exit code`.
+BENCHES = {
+    "all-reduce": ("fd_fusion.cli.bench.all_reduce", "all-reduce + residual + RMSNorm against FlashInfer's kernel"),
+    "qk-norm": (
+        "fd_fusion.cli.bench.qk_rms_norm",
+        "RMSNorm of q and k against a reference kernel and the device's copy",
+    ),
+}
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="fd-fusion bench", description=__doc__)
+    commands = parser.add_subparsers(dest="bench", required=True, metavar="BENCH")
+    for name, (module, text) in BENCHES.items():
+        module = importlib.import_module(module)
+        command = commands.add_parser(name, help=text, description=module.__doc__)
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
+    args = parser.parse_args(argv)
+    missing = None if getattr(args, "render", None) else _missing()
+    if missing is not None:
+        print(FusionError(because("no_gpu", detail=missing)), file=sys.stderr)
+        return 1
+    try:
+        return args.run(args)
+    except json.JSONDecodeError as error:  # of --render
+        print(f"fd-fusion bench: {args.render}: this is no JSON: {error}", file=sys.stderr)
+        return 2
+
+
+def _missing() -> str | None:
+    """What the measurements lack here, or None."""
+    try:
+        import torch
+    except ImportError as error:
+        return str(error)
+    return None if torch.cuda.is_available() else "torch sees no GPU"

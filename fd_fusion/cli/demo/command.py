@@ -1,0 +1,180 @@
+"""`python -m fd_fusion demo`: a tensor-parallel decoder of GLM-4.5's structure, run stock and bound, and compared.
+
+This process writes the checkpoint, starts the ranks, computes the truth in NumPy meanwhile, and judges.
+Exit code: 0 when the numbers agree, 1 when they do not or a rank failed, 2 for bad arguments or a full disk, 130
+after Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.metadata
+import importlib.util
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+
+from fd_fusion.cli.demo import report as demo_report
+from fd_fusion.cli.demo.checkpoint import Checkpoint, write_checkpoint
+from fd_fusion.cli.demo.config import DecoderConfig
+from fd_fusion.cli.demo.launch import RunFailed, launch, read_results, stop, watch
+from fd_fusion.cli.demo.rank import units
+from fd_fusion.cli.demo.reference import Truth, make_truth
+from fd_fusion.cli.plain_json import to_json
+from fd_fusion.cli.processes.ranks import write_whole
+from fd_fusion.cli.processes.run_folder import run_folder
+from fd_fusion.cli.processes.signals import ending_well, held_back, undisturbed
+from fd_fusion.config import BACKENDS, FusionConfig
+from fd_fusion.frameworks.paddle_runtime import MIN_PADDLE
+from fd_fusion.reasons import FusionError, because
+
+# option -> (key of config.json, help). The defaults are those of DecoderConfig.
+SIZES = {
+    "hidden-size": ("hidden_size", "width of the residual stream"),
+    "layers": ("num_hidden_layers", "decoder layers; the first has a dense MLP, the others experts"),
+    "heads": ("num_attention_heads", "query heads"),
+    "kv-heads": ("num_key_value_heads", "key and value heads; a multiple of --nproc, as each rank holds its own"),
+    "head-dim": ("head_dim", "size of a head"),
+    "intermediate-size": ("intermediate_size", "width of the dense MLP"),
+    "moe-intermediate-size": ("moe_intermediate_size", "width of an expert"),
+    "experts": ("n_routed_experts", "routed experts of a layer"),
+    "top-k": ("num_experts_per_tok", "experts that a token is routed to"),
+    "vocab-size": ("vocab_size", "tokens known"),
+}
+
+
+def main(argv: list[str]) -> int:
+    """Run the command. Every error is one sentence on stderr; Ctrl-C goes on to the caller once all is clean."""
+    args = _parser().parse_args(argv)
+    try:
+        with ending_well():
+            return _demo(args)
+    except ValueError as error:
+        return _fail(error, 2)
+    except BrokenPipeError:  # nobody reads our output: the caller's business
+        raise
+    except (FusionError, RunFailed) as error:
+        return _fail(error, 1)
+    except OSError as error:
+        return _fail(error, 2)
+
+
+def _fail(error: object, code: int) -> int:
+    print(f"fd-fusion demo: {str(error).removeprefix('fd_fusion: ')}", file=sys.stderr)
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="fd-fusion demo", description=__doc__.splitlines()[0])
+    parser.add_argument("--nproc", type=int, default=2, help="ranks, each a process (default: 2)")
+    sizes = parser.add_argument_group("sizes of the decoder")
+    for option, (key, text) in SIZES.items():
+        default = getattr(DecoderConfig, key)
+        sizes.add_argument(f"--{option}", dest=key, type=int, help=f"{text} (default: {default})")
+    sizes.add_argument(
+        "--checkpoint", type=Path, metavar="DIR", help="a GLM-4.5 checkpoint to load, in place of sizes"
+    )
+    parser.add_argument("--prompt-len", type=int, default=12, help="tokens of the prefill (default: 12)")
+    parser.add_argument("--steps", type=int, default=4, help="decode steps after it (default: 4)")
+    parser.add_argument("--seed", type=int, default=0, help="of the weights and the prompt (default: 0)")
+    parser.add_argument("--backend", choices=BACKENDS, default="auto", help="what fuses (default: auto)")
+    parser.add_argument("--max-token-num", type=int, help="the most rows of a call that is fused")
+    parser.add_argument("--timeout-s", type=float, default=30.0, help="wait for a missing rank (default: 30)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the same as data")
+    return parser
+
+
+def _demo(args: argparse.Namespace) -> int:
+    sizes = {key: getattr(args, key) for key, _ in SIZES.values() if getattr(args, key) is not None}
+    fusion = FusionConfig(backend=args.backend, max_token_num=args.max_token_num, timeout_s=args.timeout_s)
+    if args.checkpoint and sizes:
+        raise ValueError("--checkpoint brings its own sizes; leave the options for sizes away")
+    for name, least in (("prompt_len", 1), ("steps", 1), ("seed", 0)):
+        if getattr(args, name) < least:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: give a number from {least}")
+    if args.json and not args.json.resolve().parent.is_dir():
+        raise ValueError(f"--json {args.json}: there is no folder {args.json.resolve().parent}; make it first")
+    if args.json and args.json.is_dir():
+        raise ValueError(f"--json {args.json}: this is a folder; give the name of a file")
+    config = None if args.checkpoint else DecoderConfig(**sizes)
+    if config:
+        config.check_ranks(args.nproc)
+    _check_packages(args.backend)
+    with run_folder("demo_") as folder:
+        if config:
+            write_checkpoint(folder, config, args.seed)
+        checkpoint = Checkpoint(args.checkpoint or folder)
+        checkpoint.config.check_ranks(args.nproc)
+        truth, results = _run(folder, checkpoint, fusion, args)
+    outcome = demo_report.judge(checkpoint.config, args.nproc, truth, results)
+    print("\n".join(demo_report.lines(outcome)))
+    if args.json:
+        args.json.write_text(to_json(outcome, 2) + "\n")
+    return 0 if outcome["agree"] else 1
+
+
+def _check_packages(backend: str) -> None:
+    """Raise FusionError for what the ranks would miss, without the second that importing Paddle takes."""
+    if importlib.util.find_spec("paddle") is None:
+        raise FusionError(because("no_paddle", detail="no module named 'paddle'"))
+    if backend == "triton" and importlib.util.find_spec("triton") is None:
+        raise FusionError(because("no_triton", detail="no module named 'triton'"))
+    for name in ("paddlepaddle", "paddlepaddle-gpu"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            got = importlib.metadata.version(name)
+            version = tuple(int(part) for part in got.split(".")[:2] if part.isdigit())
+            if (0, 0) != version < MIN_PADDLE:
+                raise FusionError(because("old_paddle", got=got, need=".".join(map(str, MIN_PADDLE))))
+
+
+def _run(folder: Path, checkpoint: Checkpoint, fusion: FusionConfig, args) -> tuple[Truth, list[dict]]:
+    """Start the ranks; while they load, compute the truth and give them the tokens to feed in."""
+    job = {"checkpoint": str(checkpoint.folder.resolve()), "nproc": args.nproc, "prompt_len": args.prompt_len}
+    write_whole(folder / "run.json", to_json({**job, "config": fusion.to_dict()}))
+    prompt = np.random.default_rng(args.seed).integers(checkpoint.config.vocab_size, size=args.prompt_len).tolist()
+    found: list[Truth | Exception] = []
+
+    def find_truth() -> None:
+        try:
+            truth = make_truth(checkpoint, prompt, args.steps)
+            write_whole(folder / "tokens.json", to_json(truth.tokens))
+            found.append(truth)
+        except Exception as error:  # raised in the main thread, which looks for it
+            found.append(error)
+
+    launcher = None
+    try:
+        with held_back():
+            launcher = launch(folder, args.nproc, interpret=args.backend == "triton")
+        threading.Thread(target=find_truth, daemon=True).start()
+        with _progress_bar(units(args.steps)) as show:
+
+            def look(done: int) -> None:
+                if found and isinstance(found[0], Exception):
+                    raise found[0]
+                show(done)
+
+            watch(launcher, folder, args.nproc, 10 * args.timeout_s, look)
+        return found[0], read_results(folder, args.nproc)
+    finally:
+        with undisturbed():
+            stop(launcher, folder)
+
+
+@contextlib.contextmanager
+def _progress_bar(total: int):
+    """Yields a function that takes the units done. A bar on stderr, after two seconds, where that is a terminal."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        yield lambda done: None
+        return
+    with tqdm(total=total, delay=2, disable=None, leave=False, desc="ranks", unit="step") as bar:
+
+        def show(done: int) -> None:
+            bar.update(done - bar.n)
+
+        yield show

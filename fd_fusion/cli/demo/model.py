@@ -1,0 +1,206 @@
+"""The demo's decoder in Paddle: GLM-4.5's structure, split over the ranks of the default group.
+
+Every rank holds the whole embedding, router, norms and lm_head, so that hidden states and logits are the same on
+all ranks. Attention is split by heads, each MLP and each expert by its intermediate size. One sequence, no batch.
+
+    T: tokens of this call, S: tokens in the cache after it, H: hidden size, D: head size
+"""
+
+from __future__ import annotations
+
+import paddle
+from paddle import nn
+from paddle.nn import functional as F
+
+from fd_fusion.backends.paddle import group_of
+from fd_fusion.cli.demo.checkpoint import Checkpoint
+from fd_fusion.cli.demo.config import DecoderConfig
+from fd_fusion.layers.qk_rms_norm import QKRMSNorm
+from fd_fusion.layers.rms_norm import RMSNorm
+from fd_fusion.layers.row_parallel_linear import RowParallelLinear, reduce_or_hand_over
+
+Turn = tuple[paddle.Tensor, paddle.Tensor]  # cos and sin of each position's angles, [T, 1, rotary dim / 2]
+
+
+class KVCache:
+    """Keys and values of one sequence: for each layer [S, kv heads of this rank, D], grown at its end."""
+
+    def __init__(self, layers: int):
+        self.length = 0
+        self._layers: list[tuple[paddle.Tensor, paddle.Tensor] | None] = [None] * layers
+
+    def append(self, layer: int, k: paddle.Tensor, v: paddle.Tensor) -> tuple[paddle.Tensor, paddle.Tensor]:
+        """Add k and v [T, heads, D] of a layer; returns all of them, [S, heads, D]."""
+        old = self._layers[layer]
+        if old is not None:
+            k, v = paddle.concat([old[0], k]), paddle.concat([old[1], v])
+        self._layers[layer] = (k, v)
+        return k, v
+
+
+class DemoAttention(nn.Layer):
+    """Causal grouped-query attention with QK-RMSNorm and partial RoPE; o_proj ends it with a partial sum."""
+
+    def __init__(self, config: DecoderConfig, layer: int):
+        super().__init__()
+        ranks, size = group_of().size, config.head_dim
+        self.layer, self.head_dim = layer, size
+        self.heads, self.kv_heads = config.num_attention_heads // ranks, config.num_key_value_heads // ranks
+        bias = None if config.attention_bias else False
+        self.q_proj = nn.Linear(config.hidden_size, self.heads * size, bias_attr=bias)
+        self.k_proj = nn.Linear(config.hidden_size, self.kv_heads * size, bias_attr=bias)
+        self.v_proj = nn.Linear(config.hidden_size, self.kv_heads * size, bias_attr=bias)
+        self.o_proj = RowParallelLinear(config.num_attention_heads * size, config.hidden_size)
+        self.qk_norm = None
+        if config.use_qk_norm:
+            self.qk_norm = QKRMSNorm(size, self.heads, self.kv_heads, config.rms_norm_eps)
+
+    def forward(self, x: paddle.Tensor, turn: Turn, cache: KVCache) -> paddle.Tensor:
+        """x [T, H] -> [T, H]."""
+        qkv = paddle.concat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], axis=-1)
+        if self.qk_norm is not None:
+            qkv = self.qk_norm(qkv)
+        heads = qkv.reshape([x.shape[0], -1, self.head_dim])  # [T, q|k|v heads, D]
+        q, k, v = heads.split([self.heads, self.kv_heads, self.kv_heads], axis=1)
+        k, v = cache.append(self.layer, _rotate(k, turn), v)
+        q, k, v = (t.transpose([1, 0, 2]) for t in (_rotate(q, turn), k, v))  # [heads, T or S, D]
+        k, v = (t.repeat_interleave(self.heads // self.kv_heads, axis=0) for t in (k, v))
+        rows, keys = q.shape[1], k.shape[1]
+        later = paddle.triu(paddle.full([rows, keys], float("-inf")), diagonal=keys - rows + 1)
+        scores = q @ k.transpose([0, 2, 1]) * self.head_dim**-0.5 + later  # [heads, T, S]
+        out = F.softmax(scores, axis=-1) @ v
+        return self.o_proj(out.transpose([1, 0, 2]).reshape([rows, -1]))
+
+
+def _rotate(x: paddle.Tensor, turn: Turn) -> paddle.Tensor:
+    """Rotate the first 2n dimensions of each head, dimension i with i + n; x [T, heads, D]."""
+    cos, sin = turn  # [T, 1, n]
+    n = cos.shape[-1]
+    a, b, rest = x[..., :n], x[..., n : 2 * n], x[..., 2 * n :]
+    return paddle.concat([a * cos - b * sin, b * cos + a * sin, rest], axis=-1)
+
+
+class DemoMLP(nn.Layer):
+    """down(silu(gate x) * up x). Without `reduce_results` the partial sum is left to the caller."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int, reduce_results: bool = True):
+        super().__init__()
+        shard = intermediate_size // group_of().size
+        self.gate_proj = nn.Linear(hidden_size, shard, bias_attr=False)
+        self.up_proj = nn.Linear(hidden_size, shard, bias_attr=False)
+        self.down_proj = RowParallelLinear(intermediate_size, hidden_size, reduce_results=reduce_results)
+
+    def forward(self, x: paddle.Tensor) -> paddle.Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DemoRouter(nn.Layer):
+    """A weight for each row and expert, zero for those not chosen.
+
+    score = sigmoid(W x); the top k of score + correction bias are chosen; their scores, normalised, are the weights.
+    """
+
+    def __init__(self, config: DecoderConfig):
+        super().__init__()
+        self.config = config
+        self.weight = self.create_parameter([config.n_routed_experts, config.hidden_size], dtype="float32")
+        self.e_score_correction_bias = self.create_parameter([config.n_routed_experts], dtype="float32", is_bias=True)
+
+    def forward(self, x: paddle.Tensor) -> paddle.Tensor:
+        """x [T, H] -> [T, experts] in float32."""
+        scores = F.sigmoid(x.astype("float32") @ self.weight.T)
+        _, chosen = (scores + self.e_score_correction_bias).topk(self.config.num_experts_per_tok, axis=-1)
+        weights = paddle.take_along_axis(scores, chosen, axis=-1)
+        if self.config.norm_topk_prob:
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+        weights = weights * self.config.routed_scaling_factor
+        return paddle.put_along_axis(paddle.zeros_like(scores), chosen, weights, axis=-1)
+
+
+class DemoMoE(nn.Layer):
+    """Shared + routed experts: their partial sums are added, and reduced once."""
+
+    site = None
+
+    def __init__(self, config: DecoderConfig):
+        super().__init__()
+        self.group, self.reduce_results = None, True
+        hidden, size = config.hidden_size, config.moe_intermediate_size
+        self.gate = DemoRouter(config)
+        self.shared_experts = DemoMLP(hidden, size * config.n_shared_experts, reduce_results=False)
+        self.experts = nn.LayerList([DemoMLP(hidden, size, False) for _ in range(config.n_routed_experts)])
+
+    def forward(self, x: paddle.Tensor) -> paddle.Tensor:
+        weights = self.gate(x)
+        y = self.shared_experts(x)
+        for number in (weights != 0).any(axis=0).nonzero().flatten().tolist():
+            y = y + weights[:, number : number + 1] * self.experts[number](x)
+        return reduce_or_hand_over(self, y)
+
+
+class DemoDecoderLayer(nn.Layer):
+    def __init__(self, config: DecoderConfig, layer: int):
+        super().__init__()
+        hidden, eps = config.hidden_size, config.rms_norm_eps
+        self.input_layernorm = RMSNorm(hidden, eps)
+        self.self_attn = DemoAttention(config, layer)
+        self.post_attention_layernorm = RMSNorm(hidden, eps)
+        self.mlp = DemoMLP(hidden, config.intermediate_size) if config.is_dense(layer) else DemoMoE(config)
+
+    def forward(self, x, residual, turn, cache):
+        """x is the last block's output, not yet added to the residual; both [T, H]."""
+        x, residual = self.input_layernorm(x, residual)
+        x, residual = self.post_attention_layernorm(self.self_attn(x, turn, cache), residual)
+        return self.mlp(x), residual
+
+
+class DemoDecoder(nn.Layer):
+    def __init__(self, config: DecoderConfig):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.LayerList([DemoDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, tokens: paddle.Tensor, cache: KVCache) -> paddle.Tensor:
+        """tokens [T] -> normalised hidden states [T, H]."""
+        rotary = self.config.rotary_dim
+        steps = self.config.rope_theta ** (-paddle.arange(0, rotary, 2, dtype="float64") / rotary)
+        positions = paddle.arange(cache.length, cache.length + tokens.shape[0], dtype="float64")
+        # In float64, since float32 has few digits left for the angle of a late position.
+        angles = (positions.unsqueeze(1) * steps).unsqueeze(1)  # [T, 1, rotary / 2]
+        turn = angles.cos().astype("float32"), angles.sin().astype("float32")
+        cache.length += tokens.shape[0]
+        x, residual = self.embed_tokens(tokens), None
+        for layer in self.layers:
+            x, residual = layer(x, residual, turn, cache)
+        return self.norm(x, residual)[0]
+
+
+class DemoForCausalLM(nn.Layer):
+    def __init__(self, config: DecoderConfig):
+        super().__init__()
+        self.config = config
+        self.model = DemoDecoder(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias_attr=False)
+
+    def forward(self, tokens: paddle.Tensor, cache: KVCache) -> paddle.Tensor:
+        """tokens [T] int64, appended to the cache -> logits [T, vocabulary]."""
+        return self.lm_head(self.model(tokens, cache))
+
+
+def load_model(checkpoint: Checkpoint) -> DemoForCausalLM:
+    """Build the decoder and fill it with this rank's part of the checkpoint."""
+    ranks = group_of()
+    model = DemoForCausalLM(checkpoint.config)
+    model.eval()
+    left = set(checkpoint.stored)
+    for key, parameter in model.state_dict().items():
+        name = key.replace(".qk_norm.", ".")  # the one layer that the checkpoint does not know
+        value = checkpoint.read(name, ranks.rank, ranks.size)
+        # The checkpoint keeps linears as [out, in], Paddle as [in, out].
+        is_linear = name.endswith("_proj.weight") or name == "lm_head.weight"
+        parameter.set_value(value.T.astype("float32") if is_linear else value.astype("float32"))
+        left.remove(name)
+    assert not left, f"no parameter took {sorted(left)}"
+    return model

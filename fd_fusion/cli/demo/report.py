@@ -1,0 +1,145 @@
+"""The demo's judgement: what the runs differ by, whether that is within budget, and how it is told."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from typing import Any
+
+import numpy as np
+
+from fd_fusion import __version__
+from fd_fusion.cli.demo.config import DecoderConfig
+from fd_fusion.cli.demo.reference import Truth
+from fd_fusion.reasons import TABLE
+from fd_fusion.reference import budget
+
+RUNS = ("stock", "bound")
+NEAR_TIE = 1e-5  # a gap between router scores that float32 may close
+
+
+def judge(config: DecoderConfig, nproc: int, truth: Truth, results: list[dict[str, Any]]) -> dict[str, Any]:
+    """Compare the ranks' results with each other and with the truth. Everything in the answer is plain data.
+
+    The budget is that of the package's tests: twice the error of a plain float32 run, and one unit in the last place.
+    """
+    logits = {run: [_unpack(result[run]["logits"], truth) for result in results] for run in RUNS}
+    largest = float(np.abs(truth.logits).max())
+    allowed = float(budget(truth.plain_error, "float32", largest)) if np.isfinite(largest) else np.nan
+    errors = {run: max(_difference(one, truth.logits) for one in logits[run]) for run in RUNS}
+    equal = {run: all(one.tobytes() == logits[run][0].tobytes() for one in logits[run]) for run in RUNS}
+    weights = {when: all(result["weights"][when] for result in results) for when in ("bound", "unbound")}
+    report = results[0]["report"]
+    calls = sum((Counter(site["calls"]) for site in report["sites"]), Counter())
+    outcome = {
+        "version": __version__,
+        "nproc": nproc,
+        "decoder": dataclasses.asdict(config),
+        "report": report,
+        "calls": dict(calls),
+        "difference": {**errors, "plain": truth.plain_error},
+        "budget": allowed,
+        "step_ms": {run: max(float(np.median(result[run]["ms"][1:])) for result in results) for run in RUNS},
+        "prefill_ms": {run: max(result[run]["ms"][0] for result in results) for run in RUNS},
+        "ranks_bit_equal": equal,
+        "weights_unchanged": weights,
+        "router_margin": truth.margin if np.isfinite(truth.margin) else None,
+    }
+    return {**outcome, "agree": not _faults(outcome)}
+
+
+def _unpack(text: str, truth: Truth) -> np.ndarray:
+    return np.frombuffer(bytes.fromhex(text), np.float32).reshape(truth.logits.shape)
+
+
+def _difference(got: np.ndarray, want: np.ndarray) -> float:
+    """The largest difference; inf where one of them is not a number, so that it is in no budget."""
+    return float(np.nan_to_num(np.abs(got - want), nan=np.inf).max())
+
+
+def lines(outcome: dict[str, Any]) -> list[str]:
+    """What the demo prints."""
+    return [
+        _headline(outcome["decoder"], outcome["nproc"]),
+        "",
+        *_sites(outcome["report"]),
+        "",
+        *_numbers(outcome),
+        "",
+        _verdict(outcome),
+    ]
+
+
+def _headline(decoder: dict[str, Any], nproc: int) -> str:
+    dense = min(decoder["first_k_dense_replace"], decoder["num_hidden_layers"])
+    moe = decoder["num_hidden_layers"] - dense
+    return (
+        f"{nproc} rank{'s' * (nproc > 1)}, float32 on CPU: {dense} dense and {moe} MoE "
+        f"layers, H={decoder['hidden_size']}, {decoder['num_attention_heads']} heads, "
+        f"{decoder['num_key_value_heads']} kv heads of {decoder['head_dim']}, {decoder['n_routed_experts']} experts, "
+        f"top {decoder['num_experts_per_tok']}; embedding, router and lm_head whole on every rank"
+    )
+
+
+def _sites(report: dict[str, Any]) -> list[str]:
+    """One line a pair: its backend and limit, or why it is off; and one for the q and k norms."""
+    rows = [(site["name"], site["backend"], _limit(site["limit"])) for site in report["sites"]]
+    rows += [(one["name"], "stock", _why(one)) for one in report["rejected"]]
+    if report["off"]:
+        rows.append(("every pair", "stock", f"{report['off']['text']}; {report['off']['remedy']}"))
+    width = max(len(name) for name, _, _ in rows)
+    norms = Counter(("triton", "one kernel") for _ in report["qk_fused"])
+    norms.update(("stock", f"{why['text']}; {why['remedy']}") for why in report["qk_stock"].values())
+    lines = [f"site  {name:<{width}}  {backend:<10}  {rest}" for name, backend, rest in rows]
+    return lines + [f"norm  {f'{n} of q and k':<{width}}  {by:<10}  {how}" for (by, how), n in norms.items()]
+
+
+def _limit(limit: int | None) -> str:
+    return "any number of rows" if limit is None else f"up to {limit} rows"
+
+
+def _why(rejected: dict[str, Any]) -> str:
+    remedy = rejected["reason"]["remedy"]
+    return rejected["reason"]["text"] + ("" if remedy == TABLE["one_rank"].remedy else f"; {remedy}")
+
+
+def _numbers(outcome: dict[str, Any]) -> list[str]:
+    difference, equal = outcome["difference"], outcome["ranks_bit_equal"]
+    out = [f"{'run':<12}{'|logits - fp64|':>16}  {'prefill ms':>10}  {'a step ms':>9}  same bits on all ranks"]
+    for run in RUNS:
+        times = f"{outcome['prefill_ms'][run]:>10.2f}  {outcome['step_ms'][run]:>9.2f}"
+        out.append(f"{run:<12}{difference[run]:>16.2e}  {times}  {'yes' if equal[run] else 'NO'}")
+    out.append(
+        f"{'plain fp32':<12}{difference['plain']:>16.2e}  one process, NumPy; the budget is {outcome['budget']:.2e}"
+    )
+    calls = outcome["calls"] or {"none": 0}
+    out.append("calls finished: " + ", ".join(f"{code} {count}" for code, count in sorted(calls.items())))
+    same = outcome["weights_unchanged"]
+    out.append(f"weights: same keys and bits bound: {_yes(same['bound'])}, unbound again: {_yes(same['unbound'])}")
+    margin = outcome["router_margin"]
+    if margin is not None:
+        near = " - so near a tie that float32 may route otherwise; try another --seed" if margin < NEAR_TIE else ""
+        out.append(f"router: smallest gap between a chosen expert and the next is {margin:.1e}{near}")
+    return out
+
+
+def _yes(flag: bool) -> str:
+    return "yes" if flag else "NO"
+
+
+def _verdict(outcome: dict[str, Any]) -> str:
+    faults = _faults(outcome)
+    return f"verdict: the numbers do not agree: {'; '.join(faults)}" if faults else "verdict: the numbers agree"
+
+
+def _faults(outcome: dict[str, Any]) -> list[str]:
+    """Why the numbers do not agree. With a budget that is no number, nothing agrees."""
+    if not np.isfinite(outcome["budget"]):
+        return ["the exact result, or the same in float32, holds NaN or Inf; look at the weights"]
+    faults = [
+        f"the {run} run is out of budget" for run in RUNS if not outcome["difference"][run] <= outcome["budget"]
+    ]
+    faults += [f"the ranks' bits differ in the {run} run" for run in RUNS if not outcome["ranks_bit_equal"][run]]
+    return faults + [
+        f"weights changed when {when}" for when, same in outcome["weights_unchanged"].items() if not same
+    ]

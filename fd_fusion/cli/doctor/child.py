@@ -1,0 +1,229 @@
+"""What can only be seen by importing: in child processes, since an import may fail, hang or end its process."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from fd_fusion.cli.doctor.findings import Finding, guarded, of_reason
+from fd_fusion.cli.doctor.machine import tool
+from fd_fusion.cli.processes.signals import held_back
+from fd_fusion.cli.processes.tied import child_environment, end_with_parent
+from fd_fusion.config import BACKENDS, FusionConfig
+from fd_fusion.reasons import FusionError, because
+from fd_fusion.tuning import table as tuning_table
+from fd_fusion.tuning.limits import Facts
+
+_MARK = "fd_fusion doctor: "
+_FUSING = {"cpu": ("triton",), "gpu": ("triton", "flashinfer")}  # those with a kernel
+
+
+def ask(what: str, *args: Any, timeout_s: float = 120) -> list[Finding]:
+    """The findings of one of `PROBES`, run in a child process. A child that dies is a finding."""
+    with asking(what, *args, timeout_s=timeout_s) as answer:
+        return answer()
+
+
+@contextlib.contextmanager
+def asking(what: str, *args: Any, timeout_s: float = 120) -> Iterator[Callable[[], list[Finding]]]:
+    """Start such a child now; what comes out waits for its findings. It ends with the block, whatever it imports."""
+    command = [sys.executable, "-W", "ignore", "-m", "fd_fusion.cli.doctor.child", what, *map(str, args)]
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with contextlib.ExitStack() as stack:
+        with held_back():
+            child = stack.enter_context(subprocess.Popen(command, env=child_environment(), text=True, **pipes))
+            stack.callback(child.kill)  # does nothing to one that has ended
+        deadline = time.monotonic() + timeout_s  # of all that are asked at once, though they are heard in turn
+        yield lambda: _answer(child, what, timeout_s, deadline)
+
+
+def _answer(child: subprocess.Popen, what: str, timeout_s: float, deadline: float) -> list[Finding]:
+    try:
+        out, err = child.communicate(timeout=max(1.0, deadline - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        return [Finding(what, "import", _failed(what), f"importing {what} was not done within {timeout_s:g} s")]
+    lines = [line for line in out.splitlines() if line.startswith(_MARK)]
+    if not lines:
+        last = next((line for line in reversed(err.splitlines()) if line.strip()), "no message")
+        text = f"importing {what} ends its process (exit code {child.returncode}): {last}"
+        return [Finding(what, "import", _failed(what), text, "reinstall the package")]
+    return [Finding(**one) for one in json.loads(lines[-1].removeprefix(_MARK))]
+
+
+def _failed(what: str) -> str:
+    """The state of a probe that came to no answer: nothing works without the framework."""
+    return "broken" if what == "framework" else "warn"
+
+
+def facts_for(size: int, device: str, arch: int | None, rank: int = 0) -> Facts:
+    """The pair that `doctor` asks about and launches: bfloat16, H=4096 on a GPU, 256 under the interpreter."""
+    return Facts(
+        rank=rank,
+        size=size,
+        hidden_size=4096 if device == "gpu" else 256,
+        dtype="bfloat16",
+        weight_dtype="bfloat16",
+        weight_offset=0.0,
+        eps=1e-6,
+        device=device,
+        arch=arch,
+        deterministic=False,
+        max_token_num=None,
+        workspace_bytes=FusionConfig.workspace_mb << 20,
+        timeout_s=30.0,
+    )
+
+
+def framework(size: str) -> Iterator[Finding]:
+    """Paddle, or torch where there is no Paddle: its devices, and which backends say yes."""
+    from fd_fusion.frameworks import triton_launch as runtime_triton
+
+    try:
+        here = runtime_triton.framework()
+    except ImportError as error:
+        detail = str(error) if importlib.util.find_spec("paddle") else "neither Paddle nor torch is installed"
+        yield of_reason("framework", "import", "broken", because("no_paddle", detail=detail))
+        return
+    device, arch, count = devices(here)
+    name = f"{here.__name__} {here.__version__}"
+    where = f"{count} GPU{'s' * (count > 1)}, sm_{arch}" if count else "CPU only"
+    data = {"name": here.__name__, "version": here.__version__, "device": device, "arch": arch, "gpus": count}
+    yield Finding("framework", "import", "ok", f"{name} imports: {where}", data=data)
+    listed = [] if count else (tool("nvidia-smi", "-L") or "").splitlines()
+    if seen := sum(line.startswith("GPU ") for line in listed):
+        remedy = "install a build for GPUs, with a CUDA that the driver knows, and look at CUDA_VISIBLE_DEVICES"
+        yield Finding("framework", "gpus", "off", f"{name} sees none of this machine's GPUs ({seen})", remedy)
+    facts = facts_for(int(size), device, arch)
+    yield from guarded("framework", lambda: _memory(here, facts))
+    yield from guarded("framework", lambda: _table(here, facts))
+    yield from _backends(facts)
+
+
+def devices(here: Any) -> tuple[str, int | None, int]:
+    """("gpu", 90, number of GPUs), or ("cpu", None, 0), of Paddle or torch."""
+    on_paddle = here.__name__ == "paddle"
+    count = here.device.cuda.device_count() if on_paddle and here.is_compiled_with_cuda() else 0
+    count = here.cuda.device_count() if not on_paddle else count
+    if not count:
+        return "cpu", None, 0
+    major, minor = here.cuda.get_device_capability()
+    return "gpu", 10 * major + minor, count
+
+
+def _memory(here: Any, facts: Facts) -> Iterator[Finding]:
+    """The room that is left on the GPU, against what a workspace takes."""
+    if facts.device == "cpu":
+        return
+    free, total = (part >> 20 for part in here.cuda.mem_get_info())
+    need = facts.workspace_bytes >> 20
+    text = f"GPU memory: {free} of {total} MiB free; the workspaces of a process take up to {need} MiB (workspace_mb)"
+    state = "ok" if free > need else "off"
+    yield Finding("framework", "memory", state, text, "" if state == "ok" else "free GPU memory", {"free_mib": free})
+
+
+def _table(here: Any, facts: Facts) -> Iterator[Finding]:
+    """Whether `bind` would find a measurement of this machine."""
+    if facts.device == "cpu":
+        return
+    path = tuning_table.table_path()
+    key = (here.cuda.get_device_name(), facts.size, facts.hidden_size, facts.dtype, tuning_table.versions_here())
+    limits, reason = tuning_table.read_limits(tuning_table.Fingerprint(*key), path)
+    shape = f"{facts.size} ranks, H={facts.hidden_size}, {facts.dtype}"
+    if reason:
+        yield of_reason("framework", "table", "warn", reason)
+    elif limits:
+        yield Finding(
+            "framework", "table", "ok", f"tuned limits for {shape}: {dict(limits.rows)}", data=limits.to_dict()
+        )
+    else:
+        where = path or "~/.cache, since this user has no home"
+        text = f"nothing tuned for {shape} in {where}: the built-in limits count"
+        yield Finding("framework", "table", "note", text, f"python -m fd_fusion tune --nproc {facts.size}")
+
+
+def _backends(facts: Facts) -> Iterator[Finding]:
+    """Each backend's own answer. Fusion is off where none of those that count here says yes."""
+    refused = {}
+    for name in BACKENDS[1:]:
+        try:
+            reason = importlib.import_module(f"fd_fusion.backends.{name}").supports(facts)
+        except FusionError as error:
+            reason = error.reason
+        except Exception as error:  # a backend whose package is broken: its reason
+            reason = because("backend_failed", backend=name, error=f"{type(error).__name__}: {error}")
+        if reason is None:
+            yield Finding("backends", name, "ok", f"{name}: yes, on {facts.device}")
+        else:
+            refused[name] = reason
+            yield Finding("backends", name, "note", f"{name}: no: {reason}", reason.remedy, {"code": reason.code})
+    if all(name in refused for name in _FUSING[facts.device]):
+        first = refused[_FUSING[facts.device][0]]
+        yield Finding("backends", "any", "off", f"no backend can fuse here: {first}", first.remedy)
+
+
+def flashinfer() -> Iterator[Finding]:
+    """Whether FlashInfer imports under the framework that runs here, and has its kernel."""
+    from fd_fusion.backends.flashinfer import loader as runtime_flashinfer
+    from fd_fusion.frameworks import triton_launch as runtime_triton
+
+    runtime_triton.framework()
+    try:
+        library = runtime_flashinfer.load()
+    except FusionError as error:
+        yield of_reason("flashinfer", "import", "warn", error.reason)
+        return
+    path = runtime_flashinfer.compiled_module(library.version)
+    data = {"version": library.version, "compiled": bool(path)}
+    text = f"FlashInfer {library.version} imports; its kernel {'is compiled' if path else 'is not compiled yet'}"
+    yield Finding("flashinfer", "import", "ok", text + (f" ({library.note})" if library.note else ""), data=data)
+
+
+def fastdeploy() -> Iterator[Finding]:
+    """FastDeploy's own plugin loading, and which of its decoders could be bound."""
+    host = importlib.import_module("fastdeploy")
+    version = getattr(host, "__version__", "unknown")
+    yield Finding("fastdeploy", "import", "ok", f"FastDeploy {version} imports", data={"version": version})
+    importlib.import_module("fastdeploy.plugins").load_model_register_plugins()
+    ours = sys.modules.get("fd_fusion.hosts.fastdeploy.plugin")
+    if ours is None or not ours._undo:
+        remedy = (
+            "pip install --no-deps fd_fusion beside FastDeploy, unset FD_FUSION_DISABLE, and set FD_PLUGINS=fd_fusion"
+        )
+        yield Finding(
+            "fastdeploy", "plugin", "off", "FastDeploy's plugin loading does not bring fd_fusion up", remedy
+        )
+    else:
+        yield Finding("fastdeploy", "plugin", "ok", "FastDeploy's plugin loading finds and loads fd_fusion")
+    from fd_fusion.hosts.fastdeploy.pairs import DECODERS
+
+    importlib.import_module("fastdeploy.model_executor.models")
+    classes = {
+        name
+        for key, module in list(sys.modules.items())
+        if key.startswith("fastdeploy.model_executor.models.")
+        for name in vars(module)
+    }
+    known = sorted(set(DECODERS) & classes)
+    text = f"decoders that can be bound: {', '.join(known)}" if known else "none of its decoders is known here"
+    yield Finding("fastdeploy", "decoders", "ok" if known else "off", text, data={"decoders": known})
+
+
+PROBES: dict[str, Callable[..., Iterator[Finding]]] = {p.__name__: p for p in (framework, flashinfer, fastdeploy)}
+
+
+def main() -> None:
+    end_with_parent()
+    what, *args = sys.argv[1:]
+    found = guarded(what, lambda: PROBES[what](*args), _failed(what))
+    print("\n" + _MARK + json.dumps([one.to_dict() for one in found]), flush=True)
+
+
+if __name__ == "__main__":
+    main()

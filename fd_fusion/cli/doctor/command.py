@@ -1,0 +1,164 @@
+"""`python -m fd_fusion doctor`: what is here, whether fusion can run on it, and what to do if it cannot.
+
+Ends with one launch of the fused kernel on every rank, compared with the reference. Exit code: 0 fusion works here,
+1 only the unfused path works, 2 something is broken.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from fd_fusion import __version__
+from fd_fusion.cli.doctor import child as doctor_child
+from fd_fusion.cli.doctor.findings import Finding, guarded, of_reason
+from fd_fusion.cli.doctor.machine import machine
+from fd_fusion.cli.doctor.packages import packages
+from fd_fusion.cli.plain_json import to_json
+from fd_fusion.cli.processes.ranks import RanksFailed, run_ranks
+from fd_fusion.cli.processes.signals import ending_well
+from fd_fusion.config import resolve
+
+VERDICTS = {"works": 0, "unfused": 1, "broken": 2}
+_SIGNS = {"ok": "ok  ", "note": "-   ", "warn": "WARN", "off": "OFF ", "broken": "BAD "}
+
+
+def main(argv: list[str]) -> int:
+    args = _parser().parse_args(argv)
+    if args.nproc not in range(1, 9):
+        _parser().error(f"--nproc {args.nproc}: give 1 to 8")
+    with ending_well():
+        findings = find(args.nproc, launch=not args.no_run)
+    outcome = judge(findings)
+    print(to_json(outcome, 2) if args.json else "\n".join(lines(outcome)))
+    return outcome["exit_code"]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fd-fusion doctor",
+        description=__doc__.partition("\n")[0],
+        epilog="exit code: 0 fusion works here, 1 only the unfused path works, 2 something is broken",
+    )
+    parser.add_argument("--json", action="store_true", help="print the same as data")
+    parser.add_argument("--nproc", type=int, default=2, help="ranks of the launch (default: 2)")
+    parser.add_argument("--no-run", action="store_true", help="leave the launch of the fused kernel out")
+    return parser
+
+
+def find(size: int, *, launch: bool) -> list[Finding]:
+    """Everything that is to be found, topic by topic. Imports run in children, at the same time."""
+    found = guarded("packages", packages)
+    present = {one.name: one.state in ("ok", "warn") for one in found}
+    children = ["framework", *(name for name in ("flashinfer", "fastdeploy") if present.get(name))]
+    with contextlib.ExitStack() as stack:
+        sizes = [[size] if name == "framework" else [] for name in children]
+        asked = [stack.enter_context(doctor_child.asking(name, *more)) for name, more in zip(children, sizes)]
+        found += guarded("machine", machine)
+        found += guarded("config", config)
+        for answer in asked:
+            found += answer()
+    if launch and size > 1:
+        found += guarded("launch", lambda: _launch(size, found), "broken")
+    return found
+
+
+def config() -> Iterator[Finding]:
+    """Which source of the configuration wins, as this shell has it."""
+    try:
+        resolved = resolve()
+    except ValueError as error:
+        yield Finding("config", "source", "broken", str(error), "mend the variable, or unset it")
+        return
+    if resolved.config is not None:
+        data = {"source": resolved.source, "config": resolved.config.to_dict()}
+        yield Finding(
+            "config", "source", "ok", f"asked for by {resolved.source}: {resolved.config.to_dict()}", data=data
+        )
+    else:
+        state = "off" if resolved.reason.code == "kill_switch" else "note"
+        yield of_reason("config", "source", state, resolved.reason, source=resolved.source)
+
+
+def _launch(size: int, found: list[Finding]) -> Iterator[Finding]:
+    """One verified fused launch a rank, as real processes; on a CPU under Triton's interpreter."""
+    by_name = {(one.topic, one.name): one for one in found}
+    here, triton = by_name.get(("framework", "import")), by_name.get(("backends", "triton"))
+    if here is None or here.state != "ok" or triton is None or triton.state != "ok":
+        who = "triton backend said no" if here and here.state == "ok" else "framework does not work"
+        yield Finding("launch", "triton", "note", f"not tried: the {who}")
+        return
+    device = here.data["device"]
+    env = {"TRITON_INTERPRET": "1"} if device == "cpu" else {"CUDA_MODULE_LOADING": "EAGER"}
+    gpus = min(size, here.data["gpus"])
+    where = "under the interpreter" if device == "cpu" else f"on {gpus} GPU{'s' * (gpus > 1)}"
+    try:
+        results = run_ranks("doctor.rank", size, {}, timeout_s=300, env=env)
+    except RanksFailed as error:
+        remedy = "mend what the sentence names; with `--no-run` this step is left out"
+        yield Finding("launch", "triton", "broken", f"{size} ranks {where}: {error}", remedy, {"log": error.log})
+        return
+    worst, digests = max(one["worst"] for one in results), {one["digest"] for one in results}
+    counted = all(one["counted"] for one in results)
+    data = {"ranks": size, "device": device, "error_over_budget": worst, "bit_equal": len(digests) == 1}
+    data["counted_on_device"] = counted
+    faults = {
+        f"error {worst:.2f} of its budget": not worst <= 1,
+        "the ranks' bits differ": len(digests) > 1,
+        "the device did not count the rows of the calls": not counted,
+    }
+    if fault := next((text for text, there in faults.items() if there), None):
+        remedy = "do not use fusion on this machine; report it with this output"
+        yield Finding("launch", "triton", "broken", f"{size} ranks {where}: wrong numbers: {fault}", remedy, data)
+        return
+    opened = max(one["opened_s"] for one in results)
+    text = (
+        f"{size} ranks {where}: right numbers (error {worst:.2f} of its budget), same bits; opened in {opened:.1f} s"
+    )
+    yield Finding("launch", "triton", "ok", text, data=data)
+
+
+def judge(findings: list[Finding]) -> dict[str, Any]:
+    """The verdict, as data. Keys and codes are stable; new findings may be added."""
+    broken = [one for one in findings if one.state == "broken"]
+    off = [one for one in findings if one.state == "off"]
+    verdict = "broken" if broken else "unfused" if off else "works"
+    decisive = broken or off
+    on_cpu = any(one.topic == "framework" and one.data.get("device") == "cpu" for one in findings)
+    works = "fusion works here" + (", by the interpreter: there is no GPU, so nothing is gained" if on_cpu else "")
+    launched = any(one.topic == "launch" and one.state == "ok" for one in findings)
+    works += "" if launched else "; nothing was launched"
+    sentence = {
+        "works": works,
+        "unfused": f"only the unfused path works here: {off[0].text if off else ''}",
+        "broken": f"broken: {broken[0].text if broken else ''}",
+    }[verdict]
+    todo = list(dict.fromkeys(one.remedy for one in decisive if one.remedy))
+    return {
+        "schema": 1,
+        "fd_fusion": __version__,
+        "verdict": verdict,
+        "exit_code": VERDICTS[verdict],
+        "sentence": sentence,
+        "todo": todo,
+        "findings": [one.to_dict() for one in findings],
+    }
+
+
+def lines(outcome: dict[str, Any]) -> list[str]:
+    """The report for people."""
+    out, topic = [f"fd_fusion {outcome['fd_fusion']} doctor"], None
+    for one in outcome["findings"]:
+        if one["topic"] != topic:
+            topic = one["topic"]
+            out += ["", topic]
+        out.append(f"  {_SIGNS[one['state']]} {one['text']}")
+        if one["remedy"] and one["state"] in ("warn", "off", "broken"):
+            out.append(f"       -> {one['remedy']}")
+        if one["data"].get("log"):
+            out += [f"       | {line}" for line in one["data"]["log"].splitlines()]
+    out += ["", f"verdict: {outcome['sentence']}"]
+    out += [f"what to do: {remedy}" for remedy in outcome["todo"]] or ["what to do: nothing"]
+    return out

@@ -1,0 +1,146 @@
+"""The machine, as the system and NVIDIA's own tools tell it: no framework is imported."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+from fd_fusion.cli.doctor.findings import Finding
+
+TOPIC = "machine"
+_SMALL_SHM = 64 << 20  # Docker's default for /dev/shm
+Tool = Callable[..., "str | None"]
+
+
+def tool(*command: str) -> str | None:
+    """What a command prints; None where there is none, where it fails, or takes too long."""
+    if shutil.which(command[0]) is None:
+        return None
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, stdin=subprocess.DEVNULL)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def machine(tool: Tool = tool, environ: Mapping[str, str] = os.environ) -> Iterator[Finding]:
+    """Findings on driver, toolkit, GPUs, links, confidential computing, namespaces, shared memory."""
+    gpus = _gpus(tool)
+    yield gpus
+    yield _toolkit(tool)
+    if gpus.data["gpus"]:
+        if len(gpus.data["gpus"]) > 1:
+            yield _peers(tool)
+            yield _links(tool)
+        yield from _confidential(tool)
+    yield from _allocator(environ)
+    yield _namespaces()
+    yield _shared_memory()
+
+
+def _gpus(tool: Tool) -> Finding:
+    text = tool(
+        "nvidia-smi", "--query-gpu=name,memory.total,memory.free,driver_version", "--format=csv,noheader,nounits"
+    )
+    rows = [[part.strip() for part in line.split(",")] for line in (text or "").splitlines() if line.strip()]
+    gpus = [{"name": r[0], "total_mib": _int(r[1]), "free_mib": _int(r[2])} for r in rows if len(r) == 4]
+    if not gpus:
+        return Finding(TOPIC, "gpus", "note", "no NVIDIA GPU or no driver here: a CPU run", data={"gpus": []})
+    driver = rows[0][3]
+    names = ", ".join(f"{gpu['name']} ({gpu['free_mib']} of {gpu['total_mib']} MiB free)" for gpu in gpus)
+    return Finding(TOPIC, "gpus", "ok", f"driver {driver}; {names}", data={"driver": driver, "gpus": gpus})
+
+
+def _toolkit(tool: Tool) -> Finding:
+    found = re.search(r"release ([\d.]+)", tool("nvcc", "--version") or "")
+    ninja = tool("ninja", "--version")
+    data = {"nvcc": found and found[1], "ninja": ninja}
+    if found:
+        return Finding(TOPIC, "toolkit", "ok", f"CUDA toolkit {found[1]}, ninja {ninja or 'missing'}", data=data)
+    text = "no CUDA toolkit: only FlashInfer would need it, to compile its kernel"
+    return Finding(TOPIC, "toolkit", "note", text, data=data)
+
+
+def _peers(tool: Tool) -> Finding:
+    """Which GPUs can write into which: `nvidia-smi topo -p2p w`, a matrix of OK, CNS, NS ..."""
+    rows = _matrix(tool("nvidia-smi", "topo", "-p2p", "w"), r"X|OK|CNS|GNS|TNS|NS|DR|U")
+    bad = [f"{gpu}-GPU{i}" for gpu, row in rows.items() for i, cell in enumerate(row) if cell not in ("X", "OK")]
+    data = {"matrix": rows}
+    if not rows:
+        text = "nvidia-smi does not show its P2P matrix; the launch below tells"
+        return Finding(TOPIC, "p2p", "note", text, data=data)
+    if bad:
+        remedy = "use GPUs with P2P between them; in a virtual machine or with IOMMU on, ask for ACS to be disabled"
+        return Finding(TOPIC, "p2p", "warn", f"no P2P writes between {', '.join(bad[:8])}", remedy, data)
+    return Finding(TOPIC, "p2p", "ok", f"P2P writes between all {len(rows)} GPUs", data=data)
+
+
+def _links(tool: Tool) -> Finding:
+    rows = _matrix(tool("nvidia-smi", "topo", "-m"), r"X|NV\d+|PIX|PXB|PHB|NODE|SYS")
+    slow = sorted({cell for row in rows.values() for cell in row if not re.fullmatch(r"X|NV\d+", cell)})
+    data = {"matrix": rows}
+    if slow:
+        remedy = "measure with `python -m fd_fusion tune`: without NVLink fusing may not win"
+        return Finding(TOPIC, "nvlink", "warn", f"some GPUs are linked by {', '.join(slow)} only", remedy, data)
+    if not rows:
+        return Finding(TOPIC, "nvlink", "note", "nvidia-smi does not show how the GPUs are linked", data=data)
+    return Finding(TOPIC, "nvlink", "ok", "NVLink between all GPUs", data=data)
+
+
+def _matrix(text: str | None, cell: str) -> dict[str, list[str]]:
+    """The rows GPU0, GPU1 ... of a matrix of nvidia-smi, one cell for each GPU."""
+    rows = {}
+    for line in (text or "").splitlines():
+        first, *cells = re.sub(r"\x1b\[[\d;]*m", "", line).split() or [""]
+        if re.fullmatch(r"GPU\d+", first) and cells and re.fullmatch(cell, cells[0]):
+            rows[first] = cells
+    return {gpu: [one for one in cells[: len(rows)] if re.fullmatch(cell, one)] for gpu, cells in rows.items()}
+
+
+def _confidential(tool: Tool) -> Iterator[Finding]:
+    text = tool("nvidia-smi", "conf-compute", "-f")
+    if text is None:
+        return
+    on = re.search(r"CC status:\s*ON", text, re.I) is not None
+    data = {"on": on}
+    if on:
+        remedy = "expect refused mappings between GPUs: see whether the launch below works"
+        yield Finding(TOPIC, "confidential_computing", "warn", "confidential computing is on", remedy, data)
+    else:
+        yield Finding(TOPIC, "confidential_computing", "ok", "confidential computing is off", data=data)
+
+
+def _allocator(environ: Mapping[str, str]) -> Iterator[Finding]:
+    """Expandable segments: memory of such a pool has no IPC handle. Ours comes from cuMemAlloc, so it is unharmed."""
+    names = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "PADDLE_CUDA_ALLOC_CONF")
+    for name in names:
+        if re.search(r"expandable_segments\s*:\s*true", environ.get(name, ""), re.I):
+            text = f"{name} asks for expandable segments, which the host's own custom all-reduce may not share"
+            yield Finding(TOPIC, "expandable_segments", "warn", text, f"unset {name} if it does", {"variable": name})
+
+
+def _namespaces() -> Finding:
+    data = {name: os.readlink(f"/proc/self/ns/{name}") for name in ("ipc", "pid")}
+    text = f"namespaces {data['ipc']}, {data['pid']}: all ranks must be in these"
+    return Finding(TOPIC, "namespaces", "ok", text, data=data)
+
+
+def _shared_memory() -> Finding:
+    folder = Path("/dev/shm")
+    if not folder.is_dir():
+        return Finding(TOPIC, "shm", "warn", "there is no /dev/shm", "mount a tmpfs there", {"total": 0, "free": 0})
+    usage = shutil.disk_usage(folder)
+    data = {"total": usage.total, "free": usage.free}
+    text = f"/dev/shm: {usage.free >> 20} of {usage.total >> 20} MiB free"
+    if usage.free < _SMALL_SHM:
+        remedy = "start the container with --shm-size=1g, or --ipc=host"
+        return Finding(TOPIC, "shm", "warn", f"{text}; NCCL and ranks on a CPU need more", remedy, data)
+    return Finding(TOPIC, "shm", "ok", text, data=data)
+
+
+def _int(text: str) -> int | None:
+    return int(text) if text.isdigit() else None

@@ -1,0 +1,1 @@
+"""Ranks as processes of a command, and the signals around them."""

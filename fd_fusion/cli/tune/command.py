@@ -1,0 +1,222 @@
+"""`python -m fd_fusion tune`: up to how many rows is fusing faster than all-reduce and norm on this machine?
+
+Measures one-shot, two-shot, FlashInfer and the unfused path by graph replay, the slowest rank counting, and keeps the
+limits for `bind`. Exit code: 0 measured, 1 something failed, 2 bad arguments.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import errno
+import importlib.util
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+from fd_fusion import __version__
+from fd_fusion.cli.doctor import child as doctor_child
+from fd_fusion.cli.plain_json import to_json
+from fd_fusion.cli.processes.ranks import RanksFailed, run_ranks
+from fd_fusion.cli.processes.signals import ending_well
+from fd_fusion.cli.tune import limits as tune_limits
+from fd_fusion.cli.tune.virtual import MOST_ROWS
+from fd_fusion.config import FusionConfig
+from fd_fusion.tuning.table import Fingerprint, Limits, store_limits, table_lock, table_path, versions_here
+
+_ROUNDS = {"cpu": 3, "gpu": 11, "virtual": 5}
+_ROWS = {"cpu": "1,2", "gpu": "1,2,4,8,16,32,48,64,96,128,192,256,384,512,768,1024,1536,2048"}
+_DTYPES = ("bfloat16", "float16", "float32")
+
+
+def main(argv: list[str]) -> int:
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if args.nproc not in range(2, 9) or args.hidden_size < 1:
+        parser.error(f"--nproc {args.nproc} --hidden-size {args.hidden_size}: give 2 to 8 ranks and a hidden size")
+    if args.rounds is not None and args.rounds < 1:
+        parser.error(f"--rounds {args.rounds}: give a number from 1")
+    try:
+        FusionConfig(workspace_mb=args.workspace_mb, timeout_s=args.timeout_s)  # has the bounds of both
+        with ending_well():
+            outcome = tune(args)
+    except ValueError as error:
+        parser.error(str(error))
+    except BlockingIOError:
+        return _fail("another tune is running: wait for it, or end it")
+    except OSError as error:
+        folder = getattr(table_path(), "parent", "a home folder")
+        return _fail(
+            f"the table cannot be kept in {folder} ({error.strerror}): set XDG_CACHE_HOME to a folder of yours"
+        )
+    except RanksFailed as error:
+        return _fail(f"{error}; nothing was stored" + (f"; its log ends with\n{error.log}" if error.log else ""))
+    except KeyboardInterrupt:
+        return _fail("interrupted; nothing was stored", 130)
+    print(to_json(outcome, 2) if args.json else "\n".join(lines(outcome)))
+    return 0 if tune_limits.by_backend(outcome["times"]) else 1
+
+
+def _fail(text: str, code: int = 1) -> int:
+    print(f"fd_fusion tune: {text}", file=sys.stderr)
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="fd-fusion tune", description=__doc__.partition(": ")[2].partition("\n")[0])
+    parser.add_argument("--nproc", type=int, default=2, help="tensor-parallel ranks, 2 to 8 (default: 2)")
+    parser.add_argument("--hidden-size", type=int, required=True, help="exact hidden size H of the model")
+    parser.add_argument("--dtype", choices=_DTYPES, default="bfloat16", help="of the activations (default: bfloat16)")
+    parser.add_argument("--rows", help="numbers of rows to measure, such as 1,8,64")
+    parser.add_argument("--rounds", type=int, help="measurements, of which the median counts (default: 11)")
+    mb = FusionConfig.workspace_mb
+    parser.add_argument("--workspace-mb", type=int, default=mb, help=f"as in the fusion config (default: {mb})")
+    parser.add_argument("--timeout-s", type=float, default=30.0, help="wait for a missing rank (default: 30)")
+    parser.add_argument("--json", action="store_true", help="print the same as data")
+    return parser
+
+
+def tune(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure, and store the limits if the rival was measured too.
+
+    Raises: ValueError: bad rows. RanksFailed: a rank failed. OSError: the table cannot be kept.
+    """
+    here = _framework()
+    mode = "cpu" if here["device"] == "cpu" else "gpu" if here["gpus"] >= args.nproc else "virtual"
+    if mode == "virtual" and importlib.util.find_spec("torch") is None:
+        raise RanksFailed(
+            f"{here['gpus']} GPU for {args.nproc} ranks: virtual ranks need torch, which is not installed"
+        )
+    rows = _rows(args.rows or _ROWS["cpu" if mode == "cpu" else "gpu"])
+    if mode == "virtual":
+        most = MOST_ROWS // args.nproc
+        rows = [t for t in rows if t <= most]
+        if not rows:
+            raise ValueError(f"--rows {args.rows}: {args.nproc} virtual ranks on one GPU take up to {most} rows")
+    path = table_path()
+    if path is None and mode == "gpu":
+        raise OSError(errno.ENOENT, "this user has none")
+    # Held while measuring, so that no two disturb each other; and a folder that cannot be written shows at once.
+    with table_lock(path) if mode == "gpu" else contextlib.nullcontext():
+        try:
+            results = _measure(args, mode, rows)
+        except OSError as error:  # not the table's
+            raise RanksFailed(f"the ranks could not be started: {error}") from None
+        times = tune_limits.merge([_numbered(one["times"]) for one in results])
+        limits = tune_limits.find_limits(times)
+        outcome = {
+            "schema": 1,
+            "fd_fusion": __version__,
+            "mode": mode,
+            "size": args.nproc,
+            "hidden_size": args.hidden_size,
+            "dtype": args.dtype,
+            "gpu": results[0]["gpu"],
+            "versions": versions_here(),
+            "times": times,
+            "skipped": {name: why for one in reversed(results) for name, why in one["skipped"].items()},
+            "limits": limits.to_dict() if limits else None,
+            "stored": None,
+        }
+        if mode == "gpu" and limits is not None:
+            _store(outcome, limits, path)
+    return outcome
+
+
+def _framework() -> dict[str, Any]:
+    """What runs here, asked in a child process: this one stays free of any framework and its CUDA context."""
+    found = doctor_child.ask("framework", 2)
+    here = next((one for one in found if one.name == "import"), found[0])
+    if here.state != "ok":
+        raise RanksFailed(here.text)
+    return here.data
+
+
+def _measure(args: argparse.Namespace, mode: str, rows: list[int]) -> list[dict[str, Any]]:
+    job = {
+        "ranks": args.nproc,
+        "hidden_size": args.hidden_size,
+        "dtype": args.dtype,
+        "rows": rows,
+        "rounds": args.rounds or _ROUNDS[mode],
+        "workspace_mb": args.workspace_mb,
+        "timeout_s": args.timeout_s,
+        "ports": _free_ports(1 + args.nproc),
+    }
+    limit_s = (120 if mode == "cpu" else 900) + 10 * args.timeout_s  # FlashInfer may have to compile
+    if mode == "cpu":
+        return run_ranks("tune.rank", args.nproc, job, timeout_s=limit_s, env={"TRITON_INTERPRET": "1"})
+    env = {"CUDA_MODULE_LOADING": "EAGER", "CUDA_DEVICE_MAX_CONNECTIONS": "32"}
+    if mode == "virtual":
+        return run_ranks("tune.virtual", 1, job, timeout_s=limit_s, env=env)
+    return run_ranks("tune.rank", args.nproc, job, timeout_s=limit_s, env=env)
+
+
+def _store(outcome: dict[str, Any], limits: Limits, path: Path) -> None:
+    key = Fingerprint(outcome["gpu"], *(outcome[name] for name in ("size", "hidden_size", "dtype", "versions")))
+    store_limits(key, limits, path)
+    outcome["stored"] = str(path)
+
+
+def _rows(text: str) -> list[int]:
+    try:
+        rows = sorted({int(part) for part in text.split(",")})
+    except ValueError:
+        rows = []
+    if not rows or rows[0] < 1 or rows[-1] > 1 << 16:
+        raise ValueError(f"--rows {text}: give numbers from 1, such as 1,8,64")
+    return rows
+
+
+def _numbered(times: dict[str, dict[str, float]]) -> dict[str, dict[int, float]]:
+    """JSON has made the rows text."""
+    return {column: {int(rows): time for rows, time in mine.items()} for column, mine in times.items()}
+
+
+def _free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+    finally:
+        for one in sockets:
+            one.close()
+
+
+def lines(outcome: dict[str, Any]) -> list[str]:
+    """The outcome for people."""
+    where = {
+        "cpu": "Triton's interpreter on a CPU: a check of the machinery, these figures mean nothing",
+        "gpu": f"{outcome['gpu']}, one GPU a rank",
+        "virtual": f"virtual ranks on one {outcome['gpu']}: the exchange goes through its L2, not over a link; "
+        f"at most {MOST_ROWS} rows of all ranks",
+    }[outcome["mode"]]
+    out = [f"fd_fusion tune: {outcome['size']} ranks, H={outcome['hidden_size']}, {outcome['dtype']}; {where}", ""]
+    out += _table(outcome["times"])
+    out += [f"{name}: not measured: {why}" for name, why in outcome["skipped"].items()]
+    limits = outcome["limits"]
+    if limits and outcome["mode"] == "gpu":
+        for name, rows in limits["rows"].items():
+            out.append(f"{name}: fusing wins up to {rows} rows" if rows else f"{name}: fusing never wins")
+        if limits["two_shot_rows"]:
+            out.append(f"triton: two-shot from {limits['two_shot_rows']} rows on")
+    return [*out, _what_became_of_it(outcome)]
+
+
+def _table(times: dict[str, dict[int, float]]) -> list[str]:
+    """Rows by columns, microseconds a call of the slowest rank."""
+    out = [f"{'rows':>6}" + "".join(f"{name.replace('_', '-'):>12}" for name in tune_limits.COLUMNS) + "   us a call"]
+    for rows in sorted({t for mine in times.values() for t in mine}):
+        cells = [times.get(name, {}).get(rows) for name in tune_limits.COLUMNS]
+        out.append(f"{rows:>6}" + "".join(f"{'' if cell is None else f'{cell:.2f}':>12}" for cell in cells))
+    return out
+
+
+def _what_became_of_it(outcome: dict[str, Any]) -> str:
+    if outcome["stored"]:
+        return f"stored in {outcome['stored']}: the next bind reads it"
+    if outcome["mode"] == "cpu":
+        return "not stored: figures of a CPU mean nothing"
+    return "not stored: without the unfused rival nobody can tell up to where fusing wins"

@@ -1,0 +1,78 @@
+"""From times to limits: merge over ranks, find where fusing stops winning. Plain arithmetic."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from fd_fusion.tuning.table import Limits
+
+COLUMNS = ("one_shot", "two_shot", "flashinfer", "unfused")
+Times = Mapping[str, Mapping[int, float]]  # column -> rows -> microseconds; a column that could not run is absent
+
+
+def merge(ranks: Sequence[Times]) -> dict[str, dict[int, float]]:
+    """The slowest rank counts. A column, or a number of rows, that one rank lacks is dropped."""
+    merged = {}
+    for column in COLUMNS:
+        if all(column in times for times in ranks):
+            rows = set.intersection(*(set(times[column]) for times in ranks))
+            merged[column] = {t: max(times[column][t] for times in ranks) for t in sorted(rows)}
+    return merged
+
+
+def two_shot_rows(times: Times) -> int | None:
+    """From how many rows on two-shot is the faster path, at every measured number of rows; None for never."""
+    one, two = times.get("one_shot", {}), times.get("two_shot", {})
+    first = None
+    for rows in sorted(set(one) & set(two), reverse=True):
+        if two[rows] >= one[rows]:
+            break
+        first = rows
+    return first
+
+
+def by_backend(times: Times) -> dict[str, dict[int, float]]:
+    """The times of each fusing backend; triton's with the path that it would take."""
+    found, switch = {}, two_shot_rows(times)
+    if "one_shot" in times:
+        two = times.get("two_shot", {})
+        found["triton"] = {
+            rows: two[rows] if switch is not None and rows >= switch else time
+            for rows, time in times["one_shot"].items()
+        }
+    if "flashinfer" in times:
+        found["flashinfer"] = dict(times["flashinfer"])
+    return found
+
+
+def find_limits(times: Times) -> Limits | None:
+    """The limits that a table keeps, or None where the rival was not measured.
+
+    A limit is the last measured number of rows before the first at which fusing does not win: below it fusing won at
+    every size that was measured. Backends that win somewhere are ordered by their mean logarithm of time over the
+    sizes at which all of them were measured, up to the largest limit.
+    """
+    rival = times.get("unfused")
+    fused = by_backend(times)
+    if not rival or not fused:
+        return None
+    limits = {name: _limit(mine, rival) for name, mine in fused.items()}
+    winners = [name for name, limit in limits.items() if limit]
+    common = set.intersection(*(set(fused[name]) for name in winners)) if winners else set()
+    common = {rows for rows in common if rows <= max(limits.values())}
+    order = sorted(winners, key=lambda name: _mean_log([fused[name][rows] for rows in common]))
+    return Limits(limits, tuple(order), two_shot_rows(times))
+
+
+def _limit(mine: Mapping[int, float], rival: Mapping[int, float]) -> int:
+    limit = 0
+    for rows in sorted(set(mine) & set(rival)):
+        if mine[rows] >= rival[rows]:
+            break
+        limit = rows
+    return limit
+
+
+def _mean_log(times: Sequence[float]) -> float:
+    return sum(map(math.log, times)) / len(times)

@@ -1,0 +1,211 @@
+"""One rank of `tune`: every path that can run here, at every number of rows; in its own process, on its own GPU."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from fd_fusion.cli.doctor.rank import one_call, place, tensor
+from fd_fusion.cli.processes.ranks import rank_main
+from fd_fusion.comm.group import Group, Vote, agree, working
+from fd_fusion.reasons import FusionError, Reason, because
+from fd_fusion.tuning.limits import NEVER, Facts
+
+_CHECKED_ROWS = 64  # calls of more rows are not compared with the reference: that takes longer than timing them
+_CALLS = 20  # of a graph
+_REPLAYS = 5  # of a measurement
+_COLUMNS = {"one_shot": ("triton", NEVER), "two_shot": ("triton", 1), "flashinfer": ("flashinfer", None)}
+
+
+def run(job: dict[str, Any], group: Group) -> dict[str, Any]:
+    """Returns {"times": {column: {rows: us}}, "skipped": {column: why}, "gpu": name}."""
+    here, device, arch = place(group.rank)
+    facts = _facts(job, group, device, arch)
+    times: dict[str, dict[int, float]] = {}
+    skipped: dict[str, str] = {}
+    for column, (backend, switch) in _COLUMNS.items():
+        try:
+            times[column] = _column(here, group, dataclasses.replace(facts, two_shot_rows=switch), backend, job)
+        except FusionError as error:  # told by all ranks alike, since opening is collective
+            skipped[column] = str(error.reason)
+    try:
+        call = _unfused(here, facts, job)
+        times["unfused"] = {rows: _time(here, facts, partial(call, rows), job["rounds"]) for rows in job["rows"]}
+    except (RuntimeError, ImportError) as error:
+        skipped["unfused"] = f"{type(error).__name__}: {error}".splitlines()[0]
+    agree(group, "end", Vote(), timeout_s=job["timeout_s"])  # the framework's store lives on rank 0
+    gpu = here.cuda.get_device_name() if device == "gpu" else None
+    return {"times": times, "skipped": skipped, "gpu": gpu, "framework": here.__name__}
+
+
+def _facts(job: dict[str, Any], group: Group, device: str, arch: int | None) -> Facts:
+    return Facts(
+        rank=group.rank,
+        size=group.size,
+        hidden_size=job["hidden_size"],
+        dtype=job["dtype"],
+        weight_dtype=job["dtype"],
+        weight_offset=0.0,
+        eps=1e-6,
+        device=device,
+        arch=arch,
+        deterministic=False,
+        max_token_num=max(job["rows"]),
+        workspace_bytes=job["workspace_mb"] << 20,
+        timeout_s=job["timeout_s"],
+    )
+
+
+def _column(here: Any, group: Group, facts: Facts, backend: str, job: dict[str, Any]) -> dict[int, float]:
+    """Open, compare with the reference, time. Nothing that is wrong is timed."""
+    module = importlib.import_module(f"fd_fusion.backends.{backend}")
+    if (refusal := module.supports(facts)) is not None:
+        raise FusionError(refusal)
+    with working(group):
+        opened = module.open(facts, group)
+    try:
+        rows = [t for t in job["rows"] if opened.limit is None or t <= opened.limit]
+        for t in [t for t in rows if t <= _CHECKED_ROWS][:3]:
+            error, _ = one_call(here, opened, facts, t)
+            if not error <= 1:
+                raise FusionError(_wrong(backend, t, error))
+        times = {}
+        for t in rows:
+            x, residual, weight = _tensors(here, facts, t)
+            call = partial(opened.finish, x, residual, weight, facts.eps, 0.0)
+            times[t] = _time(here, facts, call, job["rounds"])
+            opened.check()
+        return times
+    finally:
+        opened.close()
+
+
+def _wrong(backend: str, rows: int, error: float) -> Reason:
+    return because("backend_failed", backend=backend, error=f"wrong numbers at T={rows}: {error:.2f} of the budget")
+
+
+def _tensors(here: Any, facts: Facts, rows: int) -> tuple[Any, Any, Any]:
+    random = np.random.default_rng(rows)
+    shapes = ((rows, facts.hidden_size), (rows, facts.hidden_size), (facts.hidden_size,))
+    return tuple(tensor(here, random.standard_normal(shape, np.float32), facts.dtype) for shape in shapes)
+
+
+def _time(here: Any, facts: Facts, call: Callable[[], Any], rounds: int) -> float:
+    """Median time of a call in microseconds: of graph replays on a GPU, of plain calls under the interpreter."""
+    if facts.device == "cpu":
+        call()
+        return statistics.median(_clock_us(call) for _ in range(rounds))
+    for _ in range(3):
+        call()
+    synchronize = here.device.synchronize if here.__name__ == "paddle" else here.cuda.synchronize
+    synchronize()
+    replay = _graph(here, call)
+
+    def replays() -> None:
+        for _ in range(_REPLAYS):
+            replay()
+        synchronize()
+
+    replays()
+    return statistics.median(_clock_us(replays) for _ in range(rounds)) / (_CALLS * _REPLAYS)
+
+
+def _clock_us(work: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    work()
+    return 1e6 * (time.perf_counter() - start)
+
+
+def _graph(here: Any, call: Callable[[], Any]) -> Callable[[], Any]:
+    """A CUDA graph of a few calls, one after another. Returns what replays it."""
+    if here.__name__ == "paddle":
+        graph = importlib.import_module("paddle.device.cuda.graphs").CUDAGraph()
+        graph.capture_begin()
+        kept = [call() for _ in range(_CALLS)]
+        graph.capture_end()
+    else:
+        graph = here.cuda.CUDAGraph()
+        # Other threads may do as they like meanwhile: NCCL has one that looks at events.
+        with here.cuda.graph(graph, capture_error_mode="thread_local"):
+            kept = [call() for _ in range(_CALLS)]
+
+    def replay(_kept: Any = kept) -> None:  # the graph writes into these outputs
+        graph.replay()
+
+    return replay
+
+
+def _unfused(here: Any, facts: Facts, job: dict[str, Any]) -> Callable[[int], Any]:
+    """The rival: the framework's all-reduce, then add and norm. Returns a function of the number of rows."""
+    tensors = {rows: _tensors(here, facts, rows) for rows in job["rows"]}
+    if here.__name__ == "paddle":
+        reduce, norm = _paddle_ops(facts, job["ports"])
+    else:
+        reduce, norm = _torch_ops(here, facts, job["ports"][0])
+
+    def call(rows: int) -> Any:
+        x, residual, weight = tensors[rows]
+        return norm(reduce(x), residual, weight)
+
+    return call
+
+
+def _paddle_ops(facts: Facts, ports: list[int]) -> tuple[Callable, Callable]:
+    import paddle
+    import paddle.distributed as dist
+
+    ends = [f"127.0.0.1:{port}" for port in ports[1 : 1 + facts.size]]
+    os.environ.update(
+        PADDLE_TRAINER_ID=str(facts.rank),
+        PADDLE_TRAINERS_NUM=str(facts.size),
+        PADDLE_TRAINER_ENDPOINTS=",".join(ends),
+        PADDLE_CURRENT_ENDPOINT=ends[facts.rank],
+        PADDLE_MASTER=f"127.0.0.1:{ports[0]}",
+        PADDLE_DISTRI_BACKEND="gloo" if facts.device == "cpu" else "nccl",
+        FLAGS_selected_gpus=str(facts.rank),
+    )
+    dist.init_parallel_env()
+    if facts.device == "cpu":
+        from fd_fusion.backends import paddle as plain
+
+        return plain.all_reduce, lambda x, r, w: plain.rms_norm(x, w, eps=facts.eps, residual=r)
+
+    def reduce(x: Any) -> Any:
+        dist.stream.all_reduce(x, sync_op=True, use_calc_stream=True)  # on the stream that is captured
+        return x
+
+    fused = paddle.incubate.nn.functional.fused_rms_norm
+    return reduce, lambda x, r, w: fused(x, w, None, facts.eps, begin_norm_axis=1, residual=r)
+
+
+def _torch_ops(torch: Any, facts: Facts, port: int) -> tuple[Callable, Callable]:
+    dist = importlib.import_module("torch.distributed")
+    place = f"tcp://127.0.0.1:{port}"
+    backend = "nccl" if facts.device == "gpu" else "gloo"
+    dist.init_process_group(backend, init_method=place, rank=facts.rank, world_size=facts.size)
+
+    def reduce(x: Any) -> Any:
+        dist.all_reduce(x)
+        return x
+
+    def norm(x: Any, residual: Any, weight: Any) -> Any:
+        total = x + residual
+        return torch.nn.functional.rms_norm(total, weight.shape, weight, facts.eps), total
+
+    return reduce, norm
+
+
+if __name__ == "__main__":
+    # At once: a framework that takes its process group apart while another rank is gone may abort.
+    code = rank_main(run)
+    sys.stdout.flush()
+    os._exit(code)

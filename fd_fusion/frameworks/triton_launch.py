@@ -1,0 +1,197 @@
+"""How Triton runs here: compiled on an NVIDIA GPU for Paddle or torch, or interpreted on CPU memory.
+
+Triton finds devices and streams through torch. Where Paddle is the framework it gets a driver object that
+asks Paddle instead, for the moment of compiling and loading alone: a loaded kernel is launched with its
+stream passed in, so nothing of the host's own Triton is changed while it runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import importlib.util
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+from fd_fusion.reasons import FusionError, because
+
+_INTERPRET = "TRITON_INTERPRET"
+_HELPERS = ("fd_fusion.kernels.all_reduce.wait", "fd_fusion.kernels.all_reduce.packing")
+_REGISTERS, _WARPS, _PROGRAMS = 65536, 48, 16  # of a multiprocessor: the least that any from sm_80 on holds
+
+
+@contextlib.contextmanager
+def interpreting(device: str) -> Iterator[None]:
+    """Have Triton's decorators make interpreted functions inside this block when `device` is "cpu".
+
+    Triton decides at decoration, and imports parts of itself at the first launch: both belong inside.
+    """
+    before = os.environ.get(_INTERPRET)
+    os.environ[_INTERPRET] = "1" if device == "cpu" else "0"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_INTERPRET]
+        else:
+            os.environ[_INTERPRET] = before
+
+
+def require_mode(device: str) -> None:
+    """Import Triton in the mode that `device` needs. Raises FusionError where it is missing, or was imported before
+    in the other mode: its own functions are decorated at import too, and cannot be had twice in a process.
+    """
+    try:
+        standard = importlib.import_module("triton.language.standard")
+    except ImportError as error:
+        raise FusionError(because("no_triton", detail=str(error))) from error
+    if (type(standard.sum).__name__ == "InterpretedFunction") != (device == "cpu"):
+        raise FusionError(because("triton_mode", need=int(device == "cpu")))
+
+
+def framework() -> ModuleType:
+    """Paddle, or torch where there is no Paddle."""
+    name = next((n for n in ("paddle", "torch") if n in sys.modules), None)
+    if name is None:
+        name = "paddle" if importlib.util.find_spec("paddle") else "torch"
+    return importlib.import_module(name)
+
+
+def empty_like() -> Callable[[Any], Any]:
+    """tensor -> a new one of its shape, dtype and place, as fast as the framework can: every eager call needs two."""
+    here = framework()
+    make = getattr(getattr(here, "_C_ops", None), "empty_like", None)
+    if here.__name__ != "paddle" or make is None:
+        return here.empty_like
+    return lambda tensor: make(tensor, tensor.dtype, tensor.place)  # a seventh of paddle.empty_like's time
+
+
+@contextlib.contextmanager
+def triton_driver() -> Iterator[None]:
+    """Let Triton compile and load for the framework's current device; its own driver comes back after.
+
+    Ours stays where Triton could have none: a launch by Triton 3.8 or newer asks for one, loaded or not.
+    """
+    if framework().__name__ == "torch":
+        yield  # Triton's own driver
+        return
+    from triton.runtime.driver import driver
+
+    before = driver._active  # not reset_active(): without torch that raises "0 active drivers"
+    driver.set_active(_paddle_driver())
+    try:
+        yield
+    finally:
+        if before is not None or not _torch_hides_the_gpu():
+            driver._active = before
+
+
+def _torch_hides_the_gpu() -> bool:
+    """Whether a torch without GPUs is imported: then Triton finds "0 active drivers", also beside Paddle on a GPU."""
+    torch = sys.modules.get("torch")
+    with contextlib.suppress(AttributeError):  # somebody's stand-in for torch
+        return torch is not None and not torch.cuda.is_available()
+    return False
+
+
+@functools.cache
+def _paddle_driver() -> Any:
+    import paddle
+
+    return make_driver(
+        paddle.cuda.current_device,
+        paddle.cuda.set_device,
+        paddle.cuda.get_device_capability,
+        paddle._C._cuda_getCurrentRawStream,
+    )
+
+
+def make_driver(current_device: Callable, set_device: Callable, capability: Callable, raw_stream: Callable) -> Any:
+    """Triton's CUDA driver object with a framework's four functions in the place of torch's."""
+    from triton.backends.nvidia.driver import CudaDriver, CudaLauncher, CudaUtils
+
+    class FrameworkDriver(CudaDriver):
+        def __init__(self) -> None:  # in the place of CudaDriver's, which imports torch
+            self.utils, self.launcher_cls = CudaUtils(), CudaLauncher
+            self.get_current_device, self.set_current_device = current_device, set_device
+            self.get_device_capability, self.get_current_stream = capability, raw_stream
+
+    return FrameworkDriver()
+
+
+def current_stream() -> Callable[[], int]:
+    """A function that gives the raw current stream of the current device, made once and cheap to call."""
+    here = framework()
+    device = here.cuda.current_device()
+    return functools.partial(here._C._cuda_getCurrentRawStream, device)
+
+
+def load_kernel(module: str, name: str) -> Any:
+    """The kernel `name` of `fd_fusion.kernels.<module>`, compiled or interpreted as `interpreting` says.
+
+    An interpreted function that calls another patches the whole Triton language again each time, which is most of
+    its time. Only a kernel has to; helpers, which have a leading underscore or live in one of `_HELPERS`, are put
+    back as plain functions.
+    """
+    kernel = getattr(importlib.import_module(f"fd_fusion.kernels.{module}"), name)
+    if type(kernel).__name__ == "InterpretedFunction":
+        for scope in [vars(sys.modules[key]) for key in sys.modules if key.startswith("fd_fusion.kernels.")]:
+            for key, value in list(scope.items()):
+                home = getattr(getattr(value, "fn", None), "__module__", "")
+                if type(value) is type(kernel) and (key[0] == "_" or home in _HELPERS):
+                    scope[key] = value.rewrite()
+    return kernel
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A kernel that is ready: `launch(programs, *args)` on the current stream. `resident`: how many programs one
+    multiprocessor holds at once (1 under the interpreter)."""
+
+    launch: Callable[..., None]
+    resident: int
+
+
+def prepare(kernel: Any, like: tuple, constants: dict[str, Any], device: str) -> Loaded:
+    """Compile and load a kernel now.
+
+    Args:
+        like: arguments of the types that all calls will have. The kernel must not specialize on their values.
+        constants: its constexpr arguments, which come last, and launch options.
+
+    A launch goes to the loaded function at once, by the entry point that Triton 3.3 to 3.9 share: looking the
+    kernel up by its arguments, as `kernel[grid](...)` does, takes most of the host time of a launch.
+    """
+    if device == "cpu":
+        return Loaded(lambda programs, *args: kernel[(programs,)](*args, **constants), 1)
+    with triton_driver():
+        made = kernel.warmup(*like, grid=(1,), **constants)
+        made._init_handles()
+    run, stream = made.run, current_stream()
+    loaded = (made.function, made.packed_metadata, None, None, None)  # launch metadata, hooks
+    tail = tuple(constants[name] for name in kernel.arg_names if name in constants)
+    resident = programs_at_once(made.metadata.num_warps, made.n_regs)
+    return Loaded(lambda programs, *args: run(programs, 1, 1, stream(), *loaded, *args, *tail), resident)
+
+
+def uses_pdl() -> bool:
+    """Whether launches use programmatic dependent launch: start while the kernel in front drains, wait for its
+    end before the first read. From sm_90 on, where Triton has it, unless the host's own FD_ENABLE_PDL is 0."""
+    cuda = importlib.import_module("triton.language.extra.cuda")
+    options = importlib.import_module("triton.backends.nvidia.compiler").CUDAOptions
+    if not hasattr(cuda, "gdc_wait") or not hasattr(options, "launch_pdl") or os.environ.get("FD_ENABLE_PDL") == "0":
+        return False
+    with triton_driver():
+        return importlib.import_module("triton.runtime.driver").driver.active.get_current_target().arch >= 90
+
+
+def programs_at_once(num_warps: int, registers: int) -> int:
+    """How many programs of so many warps and registers a thread a multiprocessor holds at least, from sm_80 on."""
+    a_warp = 32 * (-(-registers // 8) * 8)
+    warps = _REGISTERS // 4 // a_warp * 4  # each quarter of a multiprocessor has its own registers
+    return max(1, min(warps // num_warps, _WARPS // num_warps, _PROGRAMS))

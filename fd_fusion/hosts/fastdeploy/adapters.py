@@ -1,0 +1,211 @@
+"""How the layers of a FastDeploy model take a Site, and how they are put back: by attributes of instances alone."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
+
+import paddle
+
+from fd_fusion.backends import paddle as formulas
+from fd_fusion.binding.pairs import Pair
+from fd_fusion.binding.qk_norms import QKNorm
+from fd_fusion.hosts.fastdeploy.pairs import HostPair, dtype_name
+from fd_fusion.layers.finish_op import finish, hand_over, is_eager, run_on_copy
+from fd_fusion.site import Site
+
+_ABSENT = object()
+_UPSTREAM = "enable_all_reduce_fusion"  # the attribute by which a layer of the host takes part in the host's fusion
+
+
+def pair_of(found: HostPair, fd_config: Any) -> Pair:
+    """The pair with all that a Site needs of this host: its all-reduce, its norm, its group."""
+    from fastdeploy.distributed.communication import tensor_model_parallel_all_reduce
+
+    norm, tp_group = found.norm, fd_config.parallel_config.tp_group
+    stock_norm = norm.forward
+    return Pair(
+        name=found.name,
+        group=formulas.group_of(tp_group),
+        hidden_size=norm.weight.shape[-1],
+        dtype=activation_dtype(fd_config),
+        weight_dtype=dtype_name(norm),
+        eps=norm.eps,
+        weight_offset=0.0,  # the host adds Gemma's offset to the weight when it loads it
+        reduce=lambda partial: tensor_model_parallel_all_reduce(partial, tp_group),
+        norm=stock_norm,
+        weight=lambda: norm.weight,
+        attach=lambda site: _attach(found, site),
+        producer=found.producer,
+        reader=norm,
+    )
+
+
+def qk_norms_of(model: Any, fd_config: Any) -> list[QKNorm]:
+    """The host's layers that normalise q and k, as `bind` wants them."""
+    return [
+        _qk_norm(name, layer, activation_dtype(fd_config))
+        for name, layer in model.named_sublayers()
+        if type(layer).__name__ == "QKRMSNorm" and hasattr(layer, "q_norm")
+    ]
+
+
+def _qk_norm(name: str, layer: Any, dtype: str) -> QKNorm:
+    stock = layer.forward
+    return QKNorm(
+        name=name,
+        q_heads=layer.q_size // layer.head_dim,
+        kv_heads=layer.kv_size // layer.head_dim,
+        head_dim=layer.head_dim,
+        width=layer.q_size + 2 * layer.kv_size,
+        eps=layer.q_norm.eps,  # the host's own kernel takes layer.eps, which a caller may have left at its default
+        weight_offset=0.0,
+        weights=lambda: (layer.q_norm.weight, layer.k_norm.weight),
+        stock=lambda qkv: stock(qkv, _NoGraph),
+        attach=lambda kernel: _set_forward(layer, _qk_forward(stock, kernel)),
+        dtype=dtype,
+    )
+
+
+class _NoGraph:
+    """A forward_meta that says: not inside a graph."""
+
+    step_use_cudagraph = False
+
+
+def _qk_forward(stock: Callable, kernel: Callable) -> Callable:
+    """q and k by one kernel, in place, with or without `forward_meta`; another norm by the host's own forward."""
+
+    def forward(qkv_out, forward_meta=None, proxy_rmsnorm=None):
+        if proxy_rmsnorm is not None:
+            return stock(qkv_out, forward_meta, proxy_rmsnorm)
+        return kernel(qkv_out) if is_eager() else run_on_copy(qkv_out, kernel)
+
+    forward.__wrapped__ = stock
+    return forward
+
+
+def _attach(found: HostPair, site: Site) -> Callable[[], None]:
+    """Switch the producer's reduction and upstream's own fusion off and give both ends the Site. Returns the undo.
+
+    The constructors are long past: a bias was divided by the number of ranks when it was loaded, so the sum of the
+    partial sums still holds it once.
+    """
+    site.refuses_gradients = False  # the worker runs under no_grad; a host that does not reads no gradient either
+    on = [(switch.layer, switch.attribute, getattr(switch.layer, switch.attribute)) for switch in found.switches]
+    undo = [_set(switch.layer, switch.attribute, switch.off) for switch in found.switches]
+    for layer in {
+        id(part): part for part in (found.producer, found.norm, *(s.layer for s in found.switches))
+    }.values():
+        if getattr(layer, _UPSTREAM, False):
+            undo.append(_set(layer, _UPSTREAM, False))
+    stock = found.producer.forward
+    once = _producer_forward(stock, site) if len(on) < 2 else _regrouping_forward(stock, site, on)
+    undo.append(_set_forward(found.producer, once))
+    undo.append(_set_forward(found.norm, _norm_forward(found.norm.forward, site)))
+    return _all(undo)
+
+
+def _all(undo: list[Callable[[], None]]) -> Callable[[], None]:
+    """All of them as one, the last first."""
+
+    def run() -> None:
+        while undo:
+            undo.pop()()
+
+    return run
+
+
+def _set_forward(layer: Any, forward: Callable) -> Callable[[], None]:
+    return _all([_set(layer, "forward", forward), _set(layer, "_fd_fusion_bound", _NoCopy())])
+
+
+class _NoCopy:
+    """In a bound layer: a copy of it would run the forward of the layer that it was copied from."""
+
+    def __reduce_ex__(self, protocol: int) -> NoReturn:
+        raise TypeError("fd_fusion: a bound layer cannot be copied; call fd_fusion.unbind(model) first")
+
+
+@contextlib.contextmanager
+def without_upstream_fusion(model: Any) -> Iterator[None]:
+    """For a forward that proves: all-reduce, then norm, in the pairs that have no Site too.
+
+    Upstream's own fusion asserts where FlashInfer is missing, and in decoders other than GLM its norms reduce a sum
+    that was reduced before: neither is what our results are to be compared with.
+    """
+    layers = model.sublayers(include_self=True)
+    undo = [_set(part, _UPSTREAM, False) for part in layers if getattr(part, _UPSTREAM, False)]
+    try:
+        yield
+    finally:
+        for one in undo:
+            one()
+
+
+def _producer_forward(stock: Callable, site: Site) -> Callable:
+    """What the producer's own forward returns is now a partial sum: hand it over."""
+
+    def forward(*args, **kwargs):
+        return hand_over(site, stock(*args, **kwargs))
+
+    forward.__wrapped__ = stock
+    return forward
+
+
+def _regrouping_forward(stock: Callable, site: Site, on: list[tuple[Any, str, Any]]) -> Callable:
+    """For a block of several reductions that become one: the sum is the same but for its roundings. The proving pass
+    is given the host's own sum too."""
+
+    def forward(*args, **kwargs):
+        if site.proving:
+            site.whole = _with_own_reductions(stock, on, args, kwargs)
+        return hand_over(site, stock(*args, **kwargs))
+
+    forward.__wrapped__ = stock
+    return forward
+
+
+def _with_own_reductions(stock: Callable, on: list[tuple[Any, str, Any]], args: tuple, kwargs: dict) -> Any:
+    undo = [_set(layer, attribute, value) for layer, attribute, value in on]
+    try:
+        return stock(*args, **kwargs)
+    finally:
+        _all(undo)()
+
+
+def _norm_forward(stock: Callable, site: Site) -> Callable:
+    """Finish the partial sum. `forward_meta` matters only to norms that gather rows, and those have no Site."""
+
+    def forward(x, residual_input=None, forward_meta=None, proxy_rmsnorm=None):
+        if proxy_rmsnorm is None:
+            return finish(site, x, residual_input)
+        return _finish_by_proxy(site, stock, x, residual_input, forward_meta, proxy_rmsnorm)
+
+    forward.__wrapped__ = stock
+    return forward
+
+
+def _finish_by_proxy(site: Site, stock: Callable, x, residual, forward_meta, proxy_rmsnorm):
+    """The host's all-reduce, then its own forward with the norm that it asked for. (SOT wants no closure above.)"""
+    return site.finish_stock(x, residual, lambda total, r: stock(total, r, forward_meta, proxy_rmsnorm))
+
+
+def _set(layer: Any, attribute: str, value: Any) -> Callable[[], None]:
+    """Set an attribute of one instance. Returns the undo, which leaves no trace."""
+    before = layer.__dict__.get(attribute, _ABSENT)
+    layer.__dict__[attribute] = value
+
+    def undo() -> None:
+        if before is _ABSENT:
+            del layer.__dict__[attribute]
+        else:
+            layer.__dict__[attribute] = before
+
+    return undo
+
+
+def activation_dtype(fd_config: Any) -> str:
+    """ "bfloat16", of the tensors between the layers; a quantised layer's weight does not tell it."""
+    return str(getattr(fd_config.model_config, "dtype", None) or paddle.get_default_dtype()).rpartition(".")[2]

@@ -1,0 +1,198 @@
+"""Which layer of a built FastDeploy model feeds which norm: read from the instances, never from names in a prefix.
+
+    attention's output linear          -> this layer's post_attention_layernorm
+    the MLP's down_proj, or the block  -> the next layer's input_layernorm, after the last layer the final norm
+
+Layer 0's input norm has no producer. Nothing is changed here: a pair says what could be switched, and a pair that
+must stay as the host made it says why.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from fd_fusion.hosts.fastdeploy.source import read_block, reads_between_layers
+from fd_fusion.reasons import Reason, because
+from fd_fusion.site import Rejected
+
+# Decoder class -> where its attention's partial sum comes from (an instance has one of them).
+DECODERS = {
+    "Glm4MoeDecoderLayer": ("self_attn.o_proj",),
+    "Qwen2DecoderLayer": ("self_attn.o_proj",),
+    "Qwen3DecoderLayer": ("self_attn.o_proj",),
+    "DeepSeekV3DecoderLayer": ("self_attn.o_proj",),
+    "Ernie4_5_DecoderLayer": ("self_attn.o_proj",),
+    "Qwen3_5DecoderLayer": ("self_attn.o_proj", "linear_attn.out_proj"),
+}
+# Class of `mlp` -> the layers in it that may reduce. With one of them the linear itself is the producer.
+BLOCKS = {
+    "Glm4MoeMLP": ("down_proj",),
+    "Qwen2MLP": ("down_proj",),
+    "Qwen3MLP": ("down_proj",),
+    "Qwen3_5MLP": ("down_proj",),
+    "DeepSeekV3MLP": ("down_proj",),
+    "Ernie4_5_MLP": ("down_proj",),
+    "Glm4Moe": ("experts", "shared_experts.down_proj"),
+    "DeepSeekV3MoE": ("experts", "shared_experts.down_proj"),
+    "Ernie4_5_MoE": ("experts", "shared_experts.down_proj"),
+    "Qwen3MoeBlock": ("experts",),
+}
+
+
+@dataclass(frozen=True)
+class Switch:
+    """An attribute of one instance, and the value with which that instance leaves its sum unreduced."""
+
+    layer: Any
+    attribute: str
+    off: Any
+
+
+@dataclass(frozen=True)
+class HostPair:
+    """A producer whose forward returns the partial sum once all `switches` are off, and the norm that reads it."""
+
+    name: str
+    producer: Any
+    norm: Any
+    switches: tuple[Switch, ...]
+
+
+def whole_model_reason(model: Any, fd_config: Any) -> Reason | None:
+    """Why no pair of this model may have a Site, whatever its layers are."""
+    parallel = fd_config.parallel_config
+    speculative = getattr(fd_config, "speculative_config", None)
+    name = type(model).__name__
+    if getattr(parallel, "tensor_parallel_size", 1) < 2:
+        return because("one_rank")
+    if getattr(speculative, "model_type", "main") not in (None, "main") or "MTP" in name.upper():
+        return because("draft_model", model=name)
+    if getattr(parallel, "use_sequence_parallel_moe", False):
+        return because("sequence_parallel")
+    if getattr(parallel, "expert_parallel_size", 1) > 1:
+        return because("expert_parallel")
+    if os.environ.get("FD_USE_PHI_RMSNORM", "0").strip().lower() in ("1", "true"):
+        return because("proxy_rmsnorm")
+    return None
+
+
+def find_pairs(model: Any, dtype: str) -> tuple[list[HostPair], list[Rejected]]:
+    """All pairs of `model` in order, and the ones that have to stay stock, each with its reason.
+
+    `dtype` is that of the activations, "bfloat16" for example.
+    """
+    pairs, rejected = [], []
+    for path, stack in _decoder_stacks(model):
+        if reason := _stack_reason(stack, dtype):
+            rejected.append(Rejected(path or type(stack).__name__, reason))
+            continue
+        for name, producer, norm, found in _candidates(path, stack):
+            reason = found if isinstance(found, Reason) else _norm_reason(norm)
+            if reason:
+                rejected.append(Rejected(name, reason))
+            else:
+                pairs.append(HostPair(name, producer, norm, found))
+    return pairs, rejected
+
+
+def has_state(model: Any) -> bool:
+    """Whether a forward moves a recurrent state on, so that a second one gives other numbers."""
+    return any(hasattr(layer, "linear_attn") for _, stack in _decoder_stacks(model) for layer in stack.layers)
+
+
+def _decoder_stacks(model: Any) -> Iterator[tuple[str, Any]]:
+    """The layers of `model` that hold a list of known decoder layers and the final norm."""
+    for path, layer in model.named_sublayers(include_self=True):
+        layers = getattr(layer, "layers", None)
+        if layers is not None and any(type(part).__name__ in DECODERS for part in layers):
+            yield path, layer
+
+
+def _stack_reason(stack: Any, dtype: str) -> Reason | None:
+    if hasattr(sys.modules.get(type(stack).__module__), "split_batch_decoder_layers"):
+        return because("two_batch_overlap", model=type(stack).__name__)
+    # A norm computes in the dtype of its weight, and the first one gives its cast input on as the residual.
+    first = dtype_name(getattr(stack.layers[0], "input_layernorm", None))
+    if first not in (None, dtype):
+        return because("wide_residual", got=first, dtype=dtype)
+    line = reads_between_layers(type(stack).forward)
+    return because("read_between_layers", line=line) if line else None
+
+
+def _candidates(path: str, stack: Any) -> Iterator[tuple[str, Any, Any, tuple[Switch, ...] | Reason]]:
+    """(name, producer, norm, switches or the reason why not) for each pair that the structure suggests."""
+    layers = list(stack.layers)
+    here = f"{path}." if path else ""
+    for i, layer in enumerate(layers):
+        if type(layer).__name__ not in DECODERS:
+            continue  # another rank's layer in a pipeline, or an identity in its place
+        for where in DECODERS[type(layer).__name__]:
+            linear = _follow(layer, where)
+            if linear is not None:
+                name = f"{here}layers.{i}.{where} -> {here}layers.{i}.post_attention_layernorm"
+                yield name, linear, layer.post_attention_layernorm, _linear_switches(linear)
+        producer, switches, where = _block(layer.mlp)
+        name = f"{here}layers.{i}.mlp{where} -> "
+        if i + 1 == len(layers):
+            norm = getattr(stack, "norm", None)
+            if norm is not None:
+                yield f"{name}{here}norm", producer, norm, switches
+        elif type(layers[i + 1]).__name__ in DECODERS:
+            yield f"{name}{here}layers.{i + 1}.input_layernorm", producer, layers[i + 1].input_layernorm, switches
+        else:
+            yield f"{name}layers.{i + 1}", producer, None, because("pipeline_boundary", layer=i + 1)
+
+
+def _linear_switches(linear: Any) -> tuple[Switch, ...] | Reason:
+    if getattr(linear, "split_token", False):
+        return because("split_token")
+    if not getattr(linear, "reduce_results", False):
+        return because("not_reduced", producer=type(linear).__name__)
+    return (Switch(linear, "reduce_results", False),)
+
+
+def _block(mlp: Any) -> tuple[Any, tuple[Switch, ...] | Reason, str]:
+    """(producer, its switches, its path below mlp) for a dense MLP or a mixture of experts."""
+    known = BLOCKS.get(type(mlp).__name__)
+    if known is None:
+        return mlp, because("unknown_block", block=type(mlp).__name__), ""
+    if known == ("down_proj",):
+        return mlp.down_proj, _linear_switches(mlp.down_proj), ".down_proj"
+    inner = [part for part in (_follow(mlp, where) for where in known) if part is not None]
+    reducing = [part for part in inner if getattr(part, "reduce_results", False)]
+    source = read_block(type(mlp).forward)
+    if source is not None and source.flag is None and len(reducing) == len(inner):
+        return mlp, tuple(Switch(part, "reduce_results", False) for part in inner), ""
+    if source is not None and source.flag is not None and not reducing:
+        value = getattr(mlp, source.flag, None)
+        if value:
+            return mlp, (Switch(mlp, source.flag, False if isinstance(value, bool) else 1),), ""
+    return mlp, because("unknown_block", block=type(mlp).__name__), ""
+
+
+def _norm_reason(norm: Any) -> Reason | None:
+    if getattr(norm, "quant_scale", None) not in (None, -1):
+        return because("quantised_norm")
+    if getattr(norm, "bias", None) is not None:
+        return because("norm_bias")
+    if getattr(norm, "begin_norm_axis", 1) != 1 or getattr(norm, "weight", None) is None:
+        return because("unknown_norm", norm=type(norm).__name__)
+    if getattr(norm, "split_x", False) or getattr(norm, "allgather_out", False):
+        return because("sequence_parallel")
+    return None
+
+
+def dtype_name(norm: Any) -> str | None:
+    """ "bfloat16", of a norm's weight."""
+    weight = getattr(norm, "weight", None)
+    return None if weight is None else str(weight.dtype).rpartition(".")[2]
+
+
+def _follow(layer: Any, path: str) -> Any:
+    for name in path.split("."):
+        layer = getattr(layer, name, None)
+    return layer

@@ -1,0 +1,211 @@
+"""The three places of a FastDeploy worker that must know of fusion.
+
+before tokens leave the process    no token computed past a timeout is published
+before graphs are captured         a model whose first forward is still to come is proven first
+after graphs are captured          workspaces are frozen, and a rank that falls silent is named from now on
+
+A rank that is missing leaves this one in whatever waits for it: a fused call, a collective of the host, its barrier.
+Nobody can call that back, so a process beside this one (comm/sentinel.py) says the one sentence and ends it. The
+launcher then ends the other ranks, and the server itself.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import functools
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from fd_fusion.comm import sentinel, watcher
+from fd_fusion.comm.group import Group
+from fd_fusion.comm.presence import Meeting, open_presence
+from fd_fusion.hosts.fastdeploy.log import log_file
+from fd_fusion.reasons import FusionError, Reason, because
+
+logger = logging.getLogger("fd_fusion")
+# From the sentence to the end of the process: in this time the host may end by itself, with a traceback.
+GRACE_S = 2.0
+_READER = "fd_fusion.backends.triton:read_error"
+
+_RUNNER = "fastdeploy.worker.gpu_model_runner"
+_WORKER = "fastdeploy.worker.gpu_worker"
+_undo: list[Callable[[], None]] = []
+_met: dict[tuple[int, ...], tuple[Meeting, float]] = {}  # by the ranks of a group: who meets, and timeout_s
+_sentinels: dict[tuple[int, ...], subprocess.Popen] = {}
+_up = False  # whether the host has come up
+
+
+def patch() -> Reason | None:
+    """Patch the worker of this process, once. Returns the reason, with the dotted path, if a symbol is not there."""
+    if _undo:
+        return None
+    runner, worker = sys.modules.get(_RUNNER), sys.modules.get(_WORKER)
+    known = getattr(runner, "GPUModelRunner", None)
+    runner_class = getattr(worker, "ModelRunner", known)  # a plugin, or another version, may bring its own
+    if known is None or not issubclass(runner_class, known):
+        return because("symbol_moved", path=f"{_RUNNER}.GPUModelRunner as {_WORKER}.ModelRunner")
+    # A newer version publishes in _save_model_output, behind a wait for the step; an older one in post_process.
+    saves = hasattr(runner_class, "_save_model_output")
+    if not saves and not hasattr(runner, "post_process"):
+        return because("symbol_moved", path=f"{_RUNNER}.GPUModelRunner._save_model_output")
+    worker_class = getattr(worker, "GpuWorker", None)
+    if not hasattr(worker_class, "graph_optimize_and_warm_up_model") or not hasattr(runner_class, "_dummy_run"):
+        return because("symbol_moved", path=f"{_WORKER}.GpuWorker.graph_optimize_and_warm_up_model")
+    if saves:
+        _replace(runner_class, "_save_model_output", _checked)
+    if hasattr(runner, "post_process"):
+        _replace(runner, "post_process", lambda stock: _checked_once_done(stock, pooled_alone=saves))
+    _replace(worker_class, "graph_optimize_and_warm_up_model", _proven_before_capture)
+    return None
+
+
+def unpatch() -> None:
+    global _up
+    while _undo:
+        _undo.pop()()
+    watcher.end_process_on_error(None)
+    _leave(os.getpid())
+    _up = False
+
+
+def meet(groups: Iterable[Group], timeout_s: float) -> None:
+    """Collective, behind bind: open what is needed to name a rank of these groups that is silent for `timeout_s`."""
+    for group in sorted({group.ranks: group for group in groups}.values(), key=lambda group: group.ranks):
+        if group.size == 1 or group.ranks in _met:
+            continue
+        try:
+            _met[group.ranks] = open_presence(group, timeout_s=timeout_s), timeout_s
+        except FusionError as error:  # on all ranks alike; fusion does not depend on it
+            logger.warning("fd_fusion: %s", because("no_presence", why=error))
+    if _up:  # a model that was bound late
+        watch()
+
+
+def watch() -> None:
+    """The host has come up: from now on a rank that falls silent, or a call that runs out of time, ends this process.
+
+    This process counts as well: a sentinel that was killed is not its rank's silence.
+    """
+    global _up
+    from fd_fusion.binding import bind as binding
+
+    _up = True
+    if not any(report.sites for report in binding.report()):
+        return
+    watcher.end_process_on_error(GRACE_S)
+    pages = binding.error_pages()
+    for ranks, (meeting, limit_s) in _met.items():
+        if ranks not in _sentinels:  # the host captures its graphs anew when it likes
+            _sentinels[ranks] = sentinel.start(meeting, limit_s, GRACE_S + 1, log_file(), pages, _READER)
+            watcher.watch(meeting, meeting.presence.beat, lambda error: None)
+    atexit.register(_leave, os.getpid())
+
+
+def _leave(pid: int) -> None:
+    """This process ends in order: nobody need miss it, and it misses nobody. A forked child of it ends for itself."""
+    if os.getpid() != pid:
+        return
+    while _sentinels:
+        _, process = _sentinels.popitem()
+        process.kill()
+        process.wait()
+    while _met:
+        meeting, _ = _met.popitem()[1]
+        watcher.unwatch(meeting)
+        meeting.presence.leave()
+
+
+def _replace(owner: Any, name: str, wrap: Callable[[Callable], Callable]) -> None:
+    stock, inherited = getattr(owner, name), name not in vars(owner)
+    setattr(owner, name, functools.wraps(stock)(wrap(stock)))
+    _undo.append(lambda: delattr(owner, name) if inherited else setattr(owner, name, stock))
+
+
+def _checked(stock: Callable) -> Callable:
+    """`stock`, which publishes a step that has ended, once that step is known to be sound."""
+
+    def publish(*args, **kwargs):
+        from fd_fusion.binding import bind as binding
+
+        binding.check()
+        return stock(*args, **kwargs)
+
+    return publish
+
+
+def _checked_once_done(stock: Callable, pooled_alone: bool) -> Callable:
+    """`post_process`, whose step may still be running: wait for it, then check it.
+
+    What a pooling model gives leaves here in every version. `pooled_alone`: all else leaves in _save_model_output,
+    which checks it, so that a step is checked once.
+    """
+    checked = _checked(stock)
+
+    def publish(*args, **kwargs):
+        from fd_fusion.binding import lifecycle
+
+        if pooled_alone and not _is_pooled(args[0] if args else kwargs.get("sampler_or_pooler_output")):
+            return stock(*args, **kwargs)
+        if lifecycle.held():
+            _wait_for_device()
+        return checked(*args, **kwargs)
+
+    return publish
+
+
+def _is_pooled(output: Any) -> bool:
+    return type(output).__name__ == "PoolerOutput"
+
+
+def _proven_before_capture(stock: Callable) -> Callable:
+    def graph_optimize_and_warm_up_model(self, *args, **kwargs):
+        from fd_fusion.binding import bind as binding
+
+        runner = self.model_runner
+        forward = runner.model.__dict__.get("forward")
+        if getattr(forward, "binds_at_first_call", False):  # still to come: the host did not profile
+            _eagerly(lambda: runner._dummy_run(num_tokens=2, batch_size=1))
+        with _never_in_a_graph(runner.model):
+            result = stock(self, *args, **kwargs)
+        binding.freeze()
+        watch()
+        return result
+
+    return graph_optimize_and_warm_up_model
+
+
+@contextlib.contextmanager
+def _never_in_a_graph(model: Any) -> Iterator[None]:
+    """A model that even that forward could not prove, with zero weights for example, is captured as stock: no forward
+    votes while a graph is captured. It is tried again afterwards."""
+    forward = model.__dict__.get("forward")
+    waits = getattr(forward, "binds_at_first_call", False)
+    if waits:
+        model.__dict__["forward"] = forward.__wrapped__
+    try:
+        yield
+    finally:
+        if waits:
+            model.__dict__["forward"] = forward
+
+
+def _eagerly(run: Callable[[], Any]) -> None:
+    """Run outside graph optimisation, by the guard that the host has for its profile run."""
+    try:
+        from fastdeploy.model_executor.graph_optimization.utils import profile_run_guard
+    except ImportError:
+        run()
+    else:
+        profile_run_guard(True)(run)()
+
+
+def _wait_for_device() -> None:
+    import paddle
+
+    if paddle.is_compiled_with_cuda():
+        paddle.device.synchronize()

@@ -1,0 +1,108 @@
+"""Pairs of this package's own layers: a producer with `site`, `group` and `reduce_results`, and our `RMSNorm`."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+from fd_fusion.backends import paddle as formulas
+from fd_fusion.binding.pairs import Link, Pair, find_links
+from fd_fusion.binding.qk_norms import QKNorm
+from fd_fusion.layers.qk_rms_norm import QKRMSNorm
+from fd_fusion.layers.rms_norm import RMSNorm
+from fd_fusion.reasons import because
+from fd_fusion.site import Rejected, Site
+
+
+def find_pairs(model: Any) -> list[Pair | Rejected]:
+    """The pairs of `model` whose both ends are layers of this package."""
+    return [_pair(link) for link in find_links(model) if isinstance(link.norm, RMSNorm) and _is_producer(link)]
+
+
+def _is_producer(link: Link) -> bool:
+    return all(hasattr(link.producer, name) for name in ("site", "group", "reduce_results"))
+
+
+def _pair(link: Link) -> Pair | Rejected:
+    inner = [layer for layer in link.producer.sublayers(include_self=True) if hasattr(layer, "group")]
+    groups = {formulas.group_of(layer.group).ranks for layer in inner}
+    if len(groups) > 1:
+        return Rejected(link.name, because("groups_differ", groups=sorted(map(list, groups))))
+    if not link.producer.reduce_results:
+        return Rejected(link.name, because("not_reduced", producer=link.name.partition(" -> ")[0]))
+    reducing = [name for name, layer in link.producer.named_sublayers() if getattr(layer, "reduce_results", False)]
+    if reducing:
+        facts = {"inner": reducing[0], "producer": link.name.partition(" -> ")[0]}
+        return Rejected(link.name, because("reduced_inside", **facts))
+    norm, handle = link.norm, link.producer.group
+    return Pair(
+        name=link.name,
+        group=formulas.group_of(handle),
+        hidden_size=norm.hidden_size,
+        dtype=_partial_dtype(link.producer),
+        weight_dtype=formulas.dtype_name(norm.weight),
+        eps=norm.eps,
+        weight_offset=norm.weight_offset,
+        reduce=lambda partial: formulas.all_reduce(partial, handle),
+        norm=norm.stock_forward,
+        weight=lambda: norm.weight,
+        attach=lambda site: _attach(link, site),
+        producer=link.producer,
+        reader=norm,
+    )
+
+
+def _partial_dtype(producer: Any) -> str:
+    """Of what is handed over: the dtype of the row-parallel layers, since a product has that of its weight. A block
+    without any is taken by most of its numbers: its experts, not a router or a scale in float32 beside them.
+    """
+    elements: Counter[str] = Counter()
+    for layer in producer.sublayers(include_self=True):
+        weight = getattr(layer, "weight", None)
+        if hasattr(layer, "reduce_results") and weight is not None:
+            elements[formulas.dtype_name(weight)] += math.prod(weight.shape)
+    if not elements:
+        for parameter in producer.parameters():
+            elements[formulas.dtype_name(parameter)] += math.prod(parameter.shape)
+    return elements.most_common(1)[0][0]
+
+
+def _attach(link: Link, site: Site) -> Callable[[], None]:
+    """Give both ends the same Site, as a plain attribute of the instance. Returns the undo."""
+    ends = (link.producer, link.norm)
+    for end in ends:
+        end.__dict__["site"] = site
+
+    def detach() -> None:
+        for end in ends:
+            if end.__dict__.get("site") is site:
+                del end.__dict__["site"]
+
+    return detach
+
+
+def find_qk_norms(model: Any) -> list[QKNorm]:
+    """Every `QKRMSNorm` of `model`."""
+    layers = model.named_sublayers(include_self=True)
+    return [_qk_norm(name, layer) for name, layer in layers if isinstance(layer, QKRMSNorm)]
+
+
+def _qk_norm(name: str, layer: QKRMSNorm) -> QKNorm:
+    def attach(kernel: Callable[[Any], Any]) -> Callable[[], None]:
+        layer.__dict__["kernel"] = kernel
+        return lambda: layer.__dict__.pop("kernel", None)
+
+    return QKNorm(
+        name=name,
+        q_heads=layer.q_heads,
+        kv_heads=layer.kv_heads,
+        head_dim=layer.head_dim,
+        width=(layer.q_heads + 2 * layer.kv_heads) * layer.head_dim,
+        eps=layer.eps,
+        weight_offset=layer.q_norm.weight_offset,
+        weights=lambda: (layer.q_norm.weight, layer.k_norm.weight),
+        stock=layer.stock_forward,
+        attach=attach,
+    )

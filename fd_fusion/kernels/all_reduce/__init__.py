@@ -1,0 +1,1 @@
+"""All-reduce + residual + RMSNorm: the kernel, its plan, how it waits, packs and polls."""

@@ -1,0 +1,237 @@
+"""The shape of the fused all-reduce kernel's work and memory: plain arithmetic, no Triton.
+
+Everything here is a function of (N, H, dtype) and, for the memory, of the number of slots: equal on all
+ranks, for every T and on both paths, because the bits of the result depend on it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from fd_fusion.kernels.all_reduce.poll_ptx import poll
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+SIZES = range(2, 9)
+SLOT_FILL = 0xFF  # the byte that all slots are filled with before the first call and at a reset
+CONTROL_BYTES = 256  # the control page, at the start of every rank's symmetric memory
+HEAD_WORDS = 16  # 8-byte words of local memory before the sums: limit, error page, addresses, counters
+COUNTER, ROWS, TURN = 10, 11, 1 << 20  # two of them, and what a launch adds to the first
+LINE = 128  # bytes of a line of the cache
+ERROR_PAGE_BYTES = 64
+SMALLEST = 2.0**-126  # what fp32 holds: the hardware's rsqrt takes less for zero
+
+# What the error page says, in its word 0 (bits 0..3). See kernel.py.
+TIMED_OUT, TOLD, TWO_STREAMS = 1, 2, 3
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a row of H elements is worked on. `split` programs share a row; each holds one slice of it."""
+
+    size: int
+    hidden_size: int
+    dtype: str
+    split: int
+    num_warps: int
+    two_shot_rows: int | None  # calls of at least so many rows are better served by two-shot; None: never
+    interpreted: bool
+
+    @property
+    def words(self) -> int:
+        """4-byte words in a row."""
+        return self.hidden_size * DTYPE_BYTES[self.dtype] // 4
+
+    @property
+    def slice_words(self) -> int:
+        """Words of a slice, in whole 128-byte lines. The last slice of a row may be shorter."""
+        return -(-self.words // (self.split * 32)) * 32
+
+    @property
+    def units(self) -> int:
+        """16-byte units of a slice that a thread works on, a power of two; masked where the slice is shorter."""
+        return 1 << max(0, -(-self.slice_words // (128 * self.num_warps)) - 1).bit_length()
+
+    @property
+    def places(self) -> int:
+        """Rows in half a slot: one from each peer. The two of a result take the same places, on other ranks."""
+        return max(2, self.size - 1) if self.two_shot_rows is not None or self.interpreted else self.size - 1
+
+    @property
+    def slot_bytes(self) -> int:
+        """Symmetric memory of a slot, which is for a row of a call."""
+        return 2 * self.places * self.split * self.slice_words * 4
+
+
+def plan_for(size: int, hidden_size: int, dtype: str, *, interpreted: bool = False) -> Plan:
+    """The plan for N ranks and rows of H elements. Under the interpreter programs run one after another, so
+    there a row is never split.
+
+    Raises: ValueError: N is not in 2..8, the dtype is unknown, or a row is not a whole number of 16-byte units.
+    """
+    if size not in SIZES:
+        raise ValueError(f"the all-reduce kernel takes 2 to 8 ranks, got {size}")
+    if dtype not in DTYPE_BYTES:
+        raise ValueError(f"the all-reduce kernel takes {sorted(DTYPE_BYTES)}, got {dtype!r}")
+    if hidden_size <= 0 or hidden_size * DTYPE_BYTES[dtype] % 16:
+        raise ValueError(f"H={hidden_size} of {dtype} is not a whole number of 16-byte units")
+    words = hidden_size * DTYPE_BYTES[dtype] // 4
+    split, num_warps = (1, 1) if interpreted else _MEASURED.get((size, words)) or _split(size, words)
+    return Plan(size, hidden_size, dtype, split, num_warps, _two_shot_rows(size, words * 4), interpreted)
+
+
+# Where something else than `_split` says was measured to be faster, on H100 or H200: (N, words): (split, warps).
+_MEASURED = {
+    (2, 1440): (1, 4),
+    (2, 2048): (1, 4),
+    (2, 3072): (2, 4),
+    (2, 3584): (2, 4),
+    (2, 4096): (2, 4),
+    (4, 3072): (4, 2),
+    (8, 4096): (8, 2),
+}
+
+
+def _split(size: int, words: int) -> tuple[int, int]:
+    """Programs that share a row, and their warps: one 16-byte unit a thread, a few if the row is long.
+
+    Never less than one: then warps would hold copies of each other's words, and could see different ones.
+    """
+    split = (1 if words <= 2560 else 2) if size == 2 else 4 if size <= 4 or words <= 1536 else 8
+    while split > 1 and words < 256 * split:
+        split //= 2
+    while split < 8 and words > 4096 * split:
+        split *= 2
+    num_warps = 1
+    while (
+        num_warps < (8 if size == 2 else 4) and words > 128 * split * num_warps
+    ) or words > 512 * split * num_warps:
+        num_warps *= 2
+    return split, num_warps
+
+
+def _two_shot_rows(size: int, row_bytes: int) -> int | None:
+    """The T from which two-shot pays: it pushes three rows for each of (N-1)/N of the rows, one-shot N-1 rows for
+    each; its second hop takes some 1.5 us. Measured with N=4 on four H200: the bytes saved count at 270 GB/s."""
+    saved_us = (size - 1 - 3 * (size - 1) / size) * row_bytes / 270e3
+    return math.ceil(1.5 / saved_us) if saved_us > 0 else None
+
+
+def symmetric_bytes(plan: Plan, slots: int) -> int:
+    """Symmetric memory of each rank: the control page, then the slots."""
+    return CONTROL_BYTES + slots * plan.slot_bytes
+
+
+def local_bytes(plan: Plan, slots: int) -> int:
+    """Local memory of each rank: the head, then for each slot and program a line for the sums of the others."""
+    return 8 * HEAD_WORDS + (slots * plan.split * LINE if plan.split > 1 else 0)
+
+
+def total_bytes(plan: Plan, slots: int) -> int:
+    """All memory of each rank."""
+    return symmetric_bytes(plan, slots) + local_bytes(plan, slots)
+
+
+def local_words(plan: Plan, slots: int, *, limit: int, error_page: int, addresses: list[int]) -> list[int]:
+    """The whole local memory before the first call, as int64 words.
+
+    Args:
+        limit: how long a program waits for a row of another rank, in nanoseconds.
+        error_page: address of the pinned error page, as the device sees it.
+        addresses: of the ranks' symmetric memory as mapped in this process, in rank order.
+    """
+    assert len(addresses) == plan.size
+    sums = [-1] * (local_bytes(plan, slots) // 8 - HEAD_WORDS)
+    head = [limit, error_page, *addresses]
+    return head + [0] * (HEAD_WORDS - len(head)) + sums
+
+
+def programs_and_slots(plan: Plan, *, workspace_bytes: int, at_once: int, limit: int | None) -> tuple[int, int]:
+    """G, the most rows that are worked on at once, and the number of slots, which is the most rows of a launch.
+
+    `at_once` programs must be sure to run at the same time and leave room for other streams (half of what the device
+    holds). `workspace_bytes` must hold a slot. Calls have up to `limit` rows, None: any number.
+    """
+    fixed = total_bytes(plan, 0)
+    most = (workspace_bytes - fixed) // (total_bytes(plan, 1) - fixed)
+    slots = most if limit is None else min(most, max(1, limit))
+    return min(slots, max(1, at_once // plan.split)), slots
+
+
+def launches(slots: int, rows: int) -> list[tuple[int, int]]:
+    """A call of `rows` rows as launches of no more than `slots`, all about as long: (first row, number of rows)."""
+    count = -(-rows // slots)
+    starts = [rows * number // count for number in range(count + 1)]
+    return [(start, stop - start) for start, stop in itertools.pairwise(starts)]
+
+
+def grid(plan: Plan, programs: int, rows: int) -> tuple[int]:
+    """The grid of a launch of `rows` rows."""
+    return (min(programs, rows) * plan.split,)
+
+
+def constants(
+    plan: Plan,
+    *,
+    weight_dtype: str,
+    has_residual: bool,
+    two_shot: bool,
+    pdl: bool = False,
+    residual_stays: bool = False,
+) -> dict[str, Any]:
+    """The kernel's constexpr arguments and launch options, by name. pdl: start while the kernel in front ends.
+    residual_stays: by two-shot residual_out is right in the rows that this rank owns, and untouched in the others.
+    """
+    results = 1 if residual_stays else 2
+    assert not two_shot or plan.places >= results, "opened without two-shot: its results have no place"
+    units = plan.units
+    # Found by compiling: nothing spills. Fewer registers are more rows in flight, which is speed for large T.
+    if plan.dtype == "float32":
+        registers = 192 if two_shot else 168
+    else:
+        registers = 168 if two_shot and plan.size in (2, 8) and units > 1 else 128
+    return {
+        "N": plan.size,
+        "WORDS": plan.words,
+        "SLICE": plan.slice_words,
+        "BLOCK": 128 * plan.num_warps * units,
+        "C": plan.split,
+        "PLACES": plan.places,
+        "DTYPE": plan.dtype,
+        "WEIGHT_DTYPE": weight_dtype,
+        "HAS_RESIDUAL": has_residual,
+        "TWO_SHOT": two_shot,
+        "RESULTS": results,
+        "OPERANDS": ",".join(["=&r"] * 36 * units + ["r"] * 4 * units + ["l"] * 4 * units + ["r"] * 4 * units),
+        "UNITS": units,
+        "POLL": None if plan.interpreted else poll(plan.size, plan.slice_words, units),
+        "POLL_RESULTS": None if plan.interpreted else poll(results + 1, plan.slice_words, units),
+        "PDL": pdl,
+        "INTERPRETED": plan.interpreted,
+        **({"launch_pdl": True} if pdl else {}),
+        "num_warps": plan.num_warps,
+        "num_stages": 1,
+        # At least two programs fit on a multiprocessor.
+        "maxnreg": min(registers, 32768 // (32 * plan.num_warps)),
+        "enable_fp_fusion": False,
+    }
+
+
+def read_error_page(words: list[int]) -> dict[str, Any] | None:
+    """What the int64 words of the error page say, or None if nothing has gone wrong.
+
+    Returns: code (TIMED_OUT, TOLD: another rank ran out of time, TWO_STREAMS), op, row, epoch, missing (ranks).
+    """
+    for first, epoch in ((words[0], words[1]), (words[2], words[3])):
+        if first:
+            missing = [rank for rank in range(8) if first >> (4 + rank) & 1]
+            return {
+                "code": first & 15,
+                "op": first >> 16 & 0xFFFFFF,
+                "row": first >> 40 & 0x7FFFFF,
+                "epoch": epoch,
+                "missing": missing,
+            }
+    return None

@@ -1,0 +1,145 @@
+"""The triton backend as real processes under the interpreter: see tests/dist/triton_calls.py."""
+
+import importlib
+import os
+import re
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from fd_fusion.backends import triton as backend
+from fd_fusion.frameworks import triton_launch as runtime_triton
+from fd_fusion.tuning.limits import Facts
+from tests.support.ranks import ROOT, run_ranks
+
+
+@pytest.mark.parametrize("shape", [list, tuple])
+def test_the_shape_of_a_weight_is_a_list_of_paddle_or_a_tuple_of_torch(shape):
+    opened = object.__new__(backend.Opened)
+    opened._facts = SimpleNamespace(hidden_size=8, weight_dtypes=("bfloat16",))
+    opened._of_weights = [("bf16", {(False, False): "a launch"})]
+    assert opened._launches_for(SimpleNamespace(shape=shape([8]), dtype="bf16")) == {(False, False): "a launch"}
+    for wrong in ([7], [8, 1], [1, 8]):
+        with pytest.raises(ValueError, match="opened for weights"):
+            opened._launches_for(SimpleNamespace(shape=shape(wrong), dtype="bf16"))
+
+
+FACTS = {
+    "rank": 0,
+    "size": 2,
+    "hidden_size": 64,
+    "dtype": "bfloat16",
+    "weight_dtype": "float32",
+    "weight_offset": 0.0,
+    "eps": 1e-6,
+    "device": "cpu",
+    "arch": None,
+    "deterministic": False,
+    "max_token_num": None,
+    "workspace_bytes": 1 << 20,
+    "timeout_s": 1.0,
+}
+
+
+def agreed(size, *args, timeout_s=120):
+    """Run the ranks; all must end well, with the same bits."""
+    ended = run_ranks("triton_calls.py", size, *args, timeout_s=timeout_s)
+    assert [rank.status for rank in ended] == [0] * size, "\n".join(rank.text for rank in ended)
+    assert len({re.search("digest (.*)", rank.text)[1] for rank in ended}) == 1
+
+
+def test_numbers_of_two_ranks():
+    agreed(2, "numbers", "--rows", 1, 3, 0, 6, 2, "--two_shot_rows", 6)
+
+
+def test_special_payloads_and_delays_of_three_ranks():
+    agreed(3, "payload", "delayed", "--rows", 1, 4, "--two_shot_rows", 3)
+
+
+def test_several_workspaces_and_strange_inputs_of_two_ranks():
+    agreed(2, "together", "strange_inputs", "weights", "few_slots", "wrap")
+
+
+def test_subgroups_beside_the_whole_group():
+    agreed(4, "subgroups")
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("two_shot_rows", [4, 1000])
+@pytest.mark.parametrize("hidden", [72, 4096])
+@pytest.mark.parametrize("size", [2, 4, 6, 8])
+def test_numbers(size, hidden, two_shot_rows):
+    rows = (1, size - 1, 0, 15, 16, 17, 2)
+    agreed(size, "numbers", "--hidden", hidden, "--rows", *rows, "--two_shot_rows", two_shot_rows, timeout_s=1200)
+
+
+def test_through_the_launcher_of_paddle(tmp_path):
+    command = [sys.executable, "-W", "ignore", "-m", "paddle.distributed.launch", "--nproc_per_node", "2"]
+    command += ["--log_dir", str(tmp_path), str(ROOT / "tests/dist/triton_calls.py"), "delayed"]
+    env = {**os.environ, "PADDLE_DISTRI_BACKEND": "gloo", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=env, timeout=120, capture_output=True, text=True)
+    logs = [(tmp_path / f"workerlog.{rank}").read_text() for rank in range(2)]
+    assert done.returncode == 0, "\n".join(logs)
+    assert len({re.search("digest (.*)", log)[1] for log in logs}) == 1
+
+
+@pytest.mark.parametrize(
+    "changes, code",
+    [
+        ({}, None),
+        ({"size": 9}, "world_size"),
+        ({"dtype": "float64"}, "dtype"),
+        ({"weight_dtype": "int8"}, "dtype"),
+        ({"other_weight_dtypes": ("bfloat16", "int8")}, "dtype"),
+        ({"eps": 0.0}, "eps"),
+        ({"eps": -1e-6}, "eps"),
+        ({"eps": 1e-50}, "eps"),  # zero in float32
+        ({"eps": float("nan")}, "eps"),
+        ({"hidden_size": 60}, "hidden_size"),
+        ({"workspace_bytes": 100}, "workspace_small"),
+        ({"device": "gpu", "arch": 75}, "old_gpu"),
+        ({"device": "gpu", "arch": 90}, None),
+    ],
+)
+def test_supports(changes, code):
+    refusal = backend.supports(Facts(**{**FACTS, **changes}))
+    assert (refusal.code if refusal else None) == code
+
+
+@pytest.mark.parametrize(
+    "num_warps, registers, most",
+    [(1, 24, 16), (1, 136, 12), (2, 32, 16), (2, 168, 6), (4, 121, 4), (8, 128, 2), (32, 64, 1)],
+)
+def test_programs_that_a_multiprocessor_holds(num_warps, registers, most):
+    """An sm_86 takes 16 blocks, and warps of 136 registers three a quarter: more would never run at the same time."""
+    assert runtime_triton.programs_at_once(num_warps, registers) == most
+
+
+@pytest.mark.parametrize(
+    "torch_gpu, before, after",
+    [(None, None, None), (True, None, None), (False, None, "ours"), (False, "host's", "host's")],
+)
+def test_triton_is_left_our_driver_only_where_it_could_have_none(monkeypatch, torch_gpu, before, after):
+    """Triton 3.8 asks for a driver at every launch, and raises beside a torch that sees no GPU."""
+    driver = importlib.import_module("triton.runtime.driver").driver
+    monkeypatch.setattr(driver, "_active", before)
+    monkeypatch.setattr(runtime_triton, "_paddle_driver", lambda: "ours")
+    monkeypatch.setattr(runtime_triton, "framework", lambda: SimpleNamespace(__name__="paddle"))
+    torch = None if torch_gpu is None else SimpleNamespace(cuda=SimpleNamespace(is_available=lambda: torch_gpu))
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    with runtime_triton.triton_driver():
+        assert driver.active == "ours"
+    assert driver._active == after
+    with runtime_triton.triton_driver():
+        assert driver.active == "ours"
+    assert driver._active == after
+
+
+def test_importing_the_backend_loads_neither_triton_nor_a_framework():
+    code = (
+        "import sys, fd_fusion.backends.triton; print([m for m in ('triton', 'paddle', 'torch') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert done.stdout.strip() == "[]", done.stderr

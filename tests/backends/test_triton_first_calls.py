@@ -1,0 +1,104 @@
+"""The triton backend's first calls: every variant is launched, in the same order on all ranks, and compared."""
+
+import numpy as np
+import paddle
+import pytest
+
+from fd_fusion import exact, reference
+from fd_fusion.backends import triton_first_calls
+from fd_fusion.backends.triton_first_calls import run_all
+from fd_fusion.kernels.all_reduce import plan as plans
+from fd_fusion.reasons import FusionError
+from fd_fusion.tuning.limits import Facts
+from tests.backends.test_triton import FACTS
+
+SIZE, HIDDEN = 2, 64
+
+
+class Opened:
+    """Stands for a workspace: the contract in NumPy, with one wrong variant."""
+
+    def __init__(self, dtype, wrong=None, bug="nothing", weight_dtypes=("float32",)):
+        self.programs, self._slots, self._two_shot_rows, self.seen = 4, 100, 7, []
+        self._launches = {
+            (name, two, bare): None for name in weight_dtypes for two in (False, True) for bare in (False, True)
+        }
+        self._dtype, self._wrong, self._bug = dtype, wrong, bug
+
+    def finish(self, partial, residual, weight, eps, weight_offset):
+        rows, bare = partial.shape[0], residual is None
+        variant = (str(weight.dtype).rpartition(".")[2], rows >= self._two_shot_rows, bare, rows)
+        self.seen.append((*variant, len(plans.launches(self._slots, rows))))
+        here = self._wrong == variant[1:3] and (self._bug != "later launches wrong" or rows > self._slots)
+        bug = self._bug if here else "nothing"
+        parts = [exact.known_partial(rank, rows, HIDDEN, self._dtype) for rank in range(SIZE)]
+        parts = parts[:1] if bug == "rank dropped" else parts
+        total = exact.rank_order_sum(parts, None if bare else residual.astype("float32").numpy())
+        eps = eps * 1.5 if bug == "wrong eps" else eps
+        offset = 0.0 if bug == "offset forgotten" else weight_offset
+        w = weight.astype("float32").numpy()
+        norm = reference.rms_norm(total, w, eps=eps, weight_offset=offset)
+        out = reference.round_to(total, self._dtype).astype(np.float32)
+        if bug == "one column truncated":
+            out[:, 3] = np.where(out[:, 3] == total[:, 3], out[:, 3], out[:, 3] * (1 + 2.0**-7))
+        if bug == "later launches wrong":
+            out[-1] = 0
+        return tuple(
+            paddle.to_tensor(reference.round_to(x.astype(np.float32), self._dtype).astype(np.float32)).astype(
+                self._dtype
+            )
+            for x in (norm, out)
+        )
+
+
+def facts_of(dtype, **changes):
+    return Facts(**{**FACTS, "dtype": dtype, "weight_dtype": "float32", "hidden_size": HIDDEN, **changes})
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_right_kernels_pass_and_each_is_launched(dtype):
+    opened = Opened(dtype)
+    run_all(opened, facts_of(dtype), paddle)
+    assert {seen[:3] for seen in opened.seen} == set(opened._launches)
+    assert {seen[3] for seen in opened.seen} == {1, 3, 5}, "one row, few rows, and more rows than programs"
+    for two_shot in (False, True):
+        assert {seen[4] for seen in opened.seen if seen[1] == two_shot} == {1, 2}, "and more rows than slots"
+    assert (opened._two_shot_rows, opened._slots) == (7, 100), "what chooses path and launches is as before"
+
+
+@pytest.mark.parametrize("slots", [1, 2, 4, 5, 100])
+def test_on_a_gpu_every_variant_runs_in_every_shape(slots):
+    shapes = triton_first_calls._shapes(4, slots, "gpu", True)
+    assert shapes == triton_first_calls._shapes(4, slots, "gpu", False)
+    assert shapes[:2] == [(1, slots), (5, slots)], "one row, and more rows than programs, by the real slots"
+    assert len(plans.launches(shapes[2][1], shapes[2][0])) > 1, "more rows than slots"
+    for device in ("cpu", "gpu"):
+        for rows, as_if in triton_first_calls._shapes(4, slots, device, False):
+            assert max(count for _, count in plans.launches(as_if, rows)) <= slots
+
+
+def test_each_weight_dtype_that_has_a_kernel_is_run():
+    opened = Opened("bfloat16", weight_dtypes=("float32", "bfloat16"))
+    run_all(opened, facts_of("bfloat16"), paddle)
+    assert {seen[:3] for seen in opened.seen} == set(opened._launches)
+
+
+@pytest.mark.parametrize("bug", ["rank dropped", "offset forgotten", "wrong eps", "one column truncated"])
+@pytest.mark.parametrize("variant", [(False, False), (False, True), (True, False), (True, True)])
+def test_a_wrong_variant_is_named_after_all_were_launched(variant, bug):
+    opened = Opened("bfloat16", variant, bug)
+    with pytest.raises(FusionError) as error:
+        run_all(opened, facts_of("bfloat16"), paddle)
+    assert error.value.reason.code == "first_call_wrong" and len(opened.seen) == 6
+    two_shot, bare = variant
+    text = str(error.value.reason)
+    assert ("two-shot" in text) == two_shot and ("without a residual" in text) == bare
+    assert ("residual_out" in text) == (bug in ("rank dropped", "one column truncated")), text
+
+
+@pytest.mark.parametrize("two_shot", [False, True])
+def test_a_call_of_several_launches_is_compared_too(two_shot):
+    opened = Opened("bfloat16", (two_shot, False), "later launches wrong")
+    with pytest.raises(FusionError, match=r"T=3 in 2 launches, .*row 2"):
+        run_all(opened, facts_of("bfloat16"), paddle)
+    assert (opened._two_shot_rows, opened._slots) == (7, 100), "also where it raises"

@@ -1,0 +1,85 @@
+"""The host's time of one pair in an eager forward, its launch left out; run, this file prints it."""
+
+import sys
+import timeit
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+import paddle
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from fd_fusion.backends import triton as backend
+from fd_fusion.binding.backend_selection import Opening
+from fd_fusion.binding.bind import _site_of
+from fd_fusion.binding.pairs import Pair
+from fd_fusion.comm.group import Group
+from fd_fusion.frameworks import triton_launch as runtime_triton
+from fd_fusion.layers.rms_norm import RMSNorm
+from fd_fusion.site import ForwardCount
+from fd_fusion.tuning.limits import Facts
+
+SIZE, ROWS, H = 2, 16, 4096
+GROUP = Group("host", 0, SIZE, tuple(range(SIZE)), None)
+
+
+def opened_with(launch_of, weight_dtypes=("bfloat16",)):
+    """The triton backend as it is open on a GPU, but for its memory and its kernels: `launch_of(constants)`."""
+
+    def prepare(kernel, like, constants, device):
+        return runtime_triton.Loaded(launch_of(constants), 2)
+
+    kind = 0, SIZE, H, "bfloat16", weight_dtypes[0], 0.0, 1e-6, "gpu", 90, False, None, 1 << 25, 1.0
+    facts = Facts(*kind, other_weight_dtypes=weight_dtypes)
+    with (
+        mock.patch.object(backend, "CudaIpc", lambda: SimpleNamespace(multiprocessors=lambda: 132)),
+        mock.patch.object(runtime_triton, "require_mode"),
+        mock.patch.object(runtime_triton, "load_kernel"),
+        mock.patch.object(runtime_triton, "prepare", prepare),
+        mock.patch.object(runtime_triton, "uses_pdl", lambda: False),
+    ):
+        opened = backend.Opened(facts, GROUP)
+    opened._own = 0, 0
+    return opened
+
+
+def pair_of(norm, weight_dtype):
+    fixed = {"group": GROUP, "hidden_size": H, "dtype": "bfloat16", "eps": 1e-6, "weight_offset": 0.0}
+    weight = {"weight": lambda: norm.weight, "weight_dtype": weight_dtype}
+    return Pair("o_proj -> norm", **fixed, **weight, reduce=None, norm=None, attach=None)
+
+
+def pair_and_step():
+    """A proven Site and one turn of it: hand over, finish."""
+    opened = opened_with(lambda constants: lambda *args: None)
+    site = _site_of(pair_of(RMSNorm(H, dtype="bfloat16"), "bfloat16"), Opening("triton", opened), ForwardCount())
+    site.end_proof(True)
+    partial, residual = (paddle.ones([ROWS, H], dtype="bfloat16") for _ in range(2))
+
+    def step():
+        return site.finish(site.hand_over(partial), residual)
+
+    return site, step
+
+
+def two_outputs():
+    """What no pair can do without: two new tensors, by the cheapest way there is."""
+    x = paddle.ones([ROWS, H], dtype="bfloat16")
+    make = getattr(paddle._C_ops, "empty_like", None)
+    if make is None:
+        return lambda: (paddle.empty_like(x), paddle.empty_like(x))
+    return lambda: (make(x, x.dtype, x.place), make(x, x.dtype, x.place))
+
+
+def measure(rounds=60, number=200):
+    """(us of a pair, us of its two outputs alone): the least of many rounds, taken in turn."""
+    _, step = pair_and_step()
+    parts = [timeit.Timer(step), timeit.Timer(two_outputs())]
+    times = [[part.timeit(number) for part in parts] for _ in range(rounds)]
+    return tuple(min(column) / number * 1e6 for column in zip(*times))
+
+
+if __name__ == "__main__":
+    with paddle.no_grad():
+        print("host time of a pair: {:.2f} us, of it two outputs {:.2f} us".format(*measure()))

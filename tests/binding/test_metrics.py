@@ -1,0 +1,221 @@
+"""Metrics: what is counted, where it goes, and that nothing is told more often than once a minute."""
+
+import importlib.util
+import json
+import logging
+import os
+import subprocess
+import sys
+import types
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from fd_fusion.binding import bind as binding
+from fd_fusion.binding import lifecycle, metrics
+from fd_fusion.binding.backend_selection import Opening
+from fd_fusion.binding.report import Report, SiteLine
+from fd_fusion.comm.group import Group
+from fd_fusion.config import FusionConfig
+from fd_fusion.reasons import FusionTimeout, because
+
+ROOT = Path(__file__).parents[2]
+
+
+class Opened:
+    bytes = 32 << 20
+
+    def __init__(self, rows=0, timeouts=0):
+        self.rows, self.timeouts = rows, timeouts
+
+    def stats(self):
+        return {"two_shot_rows": 129, "timeouts": self.timeouts, "device": {"rows": self.rows, "calls": 1}}
+
+
+class Site:
+    proven = True
+
+    def __init__(self, name, limit=512, **calls):
+        self.name, self.limit, self.calls = name, limit, Counter(calls)
+
+
+def report_of(opened, sites=3, **more):
+    opening = Opening("triton", opened, "tuning table", because("table_differs"))
+    report = Report(FusionConfig(), "FD_FUSION_CONFIG", "Model")
+    report.sites = [
+        SiteLine(Site(f"s{i}", fused=2, too_many_rows=1, **more), opening, (0, 1, 2, 3)) for i in range(sites)
+    ]
+    return report
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch):
+    monkeypatch.setattr(metrics, "_next", 0.0)
+    monkeypatch.setattr(metrics, "_exporter", None)
+    monkeypatch.setattr(metrics, "_failures", set())
+    monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR", raising=False)
+
+
+def test_the_start_line_and_the_same_as_data():
+    report = report_of(Opened(rows=7))
+    assert report.lines() == [
+        "fd_fusion 0.1.0: 3 sites, triton one-shot <= 128 rows, two-shot <= 512 (tuning table), workspace 32 MB, "
+        "group [0..3], config from FD_FUSION_CONFIG",
+        "fd_fusion: the ranks read different tuning tables, so none is used; give all ranks one XDG_CACHE_HOME",
+    ]
+    (space,) = report.to_dict()["workspaces"]
+    assert space["stats"]["device"]["rows"] == 7 and space["limit_source"] == "tuning table"
+    assert space["note"]["code"] == "table_differs" and report.to_dict()["calls_counted"] == "eager or capture"
+    json.dumps(report.to_dict())
+
+
+@pytest.mark.parametrize(
+    "limit, two_shot, told",
+    [
+        (None, 129, "one-shot <= 128 rows, two-shot any number of rows (built in)"),
+        (64, 129, "one-shot <= 64 rows"),
+        (9, None, "<= 9 rows"),
+    ],
+)
+def test_the_limits_in_the_start_line(limit, two_shot, told, monkeypatch):
+    monkeypatch.setattr(Opened, "stats", lambda self: {"two_shot_rows": two_shot})
+    opening = Opening("triton", Opened())
+    report = Report(FusionConfig(), "x", "Model", sites=[SiteLine(Site("s", limit), opening, (0, 1))])
+    assert told in report.lines()[0] and "(built in)" in report.lines()[0]
+
+
+@pytest.mark.parametrize(
+    "nbytes, told",
+    [(32 << 20, "32 MB"), ((32 << 20) - 300, "32 MB"), (1 << 19, "0.5 MB"), (17153, "17 KB"), (0, "0 KB")],
+)
+def test_a_small_workspace_is_not_told_as_none(nbytes, told, monkeypatch):
+    monkeypatch.setattr(Opened, "bytes", nbytes)
+    assert f", workspace {told}, group" in report_of(Opened()).lines()[0]
+
+
+def test_totals(monkeypatch):
+    monkeypatch.setattr(lifecycle, "_held", ())
+    opened = [Opened(rows=50, timeouts=1), Opened(rows=4)]
+    for one in (*opened, Opened()):
+        lifecycle.hold(Group("g", 0, 2, (0, 1), None), one)
+    counted, nbytes = metrics.totals([report_of(one) for one in opened])
+    assert counted["finished", "fused", ""] == 12 and counted["finished", "stock", "too_many_rows"] == 6
+    assert counted["device_rows", "triton"] == 54 and counted["timeouts",] == 1
+    assert nbytes == 3 * (32 << 20), "each workspace once, and that of a dropped model, which no report has any more"
+
+
+def test_one_line_of_json_a_minute(caplog, monkeypatch):
+    caplog.set_level(logging.INFO, "fd_fusion")
+    now = [100.0]
+    monkeypatch.setattr(metrics, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
+    for _ in range(5):
+        metrics.tick(lambda: [report_of(Opened(rows=50))])
+    (record,) = caplog.records
+    data = json.loads(record.getMessage().removeprefix("fd_fusion metrics "))
+    assert data["finished"] == {"fused": 6, "stock/too_many_rows": 3} and data["device_rows"] == {"triton": 50}
+    now[0] += metrics.EVERY_S
+    metrics.tick(lambda: [report_of(Opened())])
+    assert len(caplog.records) == 2
+
+
+def bind(monkeypatch, opened):
+    monkeypatch.setattr(binding, "_bound", {"model": types.SimpleNamespace(report=report_of(opened))})
+    monkeypatch.setattr(lifecycle, "_held", ())
+    lifecycle.hold(Group("g", 0, 2, (0, 1), None), opened)
+
+
+def test_a_failing_reader_hides_no_timeout_and_holds_no_token_up(caplog, monkeypatch):
+    class CudaError(RuntimeError):
+        pass
+
+    def stats():
+        raise CudaError("cuMemcpyDtoHAsync_v2: CUDA_ERROR_ILLEGAL_ADDRESS")
+
+    now = [0.0]
+    monkeypatch.setattr(metrics, "time", types.SimpleNamespace(monotonic=lambda: now.append(now[-1] + 61) or now[-1]))
+    opened = Opened()
+    opened.stats, opened.check = stats, lambda: None
+    bind(monkeypatch, opened)
+    for _ in range(3):
+        binding.check()
+    opened.check = lambda: (_ for _ in ()).throw(FusionTimeout(because("aborted")))
+    with pytest.raises(FusionTimeout):
+        binding.check()
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert "CudaError: cuMemcpyDtoHAsync_v2" in line
+
+
+def test_a_timeout_is_told_at_once(caplog, monkeypatch):
+    caplog.set_level(logging.INFO, "fd_fusion")
+    opened = Opened(timeouts=1)
+    bind(monkeypatch, opened)
+    opened.check = lambda: None
+    binding.check()
+
+    def check():
+        raise FusionTimeout(because("aborted"))
+
+    opened.check = check
+    now = metrics.time.monotonic() + 1.5
+    monkeypatch.setattr(metrics, "time", types.SimpleNamespace(monotonic=lambda: now))
+    for _ in range(3):
+        with pytest.raises(FusionTimeout):
+            binding.check()
+    assert len(caplog.records) == 2 and '"timeouts": 1' in caplog.records[1].getMessage()
+
+
+def test_nothing_bound_tells_nothing(caplog):
+    caplog.set_level(logging.INFO, "fd_fusion")
+    metrics.tick(list)
+    assert not caplog.records
+
+
+def test_without_prometheus_client_the_log_says_so(caplog, monkeypatch):
+    monkeypatch.setitem(sys.modules, "prometheus_client", None)
+    assert metrics.choose({"PROMETHEUS_MULTIPROC_DIR": "/tmp"}) is metrics.to_log
+    assert "prometheus_client is not installed" in caplog.text
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("prometheus_client"), reason="prometheus_client is not installed")
+@pytest.mark.parametrize("name", ["PROMETHEUS_MULTIPROC_DIR", "prometheus_multiproc_dir"])
+def test_prometheus_client_that_was_imported_too_early(name, caplog, monkeypatch, tmp_path):
+    """It looks at its variable once, at import: set later, the numbers would stay in this process."""
+    from prometheus_client import values
+
+    monkeypatch.setattr(values, "ValueClass", values.MutexValue)  # as where no variable is set
+    made = []
+    monkeypatch.setattr(metrics, "Prometheus", lambda: made.append(1))
+    assert metrics.choose({name: str(tmp_path)}) is metrics.to_log and not made
+    assert f"prometheus_client was imported before {name} was set" in caplog.text
+
+
+WORKER = """
+import sys, tests.binding.test_metrics as t
+from fd_fusion.binding import metrics
+opened = t.Opened(rows=10)
+export = metrics.choose({"PROMETHEUS_MULTIPROC_DIR": sys.argv[1]})
+assert isinstance(export, metrics.Prometheus)
+export([t.report_of(opened)]); opened.rows = 25; export([t.report_of(opened)])
+import os; os._exit(0)  # workers are ended, they do not end
+"""
+SERVER = """
+import sys, prometheus_client
+from prometheus_client import multiprocess
+registry = prometheus_client.CollectorRegistry()
+multiprocess.MultiProcessCollector(registry, sys.argv[1])
+print(prometheus_client.generate_latest(registry).decode())
+"""
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("prometheus_client"), reason="prometheus_client is not installed")
+def test_two_workers_and_a_server_with_prometheus_client(tmp_path):
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), *filter(None, sys.path)])
+    env = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path), "PYTHONPATH": path}
+    for code in (WORKER, WORKER, SERVER):
+        done = subprocess.run([sys.executable, "-c", code, tmp_path], env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    values = dict(line.rsplit(" ", 1) for line in done.stdout.splitlines() if line.startswith("fd_fusion"))
+    assert values['fd_fusion_device_rows_total{backend="triton"}'] == "50.0"
+    assert values['fd_fusion_finished_total{path="fused",reason=""}'] == "12.0"
+    assert values["fd_fusion_timeouts_total"] == "0.0"

@@ -1,0 +1,67 @@
+"""The committed results of `bench all-reduce`: their table is made from them, and they hold what is claimed."""
+
+import json
+import math
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from fd_fusion.cli.bench import all_reduce as bench_all_reduce
+from fd_fusion.cli.bench.all_reduce import pushed_bytes
+from fd_fusion.cli.bench.all_reduce_report import GOALS, ratios, tables
+from fd_fusion.kernels.all_reduce.plan import plan_for
+
+RESULTS = Path(__file__).parents[3] / "examples/results/all_reduce_h100.json"
+
+
+@pytest.fixture(scope="module")
+def result():
+    return json.loads(RESULTS.read_text())
+
+
+def test_the_table_is_the_json(result):
+    assert RESULTS.with_suffix(".md").read_text() == tables(result) + "\n"
+
+
+@pytest.mark.parametrize("size", GOALS)
+def test_goals(result, size):
+    logs = [math.log(ratio) for ratio in ratios(result, size)]
+    assert math.exp(sum(logs) / len(logs)) <= GOALS[size]
+    assert math.exp(max(logs)) <= 1.05
+
+
+def test_the_plans_are_those_that_were_measured(result):
+    for cell in result["cells"]:
+        plan = plan_for(cell["N"], cell["H"], "bfloat16")
+        assert [plan.split, plan.num_warps] == cell["plan"], cell
+
+
+def test_every_cell_was_right(result):
+    for cell in result["cells"]:
+        for name, got in cell["kernels"].items():
+            assert max(got["errors"]) < 4e-3, (cell["N"], cell["T"], cell["H"], name)
+
+
+def test_pushed_bytes():
+    assert pushed_bytes(2, 1, 4096, two_shot=False, flashinfer=False) == 8192
+    assert pushed_bytes(8, 16, 8192, two_shot=True, flashinfer=False) == 3 * 7 * 2 * 8192 * 2
+    assert pushed_bytes(8, 16, 8192, two_shot=True, flashinfer=True) == 2 * 7 * 2 * 8192 * 2
+
+
+@pytest.mark.parametrize("counted", [True, False])
+def test_a_kernel_whose_rows_the_device_did_not_count_is_not_timed(monkeypatch, counted):
+    ranks = SimpleNamespace(prepare=lambda case, two_shot: None, rows_done=lambda: [4, 4 if counted else 0])
+    stub = SimpleNamespace(
+        Case=lambda *_, **__: SimpleNamespace(errors=lambda: (0.001, 0.001)),
+        VirtualRanks=lambda *_: ranks,
+        FlashInferRanks=None,
+        capture=lambda *_: SimpleNamespace(replay=lambda: None),
+        interleaved_us=lambda graphs, calls: [1.0] * len(graphs),
+    )
+    cuda = SimpleNamespace(synchronize=lambda: None)
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=cuda, empty=lambda *_, **__: None, int32=None))
+    monkeypatch.setitem(sys.modules, "fd_fusion.cli.bench.virtual_ranks", stub)
+    got = bench_all_reduce._cell(2, 4, 4096, False, [])["kernels"]["triton"]
+    assert got["device_rows"] == ranks.rows_done() and ("us" in got) == counted

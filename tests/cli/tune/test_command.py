@@ -1,0 +1,279 @@
+"""`python -m fd_fusion tune`: from times to limits, the whole command under the interpreter, and all that fails."""
+
+import json
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+from support.segments import left, none_left
+
+from fd_fusion.backends.flashinfer import loader as runtime_flashinfer
+from fd_fusion.cli import bench
+from fd_fusion.cli.processes import ranks
+from fd_fusion.cli.tune import command as tune
+from fd_fusion.cli.tune import limits as tune_limits
+from fd_fusion.cli.tune import virtual as tune_virtual
+from fd_fusion.tuning.limits import built_in_limit
+from fd_fusion.tuning.table import Fingerprint, read_limits, table_lock, table_path, versions_here
+
+ROOT = Path(__file__).parents[3]
+
+
+def times(**columns):
+    return {name: dict(zip((1, 8, 64, 512), column)) for name, column in columns.items()}
+
+
+def test_the_slowest_rank_counts_and_what_one_lacks_is_dropped():
+    ranks_times = [times(one_shot=[1, 2], unfused=[9]), times(one_shot=[3, 1], unfused=[7], two_shot=[1])]
+    assert tune_limits.merge(ranks_times) == {"one_shot": {1: 3, 8: 2}, "unfused": {1: 9}}
+
+
+@pytest.mark.parametrize(
+    "one, two, switch", [([1, 2, 3, 9], [2, 1, 2, 3], 8), ([1] * 4, [2] * 4, None), ([2] * 4, [1, 1, 3, 1], 512)]
+)
+def test_two_shot_from_where_it_stays_faster(one, two, switch):
+    assert tune_limits.two_shot_rows(times(one_shot=one, two_shot=two)) == switch
+
+
+def test_a_limit_lies_below_the_first_loss_and_the_fastest_comes_first():
+    found = tune_limits.find_limits(
+        times(one_shot=[3, 4, 9, 40], two_shot=[5, 6, 7, 30], flashinfer=[2, 3, 11, 5], unfused=[9, 9, 10, 20])
+    )
+    assert found.rows == {"triton": 64, "flashinfer": 8}, "a win beyond a loss does not count"
+    assert found.two_shot_rows == 64 and found.order == ("flashinfer", "triton")
+
+
+NAMES = {
+    "triton one-shot": "one_shot",
+    "triton two-shot": "two_shot",
+    "flashinfer one-shot": "flashinfer",
+    "nccl + norm": "unfused",
+}
+
+
+@pytest.mark.parametrize(
+    "file", sorted((ROOT / "examples/results").glob("all_reduce_nvlink_n*.json")), ids=lambda f: f.stem
+)
+def test_the_built_in_limits_lie_where_fusing_won(file):
+    """Over NVLink, at no measured T up to the built-in limit is fusing slower than NCCL and a norm."""
+    result = json.loads(file.read_text())
+    measured = {}
+    for row in result["rows"]:
+        if row["name"] in NAMES and row["us"]:
+            measured.setdefault(row["H"], {}).setdefault(NAMES[row["name"]], {})[row["T"]] = row["us"]
+    assert len(measured) >= 5
+    for hidden_size, columns in measured.items():
+        found = tune_limits.find_limits(columns)
+        assert found.order[0] == "triton" and found.rows["triton"] >= 64, (hidden_size, found)
+        assert built_in_limit("gpu", result["ranks"], hidden_size) <= found.rows["triton"], (hidden_size, found)
+
+
+def test_never_winning_and_a_missing_rival():
+    assert tune_limits.find_limits(times(one_shot=[9] * 4, unfused=[1] * 4)).order == ()
+    assert tune_limits.find_limits(times(one_shot=[9] * 4)) is None
+    assert tune_limits.find_limits({}) is None
+
+
+RESULT = {
+    "times": {"one_shot": {"1": 3.0, "8": 4.0}, "unfused": {"1": 9.0, "8": 3.0}},
+    "skipped": {"flashinfer": "FlashInfer is not installed"},
+    "gpu": "GPU X",
+    "framework": "paddle",
+}
+TWO_GPUS = {"device": "gpu", "arch": 90, "gpus": 2}
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path
+
+
+def run(monkeypatch, *args, here=TWO_GPUS, measure=lambda *_: [RESULT, RESULT]):
+    monkeypatch.setattr(tune, "_framework", lambda: here)
+    monkeypatch.setattr(tune, "_measure", measure)
+    return tune.main(["--hidden-size", "4096", *args])
+
+
+def test_what_is_measured_on_gpus_is_stored_for_bind(cache, monkeypatch, capsys):
+    assert run(monkeypatch) == 0
+    limits, reason = read_limits(Fingerprint("GPU X", 2, 4096, "bfloat16", versions_here()), table_path())
+    assert reason is None and limits.rows == {"triton": 1} and limits.order == ("triton",)
+    told = capsys.readouterr().out
+    assert "triton: fusing wins up to 1 rows" in told and f"stored in {table_path()}" in told
+    assert "flashinfer: not measured: FlashInfer is not installed" in told
+
+
+@pytest.mark.parametrize(
+    "here, result",
+    [
+        (TWO_GPUS, {**RESULT, "times": {"one_shot": {"1": 3.0}}}),
+        ({**TWO_GPUS, "gpus": 1}, {**RESULT, "times": {"one_shot": {"1": 3.0}}}),
+        ({"device": "cpu", "arch": None, "gpus": 0}, {**RESULT, "gpu": None}),
+    ],
+    ids=["no rival", "one GPU", "CPU"],
+)
+def test_what_is_not_stored(cache, monkeypatch, capsys, here, result):
+    monkeypatch.setattr(tune.importlib.util, "find_spec", lambda name: name)
+    assert run(monkeypatch, here=here, measure=lambda *_: [result, result]) == 0
+    assert not table_path().exists() and "not stored: " in capsys.readouterr().out
+
+
+def test_one_gpu_without_torch(cache, monkeypatch, capsys):
+    monkeypatch.setattr(tune.importlib.util, "find_spec", lambda name: None)
+    assert run(monkeypatch, here={**TWO_GPUS, "gpus": 1}, measure=None) == 1
+    assert "1 GPU for 2 ranks: virtual ranks need torch" in told(capsys)
+
+
+def test_nothing_measured_is_a_failure(cache, monkeypatch):
+    assert run(monkeypatch, measure=lambda *_: [{**RESULT, "times": {}}]) == 1
+
+
+def told(capsys):
+    """The one sentence on stderr."""
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+def test_a_cache_folder_that_cannot_be_written(cache, monkeypatch, capsys):
+    (cache / "fd_fusion").write_text("a file in the place of the folder")
+    assert run(monkeypatch, measure=None) == 1, "it shows before anything is measured"
+    assert f"cannot be kept in {cache / 'fd_fusion'}" in told(capsys)
+
+
+def test_another_tune_at_work(cache, monkeypatch, capsys):
+    with table_lock(table_path()):
+        assert run(monkeypatch, measure=None) == 1
+    assert told(capsys) == "fd_fusion tune: another tune is running: wait for it, or end it"
+
+
+def test_ranks_that_cannot_be_started_are_not_told_as_a_table_that_cannot_be_kept(cache, monkeypatch, capsys):
+    def measure(*_):
+        raise BlockingIOError(11, "Resource temporarily unavailable")  # of fork
+
+    assert run(monkeypatch, measure=measure) == 1
+    assert "the ranks could not be started: [Errno 11] Resource temporarily unavailable" in told(capsys)
+
+
+BAD = ("--rows a", "--rows 0", "--nproc 1", "--dtype int8", "--rounds 0", "--workspace-mb 0", "--timeout-s -1")
+
+
+@pytest.mark.parametrize("args", BAD)
+def test_bad_arguments(cache, monkeypatch, args):
+    with pytest.raises(SystemExit) as caught:
+        run(monkeypatch, *args.split(), measure=None)
+    assert caught.value.code == 2
+
+
+def test_more_rows_than_virtual_ranks_take(cache, monkeypatch, capsys):
+    """More programs than run at once would wait for ever."""
+    monkeypatch.setattr(tune.importlib.util, "find_spec", lambda name: name)
+    asked = []
+
+    def measure(args, mode, rows):
+        asked.extend(rows)
+        return [RESULT]
+
+    assert run(monkeypatch, "--rows", "8,32,33", here={**TWO_GPUS, "gpus": 1}, measure=measure) == 0
+    assert asked == [8, 32] and "at most 64 rows of all ranks" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as caught:
+        run(monkeypatch, "--rows", "33,64", here={**TWO_GPUS, "gpus": 1}, measure=None)
+    assert caught.value.code == 2 and "take up to 32 rows" in capsys.readouterr().err
+
+
+def virtual(monkeypatch, flashinfer):
+    """`tune_virtual.run` with kernels that are right, but for FlashInfer's, on no GPU."""
+    case = types.SimpleNamespace(size=2, rows=8, errors=lambda: case.wrong, wrong=(0.001, 0.001))
+    stub = types.SimpleNamespace(
+        Case=lambda *_: case,
+        capture=lambda size, launches: types.SimpleNamespace(replay=launches[0]),
+        interleaved_us=lambda graphs, calls, rounds: list(range(1, 1 + len(graphs))),
+    )
+    cuda = {"get_device_capability": lambda: (9, 0), "synchronize": lambda: None, "get_device_name": lambda: "X"}
+    monkeypatch.setattr(bench, "virtual_ranks", stub, raising=False)
+    monkeypatch.setitem(sys.modules, "torch", types.SimpleNamespace(cuda=types.SimpleNamespace(**cuda)))
+
+    def launch(column, case, library):
+        case.wrong = (0.001, 0.001)
+        return (lambda: flashinfer(case)) if column == "flashinfer" else lambda: None
+
+    monkeypatch.setattr(tune_virtual, "_launch", launch)
+    job = {"ranks": 2, "hidden_size": 4096, "dtype": "bfloat16", "rows": [8], "rounds": 1}
+    return tune_virtual.run(job, None)
+
+
+def test_virtual_ranks_do_without_a_flashinfer_that_fails(monkeypatch):
+    def wrong(case):
+        case.wrong = (0.5, 0.001)
+
+    def broken(case):
+        raise TypeError("expected 21 arguments")
+
+    assert set(virtual(monkeypatch, wrong)["times"]) == {"one_shot", "two_shot"}, "no kernel is installed"
+    monkeypatch.setattr(tune_virtual, "_flashinfer", lambda *_: ("trtllm_comm.so", ""))
+    assert virtual(monkeypatch, lambda case: None)["times"] == {
+        "one_shot": {8: 1},
+        "two_shot": {8: 2},
+        "flashinfer": {8: 3},
+    }
+    for fault, why in ((wrong, "flashinfer at T=8: wrong numbers"), (broken, "TypeError: expected 21 arguments")):
+        result = virtual(monkeypatch, fault)
+        assert set(result["times"]) == {"one_shot", "two_shot"} and why in result["skipped"]["flashinfer"]
+
+
+@pytest.mark.parametrize(
+    "version, hidden_size, why", [("0.6.12", 2880, "not whole warps"), ("0.4.1.1", 4096, "takes other arguments")]
+)
+def test_a_flashinfer_that_virtual_ranks_cannot_use(monkeypatch, version, hidden_size, why):
+    monkeypatch.setattr(runtime_flashinfer, "installed_version", lambda: version)
+    monkeypatch.setattr(runtime_flashinfer, "compiled_module", lambda version: Path("trtllm_comm.so"))
+    monkeypatch.setattr(tune_virtual.importlib.util, "find_spec", lambda name: name)
+    job = {"ranks": 2, "hidden_size": hidden_size, "dtype": "bfloat16"}
+    path, told = tune_virtual._flashinfer(job, 9, 0)
+    assert path is None and why in told
+
+
+DYING = """
+import os, signal, sys
+from fd_fusion.cli.tune import rank as tune_rank
+from fd_fusion.cli.processes.ranks import rank_main
+time, count = tune_rank._time, iter(range(9))
+def dying(*args):
+    if sys.argv[2] == "1" and next(count) == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return time(*args)
+tune_rank._time = dying
+sys.exit(rank_main(tune_rank.run))
+"""
+
+
+def test_a_rank_that_dies_in_the_middle(cache, monkeypatch, capsys, tmp_path):
+    (script := tmp_path / "dying.py").write_text(DYING)
+    monkeypatch.setattr(ranks, "_command", lambda module, folder, rank: [sys.executable, script, folder, str(rank)])
+    monkeypatch.setattr(tune, "_framework", lambda: {"device": "cpu", "arch": None, "gpus": 0})
+    before = left()
+    assert tune.main(["--hidden-size", "64", "--rows", "1", "--rounds", "1"]) == 1
+    assert capsys.readouterr().err.startswith("fd_fusion tune: rank 1 died of SIGKILL; nothing was stored")
+    assert none_left(before) and not table_path().exists()
+
+
+def test_the_whole_command_under_the_interpreter(cache):
+    argv = [sys.executable, "-W", "ignore", "-m", "fd_fusion", "tune", "--hidden-size", "64", "--rows", "1", "--json"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([*argv, "--rounds", "1"], env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    outcome = json.loads(done.stdout)
+    assert outcome["mode"] == "cpu" and outcome["stored"] is None
+    assert set(outcome["times"]) == {"one_shot", "two_shot", "unfused"}
+    assert "GPU" in outcome["skipped"]["flashinfer"] and not table_path().exists()
+
+
+def test_without_a_home_tune_says_so(monkeypatch, capsys):
+    """It was a traceback."""
+    monkeypatch.setattr(tune, "table_path", lambda: None)
+    monkeypatch.setattr(tune, "tune", lambda args: (_ for _ in ()).throw(OSError(2, "this user has none")))
+    assert tune.main(["--nproc", "2", "--hidden-size", "4096"]) == 1
+    assert "a home folder (this user has none): set XDG_CACHE_HOME" in capsys.readouterr().err

@@ -1,0 +1,37 @@
+"""Where the job's store is: every way in which Paddle announces it."""
+
+import pytest
+
+from fd_fusion.frameworks import paddle_runtime as runtime
+
+ENDPOINTS = {"PADDLE_TRAINER_ENDPOINTS": "10.0.0.1:6000,10.0.0.2:6001"}
+LAUNCHER = {"PADDLE_MASTER": "10.0.0.3:7000", **ENDPOINTS}
+
+
+@pytest.mark.parametrize(
+    "environ, address",
+    [
+        ({}, None),
+        (ENDPOINTS, ("10.0.0.1", 6000)),  # paddle.distributed.spawn: the first rank's
+        (LAUNCHER, ("10.0.0.3", 7000)),
+        ({"MASTER_ADDR": "10.0.0.4", "MASTER_PORT": "8000", **LAUNCHER}, ("10.0.0.4", 8000)),
+        ({"MASTER_ADDR": "10.0.0.4", **LAUNCHER}, ("10.0.0.3", 7000)),
+        ({"PADDLE_MASTER": "", **ENDPOINTS}, ("10.0.0.1", 6000)),
+        ({"PADDLE_MASTER": "host:port"}, None),
+    ],
+)
+def test_the_address_of_the_store(environ, address):
+    assert runtime.store_address(environ) == address
+
+
+def test_a_store_that_comes_later_is_found(monkeypatch):
+    """What was looked for before init_parallel_env is not lost for ever."""
+    for name in ("MASTER_ADDR", "MASTER_PORT", "PADDLE_MASTER", *ENDPOINTS):
+        monkeypatch.delenv(name, raising=False)
+    made = []
+    monkeypatch.setattr(runtime, "TcpStore", lambda *where: made.append(where) or "a store")
+    assert runtime.tcp_store() is None
+    monkeypatch.setenv("PADDLE_TRAINER_ENDPOINTS", "127.0.0.9:6000,127.0.0.9:6001")
+    monkeypatch.setenv("PADDLE_TRAINERS_NUM", "2")
+    assert runtime.tcp_store() == runtime.tcp_store() == "a store" and made == [("127.0.0.9", 6000, 2, 30)]
+    runtime._connect.cache_clear()

@@ -1,0 +1,170 @@
+"""What the plugin relies on in FastDeploy's source, read without importing it, so that no compiled op is needed.
+
+It is read in the contract host, and with FASTDEPLOY_SRC=<a source tree> in the real one:
+
+    FASTDEPLOY_SRC=/path/to/FastDeploy python -m pytest tests/hosts/fastdeploy/test_contract.py -rA
+"""
+
+import ast
+import os
+from pathlib import Path
+
+import pytest
+
+from fd_fusion.hosts.fastdeploy.pairs import BLOCKS, DECODERS
+from fd_fusion.hosts.fastdeploy.source import layer_loop, read_block, reads_between_layers
+
+SRC = Path(os.environ.get("FASTDEPLOY_SRC", Path(__file__).parents[2] / "host")) / "fastdeploy"
+
+
+def parse(path):
+    return ast.parse((SRC / path).read_text())
+
+
+def classes_in(*folders):
+    """{name: [(file, class node)]} of every class below the folders: two models may name one class alike."""
+    found = {}
+    for folder in folders:
+        for file in sorted((SRC / folder).rglob("*.py")):
+            for node in ast.parse(file.read_text()).body:
+                if isinstance(node, ast.ClassDef):
+                    found.setdefault(node.name, []).append((file.name, node))
+    return found
+
+
+MODELS = classes_in("model_executor/models", "model_executor/layers")
+
+
+def methods(cls, name, seen=()):
+    """The method `name` of a class, or of the first base that has it; bases are found by their name."""
+    own = [node for node in cls.body if isinstance(node, ast.FunctionDef) and node.name == name]
+    if own:
+        return own[0]
+    for base in cls.bases:
+        base_name = base.attr if isinstance(base, ast.Attribute) else getattr(base, "id", None)
+        for _, node in MODELS.get(base_name, ()):
+            if base_name not in seen and (found := methods(node, name, (*seen, base_name))):
+                return found
+    return None
+
+
+def assigned(cls, seen=()):
+    """Every attribute of self that a class or its bases assign, by its own name or by a constant of setattr."""
+    names = {
+        node.attr
+        for node in ast.walk(cls)
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.ctx, ast.Store)
+        and getattr(node.value, "id", "") == "self"
+    }
+    names |= {node.value for node in ast.walk(cls) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    for base in cls.bases:
+        base_name = base.attr if isinstance(base, ast.Attribute) else getattr(base, "id", None)
+        if base_name not in seen:
+            for _, node in MODELS.get(base_name, ()):
+                names |= assigned(node, (*seen, base_name))
+    return names
+
+
+def arguments(function):
+    return [argument.arg for argument in function.args.args if argument.arg != "self"]
+
+
+def one(path, name):
+    """The class or function `name` of a file; in an except branch or an if, too."""
+    nodes = [n for n in ast.walk(parse(path)) if isinstance(n, ast.ClassDef | ast.FunctionDef) and n.name == name]
+    assert nodes, f"{path}: no {name}"
+    return nodes[0]
+
+
+def test_the_loaders():
+    base = one("model_executor/model_loader/base_loader.py", "BaseModelLoader")
+    assert arguments(methods(base, "load_model")) == ["fd_config"]
+    loaders = [
+        node
+        for found in classes_in("model_executor/model_loader").values()
+        for _, node in found
+        if any(getattr(part, "id", "") == "BaseModelLoader" for part in node.bases)
+    ]
+    assert len(loaders) >= 2
+    for loader in loaders:
+        assert arguments(methods(loader, "load_model")) == ["fd_config"], loader.name
+
+
+def test_the_worker():
+    runner = one("worker/gpu_model_runner.py", "GPUModelRunner")
+    names = {node.name for node in runner.body if isinstance(node, ast.FunctionDef)}
+    assert "_dummy_run" in names and "profile_run" in names
+    text = (SRC / "worker/gpu_model_runner.py").read_text()
+    assert "_save_model_output" in names or "post_process(" in text
+    assert {"num_tokens", "batch_size"} <= set(arguments(methods(runner, "_dummy_run")))
+    worker = one("worker/gpu_worker.py", "GpuWorker")
+    assert methods(worker, "graph_optimize_and_warm_up_model") and methods(worker, "load_model")
+    text = (SRC / "worker/gpu_worker.py").read_text()
+    assert "GPUModelRunner as ModelRunner" in text and "= ModelRunner(" in text
+
+
+def test_the_layers():
+    linear = "model_executor/layers/linear.py"
+    assert any(
+        isinstance(node, ast.Assign) and ast.unparse(node) == "self.forward = self.forward_cuda"
+        for node in ast.walk(one(linear, "LinearBase"))
+    ), "forward is bound to the instance"
+    row = one(linear, "RowParallelLinear")
+    assert "self.reduce_results" in ast.unparse(methods(row, "forward_cuda"))
+    assert {"reduce_results", "split_token", "tp_group"} <= assigned(row)
+    norm = one("model_executor/layers/normalization.py", "RMSNorm")
+    call = arguments(methods(norm, "forward"))
+    assert call[:3] == ["x", "residual_input", "forward_meta"]
+    assert call[3:] in ([], ["proxy_rmsnorm"], ["external_rmsnorm"]), "the older name is one that no model passes"
+    assert {"eps", "bias", "quant_scale", "begin_norm_axis", "weight"} <= assigned(norm)
+    qk = one("model_executor/layers/normalization.py", "QKRMSNorm")
+    assert arguments(methods(qk, "forward"))[:2] == ["qkv_out", "forward_meta"]
+    assert {"q_norm", "k_norm", "q_size", "kv_size", "head_dim"} <= assigned(qk)
+    moe = one("model_executor/layers/moe/moe.py", "FusedMoE")
+    assert "self.reduce_results" in ast.unparse(methods(moe, "forward"))
+    reduce = one("distributed/communication.py", "tensor_model_parallel_all_reduce")
+    assert arguments(reduce) == ["input_", "group_"]
+    # Defined here in older versions, and in a package of its own in newer ones.
+    logger = SRC / "logger/__init__.py"
+    if "    get_logger," in (SRC / "utils.py").read_text() and logger.exists():
+        assert arguments(one("logger/__init__.py", "get_logger"))[:2] == ["name", "file_name"]
+    else:
+        assert arguments(one("utils.py", "get_logger"))[:2] == ["name", "file_name"]
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_a_decoder_layer(name):
+    if name not in MODELS:
+        pytest.skip(f"this version has no {name}")
+    for file, cls in MODELS[name]:
+        attributes = assigned(cls)
+        assert {"mlp", "input_layernorm", "post_attention_layernorm"} <= attributes, file
+        assert any(where.split(".")[0] in attributes for where in DECODERS[name]), file
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_a_block(name):
+    if name not in MODELS:
+        pytest.skip(f"this version has no {name}")
+    for file, cls in MODELS[name]:
+        for part in BLOCKS[name]:
+            assert part.split(".")[0] in assigned(cls), f"{file}: {part}"
+        if BLOCKS[name] != ("down_proj",):
+            assert read_block(methods(cls, "forward")) is not None, f"{file}: it would stay stock"
+
+
+def test_the_models_read_nothing_between_their_layers():
+    stacks = [
+        (file, name, methods(node, "forward"))
+        for name, found in MODELS.items()
+        for file, node in found
+        if name.endswith("Model") and "layers" in assigned(node) and methods(node, "forward")
+    ]
+    assert stacks
+    known = {"glm4_moe.py", "qwen2.py", "qwen3.py", "qwen3moe.py", "deepseek_v3.py", "ernie4_5_moe.py", "qwen3_5.py"}
+    stacks = [stack for stack in stacks if stack[0] in known]
+    reading = {f"{file}: {name}": reads_between_layers(forward) for file, name, forward in stacks}
+    assert not any(reading.values()), reading
+    for file, name, forward in stacks:
+        assert layer_loop(forward), f"{file}: {name}: a loop over its layers that is not known"

@@ -1,0 +1,152 @@
+"""The all-reduce kernel compiled with no GPU: what is pushed and polled, and how.
+
+Run as a program it compiles the cases and prints what is in them: Triton decides at import whether it compiles
+or interprets, and the other tests of this process interpret.
+"""
+
+import dataclasses
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from fd_fusion.kernels.all_reduce import plan as plans
+
+DEFAULT = [  # arch, N, H, dtype, weight dtype, two-shot
+    (80, 4, 4096, "bfloat16", "bfloat16", False),
+    (86, 2, 2880, "float16", "float32", False),
+    (89, 3, 5120, "float16", "float16", True),
+    (90, 2, 4096, "bfloat16", "bfloat16", False),
+    (90, 8, 8192, "bfloat16", "bfloat16", False),
+    (90, 8, 7168, "bfloat16", "float32", True),
+    (100, 6, 6144, "float32", "float32", False),
+]
+EVERY = [
+    (arch, size, hidden, dtype, dtype, two_shot)
+    for arch, size, (hidden, dtype), two_shot in itertools.product(
+        (80, 86, 89, 90, 100),
+        range(2, 9),
+        ((2880, "bfloat16"), (7168, "float16"), (8192, "bfloat16"), (5120, "float32")),
+        (False, True),
+    )
+]
+
+
+def compile_case(arch, size, hidden, dtype, weight_dtype, two_shot):
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from fd_fusion.kernels.all_reduce.kernel import all_reduce_rms_norm as kernel
+
+    plan = plans.plan_for(size, hidden, dtype)
+    plan = dataclasses.replace(plan, two_shot_rows=1) if two_shot else plan
+    pdl = arch >= 90
+    constants = plans.constants(plan, weight_dtype=weight_dtype, has_residual=True, two_shot=two_shot, pdl=pdl)
+    options = {key: constants.pop(key) for key in ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")}
+    options["launch_pdl"] = constants.pop("launch_pdl", False)
+    types = {"rows": "i32", "rank": "i32", "op": "i32", "eps": "fp32", "weight_offset": "fp32"}
+    signature = {n: "constexpr" if n in constants else types.get(n, "i64") for n in kernel.arg_names}
+    source, target = ASTSource(kernel, signature, constants), GPUTarget("cuda", arch, 32)
+    compiled = triton.compile(source, target=target, options=options)
+    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        sass = subprocess.run([tools / "nvdisasm", "-c", file.name], capture_output=True, text=True).stdout
+        usage = subprocess.run([tools / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True).stdout
+    return {
+        # Labels as they stand, instructions without address and predicate.
+        "sass": re.findall(r"^(\.L_\S+:|\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\d+ )?\S.*;)", sass, re.M),
+        "stack": int(re.search(r"STACK:(\d+)", usage)[1]),
+        # Stores of 8 bytes by so many threads, each its own: scalars are stored by thread 0 alone.
+        "told_by": [
+            int(count) for count in re.findall(r"tt\.store .*: tensor<(\d+)x!tt\.ptr<i64>", compiled.asm["ttgir"])
+        ],
+        "split": plan.split,
+        "convert_layout": compiled.asm["ttgir"].count("convert_layout"),
+        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
+        "units": plan.units,
+        "threads": 32 * plan.num_warps,
+    }
+
+
+def found(cases, timeout_s):
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    env["PYTHONPATH"] = str(Path(__file__).parents[3])
+    command = [sys.executable, __file__, json.dumps(cases)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, env=env)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def polling_loops(sass):
+    """The instructions of the loops that look for words: from a label to the branch back to it."""
+    places = {line[:-1]: number for number, line in enumerate(sass) if line.startswith(".L_")}
+    for number, line in enumerate(sass):
+        target = re.search(r"BRA (?:U?P\d+, )?`\((\S+)\)", line)
+        if target and places.get(target[1], number) < number:
+            body = sass[places[target[1]] : number]
+            if any("LDG.E.128" in one for one in body) and not any(re.search("BAR|STG", one) for one in body):
+                yield body
+
+
+def check(case, got):
+    _, size, *_, two_shot = case
+    name, sass = f"{case}", got["sass"]
+    assert got["stack"] == 0 and not any(re.search(r"\b(LDL|STL)\b", line) for line in sass), f"{name} spills"
+    assert got["convert_layout"] == 0, name
+    assert got["registers"] * got["threads"] * 2 <= 65536, f"{name}: two programs do not fit"
+    loops = list(polling_loops(sass))
+    assert len(loops) == 1 + two_shot, f"{name}: {len(loops)} loops that poll"
+    for body in loops:
+        loads = [line for line in body if "LDG" in line]
+        assert all("LDG.E.128.STRONG.SYS" in line for line in loads), (name, loads)
+    assert max(len([line for line in body if "LDG" in line]) for body in loops) >= size, name
+    stores = [line for line in sass if re.search(r"\bSTG\.E\.128\b", line)]
+    strong = [line for line in stores if ".STRONG.SYS" in line]
+    # Pushed: a row to each peer, at two places, and by two-shot two; made unsent: a row of each peer, by two-shot
+    # two. The rest: output.
+    most = (3 * (size - 1) + two_shot * (2 * (size - 1) + 2)) * got["units"]
+    assert size <= len(strong) <= most, (name, len(strong), most)
+    assert len(stores) - len(strong) <= 4 * got["units"], name
+    assert not any(re.search(r"\b(MEMBAR|ERRBAR|CCTL)\b", line) for line in sass), f"{name}: a row waits for a fence"
+    counted = [line for line in sass if re.search(r"\b(ATOM|RED)G?\b", line)]
+    assert len(counted) == 2 and all("RED" in line for line in counted), f"{name}: somebody waits to count: {counted}"
+    # A thread that waits for a neighbour's sum reports by itself when its time is over: epoch and record.
+    assert got["told_by"] == [got["threads"]] * 2 * (got["split"] > 1), (name, got["told_by"])
+    touching = [bool(re.search(r"\b(LDG|STG|RED|ATOM)", line)) for line in sass]
+    waits = [number for number, line in enumerate(sass) if "ACQBULK" in line]
+    assert len(waits) == (case[0] >= 90), f"{name}: {len(waits)} waits for the kernel in front"
+    assert not any(touching[: waits[0]] if waits else []), f"{name}: memory is touched too early"
+    assert not any("PREEXIT" in line for line in sass), f"{name}: the next kernel may start too early"
+    wide = [line for line in sass if re.search(r"\b(LDG|STG)\.E\.(U8|U16|S8|S16)", line)]
+    assert not wide, (name, wide)
+
+
+@pytest.fixture(scope="module")
+def default():
+    return found(DEFAULT, 300)
+
+
+@pytest.mark.parametrize("number", range(len(DEFAULT)), ids=lambda number: "-".join(map(str, DEFAULT[number])))
+def test_pushes_and_polls(default, number):
+    check(DEFAULT[number], default[number])
+
+
+@pytest.mark.exhaustive
+def test_pushes_and_polls_of_every_plan():
+    for start in range(0, len(EVERY), 20):
+        part = EVERY[start : start + 20]
+        for case, got in zip(part, found(part, 900)):
+            check(case, got)
+
+
+if __name__ == "__main__":
+    print(json.dumps([compile_case(*case) for case in json.loads(sys.argv[1])]))
