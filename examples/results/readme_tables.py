@@ -1,4 +1,6 @@
-"""Print the README's tables of figures from the JSON files beside this script; a test keeps the README equal."""
+"""Print the tables of figures of README.md and of README.md beside this script, from the JSON files here; tests keep
+them equal.
+"""
 
 import json
 import math
@@ -6,6 +8,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 NVLINK_ROWS = (1, 8, 32, 64, 128, 512)
+GAINS = {2: (1, 64, 512), 4: (1, 32, 128, 256, 1024)}  # N -> T, at H = 4096
 
 
 def load(name: str) -> dict:
@@ -14,16 +17,41 @@ def load(name: str) -> dict:
 
 def over_nvlink(size: int) -> dict[tuple[int, int], dict[str, float]]:
     """us a call by (H, T) and library, the better one of its one-shot and two-shot."""
+    return best_of(f"all_reduce_nvlink_n{size}.json")
+
+
+def best_of(name: str) -> dict[tuple[int, int], dict[str, float]]:
+    """The same of any such file. A name without a norm (`host custom`) is not a rival: it does less."""
     cells: dict[tuple[int, int], dict[str, float]] = {}
-    for row in load(f"all_reduce_nvlink_n{size}.json")["rows"]:
+    for row in load(name)["rows"]:
+        if row["name"] == "host custom":
+            continue
         best = cells.setdefault((row["H"], row["T"]), {})
         name = row["name"].split()[0]
         best[name] = min(row["us"], best.get(name, math.inf))
     return cells
 
 
+def gains() -> list[str]:
+    """Ours against every rival that was measured in the same run, losses included, and FlashInfer for two ranks."""
+    lines = [
+        "| N | T | ours | host | FlashInfer | NCCL | ours / best other |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for size, all_rows in GAINS.items():
+        cells = best_of(f"all_reduce_rivals_n{size}.json")
+        for rows in all_rows:
+            us = cells[4096, rows]
+            if "flashinfer" not in us:  # two ranks: of another run on the same kind of machine
+                us["flashinfer"] = over_nvlink(size)[4096, rows]["flashinfer"]
+            ratio = us["triton"] / min(us[name] for name in us if name != "triton")
+            times = " | ".join(f"{us[name]:.1f}" for name in ("triton", "host", "flashinfer", "nccl"))
+            lines.append(f"| {size} | {rows} | {times} | {ratio:.2f} |")
+    return lines
+
+
 def headline() -> set[str]:
-    """The ratios that the READMEs quote: Triton over FlashInfer and NCCL + norm, geometric means up to T = 16."""
+    """The ratios that the text quotes: Triton over FlashInfer and NCCL + norm, geometric means up to T = 16."""
     found = set()
     for size in (2, 4):
         for other in ("flashinfer", "nccl"):
@@ -71,9 +99,10 @@ def qk_norm() -> list[str]:
     return lines
 
 
-TABLES = {"nvlink": nvlink, "one-gpu": one_gpu, "qk-norm": qk_norm}
+README = {"gains": gains}  # README.md and README.zh.md
+TABLES = {"nvlink": nvlink, "one-gpu": one_gpu, "qk-norm": qk_norm}  # README.md beside this script
 
 
 if __name__ == "__main__":
-    for title, table in TABLES.items():
+    for title, table in {**README, **TABLES}.items():
         print(f"\n{title}\n", *table(), sep="\n")
