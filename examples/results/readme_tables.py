@@ -50,6 +50,25 @@ def gains() -> list[str]:
     return lines
 
 
+def rivals() -> list[str]:
+    """All that was measured beside ours on 2026-11-26; a rival that a cell lacks was not timed there."""
+    names = ("triton one-shot", "triton two-shot", "host", "symm", "flashinfer", "nccl")
+    lines = [
+        "| N | H | T | one-shot | two-shot | host | torch symm. memory | FlashInfer | NCCL | ours / best other |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for size in (2, 4):
+        name = f"all_reduce_rivals_n{size}.json"
+        paths = {(row["H"], row["T"], row["name"]): row["us"] for row in load(name)["rows"]}
+        for (hidden, rows), us in best_of(name).items():
+            ours = {path: paths[hidden, rows, path] for path in names[:2] if (hidden, rows, path) in paths}
+            times = " | ".join(f"{us[key]:.1f}" if key in us else "-" for key in names[2:])
+            ratio = us["triton"] / min(us[key] for key in us if key != "triton")
+            shots = " | ".join(f"{ours[path]:.1f}" if path in ours else "-" for path in names[:2])
+            lines.append(f"| {size} | {hidden} | {rows} | {shots} | {times} | {ratio:.2f} |")
+    return lines
+
+
 def headline() -> set[str]:
     """The ratios that the text quotes: Triton over FlashInfer and NCCL + norm, geometric means up to T = 16."""
     found = set()
@@ -100,7 +119,7 @@ def qk_norm() -> list[str]:
 
 
 README = {"gains": gains}  # README.md and README.zh.md
-TABLES = {"nvlink": nvlink, "one-gpu": one_gpu, "qk-norm": qk_norm}  # README.md beside this script
+TABLES = {"rivals": rivals, "nvlink": nvlink, "one-gpu": one_gpu, "qk-norm": qk_norm}  # README.md beside this script
 
 
 if __name__ == "__main__":
