@@ -1,11 +1,93 @@
-"""The small documents name what is there."""
+"""The documents name what is there: links, files, commands and their options, reasons, metrics."""
 
+import importlib
 import re
 from pathlib import Path
 
+import pytest
+
 import fd_fusion
+from fd_fusion.__main__ import COMMANDS
+from fd_fusion.binding import metrics
+from fd_fusion.reasons import TABLE
 
 ROOT = Path(__file__).parents[1]
+DOCUMENTS = sorted(
+    path
+    for pattern in ("*.md", "fd_fusion/**/*.md", "examples/**/*.md", "patches/*.md", "tests/*.md")
+    for path in ROOT.glob(pattern)
+)
+NAMES = [str(path.relative_to(ROOT)) for path in DOCUMENTS]
+
+
+def text_of(name):
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def anchors(path):
+    """Of a document's headings, as the sites that show it make them."""
+    text = re.sub(r"^```.*?^```", "", path.read_text(encoding="utf-8"), flags=re.M | re.S)
+    titles = re.findall(r"^#+ (.+)$", text, re.M)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def test_each_reader_has_a_document():
+    rooms = ["fd_fusion/", *(f"fd_fusion/{room}/" for room in ("backends", "cli", "hosts/fastdeploy", "kernels"))]
+    wanted = [f"{room}README.md" for room in ("", *rooms, "examples/", "examples/results/", "patches/", "tests/")]
+    assert {*wanted, "README.zh.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md"} <= set(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_link_resolves(name):
+    for link in re.findall(r"\]\(([^)\s]+)\)", text_of(name)):
+        if "://" in link:
+            continue
+        path, _, anchor = link.partition("#")
+        target = ((ROOT / name).parent / path).resolve() if path else ROOT / name
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_file_that_is_named_exists(name):
+    for path in re.findall(r"(?<![\w/.])(?:fd_fusion|tests|examples|patches|\.ci)/[\w./-]+", text_of(name)):
+        assert (ROOT / path.rstrip(".-")).exists(), path
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_command_and_option_exists(name, capsys):
+    """`python -m fd_fusion COMMAND --option`. What `serve` does not know is the api server's."""
+    for line in re.findall(r"python -m fd_fusion ([^`\n]+)", text_of(name)):
+        words = line.split()
+        if words[0].startswith("-") or words[0] == "COMMAND":
+            continue
+        assert words[0] in COMMANDS, line
+        if words[0] == "serve":
+            continue
+        sub = [word for word in words[1:2] if words[0] == "bench"]
+        with pytest.raises(SystemExit):
+            importlib.import_module(COMMANDS[words[0]][0]).main([*sub, "--help"])
+        known = capsys.readouterr().out
+        assert not [word for word in words if word.startswith("--") and word not in known], line
+
+
+@pytest.mark.parametrize("name", ["fd_fusion/README.md", "fd_fusion/hosts/fastdeploy/README.md"])
+def test_the_reasons_that_are_named_exist(name):
+    told = re.findall(r"`([a-z]+(?:_[a-z]+)+)`", text_of(name))
+    codes = [code for code in told if code in TABLE]
+    listed = text_of(name).partition("| reason, by its code;")[2].partition("\n\n")[0]
+    table = re.findall(r"`([a-z_]+)`", " ".join(row.split("|")[2] for row in listed.splitlines() if row.count("|") > 2))
+    assert len(codes) > 5 and set(table) <= set(TABLE)
+
+
+def test_every_rule_is_named_where_strict_is_explained():
+    text = text_of("fd_fusion/README.md").partition("Left out are only rules")[2]
+    assert set(re.findall(r"`(\w+)`", text)) == {code for code, entry in TABLE.items() if entry.rule}
+
+
+def test_every_metric_is_named():
+    told = set(re.findall(r"`(fd_fusion_\w+?)(?:\{[\w,]+\})?`", text_of("fd_fusion/cli/README.md")))
+    assert told == {*(f"fd_fusion_{name}_total" for name in metrics._LABELS), "fd_fusion_workspace_bytes"}
 
 
 def test_the_changelog_begins_with_this_version():

@@ -1,7 +1,12 @@
-"""README.md and README.zh.md say the same: the same commands and code, tables of the same shape and terms."""
+"""README.md and README.zh.md say the same, and what they say of the code is so: commands, config, reasons, the example."""
 
+import dataclasses
+import json
 import re
 from pathlib import Path
+
+from fd_fusion.config import FusionConfig
+from fd_fusion.reasons import TABLE
 
 ROOT = Path(__file__).parents[1]
 ENGLISH, CHINESE = (ROOT / "README.md").read_text(), (ROOT / "README.zh.md").read_text()
@@ -25,6 +30,12 @@ def headings(text):
     ]
 
 
+def cells(first):
+    """The rows of the English table whose head begins with `first`, each as a list of cells."""
+    table = ENGLISH.partition(f"\n| {first} |")[2].partition("\n\n")[0]
+    return [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in table.splitlines()[2:]]
+
+
 def test_commands_and_code_are_equal():
     assert blocks(ENGLISH) == blocks(CHINESE)
 
@@ -37,11 +48,38 @@ def test_structure_is_equal():
     assert headings(ENGLISH) == headings(CHINESE)
 
 
+def test_links_are_equal():
+    links = [re.findall(r"\]\((?!README)([^)]+)\)", text) for text in (ENGLISH, CHINESE)]
+    assert sorted(links[0]) == sorted(links[1]) and links[0]
+
+
+def test_the_length_is_that_of_a_page_that_is_read():
+    assert all(170 <= text.count("\n") <= 195 for text in (ENGLISH, CHINESE))
+
+
 def test_ci_runs_commands_of_the_readme():
-    commands = [block for block in blocks(ENGLISH) if block.startswith("```bash ci")]
-    assert any("fd_fusion demo" in block for block in commands) and any("pytest" in block for block in commands)
+    """As .ci/run finds them: all commands of `bash ci` blocks, in order, the first of which installs."""
+    found = re.findall(r"^```bash ci\n(.*?)^```", ENGLISH, re.M | re.S)
+    commands = [line for block in found for line in block.splitlines()]
+    assert commands[0].startswith("pip install -e")
+    for wanted in ("demo --backend triton", "fd_fusion doctor", "pytest -n 2 --cov", "tests/dist/ops.py", "two_ranks"):
+        assert any(wanted in command for command in commands), wanted
 
 
-def test_every_file_that_is_named_exists():
-    for path in re.findall(r"`((?:fd_fusion|tests|examples|patches)/[\w./-]*)`", ENGLISH):
-        assert (ROOT / path).exists(), path
+def test_the_python_of_the_readme_is_the_example():
+    """Line by line and in order; `...` leaves lines out. CI runs the example."""
+    source = iter((ROOT / "examples/two_ranks.py").read_text().splitlines())
+    code = [block for block in blocks(ENGLISH) if block.startswith("```python")]
+    assert len(code) == 1
+    for line in code[0].splitlines()[1:-1]:
+        assert line == "..." or line in source, line
+
+
+def test_the_config_table_is_the_config():
+    expected = [(f"`{field.name}`", f"`{json.dumps(field.default)}`") for field in dataclasses.fields(FusionConfig)]
+    assert [(row[0], row[1]) for row in cells("key")] == expected
+
+
+def test_the_reasons_that_are_named_exist():
+    codes = [row[0].strip("`") for row in cells("code")]
+    assert len(codes) == 6 and set(codes) <= set(TABLE)

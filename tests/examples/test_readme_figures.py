@@ -1,4 +1,4 @@
-"""The READMEs' tables of figures are the ones that examples/results/readme_tables.py prints from the JSON files."""
+"""The documents' tables of figures are the ones that examples/results/readme_tables.py prints from the JSON files."""
 
 import importlib.util
 import re
@@ -10,16 +10,31 @@ ROOT = Path(__file__).parents[2]
 SPEC = importlib.util.spec_from_file_location("readme_tables", ROOT / "examples/results/readme_tables.py")
 readme_tables = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(readme_tables)
+WHERE = {
+    "README.md": readme_tables.README,
+    "README.zh.md": readme_tables.README,
+    "examples/results/README.md": readme_tables.TABLES,
+}
 
 
-@pytest.mark.parametrize("name", ["README.md", "README.zh.md"])
+@pytest.mark.parametrize("name", WHERE)
 def test_figures_come_from_the_results(name):
     text = (ROOT / name).read_text()
     found = dict(re.findall(r"<!-- figures: ([\w-]+) -->\n(.*?)\n<!-- figures: end -->", text, re.S))
-    assert found == {key: "\n".join(table()) for key, table in readme_tables.TABLES.items()}
+    assert found == {key: "\n".join(table()) for key, table in WHERE[name].items()}
 
 
-@pytest.mark.parametrize("name", ["README.md", "README.zh.md"])
-def test_the_ratios_in_the_text_come_from_the_results(name):
-    text = (ROOT / name).read_text()
+def test_the_readme_shows_losses():
+    ratios = [float(row.split("|")[-2]) for row in readme_tables.gains()[2:]]
+    assert len(ratios) == 8 and min(ratios) < 1 < max(ratios)
+
+
+def test_the_ratios_in_the_text_come_from_the_results():
+    text = (ROOT / "examples/results/README.md").read_text()
     assert all(ratio in text for ratio in readme_tables.headline()), readme_tables.headline()
+
+
+def test_every_result_is_listed():
+    folder, text = ROOT / "examples/results", (ROOT / "examples/results/README.md").read_text()
+    assert not [path.name for path in folder.glob("*.json") if f"`{path.name}`" not in text]
+    assert not [name for name in re.findall(r"`([\w.]+\.(?:json|txt))`", text) if not (folder / name).exists()]
