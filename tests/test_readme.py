@@ -1,4 +1,4 @@
-"""README.md and README.zh.md say the same, and what they say of the code is so: commands, config, reasons, the example."""
+"""README.md and README.zh.md say the same, and commands, config, reasons and example are those of the code."""
 
 import dataclasses
 import json
@@ -62,7 +62,7 @@ def test_ci_runs_commands_of_the_readme():
     found = re.findall(r"^```bash ci\n(.*?)^```", ENGLISH, re.M | re.S)
     commands = [line for block in found for line in block.splitlines()]
     assert commands[0].startswith("pip install -e")
-    for wanted in ("demo --backend triton", "fd_fusion doctor", "pytest -n 2 --cov", "tests/dist/ops.py", "two_ranks"):
+    for wanted in ("demo --backend triton", "doctor", "pytest -n 2 --cov", "tests/dist/ops.py", "two_ranks.py"):
         assert any(wanted in command for command in commands), wanted
 
 

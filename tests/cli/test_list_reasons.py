@@ -1,4 +1,4 @@
-"""The table of reasons in fd_fusion/cli/README.md is the package's own: `python -m fd_fusion reasons --write` wrote it."""
+"""fd_fusion/cli/README.md holds the package's own table of reasons, as `fd_fusion reasons --write` gives it."""
 
 from pathlib import Path
 
