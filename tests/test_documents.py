@@ -24,6 +24,14 @@ def text_of(name):
     return (ROOT / name).read_text(encoding="utf-8")
 
 
+def code_of(name):
+    """Every line of the code blocks, and every code span, which may go over the end of a line."""
+    text = text_of(name)
+    lines = [line for block in re.findall(r"^```.*?^```", text, re.M | re.S) for line in block.splitlines()]
+    spans = re.findall(r"`([^`]+)`", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S))
+    return [*lines, *(" ".join(span.split()) for span in spans)]
+
+
 def anchors(path):
     """Of a document's headings, as the sites that show it make them."""
     text = re.sub(r"^```.*?^```", "", path.read_text(encoding="utf-8"), flags=re.M | re.S)
@@ -57,7 +65,7 @@ def test_every_file_that_is_named_exists(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_every_command_and_option_exists(name, capsys):
     """`python -m fd_fusion COMMAND --option`. What `serve` does not know is the api server's."""
-    for line in re.findall(r"python -m fd_fusion ([^`\n]+)", text_of(name)):
+    for line in re.findall(r"python -m fd_fusion (.+)", "\n".join(code_of(name))):
         words = line.split()
         if words[0].startswith("-") or words[0] == "COMMAND":
             continue
