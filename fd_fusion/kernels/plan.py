@@ -222,16 +222,16 @@ def constants(
 def read_error_page(words: list[int]) -> dict[str, Any] | None:
     """What the int64 words of the error page say, or None if nothing has gone wrong.
 
-    Returns: code (TIMED_OUT, TOLD: another rank ran out of time, TWO_STREAMS), op, row, epoch, missing (ranks).
+    Returns: code (TIMED_OUT, TOLD: another rank ran out of time, TWO_STREAMS), op, row, launch, missing (ranks).
     """
-    for first, epoch in ((words[0], words[1]), (words[2], words[3])):
+    for first, launch in ((words[0], words[1]), (words[2], words[3])):
         if first:
             missing = [rank for rank in range(8) if first >> (4 + rank) & 1]
             return {
                 "code": first & 15,
                 "op": first >> 16 & 0xFFFFFF,
                 "row": first >> 40 & 0x7FFFFF,
-                "epoch": epoch,
+                "launch": launch,
                 "missing": missing,
             }
     return None
