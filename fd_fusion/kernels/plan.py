@@ -187,7 +187,8 @@ def constants(
     results = 1 if residual_stays else 2
     assert not two_shot or plan.places >= results, "opened without two-shot: its results have no place"
     units = plan.units
-    # Found by compiling: nothing spills. Fewer registers are more rows in flight, which is speed for large T.
+    # Found by compiling: nothing spills, but for 16 bytes of two-shot, N=8, H=8192 on sm_80 (NOTES_link.md).
+    # Fewer registers are more rows in flight, which is speed for large T.
     if plan.dtype == "float32":
         registers = 192 if two_shot else 168
     else:
