@@ -242,7 +242,7 @@ TABLE: dict[str, Entry] = {
     ),
     "old_gpu": Entry("the GPU is sm_{got}, older than sm_{need}", "use an A100 or newer"),
     "two_streams": Entry(
-        "two streams used one workspace at once: op {op}, row {row}, epoch {epoch}",
+        "two streams used one workspace at once: op {op}, row {row}, launch {launch}",
         "run a bound model from one stream at a time, then call reset() on every rank",
     ),
     "aborted": Entry(
@@ -282,7 +282,7 @@ TABLE: dict[str, Entry] = {
     ),
     "open_failed": Entry("the workspace could not be opened: {error}", "see the log of this rank"),
     "dead_group": Entry(
-        "a fused call ran out of time: op {op}, row {row}, epoch {epoch}, missing rank {missing}",
+        "a fused call ran out of time: op {op}, row {row}, launch {launch}, missing rank {missing}",
         "restart the ranks, or call reset() on every rank",
     ),
     "silent_rank": Entry(

@@ -289,7 +289,7 @@ def read_error(words: list[int]) -> Reason | None:
     error = plans.read_error_page(words)
     if error is None:
         return None
-    where = {name: error[name] for name in ("op", "row", "epoch")}
+    where = {name: error[name] for name in ("op", "row", "launch")}
     if error["code"] == plans.TWO_STREAMS:
         return because("two_streams", **where)
     if error["code"] == plans.TOLD:

@@ -19,7 +19,7 @@ LAYOUT = workspace.Layout(
     local_bytes=64,
     local_words=lambda limit, page, addresses: [limit, page, *addresses],
     page_bytes=64,
-    read_error=lambda words: because("dead_group", op=1, row=words[0], epoch=3, missing=0) if words[0] else None,
+    read_error=lambda words: because("dead_group", op=1, row=words[0], launch=3, missing=0) if words[0] else None,
 )
 
 

@@ -187,7 +187,8 @@ def constants(
     results = 1 if residual_stays else 2
     assert not two_shot or plan.places >= results, "opened without two-shot: its results have no place"
     units = plan.units
-    # Found by compiling: nothing spills. Fewer registers are more rows in flight, which is speed for large T.
+    # Found by compiling: nothing spills, but for 16 bytes of two-shot, N=8, H=8192 on sm_80 (NOTES_link.md).
+    # Fewer registers are more rows in flight, which is speed for large T.
     if plan.dtype == "float32":
         registers = 192 if two_shot else 168
     else:
@@ -222,16 +223,16 @@ def constants(
 def read_error_page(words: list[int]) -> dict[str, Any] | None:
     """What the int64 words of the error page say, or None if nothing has gone wrong.
 
-    Returns: code (TIMED_OUT, TOLD: another rank ran out of time, TWO_STREAMS), op, row, epoch, missing (ranks).
+    Returns: code (TIMED_OUT, TOLD: another rank ran out of time, TWO_STREAMS), op, row, launch, missing (ranks).
     """
-    for first, epoch in ((words[0], words[1]), (words[2], words[3])):
+    for first, launch in ((words[0], words[1]), (words[2], words[3])):
         if first:
             missing = [rank for rank in range(8) if first >> (4 + rank) & 1]
             return {
                 "code": first & 15,
                 "op": first >> 16 & 0xFFFFFF,
                 "row": first >> 40 & 0x7FFFFF,
-                "epoch": epoch,
+                "launch": launch,
                 "missing": missing,
             }
     return None

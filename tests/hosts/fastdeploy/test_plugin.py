@@ -259,7 +259,7 @@ def test_no_token_leaves_after_a_timeout(newer, monkeypatch, host_worker):
 
     def check():
         if sick:
-            raise FusionTimeout(because("dead_group", op=1, row=2, epoch=3, missing=1))
+            raise FusionTimeout(because("dead_group", op=1, row=2, launch=3, missing=1))
 
     monkeypatch.setattr(binding, "check", check)
     monkeypatch.setattr(host_worker.runner, "_publish", lambda rank, tokens: published.append(tokens))

@@ -195,7 +195,7 @@ def test_a_missing_rank(two_shot):
 
 def test_a_late_rank_and_a_second_stream():
     """Rank 1 comes after rank 0 has given up: it must not return finite numbers, though all words of two
-    rows have come. And while rank 0 waits, its epoch moves, as if a second stream had finished a call meanwhile."""
+    rows have come. And while rank 0 waits, its counter of launches moves, as if a second stream had called."""
     one = case(2, 64, rows=[5], two_shot=[False], late=[1, 0], late_s=2)
     results = run([one | {"limit_s": 0.5}, one | {"other_stream": [0, 0]}])
     pages = [[plans.read_error_page(rank[f"{number}.page"].tolist()) for rank in results] for number in (0, 1)]

@@ -119,7 +119,7 @@ def check(case, got):
     assert not any(re.search(r"\b(MEMBAR|ERRBAR|CCTL)\b", line) for line in sass), f"{name}: a row waits for a fence"
     counted = [line for line in sass if re.search(r"\b(ATOM|RED)G?\b", line)]
     assert len(counted) == 2 and all("RED" in line for line in counted), f"{name}: somebody waits to count: {counted}"
-    # A thread that waits for a neighbour's sum reports by itself when its time is over: epoch and record.
+    # A thread that waits for a neighbour's sum reports by itself when its time is over: launch and record.
     assert got["told_by"] == [got["threads"]] * 2 * (got["split"] > 1), (name, got["told_by"])
     touching = [bool(re.search(r"\b(LDG|STG|RED|ATOM)", line)) for line in sass]
     waits = [number for number, line in enumerate(sass) if "ACQBULK" in line]
