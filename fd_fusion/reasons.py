@@ -140,7 +140,8 @@ TABLE: dict[str, Entry] = {
     # Using a Site.
     "double_hand_over": Entry(
         "{site}: a second partial sum was handed over before the first was finished",
-        "the norm of this pair did not run: unbind the model or report its class",
+        "a forward before this one raised and the model was entered by `forward`: call the model itself; or the norm "
+        "of this pair did not run: unbind the model or report its class",
     ),
     "other_tensor": Entry(
         "{site}: finish() got another tensor than the one handed over",

@@ -68,17 +68,23 @@ class ForwardCount:
 
     def __init__(self) -> None:
         self.number = 0
+        self._whole = 0  # forwards of the whole model
         self._then: tuple[int, Callable[[], bool]] | None = None
 
     def start(self, *_: Any) -> None:
-        """At the start of each eager forward: the hook of the model. What is pending from before is dropped."""
+        """At the start of each eager forward, the hook of the model: what is pending from before counts no more."""
         self.number += 1
-        if self._then is not None and self.number >= self._then[0] and self._then[1]():
+        self._whole += 1
+        if self._then is not None and self._whole >= self._then[0] and self._then[1]():
             self._then = None
+
+    def start_inside(self, *_: Any) -> None:
+        """The hook of a layer that holds all pairs, a model's decoder for example: it may be called by itself."""
+        self.number += 1
 
     def at_second(self, action: Callable[[], bool]) -> None:
         """Run `action` when the second forward from now starts, and at each later start until it returns True."""
-        self._then = self.number + 2, action
+        self._then = self._whole + 2, action
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return ForwardCount, ()
@@ -256,6 +262,7 @@ class Site:
         """Every later use raises `closed`, from a layer that was kept or a graph that was traced."""
         self.end_proof(False)
         self._fused = self._reduce = self._norm = closed
+        self._user = self._wrong = closed  # whoever kept `hand_over` or `finish` comes to one of these
         for entry in ("hand_over", "finish", "finish_stock", "complete", "stock", "fused"):
             setattr(self, entry, closed)
 

@@ -198,14 +198,30 @@ def closed(use):
 def test_a_closed_site_raises_from_every_entry():
     """What it calls is gone: at T above the limit too, and at T=0, and with a partial sum handed over before."""
     site, calls = make()
+    kept = site.hand_over, site.finish, site.finish_stock
     site.hand_over(partial := Fake(1, 8))
     site.close()
+    assert closed(lambda: kept[0](Fake(1, 8))) and closed(lambda: kept[1](Fake(1, 8), None))
+    assert closed(lambda: kept[2](Fake(1, 8), None, lambda *_: ("out", "sum")))
     for rows in (0, 1, 5):
         assert closed(lambda: site.hand_over(Fake(rows, 8)))  # noqa: B023
         assert closed(lambda: site.finish(partial, None)) and closed(lambda: site.complete(Fake(rows, 8), None))  # noqa: B023
         assert closed(lambda: site.finish_stock(partial, None, lambda *_: ("out", "sum")))
     assert closed(lambda: site.fused(partial, None)) and not site.fuses(1) and calls == []
     site.close()
+
+
+def test_a_forward_may_start_at_a_layer_that_holds_all_pairs():
+    """A model whose decoder is called by itself: what a forward left behind when it raised costs the next nothing."""
+    forwards, done = ForwardCount(), []
+    site, calls = make(forwards=forwards)
+    forwards.at_second(lambda: done.append(True) or True)
+    for _ in range(3):
+        forwards.start_inside()
+        site.hand_over(Fake(1, 8))  # and then the forward raises
+    forwards.start_inside()
+    finish(site, 1)
+    assert calls == ["fused"] and not done, "forwards of the whole model are counted apart"
 
 
 def test_the_number_of_a_site_that_is_gone_is_closed():

@@ -70,6 +70,12 @@ class Pair:
         return tuple(getattr(layer, name) for layer, name in hooks if layer is not None)
 
 
+def holders(model: Any, pairs: Sequence[Pair]) -> list[Any]:
+    """The layers inside `model` that hold both ends of every pair: a forward may be started at any of them."""
+    ends = {id(end) for pair in pairs for end in (pair.producer, pair.reader)}
+    return [layer for layer in model.sublayers() if ends <= {id(part) for part in layer.sublayers()}]
+
+
 def without_hooked(pairs: Sequence[Pair | Rejected]) -> list[Pair | Rejected]:
     """The pairs; one that has a hook between its ends is rejected, and the layer with the hook named."""
 

@@ -87,6 +87,8 @@ def attach_and_prove(
         state.undo_qk += [norm.attach(Kernel(norm)) for norm in state.qk_norms]
         return
     state.undo.append(model.register_forward_pre_hook(state.forwards.start).remove)
+    for layer in holders(model, [pair for pair, _ in state.sites]):
+        state.undo.append(layer.register_forward_pre_hook(state.forwards.start_inside).remove)
     if example is None or not prove(model, state, example):
         _prove_in_first_forward(model, state, example_of or on_copies)
 

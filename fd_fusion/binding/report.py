@@ -147,7 +147,7 @@ def _told(reason: Reason) -> str:
 
 def _space(line: SiteLine) -> str:
     """A workspace in the headline: its paths and their limits, its size, its group."""
-    ranks, limit, two_shot = line.ranks, line.limit, line.opening.opened.stats().get("two_shot_rows")
+    ranks, limit, two_shot = line.ranks, line.limit, _stats(line.opening).get("two_shot_rows")
     span = f"{ranks[0]}..{ranks[-1]}" if len(ranks) > 1 else str(ranks[0])
     most = "any number of rows" if limit is None else f"<= {limit} rows"
     if line.backend == "triton" and two_shot is not None and (limit is None or two_shot <= limit):
@@ -156,6 +156,14 @@ def _space(line: SiteLine) -> str:
         rows = f"one-shot {most}" if line.backend == "triton" else most
     source = line.opening.limit_source
     return f"{line.backend} {rows} ({source}), workspace {_size(line.workspace_bytes)}, group [{span}]"
+
+
+def _stats(opening: Any) -> dict[str, Any]:
+    """A report is for the time after something went wrong too: what the driver refuses to read is told."""
+    try:
+        return opening.opened.stats()
+    except Exception as error:  # each driver has its own; recorded here
+        return {"error": f"{type(error).__name__}: {error}"}
 
 
 def _size(nbytes: int) -> str:
@@ -174,7 +182,7 @@ def _space_dict(line: SiteLine) -> dict[str, Any]:
         "limit_source": opening.limit_source,
         "note": opening.note.to_dict() if opening.note else None,
         "workspace_bytes": line.workspace_bytes,
-        "stats": opening.opened.stats(),
+        "stats": _stats(opening),
     }
 
 

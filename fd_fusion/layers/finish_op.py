@@ -32,7 +32,7 @@ def _like_partial(partial, *rest):
 )
 def _finish(partial, residual, site):
     site = site_of(site)
-    refuse_gradients(site, partial)
+    refuse_gradients(site, partial, residual)
     return site.complete(_own(partial, site), residual)
 
 
@@ -61,10 +61,10 @@ def is_eager() -> bool:
     return paddle.in_dynamic_mode() and not in_sot_simulation_mode()
 
 
-def finish(site: Site, partial: paddle.Tensor, residual: paddle.Tensor | None):
+def finish(site: Site, partial: paddle.Tensor, residual: paddle.Tensor | None, weight: paddle.Tensor | None = None):
     """`site.finish` in eager mode, with its checks; the opaque op while a graph is being traced."""
     if paddle.in_dynamic_mode() and not in_sot_simulation_mode():
-        refuse_gradients(site, partial)
+        refuse_gradients(site, partial, residual, weight)
         return site.finish(partial, residual)
     alone = residual is None  # SOT breaks the graph at `if <tensor> is None`, and takes the two apart
     if alone:
@@ -72,10 +72,12 @@ def finish(site: Site, partial: paddle.Tensor, residual: paddle.Tensor | None):
     return _finish(partial, residual, site.number)
 
 
-def refuse_gradients(site: Site, partial: paddle.Tensor) -> None:
-    """Raises: FusionError: a gradient would have to pass; without a word it would be zero."""
-    if site.refuses_gradients and is_recorded(partial):
-        raise FusionError(because("gradients", layer=site.name))
+def refuse_gradients(site: Site, *tensors: paddle.Tensor | None) -> None:
+    """Raises: FusionError: a gradient would have to pass to one of these; without a word it would be zero."""
+    if site.refuses_gradients and paddle.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and not tensor.stop_gradient:
+                raise FusionError(because("gradients", layer=site.name))
 
 
 def is_recorded(x: paddle.Tensor) -> bool:

@@ -55,7 +55,7 @@ class RMSNorm(nn.Layer):
         self._check(x, residual_input)
         if self.site is None:
             return self.stock_forward(x, residual_input)
-        return finish(self.site, x, residual_input)
+        return finish(self.site, x, residual_input, self.weight)
 
     def stock_forward(self, x: paddle.Tensor, residual_input: paddle.Tensor | None = None):
         """The norm alone: x is already the whole sum."""

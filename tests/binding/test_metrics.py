@@ -105,6 +105,20 @@ def test_totals(monkeypatch):
     assert nbytes == 3 * (32 << 20), "each workspace once, and that of a dropped model, which no report has any more"
 
 
+def test_a_report_tells_what_a_driver_refuses_to_read():
+    """After a time-out the device may answer nothing more: the report is for that time too."""
+
+    def stats():
+        raise RuntimeError("cuMemcpyDtoHAsync_v2: CUDA_ERROR_ILLEGAL_ADDRESS")
+
+    opened = Opened()
+    opened.stats = stats
+    report = report_of(opened)
+    assert "3 sites" in report.lines()[0]
+    (space,) = report.to_dict()["workspaces"]
+    assert space["stats"] == {"error": "RuntimeError: cuMemcpyDtoHAsync_v2: CUDA_ERROR_ILLEGAL_ADDRESS"}
+
+
 def test_one_line_of_json_a_minute(caplog, monkeypatch):
     caplog.set_level(logging.INFO, "fd_fusion")
     now = [100.0]

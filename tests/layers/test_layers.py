@@ -289,7 +289,13 @@ def test_a_fused_finish_in_training_is_an_error_and_not_a_gradient_of_zero():
         assert refuses_gradients(lambda: norm(linear(x)))
         with paddle.no_grad():
             norm(linear(x))
+    assert refuses_gradients(lambda: norm(x)), "the norm's own weight would have one"
+    norm.weight.stop_gradient = True
     norm(x)  # nothing that it was made from has a gradient
+    (residual := values([2, 8])).stop_gradient = False
+    assert refuses_gradients(lambda: norm(x, residual)), "a trained residual stream beside a frozen producer"
+    with paddle.no_grad():
+        norm(x, residual)
     site.refuses_gradients = False
     norm(linear(x))
 
