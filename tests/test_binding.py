@@ -289,6 +289,20 @@ def test_a_copy_of_a_model_that_is_not_proven_yet_is_a_model_of_its_own():
     assert (other(paddle.ones([1, 2])) == 1).all()
 
 
+@pytest.mark.parametrize("full_graph", [True, False])
+def test_a_model_that_waits_for_its_proof_is_traced_as_stock(full_graph):
+    """to_static reads the names of the arguments off the forward that waits, and asked for none."""
+    model = DemoDecoder(0, 1)
+    state = settling.Bound(Report(FusionConfig(), "a test", "Model"))
+    state.groups.append(Group("g", 0, 2, (0, 1), BrokenStore()))
+    with paddle.no_grad():
+        want = model(hidden(2))
+        armed(model, state)
+        got = paddle.jit.to_static(model, full_graph=full_graph)(hidden(2))
+    assert paddle.allclose(got, want, atol=1e-5) and state.on
+    settling.undo_all(state)
+
+
 def test_a_model_that_waits_for_its_proof_can_be_dropped():
     model = paddle.nn.Linear(2, 2)
     state, alive = settling.Bound(Report(FusionConfig(), "a test", "Model")), weakref.ref(model)

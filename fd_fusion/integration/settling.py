@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import types
 import weakref
@@ -203,6 +204,8 @@ def _prove_in_first_forward(model: Any, state: Bound, example_of: ExampleOf) -> 
         state.report.log(logger)
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not is_eager() and own is None:  # nothing that would break the graph, a copy's neither
+            return type(self).forward(self, *args, **kwargs)
         if self is not this():  # a copy of the model: it has no Site
             return type(self).forward(self, *args, **kwargs)
         if armed[0] and is_eager():
@@ -218,8 +221,16 @@ def _prove_in_first_forward(model: Any, state: Bound, example_of: ExampleOf) -> 
 
     # Nothing that the state holds may keep the model alive.
     forward.__wrapped__, forward.binds_at_first_call, code = stock, True, weakref.ref(forward)
+    forward.__signature__ = _with_self(stock)
     model.__dict__["forward"] = types.MethodType(forward, model)
     state.undo.append(disarm)
+
+
+def _with_self(stock: Callable[..., Any]) -> inspect.Signature:
+    """That of the function behind a model's forward: to_static reads the names of a call's arguments off it."""
+    signature = inspect.signature(stock)
+    own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+    return signature.replace(parameters=[own, *signature.parameters.values()])
 
 
 def _settle(state: Bound, refusal: Reason | None, ranks: tuple[int, ...]) -> None:
