@@ -122,6 +122,14 @@ TABLE: dict[str, Entry] = {
         "the forward had no rows, which proves nothing: the model runs as stock until there are some",
         "nothing to do; the next eager forward tries again",
     ),
+    "no_outputs": Entry(
+        "the forward returned no tensor to compare, which proves nothing: the model runs as stock",
+        "give bind an example that returns the model's outputs",
+    ),
+    "not_finite": Entry(
+        "{what}: no row is finite, which proves nothing: the model runs as stock until one is",
+        "check the weights and the example's input; the next eager forward tries again",
+    ),
     "inputs_not_copied": Entry(
         "the arguments of the first forward cannot be copied, so it cannot be run a second time: {error}",
         "give bind an example",

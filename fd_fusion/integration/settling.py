@@ -28,6 +28,7 @@ from fd_fusion.reasons import BindError, FusionError, Reason, because
 from fd_fusion.site import ForwardCount, Rejected, Site
 
 logger = logging.getLogger("fd_fusion")
+NOTHING_SHOWN = ("zeros", "no_rows_yet", "no_outputs", "not_finite")
 _TRIES = 3  # first forwards that may raise, or find a rank missing before they begin
 
 
@@ -109,11 +110,12 @@ def prove(model: Any, state: Bound, example: Callable[[], Any], *, first_forward
     if ballot.goes_on:
         ballot = _ballot(forwards, forwards.prove(state.qk_norms))
         if ballot.goes_on:
-            ballot.refusal, empty, ballot.differs = forwards.compare()
-            ballot.again = because("no_rows_yet") if empty else None
+            ballot.refusal, ballot.again, ballot.differs = forwards.compare()
         _vote(state, ballot, forwards, proof)
-    if ballot.goes_on and ballot.differs:
+    if ballot.refusal is None and ballot.differs:  # also where a site showed nothing: what is spoilt makes NaN there
+        again = ballot.again
         ballot = _ballot(forwards, forwards.run(AGAIN))
+        ballot.again = again
         if ballot.refusal is None:
             ballot.refusal, repeats = forwards.judge_spread()
             state.report.spread = None if repeats else because("stock_differs")
@@ -169,7 +171,7 @@ def meet_again(state: Bound) -> Reason | None:
 
 def _try_again(state: Bound, reason: Reason) -> bool:
     """No outcome yet, but for a third time of no pass at all. Returns whether this is the end of it."""
-    state.tries += reason.root.code not in ("zeros", "no_rows_yet")
+    state.tries += reason.root.code not in NOTHING_SHOWN
     if state.tries < _TRIES:
         _wait(state.report, reason)
         return False
