@@ -98,6 +98,8 @@ class Forwards:
         """After the second stock forward: (why the proving one is not stock, whether stock repeats its own bits)."""
         got, want, again = (self._outputs[which] for which in (PROVING, STOCK, AGAIN))
         try:
+            if [list(one.shape) for one in again] != [list(one.shape) for one in want]:
+                return because("shapes_differ"), True
             repeats = first_difference(again, want) is None
             output = first_difference(got, want) if repeats else within_spread(got, want, again)
             return (None if output is None else self._name(output)), repeats

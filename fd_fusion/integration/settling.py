@@ -30,6 +30,7 @@ from fd_fusion.site import ForwardCount, Rejected, Site
 logger = logging.getLogger("fd_fusion")
 NOTHING_SHOWN = ("zeros", "no_rows_yet", "no_outputs", "not_finite")
 _TRIES = 3  # first forwards that may raise, or find a rank missing before they begin
+_STRICT_TRIES = 4  # passes that may show nothing under `strict`
 
 
 @dataclass
@@ -50,6 +51,8 @@ class Bound:
     circle: Group | None = None  # all ranks that must come to one outcome
     failures: list[Reason] = field(default_factory=list)  # what was tried and did not work
     tries: int = 0  # first forwards in which no pass could run
+    in_vain: int = 0  # passes that showed nothing
+    since: int = 0  # eager forwards since the first of them
     on: bool = True  # somewhere in the circle; a bind that failed may be tried again
     forwards: ForwardCount = field(default_factory=ForwardCount)
     freezes_itself: bool = False  # no host does it after its graphs were captured
@@ -170,13 +173,31 @@ def meet_again(state: Bound) -> Reason | None:
 
 
 def _try_again(state: Bound, reason: Reason) -> bool:
-    """No outcome yet, but for a third time of no pass at all. Returns whether this is the end of it."""
-    state.tries += reason.root.code not in NOTHING_SHOWN
-    if state.tries < _TRIES:
+    """No outcome yet, but for a third time of no pass at all, or under `strict` a fourth pass that showed nothing.
+
+    Returns: whether this is the end of it.
+    """
+    nothing_shown = reason.root.code in NOTHING_SHOWN
+    state.in_vain += nothing_shown
+    state.tries += not nothing_shown
+    is_too_late = state.report.config.strict and state.in_vain >= _STRICT_TRIES and reason.root.code != "no_rows_yet"
+    if state.tries < _TRIES and not is_too_late:
         _wait(state.report, reason)
         return False
     _settle(state, reason, ())
     return True
+
+
+def _is_turn(state: Bound) -> bool:
+    """Whether this eager forward is tried: after one that showed nothing the 1st, 2nd, 4th, 8th ... is.
+
+    A pass costs two forwards, and a layer may be zero for good. All ranks count the same forwards.
+    """
+    waiting = state.report.waiting
+    if waiting is None or waiting.root.code not in NOTHING_SHOWN:
+        return True
+    state.since += 1
+    return state.since & (state.since - 1) == 0
 
 
 def _wait(report: Report, reason: Reason) -> None:
@@ -210,7 +231,7 @@ def _prove_in_first_forward(model: Any, state: Bound, example_of: ExampleOf) -> 
             return type(self).forward(self, *args, **kwargs)
         if self is not this():  # a copy of the model: it has no Site
             return type(self).forward(self, *args, **kwargs)
-        if armed[0] and is_eager():
+        if armed[0] and is_eager() and _is_turn(state):
             prove_now(args, kwargs)
         return stock(*args, **kwargs)
 

@@ -215,8 +215,8 @@ def zeros_then_weights():
             FusionConfig(timeout_s=20, max_token_num=8, backend="paddle", strict=True),
             example=(lambda m=model: (m(X),)) if example else None,
         )
-        model(X)
-        model(X)
+        for _ in range(1 if example else 2):  # a third pass in vain follows below, and strict ends at the fourth
+            model(X)
         waiting = report.waiting.code
         assert "site" not in model.norm.__dict__ and not report.proven and not report.rejected
         model.set_state_dict({key: paddle.to_tensor(value) for key, value in weights.items()})
@@ -328,13 +328,16 @@ def nothing_finite():
 
 
 def traced_before_proven():
-    """Stock, by AST and by SOT: the forward that waits has the signature of the model's own."""
+    """By AST and by SOT the numbers are right: the forward that waits has the signature of the model's own.
+
+    A frame that SOT does not take runs eager, and so runs the pass.
+    """
     found = []
     for full_graph in (True, False):
         model = build()
         stock, report = model(X), fd_fusion.bind(model, CONFIG)
         traced = paddle.jit.to_static(model, full_graph=full_graph)
-        found.append(bool(paddle.allclose(traced(X), stock, rtol=1e-5, atol=1e-6)) and not report.proven)
+        found.append(bool(paddle.allclose(traced(X), stock, rtol=1e-5, atol=1e-6)) and not (full_graph and report.proven))
         fd_fusion.unbind(model)
     return found
 
