@@ -103,6 +103,10 @@ TABLE: dict[str, Entry] = {
         "the stock forward does not repeat its own bits, so the outputs were compared within twice its own spread",
         "nothing to do; in the host's deterministic mode they are compared bit by bit",
     ),
+    "shapes_differ": Entry(
+        "two stock forwards gave outputs of other numbers or shapes, so nothing can be compared with them",
+        "give bind an example that makes a new cache each time",
+    ),
     "hooked": Entry(
         "{layer} has a forward hook that would read a partial sum", "remove the hook, or unbind the model"
     ),
@@ -116,11 +120,19 @@ TABLE: dict[str, Entry] = {
     ),
     "zeros": Entry(
         "{site}: every rank handed over zeros, which prove nothing: the model runs as stock until they are not",
-        "load the weights; the next eager forward tries again",
+        "load the weights; a later eager forward tries again",
     ),
     "no_rows_yet": Entry(
         "the forward had no rows, which proves nothing: the model runs as stock until there are some",
-        "nothing to do; the next eager forward tries again",
+        "nothing to do; a later eager forward tries again",
+    ),
+    "no_outputs": Entry(
+        "the forward returned no tensor to compare, which proves nothing: the model runs as stock",
+        "give bind an example that returns the model's outputs",
+    ),
+    "not_finite": Entry(
+        "{what}: no row is finite, which proves nothing: the model runs as stock until one is",
+        "check the weights and the example's input; a later eager forward tries again",
     ),
     "inputs_not_copied": Entry(
         "the arguments of the first forward cannot be copied, so it cannot be run a second time: {error}",

@@ -82,6 +82,7 @@ def vote(
     if ballot.is_out_of_step:
         return
     if verdict.ok:
+        ballot.again = None  # from here on the first rank's, on all
         ballot.hear(verdict.data)
     elif verdict.missing:
         rank = verdict.missing[0]

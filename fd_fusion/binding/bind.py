@@ -62,9 +62,10 @@ def bind(
        norms within roundings of the host's; and on up to four rows of the real partial sums, at sixteen columns, the
        contract's bits (FlashInfer: within six standard deviations of independent roundings), and norms within a
        rounding of their own sums.
-    It shows that for the inputs and weights of that forward. Zero sums, or no rows, show nothing: the model stays
-    stock and the next eager forward is tried. So it is, up to three times in all, where the first forward raises or
-    a rank misses the vote before it.
+    It shows that for the inputs and weights of that forward. Zero sums, no rows, no finite row, or no output tensor
+    show nothing: the model stays stock, and the 1st, 2nd, 4th, 8th ... eager forward after it is tried (under strict
+    the fourth pass in vain is an error). So it is, up to three times in all, where the first forward raises or a rank
+    misses the vote before it.
 
     Args:
         model: a built `paddle.nn.Layer`, its weights loaded.

@@ -47,7 +47,7 @@ def words_of(partial: np.ndarray, residual: np.ndarray | None, fused: Outputs) -
     columns = columns_of(partial.shape[-1])
     arrays = {"partial": partial, "residual": residual, **{f"out{form}": out for form, (_, out) in fused.items()}}
     words = {name: _pack(array[:, columns]) for name, array in arrays.items() if array is not None}
-    return {**words, "summands": bool((partial != 0).any())}
+    return {**words, "summands": bool((partial != 0).any()), "finite": np.isfinite(partial).all(axis=-1).tolist()}
 
 
 def own_refusal(contract: Contract, weight: np.ndarray, fused: Outputs) -> Reason | None:
@@ -69,7 +69,9 @@ def joint_refusal(contract: Contract, ranks: Sequence[dict[str, Any]]) -> Reason
     for other in residuals[1:]:
         # The sums of a host's own all-reduce may differ between its ranks by their last bits.
         size = float(np.linalg.norm(np.nan_to_num(residuals[0])))
-        if float(np.linalg.norm(np.nan_to_num(other - residuals[0]))) > 64 * UNIT_ROUNDOFF[contract.dtype] * size:
+        with np.errstate(invalid="ignore"):  # the same infinity on both
+            apart = float(np.linalg.norm(np.nan_to_num(other - residuals[0])))
+        if apart > 64 * UNIT_ROUNDOFF[contract.dtype] * size:
             return because("residual_differs", site=contract.site)
     for form, of_form in ((WITH, residuals), (BARE, [None])):
         outs = [_unpack(words[f"out{form}"]) for words in ranks if f"out{form}" in words]
@@ -109,6 +111,11 @@ def probe_refusal(contract: Contract, fused: Outputs, host: Outputs) -> Reason |
 def nothing_to_sum(ranks: Sequence[dict[str, Any]]) -> bool:
     """Whether every rank handed over zeros: then a reduction that is missing, or made twice, would not show."""
     return not any(words["summands"] for words in ranks)
+
+
+def nothing_finite(ranks: Sequence[dict[str, Any]]) -> bool:
+    """Whether no row that was tried is finite on every rank: NaN is equal to whatever a fault makes of it."""
+    return not np.all([words["finite"] for words in ranks], axis=0).any()
 
 
 def _too_far(contract: Contract, output: str, excess: np.ndarray) -> Reason | None:

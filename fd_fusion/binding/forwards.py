@@ -9,7 +9,14 @@ from typing import Any
 
 import paddle
 
-from fd_fusion.binding.outputs import Trace, first_difference, outputs_differ, tensors_of, within_spread
+from fd_fusion.binding.outputs import (
+    Trace,
+    first_difference,
+    nothing_shown,
+    outputs_differ,
+    tensors_of,
+    within_spread,
+)
 from fd_fusion.binding.pairs import Pair
 from fd_fusion.binding.proof import Proof
 from fd_fusion.binding.qk_norms import QKNorm
@@ -65,19 +72,21 @@ class Forwards:
             undo.enter_context(self._looking_for_hooks())
             return self.run(PROVING)
 
-    def compare(self) -> tuple[Reason | None, bool, bool]:
-        """After the proving forward: (what the Sites saw, whether it had no rows, whether its outputs differ).
+    def compare(self) -> tuple[Reason | None, Reason | None, bool]:
+        """After the proving forward: (what the Sites saw, why it showed nothing, whether its outputs differ).
 
         What raises here is a reason too: the other ranks wait for this one's vote.
         """
         try:
             if self._nothing_computed():
-                return None, True, False
+                return None, because("no_rows_yet"), False
             reason = self._proof.own_refusal()
             differs = first_difference(self._outputs[PROVING], self._outputs[STOCK]) is not None
-            return reason, False, reason is None and differs
+            if reason is not None or differs:
+                return reason, None, reason is None
+            return None, nothing_shown(self._outputs[STOCK]), False
         except Exception as error:
-            return _not_compared(error), False, False
+            return _not_compared(error), None, False
 
     def _nothing_computed(self) -> bool:
         """Whether the forward had no rows, that of an idle data-parallel rank for example: it shows nothing."""
@@ -89,6 +98,8 @@ class Forwards:
         """After the second stock forward: (why the proving one is not stock, whether stock repeats its own bits)."""
         got, want, again = (self._outputs[which] for which in (PROVING, STOCK, AGAIN))
         try:
+            if [list(one.shape) for one in again] != [list(one.shape) for one in want]:
+                return because("shapes_differ"), True
             repeats = first_difference(again, want) is None
             output = first_difference(got, want) if repeats else within_spread(got, want, again)
             return (None if output is None else self._name(output)), repeats

@@ -8,27 +8,54 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import paddle
 
 from fd_fusion.reasons import Reason, because
 
 
 def tensors_of(outputs: Any, *, inside: frozenset[int] = frozenset()) -> list[Any]:
-    """Copies of all tensors in lists, tuples, dicts and plain objects: a host may reuse the tensors themselves.
+    """Copies of all tensors and arrays in lists, tuples, dicts and plain objects: a host may reuse the tensors.
 
+    An iterator is not run: it would be used up.
     Args: inside: the ids of what `outputs` is a part of: one that holds itself is gone through once.
     """
+    if isinstance(outputs, np.ndarray):
+        return [paddle.to_tensor(outputs, place="cpu")] if outputs.dtype.kind in "fiub" else []
     if hasattr(outputs, "dtype") and hasattr(outputs, "clone"):
         return [outputs.clone()]
-    if id(outputs) in inside:
+    if id(outputs) in inside or isinstance(outputs, type):
         return []
     if isinstance(outputs, Mapping):
         parts = list(outputs.values())
     elif isinstance(outputs, list | tuple):
         parts = outputs
     else:
-        parts = list(vars(outputs).values()) if hasattr(outputs, "__dict__") else []
+        parts = [*getattr(outputs, "__dict__", {}).values(), *_slots_of(outputs)]
     inside |= {id(outputs)}
     return [tensor for part in parts for tensor in tensors_of(part, inside=inside)]
+
+
+def _slots_of(thing: Any) -> list[Any]:
+    slots = [one.__dict__.get("__slots__", ()) for one in type(thing).__mro__]
+    names = [name for own in slots for name in ([own] if isinstance(own, str) else own)]
+    return [
+        getattr(thing, name) for name in names if name not in ("__dict__", "__weakref__") and hasattr(thing, name)
+    ]
+
+
+def nothing_shown(tensors: Sequence[Any]) -> Reason | None:
+    """Why outputs are no evidence, whatever others are compared with them."""
+    if all(0 in tensor.shape for tensor in tensors):
+        return because("no_outputs")
+    floating = [tensor for tensor in tensors if tensor.is_floating_point() and 0 not in tensor.shape]
+    if floating and len(floating) == len(tensors) and not any(map(_has_finite_row, floating)):
+        return because("not_finite", what="the stock forward's output")
+    return None
+
+
+def _has_finite_row(tensor: Any) -> bool:
+    values = as_numpy(tensor)
+    return bool(np.isfinite(values.reshape(-1, values.shape[-1] if values.ndim else 1)).all(axis=-1).any())
 
 
 def first_difference(got: Sequence[Any], want: Sequence[Any]) -> int | str | None:

@@ -149,8 +149,10 @@ class Proof:
 
 
 def vacuous(words: Sequence[Mapping[str, Any]]) -> Reason | None:
-    """The first site of a group at which no rank handed over anything but zeros."""
+    """The first site of a group at which no rank handed over anything but zeros, or whose sums are not finite."""
     for name in words[0]:
+        if evidence.nothing_finite([of_rank[name] for of_rank in words]):
+            return because("not_finite", what=name)
         if evidence.nothing_to_sum([of_rank[name] for of_rank in words]):
             return because("zeros", site=name)
     return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import types
 import weakref
@@ -14,7 +15,7 @@ from fd_fusion.binding.backend_selection import Opening
 from fd_fusion.binding.ballot import Ballot, vote
 from fd_fusion.binding.evidence import Contract
 from fd_fusion.binding.forwards import AGAIN, STOCK, ExampleOf, Forwards, on_copies
-from fd_fusion.binding.pairs import Pair
+from fd_fusion.binding.pairs import Pair, holders
 from fd_fusion.binding.proof import Proof
 from fd_fusion.binding.qk_norms import Kernel, QKNorm
 from fd_fusion.binding.report import Report
@@ -27,7 +28,9 @@ from fd_fusion.reasons import BindError, FusionError, Reason, because
 from fd_fusion.site import ForwardCount, Rejected, Site
 
 logger = logging.getLogger("fd_fusion")
+NOTHING_SHOWN = ("zeros", "no_rows_yet", "no_outputs", "not_finite")
 _TRIES = 3  # first forwards that may raise, or find a rank missing before they begin
+_STRICT_TRIES = 4  # passes that may show nothing under `strict`
 
 
 @dataclass
@@ -48,6 +51,8 @@ class Bound:
     circle: Group | None = None  # all ranks that must come to one outcome
     failures: list[Reason] = field(default_factory=list)  # what was tried and did not work
     tries: int = 0  # first forwards in which no pass could run
+    in_vain: int = 0  # passes that showed nothing
+    since: int = 0  # eager forwards since the first of them
     on: bool = True  # somewhere in the circle; a bind that failed may be tried again
     forwards: ForwardCount = field(default_factory=ForwardCount)
     freezes_itself: bool = False  # no host does it after its graphs were captured
@@ -110,11 +115,12 @@ def prove(model: Any, state: Bound, example: Callable[[], Any], *, first_forward
     if ballot.goes_on:
         ballot = _ballot(forwards, forwards.prove(state.qk_norms))
         if ballot.goes_on:
-            ballot.refusal, empty, ballot.differs = forwards.compare()
-            ballot.again = because("no_rows_yet") if empty else None
+            ballot.refusal, ballot.again, ballot.differs = forwards.compare()
         _vote(state, ballot, forwards, proof)
-    if ballot.goes_on and ballot.differs:
+    if ballot.refusal is None and ballot.differs:  # also where a site showed nothing: what is spoilt makes NaN there
+        again = ballot.again
         ballot = _ballot(forwards, forwards.run(AGAIN))
+        ballot.again = again
         if ballot.refusal is None:
             ballot.refusal, repeats = forwards.judge_spread()
             state.report.spread = None if repeats else because("stock_differs")
@@ -169,13 +175,31 @@ def meet_again(state: Bound) -> Reason | None:
 
 
 def _try_again(state: Bound, reason: Reason) -> bool:
-    """No outcome yet, but for a third time of no pass at all. Returns whether this is the end of it."""
-    state.tries += reason.root.code not in ("zeros", "no_rows_yet")
-    if state.tries < _TRIES:
+    """No outcome yet, but for a third time of no pass at all, or under `strict` a fourth pass that showed nothing.
+
+    Returns: whether this is the end of it.
+    """
+    nothing_shown = reason.root.code in NOTHING_SHOWN
+    state.in_vain += nothing_shown
+    state.tries += not nothing_shown
+    is_too_late = state.report.config.strict and state.in_vain >= _STRICT_TRIES and reason.root.code != "no_rows_yet"
+    if state.tries < _TRIES and not is_too_late:
         _wait(state.report, reason)
         return False
     _settle(state, reason, ())
     return True
+
+
+def _is_turn(state: Bound) -> bool:
+    """Whether this eager forward is tried: after one that showed nothing the 1st, 2nd, 4th, 8th ... is.
+
+    A pass costs two forwards, and a layer may be zero for good. All ranks count the same forwards.
+    """
+    waiting = state.report.waiting
+    if waiting is None or waiting.root.code not in NOTHING_SHOWN:
+        return True
+    state.since += 1
+    return state.since & (state.since - 1) == 0
 
 
 def _wait(report: Report, reason: Reason) -> None:
@@ -205,9 +229,11 @@ def _prove_in_first_forward(model: Any, state: Bound, example_of: ExampleOf) -> 
         state.report.log(logger)
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not is_eager() and own is None:  # nothing that would break the graph, a copy's neither
+            return type(self).forward(self, *args, **kwargs)
         if self is not this():  # a copy of the model: it has no Site
             return type(self).forward(self, *args, **kwargs)
-        if armed[0] and is_eager():
+        if armed[0] and is_eager() and _is_turn(state):
             prove_now(args, kwargs)
         return stock(*args, **kwargs)
 
@@ -220,8 +246,16 @@ def _prove_in_first_forward(model: Any, state: Bound, example_of: ExampleOf) -> 
 
     # Nothing that the state holds may keep the model alive.
     forward.__wrapped__, forward.binds_at_first_call, code = stock, True, weakref.ref(forward)
+    forward.__signature__ = _with_self(stock)
     model.__dict__["forward"] = types.MethodType(forward, model)
     state.undo.append(disarm)
+
+
+def _with_self(stock: Callable[..., Any]) -> inspect.Signature:
+    """That of the function behind a model's forward: to_static reads the names of a call's arguments off it."""
+    signature = inspect.signature(stock)
+    own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+    return signature.replace(parameters=[own, *signature.parameters.values()])
 
 
 def _settle(state: Bound, refusal: Reason | None, ranks: tuple[int, ...]) -> None:

@@ -27,7 +27,7 @@ from fd_fusion.binding.report import Report
 from fd_fusion.comm import group as group_module
 from fd_fusion.comm.group import Group, Verdict, agree
 from fd_fusion.hosts import own_layers as native
-from fd_fusion.reasons import FusionError, because
+from fd_fusion.reasons import BindError, FusionError, because
 from fd_fusion.site import Rejected, Site
 
 
@@ -293,6 +293,19 @@ def test_a_copy_of_a_model_that_is_not_proven_yet_is_a_model_of_its_own():
     assert (other(paddle.ones([1, 2])) == 1).all()
 
 
+def test_a_model_that_waits_for_its_proof_is_traced_as_stock():
+    """to_static reads the names of the arguments off the forward that waits, and asked for none."""
+    model = DemoDecoder(0, 1)
+    state = settling.Bound(Report(FusionConfig(), "a test", "Model"))
+    state.groups.append(Group("g", 0, 2, (0, 1), BrokenStore()))
+    with paddle.no_grad():
+        want = model(hidden(2))
+        armed(model, state)
+        got = paddle.jit.to_static(model, full_graph=True)(hidden(2))
+    assert paddle.allclose(got, want, atol=1e-5) and state.on
+    settling.undo_all(state)
+
+
 def test_a_model_that_waits_for_its_proof_can_be_dropped():
     model = paddle.nn.Linear(2, 2)
     state, alive = settling.Bound(Report(FusionConfig(), "a test", "Model")), weakref.ref(model)
@@ -317,6 +330,32 @@ def test_a_first_forward_that_raises_is_the_callers_own(caplog):
     assert len([one for one in caplog.records if "forward of bind" in one.message]) == 1
 
 
+@pytest.mark.parametrize("strict, code", [(False, "zeros"), (True, "zeros"), (True, "no_rows_yet")])
+def test_a_pass_that_shows_nothing_is_tried_less_and_less_often(strict, code, monkeypatch):
+    """A layer that is zero for good made three forwards of each, for ever, and strict said nothing."""
+    model, tried, turn = DemoDecoder(0, 1, layers=1), [], 0
+    state = settling.Bound(Report(FusionConfig(strict=strict), "a test", "Model"))
+
+    def prove(model, state, example, first_forward):
+        tried.append(turn)
+        return settling._try_again(state, because(code, **({"site": "a -> b"} if code == "zeros" else {})))
+
+    monkeypatch.setattr(settling, "prove", prove)
+    state.sites.append(
+        (SimpleNamespace(name="a -> b"), SimpleNamespace(end_proof=lambda _: None, close=lambda: None))
+    )
+    armed(model, state)
+    ends = strict and code == "zeros"
+    for turn in range(18):
+        if ends and turn == 4:
+            with pytest.raises(BindError, match="zeros"):
+                model(hidden(1))
+            break
+        model(hidden(1))
+    assert tried == [0, 1, 2, 4] + [8, 16] * (not ends)
+    assert state.on != ends and ("forward" in model.__dict__) != ends
+
+
 class Strange:
     """An output that takes part in a forward and cannot be looked at."""
 
@@ -333,10 +372,19 @@ def test_outputs_that_cannot_be_compared_are_a_reason_that_is_voted_on():
     """The comparison raised on one rank, and the others waited for its vote."""
     forwards = Forwards([], Proof([]), Strange, {})
     assert forwards.run(STOCK) is None and forwards.prove([]) is None
-    refusal, empty, differs = forwards.compare()
-    assert refusal.code == "not_compared" and "on purpose" in str(refusal) and not empty and not differs
+    refusal, nothing, differs = forwards.compare()
+    assert refusal.code == "not_compared" and "on purpose" in str(refusal) and nothing is None and not differs
     assert forwards.run(AGAIN) is None
     assert forwards.judge_spread()[0].code == "not_compared"
+
+
+def test_a_forward_that_does_not_repeat_its_shapes_says_so():
+    """A cache that grows: it was told as a fault of the data flow at a site."""
+    cache = []
+    forwards = Forwards([], Proof([]), lambda: cache.append(None) or paddle.ones([len(cache), 2]), {})
+    assert forwards.run(STOCK) is None and forwards.prove([]) is None
+    assert forwards.compare() == (None, None, True) and forwards.run(AGAIN) is None
+    assert forwards.judge_spread()[0].code == "shapes_differ"
 
 
 def test_outputs_that_hold_themselves():

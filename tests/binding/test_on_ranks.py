@@ -61,6 +61,10 @@ def test_what_the_proving_pass_sees(tmp_path):
     for found in first["zeros_then_weights"].values():
         assert found == {"waiting": "zeros", "proven": True, "fused": 6, "near": True, "left": False}
     assert first["no_rows_first"] == {"waiting": "no_rows_yet", "codes": [], "proven": True, "fused": 6}
+    nothing, seen = [False, "no_outputs", True], [False, ["outputs_differ"], True]
+    assert first["outputs_of_a_kind"] == {"none": nothing, "iterator": nothing, "numpy": seen, "slots": seen}
+    assert first["nothing_finite"] == [[False, "not_finite"], True] * 2
+    assert first["traced_before_proven"] == [True, True]
     raised = first["every_forward_raises"]
     assert [one["raised"] for one in raised] == [False, True] * 3
     for one, which in zip(raised, (1, 1, 2, 2, 3, 3)):

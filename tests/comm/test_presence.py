@@ -106,7 +106,7 @@ def test_a_stopped_process_is_named_to_one_that_holds_the_lock_of_python():
 def test_a_kernel_s_error_ends_a_process_that_holds_the_lock_of_python():
     first, second = run_ranks("presence.py", 2, "hangs", timeout_s=60)
     assert first.status == second.status == -signal.SIGKILL
-    assert "a fused call ran out of time: op 62, row 0, epoch 63, missing rank 1" in first.text, first.text
+    assert "a fused call ran out of time: op 62, row 0, launch 63, missing rank 1" in first.text, first.text
 
 
 @pytest.mark.parametrize(
