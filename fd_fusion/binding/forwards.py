@@ -10,6 +10,7 @@ from typing import Any
 import paddle
 
 from fd_fusion.binding.outputs import (
+    NOT_COMPARED,
     Trace,
     first_difference,
     nothing_shown,
@@ -38,6 +39,7 @@ class Forwards:
     ):
         self._pairs, self._proof, self._example, self._layers = pairs, proof, example, layers
         self._outputs: dict[str, list[Any]] = {}
+        self._compared = True
         self._traces: dict[str, Trace] = {}
         self.which = ""  # the last one that ran
         self.raised: Exception | None = None  # what it raised
@@ -49,7 +51,9 @@ class Forwards:
         self.which, self.raised, self.told = which, None, None
         try:
             with trace.watching(), paddle.no_grad():  # nobody differentiates it, and a Site refuses gradients
-                self._outputs[which] = tensors_of(self._example())
+                outputs = self._example()
+                self._compared = outputs is not NOT_COMPARED
+                self._outputs[which] = tensors_of(outputs) if self._compared else []
         except Exception as error:
             told = because("forward_raised", which=which, error=f"{type(error).__name__}: {error}")
             self.raised, self.told = error, error.reason if isinstance(error, FusionError) else told
@@ -84,7 +88,7 @@ class Forwards:
             differs = first_difference(self._outputs[PROVING], self._outputs[STOCK]) is not None
             if reason is not None or differs:
                 return reason, None, reason is None
-            return None, nothing_shown(self._outputs[STOCK]), False
+            return None, nothing_shown(self._outputs[STOCK]) if self._compared else None, False
         except Exception as error:
             return _not_compared(error), None, False
 

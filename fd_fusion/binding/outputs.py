@@ -43,6 +43,10 @@ def _slots_of(thing: Any) -> list[Any]:
     ]
 
 
+# What a host's example returns for a model whose forward moves a state of its own: no two forwards can be compared.
+NOT_COMPARED = object()
+
+
 def nothing_shown(tensors: Sequence[Any]) -> Reason | None:
     """Why outputs are no evidence, whatever others are compared with them."""
     if all(0 in tensor.shape for tensor in tensors):

@@ -132,6 +132,7 @@ def _bind_in_first_forward(model: Any, fd_config: Any, resolved: Resolved) -> No
     up a graph, so its inputs allow it and are not copied. A model with a recurrent state is not compared by its
     outputs.
     """
+    from fd_fusion.binding.outputs import NOT_COMPARED
     from fd_fusion.hosts.fastdeploy.adapters import is_eager, without_upstream_fusion
     from fd_fusion.hosts.fastdeploy.pairs import has_state
 
@@ -141,7 +142,7 @@ def _bind_in_first_forward(model: Any, fd_config: Any, resolved: Resolved) -> No
         def example():
             with without_upstream_fusion(model):
                 outputs = forward(*args, **kwargs)
-            return [] if stateful else _two_rows(outputs)
+            return NOT_COMPARED if stateful else _two_rows(outputs)
 
         return example
 
