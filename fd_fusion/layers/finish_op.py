@@ -74,15 +74,13 @@ def finish(site: Site, partial: paddle.Tensor, residual: paddle.Tensor | None, w
 
 def refuse_gradients(site: Site, *tensors: paddle.Tensor | None) -> None:
     """Raises: FusionError: a gradient would have to pass to one of these; without a word it would be zero."""
-    if site.refuses_gradients and paddle.is_grad_enabled():
-        for tensor in tensors:
-            if tensor is not None and not tensor.stop_gradient:
-                raise FusionError(because("gradients", layer=site.name))
+    if site.refuses_gradients and is_recorded(*(tensor for tensor in tensors if tensor is not None)):
+        raise FusionError(because("gradients", layer=site.name))
 
 
-def is_recorded(x: paddle.Tensor) -> bool:
-    """Whether what is computed from x, eager, will have a gradient."""
-    return not x.stop_gradient and paddle.is_grad_enabled()
+def is_recorded(*tensors: paddle.Tensor) -> bool:
+    """Whether what is computed from these, eager, will have a gradient."""
+    return paddle.is_grad_enabled() and any(not tensor.stop_gradient for tensor in tensors)
 
 
 def hand_over(site: Site, partial: paddle.Tensor) -> paddle.Tensor:

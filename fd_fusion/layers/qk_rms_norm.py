@@ -63,7 +63,7 @@ class QKRMSNorm(nn.Layer):
         if qkv.ndim != 2 or narrow:
             raise ValueError(f"QKRMSNorm: qkv is {told(qkv.shape)}, expected [T, at least {q_size + k_size}]")
         traced = not paddle.in_dynamic_mode() or in_sot_simulation_mode()
-        recorded = not traced and is_recorded(qkv)
+        recorded = not traced and is_recorded(qkv, self.q_norm.weight, self.k_norm.weight)
         if self.kernel is not None:
             if recorded:
                 raise FusionError(because("gradients", layer=type(self).__name__))
