@@ -290,15 +290,15 @@ def _open_group(
 
 
 def _site_of(pair: Pair, opening: Opening, forwards: ForwardCount) -> Site:
-    run, weight, eps, offset = opening.opened.finish, pair.weight, pair.eps, pair.weight_offset
+    run, weight, numbers = opening.opened.finish, pair.weight, pair.live_numbers
 
     def fused(partial, residual):
         shape = partial.shape
         if len(shape) == 2:
-            return run(partial, residual, weight(), eps, offset)
+            return run(partial, residual, weight(), *numbers())
         flat = [-1, shape[-1]]
         residual = None if residual is None else residual.reshape(flat)
-        norm_out, residual_out = run(partial.reshape(flat), residual, weight(), eps, offset)
+        norm_out, residual_out = run(partial.reshape(flat), residual, weight(), *numbers())
         return norm_out.reshape(shape), residual_out.reshape(shape)
 
     limit, user = opening.opened.limit, runtime.how_to_tell_users()

@@ -44,9 +44,9 @@ class Pair:
     """A (producer, norm) pair of a built model, with all that a Site needs of its host.
 
     `reduce` and `norm` are the host's own, so that the fallback is bit-equal to stock; `weight()` reads the norm's
-    weight at each call, since weights may be reloaded; `attach(site)` installs the Site in both ends and returns the
-    undo, which restores the instances exactly. `group` owns the reduction of the producer. `producer` and `reader`
-    are the layers at the two ends.
+    weight at each call, since weights may be reloaded, and `numbers()` its eps and weight_offset; `attach(site)`
+    installs the Site in both ends and returns the undo, which restores the instances exactly. `group` owns the
+    reduction of the producer. `producer` and `reader` are the layers at the two ends.
     """
 
     name: str
@@ -62,6 +62,13 @@ class Pair:
     attach: Callable[[Site], Callable[[], None]]
     producer: Any = None
     reader: Any = None
+    numbers: Callable[[], tuple[float, float]] | None = None  # None: those of the bind stay
+
+    @property
+    def live_numbers(self) -> Callable[[], tuple[float, float]]:
+        """() -> (eps, weight_offset) of now: the stock norm reads its own at each call."""
+        fixed = self.eps, self.weight_offset
+        return self.numbers or (lambda: fixed)
 
     @property
     def hooks(self) -> tuple[Any, ...]:

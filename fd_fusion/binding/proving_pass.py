@@ -156,7 +156,7 @@ def _subject(state: Bound, pair: Pair, site: Site) -> tuple[Site, Contract, Call
     """What the proof has to know of a Site: what its kernel promises, its weight, and this rank's number."""
     (opened,) = (line.opening.opened for line in state.report.sites if line.site is site)
     in_order = getattr(opened, "in_rank_order", False)
-    contract = Contract(pair.name, pair.group.size, pair.dtype, pair.eps, pair.weight_offset, in_order)
+    contract = Contract(pair.name, pair.group.size, pair.dtype, *pair.live_numbers(), in_order)
     return site, contract, pair.weight, pair.group.rank
 
 

@@ -45,6 +45,7 @@ class QKNorm:
     stock: Callable[[Any], Any]
     attach: Callable[[Callable[[Any], Any]], Callable[[], None]]
     dtype: str | None = None  # of the rows; that of the weights where nothing else is known
+    numbers: Callable[[], tuple[float, float]] | None = None  # eps and weight_offset of now; None: those above stay
 
 
 def settle_qk_norms(norms: Sequence[QKNorm], config: FusionConfig) -> tuple[list[QKNorm], dict[str, Reason]]:
@@ -55,7 +56,8 @@ def settle_qk_norms(norms: Sequence[QKNorm], config: FusionConfig) -> tuple[list
 
 
 class Kernel:
-    """qkv -> qkv, changed in place. The weights are read at each call, since they may be reloaded.
+    """qkv -> qkv, changed in place. The weights are read at each call, since they may be reloaded, and so are
+    eps and weight_offset, as the stock formula reads them.
 
     A copy of its layer has none: it would read the weights of this one.
     """
@@ -64,11 +66,13 @@ class Kernel:
         from fd_fusion.backends.qk_rms_norm import qk_rms_norm
 
         heads = {"q_heads": norm.q_heads, "kv_heads": norm.kv_heads, "head_dim": norm.head_dim}
-        self._weights = norm.weights
-        self._run = functools.partial(qk_rms_norm, **heads, eps=norm.eps, weight_offset=norm.weight_offset)
+        fixed = norm.eps, norm.weight_offset
+        self._weights, self._numbers = norm.weights, norm.numbers or (lambda: fixed)
+        self._run = functools.partial(qk_rms_norm, **heads)
 
     def __call__(self, qkv: Any) -> Any:
-        return self._run(qkv, *self._weights())
+        eps, weight_offset = self._numbers()
+        return self._run(qkv, *self._weights(), eps=eps, weight_offset=weight_offset)
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return type(None), ()

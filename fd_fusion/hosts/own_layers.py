@@ -51,6 +51,7 @@ def _pair(link: Link) -> Pair | Rejected:
         attach=lambda site: _attach(link, site),
         producer=link.producer,
         reader=norm,
+        numbers=lambda: (norm.eps, norm.weight_offset),
     )
 
 
@@ -105,4 +106,5 @@ def _qk_norm(name: str, layer: QKRMSNorm) -> QKNorm:
         weights=lambda: (layer.q_norm.weight, layer.k_norm.weight),
         stock=layer.stock_forward,
         attach=attach,
+        numbers=lambda: (layer.eps, layer.q_norm.weight_offset),
     )

@@ -47,7 +47,8 @@ def opened_with(launch_of, weight_dtypes=("bfloat16",)):
 def pair_of(norm, weight_dtype):
     fixed = {"group": GROUP, "hidden_size": H, "dtype": "bfloat16", "eps": 1e-6, "weight_offset": 0.0}
     weight = {"weight": lambda: norm.weight, "weight_dtype": weight_dtype}
-    return Pair("o_proj -> norm", **fixed, **weight, reduce=None, norm=None, attach=None)
+    numbers = lambda: (norm.eps, norm.weight_offset)  # noqa: E731
+    return Pair("o_proj -> norm", **fixed, **weight, reduce=None, norm=None, attach=None, numbers=numbers)
 
 
 def pair_and_step():

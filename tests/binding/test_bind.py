@@ -28,7 +28,7 @@ from fd_fusion.comm import group as group_module
 from fd_fusion.comm.group import Group, Verdict, agree
 from fd_fusion.hosts import own_layers as native
 from fd_fusion.reasons import BindError, FusionError, because
-from fd_fusion.site import Rejected, Site
+from fd_fusion.site import ForwardCount, Rejected, Site
 
 
 def test_pairs_are_read_off_the_structure():
@@ -519,6 +519,26 @@ def test_the_dtype_of_a_pair_is_that_of_what_is_handed_over(dtype, row_parallel)
     model.layers[0].mlp = Block(dtype, row_parallel)
     attention, block = native.find_pairs(model)
     assert (attention.dtype, block.dtype) == ("float32", dtype)
+
+
+def test_numbers_of_a_norm_that_change_after_bind_count_as_they_do_in_stock():
+    """The stock norm reads its eps at each call; a bound one kept that of the bind, without a word."""
+    model = DemoDecoder(0, 1, layers=1)
+    pair, _ = native.find_pairs(model)
+    norm = pair.reader
+
+    def finish(x, residual, weight, eps, weight_offset):
+        return formulas.rms_norm(x, weight, eps=eps, weight_offset=weight_offset, residual=residual)
+
+    opened = SimpleNamespace(finish=finish, limit=None)
+    site, x = binding._site_of(pair, SimpleNamespace(opened=opened), ForwardCount()), hidden(2)
+    norm.eps, norm.weight_offset = 0.5, 0.25
+    for rows in (x, x.reshape([1, *x.shape])):
+        assert (site.fused(rows, None)[0] == norm.stock_forward(rows)[0]).all()
+    state = Bound(Report(FusionConfig(), "a test", "Model"))
+    state.report.add_site(site, SimpleNamespace(opened=opened), pair.group)
+    contract = settling._subject(state, pair, site)[1]
+    assert (contract.eps, contract.weight_offset) == (0.5, 0.25)
 
 
 @pytest.mark.parametrize("inner", [False, True])

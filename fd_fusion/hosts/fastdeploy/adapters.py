@@ -39,6 +39,7 @@ def pair_of(found: HostPair, fd_config: Any) -> Pair:
         attach=lambda site: _attach(found, site),
         producer=found.producer,
         reader=norm,
+        numbers=lambda: (norm.eps, 0.0),
     )
 
 
@@ -65,6 +66,7 @@ def _qk_norm(name: str, layer: Any, dtype: str) -> QKNorm:
         stock=lambda qkv: stock(qkv, _NoGraph),
         attach=lambda kernel: _set_forward(layer, _qk_forward(stock, kernel)),
         dtype=dtype,
+        numbers=lambda: (layer.q_norm.eps, 0.0),
     )
 
 

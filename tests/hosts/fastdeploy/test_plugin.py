@@ -460,6 +460,24 @@ def test_a_loader_that_calls_another_binds_once(monkeypatch):
     assert Inner(None).load_model("config") == "model" and seen == ["model"] * 2
 
 
+def test_the_eps_of_a_hosts_norm_is_read_at_each_call():
+    import paddle
+    from fastdeploy.config import FDConfig, ModelConfig, ParallelConfig
+    from fastdeploy.model_executor.layers.normalization import QKRMSNorm, RMSNorm
+
+    from fd_fusion.integration.fastdeploy_adapters import pair_of, qk_norms_of
+    from fd_fusion.integration.fastdeploy_pairs import HostPair
+
+    fd_config = FDConfig(ModelConfig({}), ParallelConfig({}), None, None, None)
+    holder = paddle.nn.Layer()
+    holder.norm = RMSNorm(fd_config, 8, 1e-5, "norm")
+    holder.qk_norm = QKRMSNorm(fd_config, head_dim=8, q_size=16, kv_size=8, eps=1e-5, prefix="a")
+    pair, (norm,) = pair_of(HostPair("a -> b", holder, holder.norm, ()), fd_config), qk_norms_of(holder, fd_config)
+    for layer in (holder.norm, holder.qk_norm.q_norm):
+        layer.eps = 0.5
+    assert pair.live_numbers() == norm.numbers() == (0.5, 0.0)
+
+
 def test_the_q_and_k_norm_takes_a_kernel_in_every_call_form():
     """With and without forward_meta by the kernel; another norm by the host; and back."""
     import numpy as np
