@@ -12,6 +12,7 @@ from typing import Any
 
 from fd_fusion.binding import lifecycle, metrics
 from fd_fusion.binding.backend_selection import Opening, open_for
+from fd_fusion.binding.book import Book
 from fd_fusion.binding.forwards import ExampleOf
 from fd_fusion.binding.joining import (
     by_group,
@@ -33,8 +34,8 @@ from fd_fusion.hosts import own_layers as native
 from fd_fusion.reasons import BindError, FusionTimeout, Reason, because
 from fd_fusion.site import ForwardCount, Rejected, Site
 
-_bound: weakref.WeakKeyDictionary[Any, Bound] = weakref.WeakKeyDictionary()
-_reports: weakref.WeakKeyDictionary[Any, Report] = weakref.WeakKeyDictionary()  # of models that are off too
+_bound = Book()
+_reports: weakref.WeakKeyDictionary[Any, Report] = weakref.WeakKeyDictionary()  # of models that hold no state
 
 
 def bind(
@@ -125,6 +126,7 @@ def bind(
         raise
     with lifecycle.lock:
         _bound[model] = state
+        del _reports[model]  # its Sites reach the layers, and a layer may know its model
     lifecycle.watch_model(model, [opening.opened for opening in state.openings])
     report.log(logger)
     return report

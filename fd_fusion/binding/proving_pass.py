@@ -33,7 +33,7 @@ _TRIES = 3  # first forwards that may raise, or find a rank missing before they 
 _STRICT_TRIES = 4  # passes that may show nothing under `strict`
 
 
-@dataclass
+@dataclass(eq=False)
 class Bound:
     """What a bound model holds, and what must be undone."""
 
@@ -56,6 +56,14 @@ class Bound:
     on: bool = True  # somewhere in the circle; a bind that failed may be tried again
     forwards: ForwardCount = field(default_factory=ForwardCount)
     freezes_itself: bool = False  # no host does it after its graphs were captured
+
+    @property
+    def reaches_layers(self) -> bool:
+        return bool(self.sites or self.undo or self.qk_norms or self.undo_qk)
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        """None in a copy of the model, which is not bound."""
+        return type(None), ()
 
 
 def refuse(report: Report, pairs: list[Pair], reason: Reason, ranks: tuple[int, ...], config: FusionConfig) -> None:
@@ -275,7 +283,9 @@ def _settle(state: Bound, refusal: Reason | None, ranks: tuple[int, ...]) -> Non
     report.qk_stock.update(dict.fromkeys(report.qk_fused, refusal))  # they took part in what the pass showed
     report.qk_fused = []
     report.sites.clear()
-    refuse(report, [pair for pair, _ in state.sites], refusal, ranks, report.config)
+    pairs = [pair for pair, _ in state.sites]
+    state.sites, state.qk_norms = [], []  # nothing of the model is held any more
+    refuse(report, pairs, refusal, ranks, report.config)
 
 
 def _freeze(state: Bound) -> bool:

@@ -1,16 +1,22 @@
 """What a process holds open for its bound models: checked from any thread, counted, closed when the model is gone."""
 
+import copy
 import gc
 import logging
+import pickle
 import threading
 import weakref
 
+import paddle
 import pytest
+from support.tiny import DemoDecoder
 
 from fd_fusion.binding import bind as binding
 from fd_fusion.binding import lifecycle
+from fd_fusion.binding.book import Book
+from fd_fusion.binding.proving_pass import Bound
 from fd_fusion.comm.group import Group, Verdict
-from fd_fusion.config import Resolved
+from fd_fusion.config import FusionConfig, Resolved
 from fd_fusion.reasons import FusionError, FusionTimeout, because, closed
 
 
@@ -49,6 +55,7 @@ GROUP = Group("g", 0, 2, (0, 1), None)
 def empty(monkeypatch):
     monkeypatch.setattr(lifecycle, "_held", ())
     monkeypatch.setattr(lifecycle, "_opened_by", type(lifecycle._opened_by)())
+    monkeypatch.setattr(binding, "_bound", Book())
     monkeypatch.setattr(binding.metrics, "tick", lambda *args, **kwargs: None)
 
 
@@ -59,7 +66,7 @@ def test_a_bind_in_another_thread_does_not_disturb_check():
 
     def check():
         lifecycle.hold(GROUP, Opened(log, "new"))
-        binding._bound[model] = None
+        binding._bound[model] = Bound(None)
 
     opened.check, model = check, Model()
     lifecycle.hold(GROUP, opened)
@@ -85,6 +92,37 @@ def test_bind_enters_a_report_under_the_lock_that_report_holds():
         assert not done.wait(0.2) and model not in binding._reports
     thread.join(10)
     assert done.is_set() and binding._reports[model].off.code == "not_asked"
+
+
+def test_a_bound_model_that_its_layers_know_is_noticed_as_dropped():
+    """By a parent reference, or a hook's closure: its state reached it, and the book held the state for ever."""
+    model, state = paddle.nn.Sequential(paddle.nn.Linear(2, 2)), Bound(None)
+    model[0].__dict__["parent"], before = [model], set(model.__dict__)
+    state.sites = state.undo = [model[0]]
+    binding._bound[model] = state
+    assert binding._bound.get(model) is state and binding._bound.values() == [state]
+    assert "_fd_fusion_state" not in str(model.state_dict().keys())
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert binding._bound.get(other) is None and other.__dict__["_fd_fusion_state"] is None
+    assert binding._bound.pop(model) is state and set(model.__dict__) == before and not binding._bound
+    binding._bound[model] = state
+    log, alive = [], weakref.ref(model)
+    lifecycle.hold(GROUP, Opened(log))
+    lifecycle.watch_model(model, [lifecycle.held()[0].opened])
+    del model, state, other
+    gc.collect()
+    assert alive() is None and lifecycle.held()[0].dropped and not binding._bound
+
+
+def test_a_bind_keeps_no_model_alive():
+    """With its report in the user's hands: a report of nothing that fuses holds no layer."""
+    model = DemoDecoder(0, 1)
+    model.norm.__dict__["parent"], alive = [model], weakref.ref(model)
+    binding.bind(model, FusionConfig())
+    assert [one.model for one in binding.report()].count("DemoDecoder") == 1
+    del model
+    gc.collect()
+    assert alive() is None
 
 
 def test_what_was_unbound_while_check_runs_is_no_error():

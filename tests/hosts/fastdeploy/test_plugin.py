@@ -465,8 +465,8 @@ def test_the_eps_of_a_hosts_norm_is_read_at_each_call():
     from fastdeploy.config import FDConfig, ModelConfig, ParallelConfig
     from fastdeploy.model_executor.layers.normalization import QKRMSNorm, RMSNorm
 
-    from fd_fusion.integration.fastdeploy_adapters import pair_of, qk_norms_of
-    from fd_fusion.integration.fastdeploy_pairs import HostPair
+    from fd_fusion.hosts.fastdeploy.adapters import pair_of, qk_norms_of
+    from fd_fusion.hosts.fastdeploy.pairs import HostPair
 
     fd_config = FDConfig(ModelConfig({}), ParallelConfig({}), None, None, None)
     holder = paddle.nn.Layer()
