@@ -74,9 +74,9 @@ def finish(site: Site, partial: paddle.Tensor, residual: paddle.Tensor | None, w
 
 def refuse_gradients(site: Site, *tensors: paddle.Tensor | None) -> None:
     """Raises: FusionError: a gradient would have to pass to one of these; without a word it would be zero."""
-    if site.refuses_gradients and paddle.is_grad_enabled():  # asked first: it is off wherever this must cost nothing
-        if is_recorded(*(tensor for tensor in tensors if tensor is not None)):
-            raise FusionError(because("gradients", layer=site.name))
+    wanted = site.refuses_gradients and paddle.is_grad_enabled()  # first: it is off wherever this must cost nothing
+    if wanted and is_recorded(*(tensor for tensor in tensors if tensor is not None)):
+        raise FusionError(because("gradients", layer=site.name))
 
 
 def is_recorded(*tensors: paddle.Tensor) -> bool:
