@@ -32,8 +32,16 @@ def test_few_calls_are_made_for_a_pair():
 
 
 def test_the_time_of_a_pair():
-    """9 us on the machine where two outputs take 2.3: measured against them, since that holds on a busy one too."""
-    pair, outputs = host_time.measure()
+    """9 us on the machine where two outputs take 2.3: measured against them, since that holds on a busy one too.
+
+    Not under a tracer: one that counts lines for coverage makes Python 2.5 times slower, and Paddle's C++ not at all.
+    """
+    tracer = sys.gettrace()
+    sys.settrace(None)
+    try:
+        pair, outputs = host_time.measure()
+    finally:
+        sys.settrace(tracer)
     print(f"host time of a pair: {pair:.2f} us, of it two outputs {outputs:.2f} us")
     assert pair <= 3.9 * outputs
 
