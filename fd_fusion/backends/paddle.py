@@ -15,7 +15,7 @@ import paddle.distributed as dist
 from fd_fusion.comm.group import Group
 from fd_fusion.frameworks import paddle_runtime as runtime
 from fd_fusion.reasons import Reason, because, closed
-from fd_fusion.tuning.limits import Facts, row_limit
+from fd_fusion.tuning.limits import OpSpec, row_limit
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -97,15 +97,15 @@ def linear(x: paddle.Tensor, weight: paddle.Tensor, bias: paddle.Tensor | None =
     return (wide if bias is None else wide + bias.astype("float32")).astype(x.dtype)
 
 
-def supports(facts: Facts) -> Reason | None:
+def supports(spec: OpSpec) -> Reason | None:
     """Runs for every device and size; only the dtype and the host's deterministic mode can say no.
 
     It gives the same bits for every T, but one call gathers N x T x H numbers, so T has a limit, and the stock path
     beyond it gives other bits.
     """
-    if facts.dtype not in DTYPES:
-        return because("dtype", got=facts.dtype, allowed=", ".join(DTYPES))
-    if facts.deterministic:
+    if spec.dtype not in DTYPES:
+        return because("dtype", got=spec.dtype, allowed=", ".join(DTYPES))
+    if spec.deterministic:
         return because("deterministic", backend="paddle")
     return None
 
@@ -117,8 +117,8 @@ class Opened:
     in_rank_order = True  # the exact bits of the contract's sum
     _closed = False
 
-    def __init__(self, facts: Facts, group: Group):
-        self.limit = row_limit(facts)
+    def __init__(self, spec: OpSpec, group: Group):
+        self.limit = row_limit(spec)
         self._group = group
 
     def finish(self, partial, residual, weight, eps, weight_offset):
@@ -158,6 +158,6 @@ class Opened:
             closed()
 
 
-def open(facts: Facts, group: Group) -> Opened:
+def open(spec: OpSpec, group: Group) -> Opened:
     """Open the backend for one group, hidden size and dtype."""
-    return Opened(facts, group)
+    return Opened(spec, group)

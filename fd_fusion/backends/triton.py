@@ -16,47 +16,47 @@ from typing import Any
 from fd_fusion.comm.cuda_ipc import CudaIpc
 from fd_fusion.comm.group import Group
 from fd_fusion.comm.posix_shm import PosixShm
-from fd_fusion.comm.symmetric_memory import Maker, attempt, settle
+from fd_fusion.comm.symmetric_memory import MemoryProvider, agree_or_raise, as_refusal
 from fd_fusion.comm.workspace import Layout, Workspace, open_workspace
 from fd_fusion.frameworks import triton_launch as runtime_triton
 from fd_fusion.kernels.all_reduce import plan as plans
 from fd_fusion.kernels.all_reduce.counts import Counts
 from fd_fusion.reasons import FusionTimeout, Reason, because, closed
-from fd_fusion.tuning.limits import NEVER, Facts, row_limit
+from fd_fusion.tuning.limits import NEVER, OpSpec, row_limit
 
 _CPU_PROGRAMS = 4  # rows in flight under the interpreter, where programs run one after another anyway
 _ANY_ADDRESS = 1 << 40  # what a kernel is compiled for: an int64; nothing is specialized on its value
 
 
-def supports(facts: Facts) -> Reason | None:
+def supports(spec: OpSpec) -> Reason | None:
     """Whether this rank can try. Imports nothing and allocates nothing."""
     if importlib.util.find_spec("triton") is None:
         return because("no_triton", detail="it is not installed")
-    if facts.size not in plans.SIZES:
-        return because("world_size", got=facts.size, allowed=f"{plans.SIZES[0]} to {plans.SIZES[-1]}")
-    for dtype in (facts.dtype, *facts.weight_dtypes):
+    if spec.size not in plans.SIZES:
+        return because("world_size", got=spec.size, allowed=f"{plans.SIZES[0]} to {plans.SIZES[-1]}")
+    for dtype in (spec.dtype, *spec.weight_dtypes):
         if dtype not in plans.DTYPE_BYTES:
             return because("dtype", got=dtype, allowed=", ".join(plans.DTYPE_BYTES))
-    if facts.hidden_size * plans.DTYPE_BYTES[facts.dtype] % 16:
-        return because("hidden_size", got=facts.hidden_size, need="a whole number of 16-byte units")
-    if not plans.SMALLEST <= facts.eps < float("inf"):
-        return because("eps", got=facts.eps)
-    if facts.device == "gpu" and (facts.arch or 0) < 80:
-        return because("old_gpu", got=facts.arch, need=80)
-    plan = _plan(facts)
-    if (need := plans.total_bytes(plan, 1)) > facts.workspace_bytes:
-        return because("workspace_small", need=need, got=facts.workspace_bytes)
+    if spec.hidden_size * plans.DTYPE_BYTES[spec.dtype] % 16:
+        return because("hidden_size", got=spec.hidden_size, need="a whole number of 16-byte units")
+    if not plans.SMALLEST <= spec.eps < float("inf"):
+        return because("eps", got=spec.eps)
+    if spec.device == "gpu" and (spec.arch or 0) < 80:
+        return because("old_gpu", got=spec.arch, need=80)
+    plan = _plan(spec)
+    if (need := plans.total_bytes(plan, 1)) > spec.workspace_bytes:
+        return because("workspace_small", need=need, got=spec.workspace_bytes)
     return None
 
 
-def open(facts: Facts, group: Group) -> Opened:
+def open(spec: OpSpec, group: Group) -> Opened:
     """Collective: import, compile, open the workspace, run once. On all ranks or on none.
 
     Raises: FusionError: on all ranks alike, naming the first rank that refused and why.
     """
-    with runtime_triton.interpreting(facts.device):
-        opened, refusal = attempt(lambda: Opened(facts, group))
-        settle(group, "triton", refusal, None, facts.timeout_s)
+    with runtime_triton.interpreting(spec.device):
+        opened, refusal = as_refusal(lambda: Opened(spec, group))
+        agree_or_raise(group, "triton", refusal, None, spec.timeout_s)
         try:
             opened._open()
         except BaseException:
@@ -70,30 +70,30 @@ class Opened:
 
     in_rank_order = True  # the exact bits of the contract's sum
 
-    def __init__(self, facts: Facts, group: Group):
+    def __init__(self, spec: OpSpec, group: Group):
         """The local half of `open`: import and compile, no vote and no memory."""
-        self.limit = row_limit(facts)
-        self._facts, self._group, self._plan = facts, group, _plan(facts)
-        runtime_triton.require_mode(facts.device)
-        self._maker: Maker = CudaIpc() if facts.device == "gpu" else PosixShm()
+        self.limit = row_limit(spec)
+        self._spec, self._group, self._plan = spec, group, _plan(spec)
+        runtime_triton.require_mode(spec.device)
+        self._provider: MemoryProvider = CudaIpc() if spec.device == "gpu" else PosixShm()
         kernels = self._compile()
         self._launches = {variant: kernel.launch for variant, kernel in kernels.items()}
         # All programs of a call must run at once; half of what fits leaves room for other streams and for ours.
         resident = min(kernel.resident for kernel in kernels.values())
-        room = _CPU_PROGRAMS if facts.device == "cpu" else resident * self._maker.multiprocessors() // 2
+        room = _CPU_PROGRAMS if spec.device == "cpu" else resident * self._provider.multiprocessors() // 2
         self.programs, self._slots = plans.programs_and_slots(
-            self._plan, workspace_bytes=facts.workspace_bytes, at_once=room, limit=self.limit
+            self._plan, workspace_bytes=spec.workspace_bytes, at_once=room, limit=self.limit
         )
         word = _ANY_ADDRESS, _ANY_ADDRESS
         store = runtime_triton.load_kernel("all_reduce.probe", "store_word")
-        self._store_word = runtime_triton.prepare(store, word, {}, facts.device).launch
+        self._store_word = runtime_triton.prepare(store, word, {}, spec.device).launch
         self._framework = runtime_triton.framework()
         self._empty_like = runtime_triton.empty_like()
-        self._dtype = getattr(self._framework, facts.dtype)
+        self._dtype = getattr(self._framework, spec.dtype)
         # The launches of a weight's dtype, found by identity: to compare or to hash dtypes takes a microsecond.
         self._of_weights = [
             (getattr(self._framework, name), {key[1:]: run for key, run in self._launches.items() if key[0] == name})
-            for name in facts.weight_dtypes
+            for name in spec.weight_dtypes
         ]
         self._two_shot_rows = self._plan.two_shot_rows or 1 << 62
         self._calls = itertools.count()
@@ -115,9 +115,9 @@ class Opened:
         """
         rows, hidden = partial.shape
         alike = residual is None or (residual.shape == partial.shape and self._is_of_dtype(residual))
-        if hidden != self._facts.hidden_size or not alike or not self._is_of_dtype(partial):
+        if hidden != self._spec.hidden_size or not alike or not self._is_of_dtype(partial):
             got = [None if tensor is None else (list(tensor.shape), tensor.dtype) for tensor in (partial, residual)]
-            expected = f"{self._facts.hidden_size} {self._facts.dtype}"
+            expected = f"{self._spec.hidden_size} {self._spec.dtype}"
             raise ValueError(f"opened for rows of {expected}, got partial {got[0]}, residual {got[1]}")
         launches = self._launches_for(weight)
         partial = _ready(partial)  # before it is copied: torch's empty_like keeps the order of a transposed tensor
@@ -136,13 +136,13 @@ class Opened:
 
     def reset(self) -> None:
         """Collective: go on after a FusionTimeout, on all ranks or on none. Raises FusionError."""
-        attempt(self._device_counts)  # for the last time; a count that fails is no reason for the ranks to part
+        as_refusal(self._device_counts)  # for the last time; a count that fails is no reason for the ranks to part
         self._counts.pause()
         self._workspace.reset()
         self._counts.start_anew()
 
     def stats(self) -> dict[str, Any]:
-        """Facts and counts; of a closed workspace those that need no memory."""
+        """What is open, and counts; of a closed workspace those that need no memory."""
         plan, workspace = self._plan, self._workspace
         return {
             "bytes": workspace.bytes,
@@ -187,14 +187,14 @@ class Opened:
     def _launches_for(self, weight) -> dict[tuple[bool, bool], Callable[..., None]]:
         """By (two-shot, without residual). The kernel would read past the end, or one dtype as another."""
         dtype, shape = weight.dtype, weight.shape  # the shape a list of Paddle's, or a tuple of torch's
-        if len(shape) == 1 and shape[0] == self._facts.hidden_size:
+        if len(shape) == 1 and shape[0] == self._spec.hidden_size:
             for known, launches in self._of_weights:
                 if dtype is known:
                     return launches
             for known, launches in self._of_weights:
                 if dtype == known:
                     return launches
-        expected = f"[{self._facts.hidden_size}] of {' or '.join(self._facts.weight_dtypes)}"
+        expected = f"[{self._spec.hidden_size}] of {' or '.join(self._spec.weight_dtypes)}"
         raise ValueError(f"opened for weights {expected}, got {list(weight.shape)} of {dtype}; bind the model anew")
 
     def _launch(self, launches, partial, residual, weight, norm_out, residual_out, rows, eps, weight_offset):
@@ -219,7 +219,7 @@ class Opened:
                 eps,
                 weight_offset,
             )
-        if self._facts.device == "cpu" and (reason := self._workspace.error()) is not None:
+        if self._spec.device == "cpu" and (reason := self._workspace.error()) is not None:
             raise FusionTimeout(reason)
 
     def _compile(self) -> dict[tuple[str, bool, bool], runtime_triton.Loaded]:
@@ -227,16 +227,16 @@ class Opened:
         Nothing is specialized on a value, so each is right for all calls."""
         kernel = runtime_triton.load_kernel("all_reduce.kernel", "all_reduce_rms_norm")
         like = (*(_ANY_ADDRESS,) * 7, 2, 0, 0, 1e-5, 0.0)
-        pdl = self._facts.device == "gpu" and runtime_triton.uses_pdl()
+        pdl = self._spec.device == "gpu" and runtime_triton.uses_pdl()
         return {
             (name, two_shot, bare): runtime_triton.prepare(
                 kernel,
                 like,
                 plans.constants(self._plan, weight_dtype=name, has_residual=not bare, two_shot=two_shot, pdl=pdl),
-                self._facts.device,
+                self._spec.device,
             )
-            for name in self._facts.weight_dtypes
-            for two_shot in {False, self._plan.two_shot_rows is not None or self._facts.device == "cpu"}
+            for name in self._spec.weight_dtypes
+            for two_shot in {False, self._plan.two_shot_rows is not None or self._spec.device == "cpu"}
             for bare in (False, True)
         }
 
@@ -247,27 +247,27 @@ class Opened:
 
     def _open(self) -> None:
         """The collective half of `open`."""
-        timeout_s = self._facts.timeout_s
+        timeout_s = self._spec.timeout_s
         layout = _layout(self._plan, self._slots)
-        self._workspace = open_workspace(self._group, layout, self._maker, self._push, timeout_s=timeout_s)
+        self._workspace = open_workspace(self._group, layout, self._provider, self._push, timeout_s=timeout_s)
         self._own = self._workspace.local, self._workspace.memory.own
-        _, refusal = attempt(self._run_once)
-        settle(self._group, "ran", refusal, None, timeout_s)
+        _, refusal = as_refusal(self._run_once)
+        agree_or_raise(self._group, "ran", refusal, None, timeout_s)
 
     def _run_once(self) -> None:
         """Run every kernel that can be chosen, and compare what it gives: a first launch may allocate."""
         from fd_fusion.backends.triton_first_calls import run_all  # with NumPy, which who reads error pages lacks
 
-        run_all(self, self._facts, self._framework)
-        self._maker.synchronize()
+        run_all(self, self._spec, self._framework)
+        self._provider.synchronize()
         self.check()
 
 
-def _plan(facts: Facts) -> plans.Plan:
-    plan = plans.plan_for(facts.size, facts.hidden_size, facts.dtype, interpreted=facts.device == "cpu")
-    if facts.two_shot_rows is None:
+def _plan(spec: OpSpec) -> plans.Plan:
+    plan = plans.plan_for(spec.size, spec.hidden_size, spec.dtype, interpreted=spec.device == "cpu")
+    if spec.two_shot_rows is None:
         return plan
-    return dataclasses.replace(plan, two_shot_rows=None if facts.two_shot_rows == NEVER else facts.two_shot_rows)
+    return dataclasses.replace(plan, two_shot_rows=None if spec.two_shot_rows == NEVER else spec.two_shot_rows)
 
 
 def _layout(plan: plans.Plan, slots: int) -> Layout:

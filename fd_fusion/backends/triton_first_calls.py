@@ -13,12 +13,12 @@ from fd_fusion import exact
 from fd_fusion.kernels.all_reduce import plan as plans
 from fd_fusion.reasons import FusionError, Reason, because
 from fd_fusion.reference import round_to
-from fd_fusion.tuning.limits import Facts
+from fd_fusion.tuning.limits import OpSpec
 
 _EPS, _OFFSET = 100.0, 1.0  # about the mean of squares, so that it is seen
 
 
-def run_all(opened: Any, facts: Facts, framework: Any) -> None:
+def run_all(opened: Any, spec: OpSpec, framework: Any) -> None:
     """Collective: launch one-shot and two-shot, with and without a residual, for each dtype of weight; with one row,
     with more rows than programs, and as a call of more rows than slots, which is several launches (`_shapes`).
     `residual_out` must be the contract's bits, over the whole width.
@@ -30,10 +30,10 @@ def run_all(opened: Any, facts: Facts, framework: Any) -> None:
     try:
         for weight_dtype, two_shot, bare in opened._launches:
             opened._two_shot_rows = 1 if two_shot else 1 << 62
-            for rows, slots in _shapes(opened.programs, stock[1], facts.device, bare):
+            for rows, slots in _shapes(opened.programs, stock[1], spec.device, bare):
                 opened._slots = slots
                 variant = _name(two_shot, bare, rows, len(plans.launches(slots, rows)))
-                reason = _run(opened, facts, framework, variant, rows, bare, weight_dtype)
+                reason = _run(opened, spec, framework, variant, rows, bare, weight_dtype)
                 wrong = wrong or reason
     finally:
         opened._two_shot_rows, opened._slots = stock
@@ -55,15 +55,15 @@ def _name(two_shot: bool, bare: bool, rows: int, launches: int) -> str:
 
 
 def _run(
-    opened: Any, facts: Facts, framework: Any, variant: str, rows: int, bare: bool, weight_dtype: str
+    opened: Any, spec: OpSpec, framework: Any, variant: str, rows: int, bare: bool, weight_dtype: str
 ) -> Reason | None:
-    hidden, dtype = facts.hidden_size, facts.dtype
-    partials = [exact.known_partial(rank, rows, hidden, dtype) for rank in range(facts.size)]
-    residual = None if bare else exact.known_partial(facts.size, rows, hidden, dtype)
+    hidden, dtype = spec.hidden_size, spec.dtype
+    partials = [exact.known_partial(rank, rows, hidden, dtype) for rank in range(spec.size)]
+    residual = None if bare else exact.known_partial(spec.size, rows, hidden, dtype)
     weight = exact.known_weight(hidden, weight_dtype)
     tensors = [
-        None if values is None else _tensor(framework, values, of, facts.device)
-        for values, of in ((partials[facts.rank], dtype), (residual, dtype), (weight, weight_dtype))
+        None if values is None else _tensor(framework, values, of, spec.device)
+        for values, of in ((partials[spec.rank], dtype), (residual, dtype), (weight, weight_dtype))
     ]
     norm_out, residual_out = (_numbers(out) for out in opened.finish(*tensors, _EPS, _OFFSET))
     return judge(variant, dtype, partials, residual, weight, norm_out, residual_out)
@@ -83,15 +83,15 @@ def judge(
     wrong = ~exact.same_bits(residual_out, round_to(total, dtype).astype(np.float32))
     if wrong.any():
         return _wrong(variant, "residual_out", wrong)
-    facts = {"eps": _EPS, "weight_offset": _OFFSET, "dtype": dtype, "rounded": False}
-    wrong = exact.norm_excess(norm_out, total, weight, **facts) > 1
+    spec = {"eps": _EPS, "weight_offset": _OFFSET, "dtype": dtype, "rounded": False}
+    wrong = exact.norm_excess(norm_out, total, weight, **spec) > 1
     return _wrong(variant, "norm_out", wrong) if wrong.any() else None
 
 
 def _wrong(variant: str, output: str, wrong: np.ndarray) -> Reason:
     row, column = np.argwhere(wrong)[0]
-    facts = {"wrong": int(wrong.sum()), "words": wrong.size, "where": f"row {row}, column {column}"}
-    return because("first_call_wrong", variant=variant, output=output, **facts)
+    spec = {"wrong": int(wrong.sum()), "words": wrong.size, "where": f"row {row}, column {column}"}
+    return because("first_call_wrong", variant=variant, output=output, **spec)
 
 
 def _tensor(framework: Any, values: np.ndarray, dtype: str, device: str) -> Any:

@@ -15,7 +15,7 @@ from fd_fusion.frameworks import paddle_runtime as runtime
 from fd_fusion.frameworks import triton_launch as runtime_triton
 from fd_fusion.reasons import FusionError, Reason, because
 from fd_fusion.tuning import table as tuning_table
-from fd_fusion.tuning.limits import NEVER, Facts, limit_source
+from fd_fusion.tuning.limits import NEVER, OpSpec, limit_source
 from fd_fusion.tuning.table import Fingerprint, Limits
 
 _AUTO = {"cpu": ("paddle",), "gpu": ("triton", "flashinfer")}
@@ -48,14 +48,14 @@ def open_for(
         return None, because("never_wins", **shape), ()
     first: tuple[Reason, tuple[int, ...]] | None = None
     for name in _candidates(config.backend, device, tuned):
-        facts = [_facts(group, pair, config, deterministic, device, arch, workspace_bytes) for pair in pairs]
+        spec = [_spec(group, pair, config, deterministic, device, arch, workspace_bytes) for pair in pairs]
         found: dict[str, Any] = {"other_weight_dtypes": tuple(pair.weight_dtype for pair in pairs)}
         if tuned:
             found |= {"tuned_rows": tuned.rows.get(name) or None, "two_shot_rows": tuned.two_shot_rows or NEVER}
-        facts = [dataclasses.replace(one, **found) for one in facts]
-        opened, reason, ranks = _try(name, facts, group, config.timeout_s)
+        spec = [dataclasses.replace(one, **found) for one in spec]
+        opened, reason, ranks = _try(name, spec, group, config.timeout_s)
         if opened is not None:
-            return Opening(name, opened, limit_source(facts[0]), note), None, ()
+            return Opening(name, opened, limit_source(spec[0]), note), None, ()
         first = first or (reason, ranks)
     return None, *first
 
@@ -83,16 +83,16 @@ def _tuned(group: Group, pair: Any, timeout_s: float) -> tuple[Limits | None, Re
     return limits, note
 
 
-def _try(name: str, facts: list[Facts], group: Group, timeout_s: float) -> tuple[Any, Reason | None, tuple[int, ...]]:
+def _try(name: str, spec: list[OpSpec], group: Group, timeout_s: float) -> tuple[Any, Reason | None, tuple[int, ...]]:
     """Ask, vote, open, vote. What this rank opened is closed again when another one could not."""
-    backend, refusal = _load(name, facts)
+    backend, refusal = _load(name, spec)
     verdict = agree(group, f"{name}.supports", Vote(refusal), timeout_s=timeout_s)
     if not verdict.ok:
         return None, verdict.reason, tuple(rank for rank, _ in verdict.refusals)
     opened = None
     with working(group, timeout_s=timeout_s):
         try:
-            opened = backend.open(facts[0], group)
+            opened = backend.open(spec[0], group)
         except FusionError as error:
             refusal = error.reason
         except Exception as error:  # becomes a vote with its text, so that the other ranks hear of it
@@ -107,11 +107,11 @@ def _try(name: str, facts: list[Facts], group: Group, timeout_s: float) -> tuple
     return None, verdict.reason, tuple(rank for rank, _ in verdict.refusals)
 
 
-def _load(name: str, facts: list[Facts]) -> tuple[Any, Reason | None]:
+def _load(name: str, spec: list[OpSpec]) -> tuple[Any, Reason | None]:
     """The backend's module and its answer for every pair."""
     try:
         backend = importlib.import_module(f"fd_fusion.backends.{name}")
-        answers = (backend.supports(one) for one in facts)
+        answers = (backend.supports(one) for one in spec)
         return backend, next((answer for answer in answers if answer is not None), None)
     except FusionError as error:
         return None, error.reason
@@ -119,7 +119,7 @@ def _load(name: str, facts: list[Facts]) -> tuple[Any, Reason | None]:
         return None, because("backend_failed", backend=name, error=f"{type(error).__name__}: {error}")
 
 
-def _facts(
+def _spec(
     group: Group,
     pair: Any,
     config: FusionConfig,
@@ -127,8 +127,8 @@ def _facts(
     device: str,
     arch: int | None,
     workspace_bytes: int,
-) -> Facts:
-    return Facts(
+) -> OpSpec:
+    return OpSpec(
         rank=group.rank,
         size=group.size,
         hidden_size=pair.hidden_size,

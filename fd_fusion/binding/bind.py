@@ -24,13 +24,13 @@ from fd_fusion.binding.joining import (
 )
 from fd_fusion.binding.pairs import Pair, without_hooked
 from fd_fusion.binding.proving_pass import Bound, attach_and_prove, give_up, leave_stock, logger, undo_all
-from fd_fusion.binding.qk_norms import QKNorm, settle_qk_norms
+from fd_fusion.binding.qk_norms import QKNorm, choose_qk_norms
 from fd_fusion.binding.report import Report
 from fd_fusion.comm.circle import in_order
 from fd_fusion.comm.group import Group
 from fd_fusion.config import FusionConfig, Resolved, resolve
 from fd_fusion.frameworks import paddle_runtime as runtime
-from fd_fusion.hosts import own_layers as native
+from fd_fusion.hosts import own_layers
 from fd_fusion.reasons import BindError, FusionTimeout, Reason, because
 from fd_fusion.site import ForwardCount, Rejected, Site
 
@@ -101,7 +101,7 @@ def bind(
     if resolved.config is None:
         report.off = resolved.reason
         return report
-    found = without_hooked(native.find_pairs(model) if pairs is None else pairs)
+    found = without_hooked(own_layers.find_pairs(model) if pairs is None else pairs)
     report.rejected += [pair for pair in found if isinstance(pair, Rejected)]
     found = [pair for pair in found if isinstance(pair, Pair)]
     if refusal is not None:
@@ -112,7 +112,7 @@ def bind(
         report.off = because("no_pairs", model=type(model).__name__)
     state = Bound(report, freezes_itself=pairs is None)
     try:
-        failure = refusal or _settle_qk(state, native.find_qk_norms(model) if qk_norms is None else qk_norms)
+        failure = refusal or _choose_qk(state, own_layers.find_qk_norms(model) if qk_norms is None else qk_norms)
         state.failures += [failure] if failure is not None else []
         pairs_of = by_group(found, group or group_of_last_resort(report, found))
         labels = {one: label_of(model, of, resolved.config, deterministic) for one, of in pairs_of.items()}
@@ -228,10 +228,10 @@ def _resolve(model: Any, config: Any, source: str) -> Resolved:
     return resolve(config, explicit_source=source)
 
 
-def _settle_qk(state: Bound, norms: Sequence[QKNorm]) -> Reason | None:
+def _choose_qk(state: Bound, norms: Sequence[QKNorm]) -> Reason | None:
     """Choose what the q and k norms run. Returns a failure that the user does not want to be spared."""
     config, report = state.report.config, state.report
-    state.qk_norms, report.qk_stock = settle_qk_norms(norms, config)
+    state.qk_norms, report.qk_stock = choose_qk_norms(norms, config)
     report.qk_fused = [norm.name for norm in state.qk_norms]
     failed = [why for why in report.qk_stock.values() if why.code in ("backend_failed", "qk_differs", "qk_wrote_v")]
     return failed[0] if config.insists and failed else None

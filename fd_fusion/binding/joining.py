@@ -42,8 +42,8 @@ def label_of(model: Any, pairs: list[Pair], config: FusionConfig, deterministic:
 
     A rank that is late for one model must not bind it together with the next one of the others.
     """
-    facts = ("name", "hidden_size", "dtype", "weight_dtype", "weight_offset", "eps")
-    shape = [[getattr(pair, fact) for fact in facts] for pair in pairs]
+    spec = ("name", "hidden_size", "dtype", "weight_dtype", "weight_offset", "eps")
+    shape = [[getattr(pair, fact) for fact in spec] for pair in pairs]
     text = json.dumps([__version__, shape, config.to_dict(), deterministic])
     digest = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
     alike = _models.setdefault(digest, [])

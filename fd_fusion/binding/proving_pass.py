@@ -135,7 +135,7 @@ def prove(model: Any, state: Bound, example: Callable[[], Any], *, first_forward
         _vote(state, ballot, forwards)
     if ballot.refusal is None and ballot.again is not None:
         return _try_again(state, ballot.again)
-    _settle(state, ballot.refusal, ballot.ranks)
+    _switch_on_or_undo(state, ballot.refusal, ballot.ranks)
     return True
 
 
@@ -194,7 +194,7 @@ def _try_again(state: Bound, reason: Reason) -> bool:
     if state.tries < _TRIES and not is_too_late:
         _wait(state.report, reason)
         return False
-    _settle(state, reason, ())
+    _switch_on_or_undo(state, reason, ())
     return True
 
 
@@ -266,7 +266,7 @@ def _with_self(stock: Callable[..., Any]) -> inspect.Signature:
     return signature.replace(parameters=[own, *signature.parameters.values()])
 
 
-def _settle(state: Bound, refusal: Reason | None, ranks: tuple[int, ...]) -> None:
+def _switch_on_or_undo(state: Bound, refusal: Reason | None, ranks: tuple[int, ...]) -> None:
     """Install all Sites and kernels, or take all of them away: a model is never half bound."""
     report = state.report
     report.waiting = None

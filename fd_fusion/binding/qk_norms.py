@@ -48,7 +48,7 @@ class QKNorm:
     numbers: Callable[[], tuple[float, float]] | None = None  # eps and weight_offset of now; None: those above stay
 
 
-def settle_qk_norms(norms: Sequence[QKNorm], config: FusionConfig) -> tuple[list[QKNorm], dict[str, Reason]]:
+def choose_qk_norms(norms: Sequence[QKNorm], config: FusionConfig) -> tuple[list[QKNorm], dict[str, Reason]]:
     """Try each layer's kernel. Returns (the layers that get one, why the others stay stock, by name)."""
     rule = _why_stock(config)
     reasons = {norm.name: rule or _try(norm) for norm in norms}
@@ -108,8 +108,8 @@ def _try(norm: QKNorm) -> Reason | None:
     got, want = got[:, : q + k], want[:, : q + k]
     error = (np.abs(got - want) / (np.abs(want) + _SMALL[dtype])).max()
     if not error <= allowed:
-        facts = {"error": f"{error:.2e}", "budget": f"{allowed:.2e}"}
-        return because("qk_differs", site=norm.name, **facts)
+        spec = {"error": f"{error:.2e}", "budget": f"{allowed:.2e}"}
+        return because("qk_differs", site=norm.name, **spec)
     return None
 
 

@@ -1,9 +1,9 @@
-"""A maker of symmetric memory for GPU ranks: CUDA IPC, by the driver API alone.
+"""The provider of symmetric memory for GPU ranks: CUDA IPC, by the driver API alone.
 
 The driver library is called through ctypes: a dozen functions with stable names, where the `cuda-bindings`
 package would be one more thing to install beside the host (whose only install command is `pip install
 --no-deps .`). The memory is our own `cuMemAlloc`, never a framework's pool: pools sub-allocate, or use
-virtual memory that has no handle of this kind. Every call runs in the context that was current when the maker
+virtual memory that has no handle of this kind. Every call runs in the context that was current when the provider
 was made, so `close` works from any thread.
 """
 

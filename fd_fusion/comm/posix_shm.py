@@ -1,4 +1,4 @@
-"""A maker of symmetric memory for CPU ranks: one POSIX shared-memory segment a rank.
+"""The provider of symmetric memory for CPU ranks: one POSIX shared-memory segment a rank.
 
 A segment has a random name, belongs to its user alone, is really allocated (so a full /dev/shm is an error at
 open and not a SIGBUS in a kernel), and loses its name as soon as every rank has mapped it. Its creator locks it

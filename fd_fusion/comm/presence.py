@@ -66,9 +66,9 @@ class Meeting:
     """The memory behind a `Presence`, and a descriptor of each rank's page, for another process to map it."""
 
     def __init__(self, group: Group, timeout_s: float):
-        self.group, maker = group, _Kept()
-        self._memory = open_symmetric_memory(group, PAGE_BYTES, maker, _store, timeout_s=timeout_s)
-        self.descriptors = [maker.descriptors[address] for address in self._memory.addresses]
+        self.group, provider = group, _Kept()
+        self._memory = open_symmetric_memory(group, PAGE_BYTES, provider, _store, timeout_s=timeout_s)
+        self.descriptors = [provider.descriptors[address] for address in self._memory.addresses]
         counts = [ctypes.c_int64.from_address(address) for address in self._memory.addresses]
         self.presence = Presence(counts, group.rank, group.ranks)
 

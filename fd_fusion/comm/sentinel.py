@@ -37,7 +37,7 @@ def start(
 
     pages: descriptors of error pages. reader: "module:function" that makes a reason of the int64 words of a page.
     """
-    facts = {
+    spec = {
         "pid": os.getpid(),
         "descriptors": meeting.descriptors,
         "rank": meeting.group.rank,
@@ -49,7 +49,7 @@ def start(
         "reader": reader,
     }
     # Isolated and without site: it starts in no time, and nobody's start-up files run in it.
-    command = [sys.executable, "-I", "-S", "-c", _CODE, str(_ROOT), json.dumps(facts)]
+    command = [sys.executable, "-I", "-S", "-c", _CODE, str(_ROOT), json.dumps(spec)]
     return subprocess.Popen(command, pass_fds=[*meeting.descriptors, *pages], stdin=subprocess.DEVNULL, stdout=2)
 
 
@@ -57,21 +57,21 @@ def main(text: str) -> None:
     """The sentinel itself."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # it counts as long as its rank runs, and ends with it
-    facts = json.loads(text)
-    pid = facts["pid"]
-    presence = presence_of(facts["descriptors"], facts["rank"], facts["ranks"])
-    listen, error = presence.listener(facts["limit_s"]), _reader(facts["pages"], facts["reader"])
+    spec = json.loads(text)
+    pid = spec["pid"]
+    presence = presence_of(spec["descriptors"], spec["rank"], spec["ranks"])
+    listen, error = presence.listener(spec["limit_s"]), _reader(spec["pages"], spec["reader"])
     while os.getppid() == pid:
         if is_running(pid):
             presence.beat()
             if reason := listen():
-                _tell(reason, facts["log"])
-                return _end(pid, facts["grace_s"])
-            if error() and not _ends_within(pid, facts["grace_s"]):  # its own threads tell, where they can run
-                _tell(error(), facts["log"])
+                _tell(reason, spec["log"])
+                return _end(pid, spec["grace_s"])
+            if error() and not _ends_within(pid, spec["grace_s"]):  # its own threads tell, where they can run
+                _tell(error(), spec["log"])
                 return _end(pid, 0.0)
         else:
-            listen = presence.listener(facts["limit_s"])  # a rank that stands still judges nobody
+            listen = presence.listener(spec["limit_s"])  # a rank that stands still judges nobody
         time.sleep(_EVERY_S)
 
 

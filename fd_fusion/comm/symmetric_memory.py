@@ -26,7 +26,7 @@ Push = Callable[[tuple[int, ...], int], None]
 """Store an int64 value, twice, at each of these 16-byte aligned addresses, as the kernel stores its words."""
 
 
-class Maker(Protocol):
+class MemoryProvider(Protocol):
     """Where the memory comes from: `cuda_ipc.CudaIpc` or `posix_shm.PosixShm`."""
 
     handle_bytes: int
@@ -50,8 +50,8 @@ class Maker(Protocol):
 class SymmetricMemory:
     """`addresses[p]` is where this process reaches rank p's buffer of `nbytes`; `own` is its own."""
 
-    def __init__(self, group: Group, maker: Maker, nbytes: int, nonce: str):
-        self.group, self.maker, self.nbytes, self.nonce = group, maker, nbytes, nonce
+    def __init__(self, group: Group, provider: MemoryProvider, nbytes: int, nonce: str):
+        self.group, self.provider, self.nbytes, self.nonce = group, provider, nbytes, nonce
         self._mapped: dict[int, int] = {}  # rank -> address, what is still to be given back
         self.addresses: tuple[int, ...] = ()
         self._closed = False
@@ -71,16 +71,16 @@ class SymmetricMemory:
         if self._closed:
             return True
         self._closed = True  # a rank that has mapped nothing goes through the steps too: the others wait for it
-        orderly = self.maker.free_waits_for_peers
+        orderly = self.provider.free_waits_for_peers
         own = self._mapped.pop(self.group.rank, None)
         peers, self._mapped = list(self._mapped.values()), {}
-        if not wait or (orderly and not (self._barrier("closing") and _quietly(self.maker.synchronize))):
-            _quietly(self.maker.opened_everywhere)
+        if not wait or (orderly and not (self._barrier("closing") and _ignoring_errors(self.provider.synchronize))):
+            _ignoring_errors(self.provider.opened_everywhere)
             return False
-        failed = [address for address in peers if not _quietly(self.maker.close, address)]
+        failed = [address for address in peers if not _ignoring_errors(self.provider.close, address)]
         if orderly and (failed or not self._barrier("unmapped")):
             return False
-        return not failed and (own is None or _quietly(self.maker.free, own))
+        return not failed and (own is None or _ignoring_errors(self.provider.free, own))
 
     def _barrier(self, step: str) -> bool:
         """Wait for the other ranks; once in vain is enough, whatever else this process has to close."""
@@ -92,7 +92,7 @@ class SymmetricMemory:
 
 
 def open_symmetric_memory(
-    group: Group, nbytes: int, maker: Maker, push: Push, *, timeout_s: float
+    group: Group, nbytes: int, provider: MemoryProvider, push: Push, *, timeout_s: float
 ) -> SymmetricMemory:
     """Collective: give every rank a zeroed buffer of `nbytes` that all ranks of the group can address.
 
@@ -101,13 +101,13 @@ def open_symmetric_memory(
         timeout_s: how long a silent rank is waited for at each step.
     Raises: FusionError: on all ranks alike, with the reason of the first rank that refused.
     """
-    identity, refusal = attempt(lambda: {**process_identity(), **maker.identity()})
+    identity, refusal = as_refusal(lambda: {**process_identity(), **provider.identity()})
     identity = {**(identity or {}), "nbytes": nbytes, "salt": secrets.token_hex(8)}
-    ranks = settle(group, "identity", refusal, identity, timeout_s)
+    ranks = agree_or_raise(group, "identity", refusal, identity, timeout_s)
     if refusal := _unreachable(ranks, group):
         raise FusionError(refusal)
     nonce = hashlib.sha256("".join(r["salt"] for r in ranks).encode()).hexdigest()[:16]
-    memory = SymmetricMemory(group, maker, nbytes, nonce)
+    memory = SymmetricMemory(group, provider, nbytes, nonce)
     try:
         handles = _allocate(memory, timeout_s)
         _map(memory, handles, timeout_s)
@@ -137,7 +137,7 @@ def barrier(group: Group, name: str, timeout_s: float) -> bool:
     return True
 
 
-def attempt(action: Callable[[], Any]) -> tuple[Any, Reason | None]:
+def as_refusal(action: Callable[[], Any]) -> tuple[Any, Reason | None]:
     """Run a local step whose failure must be voted on, not raised: (result, None) or (None, reason)."""
     try:
         return action(), None
@@ -147,7 +147,7 @@ def attempt(action: Callable[[], Any]) -> tuple[Any, Reason | None]:
         return None, because("open_failed", error=f"{type(error).__name__}: {error}")
 
 
-def settle(group: Group, topic: str, refusal: Reason | None, data: Any, timeout_s: float) -> tuple[Any, ...]:
+def agree_or_raise(group: Group, topic: str, refusal: Reason | None, data: Any, timeout_s: float) -> tuple[Any, ...]:
     """One vote of the opening: the data of all ranks, or the same FusionError on all."""
     verdict: Verdict = agree(group, topic, Vote(refusal, data), timeout_s=timeout_s)
     if not verdict.ok:
@@ -172,21 +172,21 @@ def _unreachable(ranks: tuple[dict[str, Any], ...], group: Group) -> Reason | No
 
 def _allocate(memory: SymmetricMemory, timeout_s: float) -> list[bytes]:
     """Allocate and clear the own buffer, gather everybody's handles."""
-    group, maker = memory.group, memory.maker
+    group, provider = memory.group, memory.provider
 
     def allocate() -> str:
-        memory._mapped[group.rank], handle = maker.allocate(memory.nbytes)
-        maker.fill(memory._mapped[group.rank], memory.nbytes)
-        maker.synchronize()
+        memory._mapped[group.rank], handle = provider.allocate(memory.nbytes)
+        provider.fill(memory._mapped[group.rank], memory.nbytes)
+        provider.synchronize()
         return handle.hex()
 
-    handle, refusal = attempt(allocate)
-    ranks = settle(group, "handle", refusal, {"handle": handle, "nonce": memory.nonce}, timeout_s)
+    handle, refusal = as_refusal(allocate)
+    ranks = agree_or_raise(group, "handle", refusal, {"handle": handle, "nonce": memory.nonce}, timeout_s)
     for rank, one in enumerate(ranks):
         if one["nonce"] != memory.nonce:
             raise FusionError(because("structure_differs", rank=rank, detail="its handle belongs to another opening"))
     handles = [bytes.fromhex(one["handle"]) for one in ranks]
-    assert all(len(handle) == maker.handle_bytes for handle in handles)
+    assert all(len(handle) == provider.handle_bytes for handle in handles)
     return handles
 
 
@@ -196,42 +196,42 @@ def _map(memory: SymmetricMemory, handles: list[bytes], timeout_s: float) -> Non
     def map_peers() -> None:
         for rank, handle in enumerate(handles):
             if rank != group.rank:
-                memory._mapped[rank] = memory.maker.open(handle, memory.nbytes)
+                memory._mapped[rank] = memory.provider.open(handle, memory.nbytes)
         memory.addresses = tuple(memory._mapped[rank] for rank in range(group.size))
 
-    _, refusal = attempt(map_peers)
+    _, refusal = as_refusal(map_peers)
     if refusal and refusal.code == "open_failed":
         refusal = because("no_peer_access", error=dict(refusal.facts)["error"])
-    settle(group, "mapped", refusal, None, timeout_s)
-    memory.maker.opened_everywhere()
+    agree_or_raise(group, "mapped", refusal, None, timeout_s)
+    memory.provider.opened_everywhere()
 
 
 def _prove(memory: SymmetricMemory, push: Push, timeout_s: float) -> None:
     """Every rank stores its word into every buffer at [rank]; every rank then finds all words in its own."""
-    group, maker = memory.group, memory.maker
+    group, provider = memory.group, memory.provider
     base = int(memory.nonce, 16) >> 8
 
     def store() -> None:
         push(tuple(address + _PROOF_BYTES * group.rank for address in memory.addresses), base + group.rank)
-        maker.synchronize()
+        provider.synchronize()
 
-    _, refusal = attempt(store)
-    settle(group, "pushed", refusal, None, timeout_s)
+    _, refusal = as_refusal(store)
+    agree_or_raise(group, "pushed", refusal, None, timeout_s)
 
     def verify() -> None:
-        found = maker.read(memory.own, _PROOF_BYTES * group.size)
+        found = provider.read(memory.own, _PROOF_BYTES * group.size)
         for rank in range(group.size):
             expected = 2 * (base + rank).to_bytes(8, "little")
             if found[_PROOF_BYTES * rank : _PROOF_BYTES * (rank + 1)] != expected:
                 raise FusionError(because("probe_failed", rank=rank))
-        maker.fill(memory.own, len(found))
-        maker.synchronize()
+        provider.fill(memory.own, len(found))
+        provider.synchronize()
 
-    _, refusal = attempt(verify)
-    settle(group, "proven", refusal, None, timeout_s)
+    _, refusal = as_refusal(verify)
+    agree_or_raise(group, "proven", refusal, None, timeout_s)
 
 
-def _quietly(step: Callable[..., None], *args: int) -> bool:
+def _ignoring_errors(step: Callable[..., None], *args: int) -> bool:
     """One step of a close; at exit the driver or the context may be gone already."""
     try:
         step(*args)

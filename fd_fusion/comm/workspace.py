@@ -18,12 +18,12 @@ from fd_fusion.comm import watcher
 from fd_fusion.comm.group import Group
 from fd_fusion.comm.meeting import convene
 from fd_fusion.comm.symmetric_memory import (
-    Maker,
+    MemoryProvider,
     Push,
     SymmetricMemory,
-    attempt,
+    agree_or_raise,
+    as_refusal,
     open_symmetric_memory,
-    settle,
 )
 from fd_fusion.reasons import FusionError, FusionTimeout, Reason, because
 
@@ -57,7 +57,7 @@ class Workspace:
         self.frozen = False
         self.failed = threading.Event()  # set by the watcher; a host may wait for it
         self._pid = os.getpid()
-        self._page, self._page_of_kernel = memory.maker.host_page(layout.page_bytes)
+        self._page, self._page_of_kernel = memory.provider.host_page(layout.page_bytes)
         self._words = (ctypes.c_int64 * (layout.page_bytes // 8)).from_address(self._page)
         self._closed = False
         self._use = threading.RLock()  # held while memory is read, so that no other thread gives it back meanwhile
@@ -69,7 +69,7 @@ class Workspace:
     @property
     def page(self) -> int | None:
         """A descriptor of the error page, for another process to map it; None where it has none."""
-        return self.memory.maker.pages.get(self._page)
+        return self.memory.provider.pages.get(self._page)
 
     @property
     def closed(self) -> bool:
@@ -84,7 +84,7 @@ class Workspace:
         """What lies at an address of this workspace. Raises: FusionError: it is closed."""
         with self._use:
             self._need_open()
-            return self.memory.maker.read(address, nbytes)
+            return self.memory.provider.read(address, nbytes)
 
     def check(self) -> None:
         """To be called before results leave the process, when the calls that made them have ended.
@@ -104,7 +104,7 @@ class Workspace:
         with self._use:
             self._need_open()
             self.frozen = True
-            self.memory.maker.write(self.local, self._limit().to_bytes(8, "little"))
+            self.memory.provider.write(self.local, self._limit().to_bytes(8, "little"))
 
     def reset(self) -> None:
         """Collective: make the workspace usable again after an error, on all ranks or on none.
@@ -116,15 +116,15 @@ class Workspace:
         label = f"reset {self.memory.nonce} {self.generation}"
         if (reason := convene(group, label, timeout_s=patience)) is not None:  # the others find this rank missing
             raise FusionError(reason)
-        _, refusal = attempt(self.memory.maker.synchronize)  # nobody clears what a kernel may still write
-        labels = settle(group, "reset", refusal, label, 2 * patience)
+        _, refusal = as_refusal(self.memory.provider.synchronize)  # nobody clears what a kernel may still write
+        labels = agree_or_raise(group, "reset", refusal, label, 2 * patience)
         if others := [rank for rank, other in enumerate(labels) if other != labels[0]]:
             raise FusionError(because("structure_differs", rank=others[0], detail="it resets another workspace"))
-        _, refusal = attempt(self._fill)
+        _, refusal = as_refusal(self._fill)
         try:
-            settle(group, "cleared", refusal, None, patience)
+            agree_or_raise(group, "cleared", refusal, None, patience)
         except FusionError:
-            self.memory.maker.write(self.memory.own, (1).to_bytes(4, "little"))  # the abort word, cleared too early
+            self.memory.provider.write(self.memory.own, (1).to_bytes(4, "little"))  # the abort word
             raise
         self.generation += 1
         self._watch()
@@ -139,7 +139,7 @@ class Workspace:
         if self in _open:
             _open.remove(self)
         if self.memory.close(wait=wait):  # otherwise a kernel may still write its error
-            self.memory.maker.free_host_page(self._page)
+            self.memory.provider.free_host_page(self._page)
 
     def _need_open(self) -> None:
         if self._closed:
@@ -150,12 +150,12 @@ class Workspace:
 
     def _fill(self) -> None:
         memory, layout = self.memory, self.layout
-        memory.maker.fill(memory.own, layout.control_bytes)
+        memory.provider.fill(memory.own, layout.control_bytes)
         slots = layout.symmetric_bytes - layout.control_bytes
-        memory.maker.fill(memory.own + layout.control_bytes, slots, layout.fill)
+        memory.provider.fill(memory.own + layout.control_bytes, slots, layout.fill)
         words = layout.local_words(self._limit(), self._page_of_kernel, list(memory.addresses))
-        memory.maker.write(self.local, b"".join(word.to_bytes(8, "little", signed=True) for word in words))
-        memory.maker.synchronize()
+        memory.provider.write(self.local, b"".join(word.to_bytes(8, "little", signed=True) for word in words))
+        memory.provider.synchronize()
         ctypes.memset(self._page, 0, layout.page_bytes)
         self.failed.clear()
 
@@ -167,18 +167,20 @@ class Workspace:
         self.failed.set()
 
 
-def open_workspace(group: Group, layout: Layout, maker: Maker, push: Push, *, timeout_s: float) -> Workspace:
+def open_workspace(
+    group: Group, layout: Layout, provider: MemoryProvider, push: Push, *, timeout_s: float
+) -> Workspace:
     """Collective: allocate, exchange, prove and fill. Before capture; afterwards no address of it moves.
 
     Raises: FusionError: on all ranks alike.
     """
     nbytes = _line(layout.symmetric_bytes) + layout.local_bytes
-    memory = open_symmetric_memory(group, nbytes, maker, push, timeout_s=timeout_s)
-    made, refusal = attempt(lambda: Workspace(memory, layout, timeout_s))
+    memory = open_symmetric_memory(group, nbytes, provider, push, timeout_s=timeout_s)
+    made, refusal = as_refusal(lambda: Workspace(memory, layout, timeout_s))
     if made is not None:
-        _, refusal = attempt(made._fill)
+        _, refusal = as_refusal(made._fill)
     try:
-        settle(group, "filled", refusal, None, timeout_s)
+        agree_or_raise(group, "filled", refusal, None, timeout_s)
     except FusionError:
         (made or memory).close()
         raise

@@ -34,8 +34,8 @@ def _pair(link: Link) -> Pair | Rejected:
         return Rejected(link.name, because("not_reduced", producer=link.name.partition(" -> ")[0]))
     reducing = [name for name, layer in link.producer.named_sublayers() if getattr(layer, "reduce_results", False)]
     if reducing:
-        facts = {"inner": reducing[0], "producer": link.name.partition(" -> ")[0]}
-        return Rejected(link.name, because("reduced_inside", **facts))
+        spec = {"inner": reducing[0], "producer": link.name.partition(" -> ")[0]}
+        return Rejected(link.name, because("reduced_inside", **spec))
     norm, handle = link.norm, link.producer.group
     return Pair(
         name=link.name,

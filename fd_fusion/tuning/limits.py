@@ -12,7 +12,7 @@ NEVER = 2**31 - 1  # as `two_shot_rows`: no call has so many rows
 
 
 @dataclass(frozen=True)
-class Facts:
+class OpSpec:
     """The facts of one workspace: a group, a hidden size and a dtype. Equal on all ranks, except `rank`."""
 
     rank: int
@@ -38,28 +38,28 @@ class Facts:
         return tuple(sorted({self.weight_dtype, *self.other_weight_dtypes}))
 
 
-def row_limit(facts: Facts) -> int | None:
+def row_limit(spec: OpSpec) -> int | None:
     """The most rows T that a call may have to be fused; None means any number.
 
     Deterministic mode fuses every T, so that no table chooses by T; then an explicit limit; then the tuning table's;
     then the built-in one.
     """
-    if facts.deterministic:
+    if spec.deterministic:
         return None
-    if facts.max_token_num is not None:
-        return facts.max_token_num
-    if facts.tuned_rows is not None:
-        return facts.tuned_rows
-    return built_in_limit(facts.device, facts.size, facts.hidden_size)
+    if spec.max_token_num is not None:
+        return spec.max_token_num
+    if spec.tuned_rows is not None:
+        return spec.tuned_rows
+    return built_in_limit(spec.device, spec.size, spec.hidden_size)
 
 
-def limit_source(facts: Facts) -> str:
+def limit_source(spec: OpSpec) -> str:
     """Where `row_limit` comes from, for the report."""
-    if facts.deterministic:
+    if spec.deterministic:
         return "deterministic mode"
-    if facts.max_token_num is not None:
+    if spec.max_token_num is not None:
         return "max_token_num"
-    return "tuning table" if facts.tuned_rows is not None else "built in"
+    return "tuning table" if spec.tuned_rows is not None else "built in"
 
 
 def built_in_limit(device: str, size: int, hidden_size: int) -> int:

@@ -11,14 +11,14 @@ import pytest
 
 from fd_fusion.backends import triton as backend
 from fd_fusion.frameworks import triton_launch as runtime_triton
-from fd_fusion.tuning.limits import Facts
+from fd_fusion.tuning.limits import OpSpec
 from tests.support.ranks import ROOT, run_ranks
 
 
 @pytest.mark.parametrize("shape", [list, tuple])
 def test_the_shape_of_a_weight_is_a_list_of_paddle_or_a_tuple_of_torch(shape):
     opened = object.__new__(backend.Opened)
-    opened._facts = SimpleNamespace(hidden_size=8, weight_dtypes=("bfloat16",))
+    opened._spec = SimpleNamespace(hidden_size=8, weight_dtypes=("bfloat16",))
     opened._of_weights = [("bf16", {(False, False): "a launch"})]
     assert opened._launches_for(SimpleNamespace(shape=shape([8]), dtype="bf16")) == {(False, False): "a launch"}
     for wrong in ([7], [8, 1], [1, 8]):
@@ -104,7 +104,7 @@ def test_through_the_launcher_of_paddle(tmp_path):
     ],
 )
 def test_supports(changes, code):
-    refusal = backend.supports(Facts(**{**FACTS, **changes}))
+    refusal = backend.supports(OpSpec(**{**FACTS, **changes}))
     assert (refusal.code if refusal else None) == code
 
 

@@ -9,7 +9,7 @@ from fd_fusion.backends import triton_first_calls
 from fd_fusion.backends.triton_first_calls import run_all
 from fd_fusion.kernels.all_reduce import plan as plans
 from fd_fusion.reasons import FusionError
-from fd_fusion.tuning.limits import Facts
+from fd_fusion.tuning.limits import OpSpec
 from tests.backends.test_triton import FACTS
 
 SIZE, HIDDEN = 2, 64
@@ -52,7 +52,7 @@ class Opened:
 
 
 def facts_of(dtype, **changes):
-    return Facts(**{**FACTS, "dtype": dtype, "weight_dtype": "float32", "hidden_size": HIDDEN, **changes})
+    return OpSpec(**{**FACTS, "dtype": dtype, "weight_dtype": "float32", "hidden_size": HIDDEN, **changes})
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])

@@ -18,7 +18,7 @@ from fd_fusion.comm.group import Group
 from fd_fusion.frameworks import triton_launch as runtime_triton
 from fd_fusion.layers.rms_norm import RMSNorm
 from fd_fusion.site import ForwardCount
-from fd_fusion.tuning.limits import Facts
+from fd_fusion.tuning.limits import OpSpec
 
 SIZE, ROWS, H = 2, 16, 4096
 GROUP = Group("host", 0, SIZE, tuple(range(SIZE)), None)
@@ -31,7 +31,7 @@ def opened_with(launch_of, weight_dtypes=("bfloat16",)):
         return runtime_triton.Loaded(launch_of(constants), 2)
 
     kind = 0, SIZE, H, "bfloat16", weight_dtypes[0], 0.0, 1e-6, "gpu", 90, False, None, 1 << 25, 1.0
-    facts = Facts(*kind, other_weight_dtypes=weight_dtypes)
+    spec = OpSpec(*kind, other_weight_dtypes=weight_dtypes)
     with (
         mock.patch.object(backend, "CudaIpc", lambda: SimpleNamespace(multiprocessors=lambda: 132)),
         mock.patch.object(runtime_triton, "require_mode"),
@@ -39,7 +39,7 @@ def opened_with(launch_of, weight_dtypes=("bfloat16",)):
         mock.patch.object(runtime_triton, "prepare", prepare),
         mock.patch.object(runtime_triton, "uses_pdl", lambda: False),
     ):
-        opened = backend.Opened(facts, GROUP)
+        opened = backend.Opened(spec, GROUP)
     opened._own = 0, 0
     return opened
 

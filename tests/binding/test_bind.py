@@ -26,7 +26,7 @@ from fd_fusion.binding.proving_pass import Bound
 from fd_fusion.binding.report import Report
 from fd_fusion.comm import group as group_module
 from fd_fusion.comm.group import Group, Verdict, agree
-from fd_fusion.hosts import own_layers as native
+from fd_fusion.hosts import own_layers
 from fd_fusion.reasons import BindError, FusionError, because
 from fd_fusion.site import ForwardCount, Rejected, Site
 
@@ -220,7 +220,7 @@ def test_a_miss_takes_the_norms_of_q_and_k_away_too():
     state.report.qk_fused, undone = ["layers.0.qk_norm"], []
     state.undo_qk.append(lambda: undone.append("qk"))
     state.undo.append(lambda: undone.append("site"))
-    settling._settle(state, reason, (0,))
+    settling._switch_on_or_undo(state, reason, (0,))
     assert sorted(undone) == ["qk", "site"] and not state.undo_qk
     assert not state.report.qk_fused and state.report.qk_stock == {"layers.0.qk_norm": reason}
 
@@ -407,7 +407,7 @@ def test_arguments_are_copied_for_each_forward_of_the_pass_and_kept_from_it():
 
 def test_a_pair_with_a_hook_between_its_ends_is_left_out():
     model = DemoDecoder(0, 1, layers=1)
-    found = native.find_pairs(model)
+    found = own_layers.find_pairs(model)
     assert without_hooked(found) == found
     model.layers[0].self_attn.o_proj.register_forward_post_hook(lambda *_: None)
     model.norm.register_forward_pre_hook(lambda *_: None)
@@ -425,27 +425,27 @@ def test_a_rank_that_opens_shows_progress_more_often_than_its_peers_limit(monkey
             return True
 
     monkeypatch.setattr(group_module, "threading", SimpleNamespace(Event=Stop, Thread=threading.Thread))
-    backend = SimpleNamespace(open=lambda facts, group: None)
+    backend = SimpleNamespace(open=lambda spec, group: None)
     monkeypatch.setattr(opening, "agree", lambda *args, **kwargs: Verdict((None, None), ()))
-    monkeypatch.setattr(opening, "_load", lambda name, facts: (backend, None))
-    opening._try("triton", ["facts"], group, 0.1)
-    opening._try("triton", ["facts"], group, 30)
+    monkeypatch.setattr(opening, "_load", lambda name, spec: (backend, None))
+    opening._try("triton", ["spec"], group, 0.1)
+    opening._try("triton", ["spec"], group, 30)
     assert pauses == [0.025, 1.0]
 
 
 def test_what_was_opened_is_closed_if_the_vote_on_it_fails(monkeypatch):
     closed, group = [], Group("g", 0, 2, (0, 1), BrokenStore())
-    backend = SimpleNamespace(open=lambda facts, group: SimpleNamespace(close=lambda: closed.append(facts)))
+    backend = SimpleNamespace(open=lambda spec, group: SimpleNamespace(close=lambda: closed.append(spec)))
     votes = [Verdict((None, None), ())]
 
     def agree_once(*args, **kwargs):
         return votes.pop() if votes else agree(*args, **kwargs)
 
     monkeypatch.setattr(opening, "agree", agree_once)
-    monkeypatch.setattr(opening, "_load", lambda name, facts: (backend, None))
+    monkeypatch.setattr(opening, "_load", lambda name, spec: (backend, None))
     with pytest.raises(FusionError, match="it is gone"):
-        opening._try("triton", ["facts"], group, 1)
-    assert closed == ["facts"]
+        opening._try("triton", ["spec"], group, 1)
+    assert closed == ["spec"]
 
 
 class BrokenStore:
@@ -493,7 +493,7 @@ def test_one_norm_fed_over_two_groups_has_no_site():
     attention.o_proj.group, attention.o_proj.inner.group = (
         SimpleNamespace(ranks=ranks, rank=0) for ranks in ([0, 1], [0, 2])
     )
-    first, *_ = native.find_pairs(model)
+    first, *_ = own_layers.find_pairs(model)
     assert isinstance(first, Rejected) and first.reason.code == "groups_differ"
     assert "[[0, 1], [0, 2]]" in str(first.reason)
 
@@ -517,14 +517,14 @@ class Block(paddle.nn.Layer):
 def test_the_dtype_of_a_pair_is_that_of_what_is_handed_over(dtype, row_parallel):
     model = DemoDecoder(0, 1, layers=1)
     model.layers[0].mlp = Block(dtype, row_parallel)
-    attention, block = native.find_pairs(model)
+    attention, block = own_layers.find_pairs(model)
     assert (attention.dtype, block.dtype) == ("float32", dtype)
 
 
 def test_numbers_of_a_norm_that_change_after_bind_count_as_they_do_in_stock():
     """The stock norm reads its eps at each call; a bound one kept that of the bind, without a word."""
     model = DemoDecoder(0, 1, layers=1)
-    pair, _ = native.find_pairs(model)
+    pair, _ = own_layers.find_pairs(model)
     norm = pair.reader
 
     def finish(x, residual, weight, eps, weight_offset):
@@ -550,7 +550,7 @@ def test_a_reduction_that_somebody_else_does_is_no_pair(inner):
         producer.part.reduce_results = True
     else:
         producer.reduce_results = False
-    first, *_ = native.find_pairs(model)
+    first, *_ = own_layers.find_pairs(model)
     assert first.reason.code == ("reduced_inside" if inner else "not_reduced")
 
 

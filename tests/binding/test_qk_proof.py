@@ -8,7 +8,7 @@ import pytest
 
 from fd_fusion import FusionConfig
 from fd_fusion.binding import qk_norms as qk
-from fd_fusion.hosts import own_layers as native
+from fd_fusion.hosts import own_layers
 from fd_fusion.layers.qk_rms_norm import QKRMSNorm
 from fd_fusion.reference import round_to
 
@@ -22,12 +22,12 @@ def norm_of(dtype, eps=1e-6, offset=0.0, head_dim=64, weight_dtype=None):
         part.weight.set_value(
             paddle.to_tensor(rng.normal(1 - offset, 0.2, head_dim).astype("float32")).astype(part.weight.dtype)
         )
-    (norm,) = native.find_qk_norms(layer)
+    (norm,) = own_layers.find_qk_norms(layer)
     return dataclasses.replace(norm, dtype=dtype, numbers=None)  # tests replace eps and offset of the kernel alone
 
 
 def outcome(norm):
-    on, why = qk.settle_qk_norms([norm], FusionConfig(backend="triton"))
+    on, why = qk.choose_qk_norms([norm], FusionConfig(backend="triton"))
     assert bool(on) != bool(why)
     return why[norm.name].code if why else None
 

@@ -115,17 +115,17 @@ def bind_all(monkeypatch, family, size, *, fails=(), proof=(), qk=(), stops=(), 
         ranks = tuple(rank for rank, _ in verdict.refusals)
         return (opening, None, ()) if verdict.ok else (None, verdict.reason, ranks)
 
-    def settle_qk(state, norms):
+    def choose_qk(state, norms):
         state.report.qk_fused = ["qk"] if qk else []
         return because("backend_failed", backend="triton", error="no") if here.rank in qk else None
 
     def prove(model, state, example, example_of):
         refusal = because("unmatched", site="a", handed=0, finished=1) if here.rank in proof else None
         settling._vote(state, ballot := settling.Ballot(refusal), SimpleNamespace(raised=None))
-        settling._settle(state, ballot.refusal, ballot.ranks)
+        settling._switch_on_or_undo(state, ballot.refusal, ballot.ranks)
 
     monkeypatch.setattr(binding, "open_for", open_for)
-    monkeypatch.setattr(binding, "_settle_qk", settle_qk)
+    monkeypatch.setattr(binding, "_choose_qk", choose_qk)
     monkeypatch.setattr(binding, "attach_and_prove", prove)
     monkeypatch.setattr(binding, "label_of", lambda model, pairs, *_: (f"{[one.name for one in pairs]}", 0))
     world = {rank: Group("world", rank, size, tuple(range(size)), store) for rank in range(size)}
@@ -221,13 +221,13 @@ def test_a_bind_that_failed_is_tried_again(monkeypatch):
     ],
 )
 def test_strict_lets_nothing_be_off_but_by_a_rule(off, raises):
-    facts = {
+    spec = {
         "no_pairs": {"model": "M"},
         "draft_model": {"model": "M"},
         "never_wins": {"size": 2, "hidden_size": 8, "dtype": "float32"},
     }
     state = settling.Bound(
-        binding.Report(FusionConfig(strict=True), "a test", "M", off=because(off, **facts.get(off, {})))
+        binding.Report(FusionConfig(strict=True), "a test", "M", off=because(off, **spec.get(off, {})))
     )
     assert (settling.insisted_failure(state) is not None) == raises
     model, resolved = Model(), Resolved(FusionConfig(strict=True), "a test")

@@ -1,4 +1,4 @@
-"""Symmetric memory between real processes, over POSIX shared memory; tests/gpu tests the CUDA maker."""
+"""Symmetric memory between real processes, over POSIX shared memory; tests/gpu tests the CUDA provider."""
 
 import ctypes
 import os
@@ -55,12 +55,12 @@ def test_a_segment_of_a_crashed_run_disturbs_nobody_and_is_removed(segments, tmp
     assert "rank 1 never voted" in ended[0].text, ended[0].text
     left = segments()
     assert len(left) == 1, "rank 1 died with its segment's name in place"
-    maker = posix_shm.PosixShm()
-    own, _ = maker.allocate(4096)
+    provider = posix_shm.PosixShm()
+    own, _ = provider.allocate(4096)
     assert len(segments() - left) == 1 and not left & segments()
     posix_shm.remove_left()
     assert segments(), "a segment whose creator is alive stays"
-    maker.free(own)
+    provider.free(own)
     assert not segments()
 
 
@@ -75,10 +75,10 @@ def test_a_segment_is_locked_before_it_has_its_name(segments, monkeypatch):
         lock(fd, how)
 
     monkeypatch.setattr(posix_shm.fcntl, "flock", late)
-    maker = posix_shm.PosixShm()
-    own, token = maker.allocate(4096)
+    provider = posix_shm.PosixShm()
+    own, token = provider.allocate(4096)
     assert len(others) == 1 and segments() == {posix_shm._path(token).name}
-    maker.free(own)
+    provider.free(own)
     assert not segments()
 
 
@@ -97,15 +97,15 @@ def test_only_what_this_run_left_is_removed(segments, monkeypatch):
 
 
 def test_a_full_shared_memory_is_an_error_at_allocation(segments):
-    maker = posix_shm.PosixShm()
+    provider = posix_shm.PosixShm()
     with pytest.raises(OSError):
-        maker.allocate(1 << 50)
+        provider.allocate(1 << 50)
     assert not segments()
 
 
 def test_a_foreign_or_shorter_segment_is_not_mapped(segments):
-    maker = posix_shm.PosixShm()
-    address, token = maker.allocate(8192)
+    provider = posix_shm.PosixShm()
+    address, token = provider.allocate(8192)
     with pytest.raises(OSError, match="announced"):
         posix_shm.PosixShm().open(token, 4096)
     link = bytes(16)
@@ -113,7 +113,7 @@ def test_a_foreign_or_shorter_segment_is_not_mapped(segments):
     with pytest.raises(OSError):
         posix_shm.PosixShm().open(link, 8192)
     assert oct(posix_shm._path(token).stat().st_mode)[-3:] == "600"
-    maker.free(address)
+    provider.free(address)
 
 
 def test_ranks_that_cannot_share_memory_are_told_why():
@@ -138,7 +138,7 @@ def test_no_driver_or_no_context_is_a_reason_not_a_crash():
     assert cuda_ipc.CudaIpc.handle_bytes == 64
 
 
-def test_the_cuda_maker_gives_back_what_it_took(monkeypatch):
+def test_the_cuda_provider_gives_back_what_it_took(monkeypatch):
     """Over a driver that only counts: what is made, opened or pushed, and what is undone."""
     calls = Counter()
 
@@ -153,13 +153,13 @@ def test_the_cuda_maker_gives_back_what_it_took(monkeypatch):
             return call
 
     monkeypatch.setattr(ctypes, "CDLL", lambda name: Driver())
-    maker = cuda_ipc.CudaIpc()
+    provider = cuda_ipc.CudaIpc()
     for _ in range(2):
-        address, handle = maker.allocate(5)
-        peer = maker.open(handle, 5)
-        assert maker.read(address, 4) == maker.read(address, 4) == bytes(4)
-        maker.close(peer)
-        maker.free(address)
+        address, handle = provider.allocate(5)
+        peer = provider.open(handle, 5)
+        assert provider.read(address, 4) == provider.read(address, 4) == bytes(4)
+        provider.close(peer)
+        provider.free(address)
     assert calls["cuStreamCreate"] == 2
     for made, undone in (
         ("cuMemAlloc_v2", "cuMemFree_v2"),
@@ -171,24 +171,24 @@ def test_the_cuda_maker_gives_back_what_it_took(monkeypatch):
 
 
 def test_another_process_sees_the_host_page():
-    maker = posix_shm.PosixShm()
-    host, _ = maker.host_page(4096)
-    fd = maker.pages[host]
+    provider = posix_shm.PosixShm()
+    host, _ = provider.host_page(4096)
+    fd = provider.pages[host]
     ctypes.memset(host, 7, 3)
     code = f"import mmap; print(mmap.mmap({fd}, 4096)[:4].hex())"
     seen = subprocess.run([sys.executable, "-c", code], pass_fds=[fd], capture_output=True, text=True, check=True)
     assert seen.stdout == "07070700\n"
-    maker.free_host_page(host)
-    assert not maker.pages
+    provider.free_host_page(host)
+    assert not provider.pages
 
 
 def test_the_host_page_is_cleared_and_writable():
-    maker = posix_shm.PosixShm()
-    host, kernel = maker.host_page(4096)
+    provider = posix_shm.PosixShm()
+    host, kernel = provider.host_page(4096)
     assert ctypes.string_at(kernel, 4096) == bytes(4096)
-    maker.write(kernel, b"x")
-    assert maker.read(host, 1) == b"x"
-    maker.free_host_page(host)
+    provider.write(kernel, b"x")
+    assert provider.read(host, 1) == b"x"
+    provider.free_host_page(host)
 
 
 @pytest.mark.parametrize("refuses", [None, "cuMemHostRegister_v2"])
@@ -206,15 +206,15 @@ def test_the_host_page_of_a_gpu_is_shared_or_the_driver_s_own(monkeypatch, refus
             args[0]._obj.value = 1 << 40
 
     monkeypatch.setattr(cuda_ipc.CudaIpc, "_call", call)
-    maker = object.__new__(cuda_ipc.CudaIpc)
-    maker.pages, maker._maps, maker._context = {}, {}, ctypes.c_void_p()
-    host, device = maker.host_page(64)
+    provider = object.__new__(cuda_ipc.CudaIpc)
+    provider.pages, provider._maps, provider._context = {}, {}, ctypes.c_void_p()
+    host, device = provider.host_page(64)
     assert device == 1 << 40 and ctypes.string_at(host, 64) == bytes(64)
-    assert (host in maker.pages) == (refuses is None)
-    descriptors = list(maker.pages.values())
-    maker.free_host_page(host)
+    assert (host in provider.pages) == (refuses is None)
+    descriptors = list(provider.pages.values())
+    provider.free_host_page(host)
     freed = "cuMemHostUnregister" if refuses is None else "cuMemFreeHost"
-    assert freed in calls and not maker.pages and not maker._maps
+    assert freed in calls and not provider.pages and not provider._maps
     for fd in descriptors:
         with pytest.raises(OSError):
             os.fstat(fd)

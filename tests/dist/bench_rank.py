@@ -26,10 +26,10 @@ import triton.language as tl
 from fd_fusion.backends import triton as backend
 from fd_fusion.comm.cuda_ipc import CudaIpc
 from fd_fusion.comm.group import Vote, agree
-from fd_fusion.comm.symmetric_memory import attempt, open_symmetric_memory
+from fd_fusion.comm.symmetric_memory import as_refusal, open_symmetric_memory
 from fd_fusion.config import FusionConfig
 from fd_fusion.kernels.all_reduce import plan as plans
-from fd_fusion.tuning.limits import Facts
+from fd_fusion.tuning.limits import OpSpec
 from tests.support import tensors
 from tests.support.all_reduce_cases import Case, judge
 from tests.support.ranks import this_group, this_rank
@@ -60,17 +60,17 @@ def facts_for(size, rank, hidden, workspace_mb):
         "timeout_s": 20,
     }
     major, minor = torch.cuda.get_device_capability()
-    return Facts(rank=rank, size=size, hidden_size=hidden, device="gpu", arch=10 * major + minor, **weights, **limits)
+    return OpSpec(rank=rank, size=size, hidden_size=hidden, device="gpu", arch=10 * major + minor, **weights, **limits)
 
 
 class Triton:
     """What `bind` would open, and where that has no two-shot, a second one that has it: the registers that two-shot
     takes would leave one-shot fewer rows in flight."""
 
-    def __init__(self, facts, group):
-        self.one_shot = self.two_shot = backend.open(facts, group)
-        if plans.plan_for(facts.size, facts.hidden_size, facts.dtype).two_shot_rows is None:
-            self.two_shot = backend.open(dataclasses.replace(facts, two_shot_rows=1), group)
+    def __init__(self, spec, group):
+        self.one_shot = self.two_shot = backend.open(spec, group)
+        if plans.plan_for(spec.size, spec.hidden_size, spec.dtype).two_shot_rows is None:
+            self.two_shot = backend.open(dataclasses.replace(spec, two_shot_rows=1), group)
         self.opened = list(dict.fromkeys((self.one_shot, self.two_shot)))
         for one in self.opened:
             one.freeze()
@@ -107,15 +107,15 @@ class FlashInfer:
 
         self.call = tvm_ffi.load_module(file).trtllm_allreduce_fusion
         self.group, self.hidden = group, hidden
-        maker, size = CudaIpc(), group.size
+        provider, size = CudaIpc(), group.size
         comm = size * rows * hidden * 2
         lamport = size * min(rows, 256) * hidden * 2  # one-shot alone uses these buffers
         flags = size * 256 * 4
         self.one_shot_rows, starts = min(rows, 256), (0, comm, comm + flags)
-        self.memory = open_symmetric_memory(group, comm + flags + 3 * lamport, maker, push, timeout_s=30)
+        self.memory = open_symmetric_memory(group, comm + flags + 3 * lamport, provider, push, timeout_s=30)
         minus_zero = (ctypes.c_uint64(self.memory.own + starts[2]), ctypes.c_ushort(0x8000))
-        with maker._current():
-            maker._call("cuMemsetD16_v2", *minus_zero, ctypes.c_size_t(3 * lamport // 2))
+        with provider._current():
+            provider._call("cuMemsetD16_v2", *minus_zero, ctypes.c_size_t(3 * lamport // 2))
         self.control = torch.tensor([0, 0, 0, lamport, 0], dtype=torch.int32, device="cuda")
         table = [address + start for start in starts for address in self.memory.addresses]
         self.table = torch.tensor([*table, self.control.data_ptr()], dtype=torch.int64, device="cuda")
@@ -258,7 +258,7 @@ def main():
     group = this_group()
     nccl = None
     if options.nccl:
-        nccl, refusal = attempt(lambda: Nccl(group))
+        nccl, refusal = as_refusal(lambda: Nccl(group))
         if not agree(group, "nccl", Vote(refusal), timeout_s=90).ok:
             print("without NCCL:", refusal, flush=True)
             nccl = None

@@ -11,7 +11,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspa
 
 from fd_fusion.backends import triton as backend
 from fd_fusion.comm.group import Group
-from fd_fusion.tuning.limits import Facts
+from fd_fusion.tuning.limits import OpSpec
 
 
 def compile_all(kernels, *flags):
@@ -35,8 +35,8 @@ def main(kernels, two_shot_rows):
         size, hidden, dtype, weight_dtype = kernel.split(",")
         size = int(size)
         kind = size, int(hidden), dtype, weight_dtype, 0.0, 1e-5, "gpu", 10 * major + minor
-        facts = Facts(0, *kind, **limits, two_shot_rows=two_shot_rows)
-        backend.Opened(facts, Group("compile", 0, size, tuple(range(size)), None))
+        spec = OpSpec(0, *kind, **limits, two_shot_rows=two_shot_rows)
+        backend.Opened(spec, Group("compile", 0, size, tuple(range(size)), None))
 
 
 if __name__ == "__main__":

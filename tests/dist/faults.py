@@ -180,7 +180,7 @@ def no_triton(group, options):
     """The last rank cannot import Triton: all ranks refuse, and say which one and why."""
     if _faulty(group):
         sys.modules["triton"] = None
-        calls.backend.supports = lambda facts: None  # as if it had been there when bind asked
+        calls.backend.supports = lambda spec: None  # as if it had been there when bind asked
     _refused(group, options, "Triton cannot be imported")
 
 
@@ -194,7 +194,7 @@ def full_memory(group, options):
 
         os.posix_fallocate = full
         allocate = cuda_ipc.CudaIpc.allocate
-        cuda_ipc.CudaIpc.allocate = lambda maker, nbytes: allocate(maker, 1 << 50)
+        cuda_ipc.CudaIpc.allocate = lambda provider, nbytes: allocate(provider, 1 << 50)
     _refused(group, options, "CUDA_ERROR_OUT_OF_MEMORY" if on_gpu else "No space left on device")
 
 

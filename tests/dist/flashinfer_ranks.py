@@ -17,7 +17,7 @@ from fd_fusion.comm.group import working
 from fd_fusion.comm.posix_shm import PosixShm
 from fd_fusion.reasons import FusionError
 from tests.support import fake_flashinfer
-from tests.support.flashinfer_facts import facts
+from tests.support.flashinfer_spec import spec
 from tests.support.ranks import this_group, this_rank
 
 H, EPS = 128, 1e-6
@@ -50,7 +50,7 @@ def pretend(**release):
 def open_backend(group, **changed):
     given = {"hidden_size": H, "dtype": "float32", "weight_dtype": "float32", "max_token_num": 5, "timeout_s": 20.0}
     with working(group):
-        return flashinfer.open(facts(**{**given, "rank": group.rank, "size": group.size, **changed}), group)
+        return flashinfer.open(spec(**{**given, "rank": group.rank, "size": group.size, **changed}), group)
 
 
 def call_and_compare(opened, group, rows, offset):
@@ -125,13 +125,13 @@ def refused():
         pretend(version="0.7.2", extra=NOW)
         if this_rank() == 1:
             flashinfer_workspace.fill = lambda layout, memory: 1 / 0
-    makers = []
-    flashinfer.CudaIpc = lambda: makers.append(PosixShm()) or makers[-1]
+    providers = []
+    flashinfer.CudaIpc = lambda: providers.append(PosixShm()) or providers[-1]
     try:
         open_backend(this_group("tp"), weight_offset=float(how == "offset"))
     except FusionError as error:
         print("reason:", error.reason)
-    assert not any(maker._maps for maker in makers), "what could not be used is not given back"
+    assert not any(provider._maps for provider in providers), "what could not be used is not given back"
 
 
 def hang():

@@ -147,12 +147,12 @@ class Variant(backend.Opened):
         return {("bfloat16", self.two_shot, False): prepared}
 
 
-def open_variant(name, facts, group, collective=True):
+def open_variant(name, spec, group, collective=True):
     changes = changes_of(name)
-    chosen = {"two_shot": facts.two_shot_rows == 1, "pdl": "pdl" in changes, "stays": "stays" in changes}
+    chosen = {"two_shot": spec.two_shot_rows == 1, "pdl": "pdl" in changes, "stays": "stays" in changes}
     kind = type("Variant", (Variant,), chosen)
     with variant(name):
-        opened = kind(facts, group)
+        opened = kind(spec, group)
         opened.programs = max(1, min(opened._slots, int(opened.programs * changes.get("share", 1))))
         if collective:
             opened._open()
@@ -227,9 +227,9 @@ def main():
     group = Group("compile", 0, options.size, tuple(range(options.size)), None) if options.size else this_group()
     two_shot = 1 if options.two_shot else None
     for hidden in options.hidden:
-        facts = bench.facts_for(group.size, group.rank, hidden, options.workspace_mb)
-        facts = dataclasses.replace(facts, two_shot_rows=two_shot or NEVER, timeout_s=3)
-        opened = {name: open_variant(name, facts, group, not options.size) for name in options.variants}
+        spec = bench.facts_for(group.size, group.rank, hidden, options.workspace_mb)
+        spec = dataclasses.replace(spec, two_shot_rows=two_shot or NEVER, timeout_s=3)
+        opened = {name: open_variant(name, spec, group, not options.size) for name in options.variants}
         if options.size:
             continue
         yardstick = bench.Push(group, hidden, max(options.rows), opened[options.variants[0]]._push)

@@ -33,11 +33,11 @@ def full(*args):
 
 def main(what):
     group, push = this_group(), store
-    maker = DeviceLike() if what.endswith("_device") else posix_shm.PosixShm()
+    provider = DeviceLike() if what.endswith("_device") else posix_shm.PosixShm()
     if what.startswith("lossy") and group.rank == 1:
         push = lose
     if what == "nameless" and group.rank == 1:
-        maker.identity = lambda: open("/proc/not/there")
+        provider.identity = lambda: open("/proc/not/there")
     if what.startswith("full") and group.rank == 1:
         os.posix_fallocate = full
     if what == "killed" and group.rank == 1:
@@ -45,10 +45,10 @@ def main(what):
     if what == "killed_named" and group.rank == 1:  # dies while its segment still has a name
         posix_shm.PosixShm.open = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
     try:
-        memory = symmetric_memory.open_symmetric_memory(group, NBYTES, maker, push, timeout_s=2 if what.startswith("killed") else 30)
+        memory = symmetric_memory.open_symmetric_memory(group, NBYTES, provider, push, timeout_s=2 if what.startswith("killed") else 30)
     except FusionError as error:
         print("refused:", error)
-        assert not maker._maps, "what could not be opened is not given back"
+        assert not provider._maps, "what could not be opened is not given back"
         assert not symmetric_memory._lost, "a rank that was there was not seen at the close"
         return
     for peer, address in enumerate(memory.addresses):
@@ -56,7 +56,7 @@ def main(what):
     assert symmetric_memory.barrier(group, "written", 10)
     found = [ctypes.c_int64.from_address(memory.own + 4096 + 8 * peer).value for peer in range(group.size)]
     assert found == [100 * peer + group.rank for peer in range(group.size)], found
-    assert memory.maker.read(memory.own, 4096) == bytes(4096), "the proof left something behind"
+    assert memory.provider.read(memory.own, 4096) == bytes(4096), "the proof left something behind"
     assert memory.close() and memory.close(), "closing twice"
     print("opened")
 

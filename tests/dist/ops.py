@@ -17,14 +17,14 @@ from fd_fusion.comm.group import Group
 from fd_fusion.reasons import FusionError
 from fd_fusion.reference import round_to
 from fd_fusion.site import Site
-from fd_fusion.tuning.limits import Facts
+from fd_fusion.tuning.limits import OpSpec
 
 EPS, K = 1e-5, 16
 rank, size = this.start()
 
 
-def facts(hidden_size, dtype):
-    return Facts(rank, size, hidden_size, dtype, dtype, 0.0, EPS, "cpu", None, False, 1000, 0, 10.0)
+def spec(hidden_size, dtype):
+    return OpSpec(rank, size, hidden_size, dtype, dtype, 0.0, EPS, "cpu", None, False, 1000, 0, 10.0)
 
 
 def pair_of(hidden_size, dtype, offset, weight_dtype):
@@ -63,7 +63,7 @@ for dtype, rows, with_residual, offset in cases:
     hidden_size = 40
     weight_dtype = "float32" if offset else dtype
     linear, norm = pair_of(hidden_size, dtype, offset, weight_dtype)
-    opened = formulas.open(facts(hidden_size, dtype), group)
+    opened = formulas.open(spec(hidden_size, dtype), group)
     x = this.rank_values([rows, K], rank, 4, dtype)
     residual = this.rank_values([rows, hidden_size], 0, 5, dtype) if with_residual else None
     unbound = norm(linear(x), residual)

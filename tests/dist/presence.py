@@ -26,9 +26,9 @@ if group.rank == 1:
     group.store.set("pid", str(os.getpid()))
 assert barrier(group, "here", 30)
 log = tempfile.NamedTemporaryFile(delete=False)  # noqa: SIM115
-page, _ = (maker := PosixShm()).host_page(64)
+page, _ = (provider := PosixShm()).host_page(64)
 reader = "fd_fusion.backends.triton:read_error"
-beside = sentinel.start(meeting, LIMIT_S, 0.3, log.name, [maker.pages[page]], reader)
+beside = sentinel.start(meeting, LIMIT_S, 0.3, log.name, [provider.pages[page]], reader)
 if group.rank == 1:
     time.sleep(60)
     sys.exit("nobody ended this rank")

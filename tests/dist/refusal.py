@@ -23,11 +23,11 @@ stock = model(x)
 culprit = size - 1
 
 
-def stub(facts):
+def stub(spec):
     """The paddle backend, but for the last rank."""
-    if facts.rank == culprit and how == "refuses":
+    if spec.rank == culprit and how == "refuses":
         return because("backend_failed", backend="stub", error="out of memory on purpose")
-    if facts.rank == culprit and not slept:
+    if spec.rank == culprit and not slept:
         slept.append(time.sleep(12))  # says nothing for four times the limit
     return None
 

@@ -18,7 +18,7 @@ from fd_fusion.backends import triton as backend
 from fd_fusion.comm.group import working
 from fd_fusion.kernels.all_reduce import plan as plans
 from fd_fusion.reasons import FusionError
-from fd_fusion.tuning.limits import Facts
+from fd_fusion.tuning.limits import OpSpec
 from tests.support import tensors
 from tests.support.all_reduce_cases import Case, judge
 from tests.support.ranks import this_group, this_rank
@@ -27,7 +27,7 @@ digest = hashlib.sha256()
 
 
 def facts_for(group, case, options, **changes):
-    made = Facts(
+    made = OpSpec(
         rank=group.rank,
         size=group.size,
         hidden_size=case.hidden,
@@ -238,7 +238,7 @@ def wrap(group, options):
         return opened.stats()["device"]["rows"]
 
     place = opened._workspace.local + 8 * plans.COUNTER
-    opened._maker.write(place, ((2**32 - 2) * plans.TURN).to_bytes(8, "little"))
+    opened._provider.write(place, ((2**32 - 2) * plans.TURN).to_bytes(8, "little"))
     before = rows()
     for number in range(1, 6):
         check(opened, dataclasses.replace(case, seed=number), group.rank, options.device)

@@ -50,8 +50,8 @@ def life(group):
     """Filled as the layout says; frozen; failed, noticed by the watcher and by check; reset; closed twice."""
     made = open_one(group)
     own = made.memory.own
-    assert made.memory.maker.read(own, 256) == bytes(256)
-    assert made.memory.maker.read(own + 256, 744) == b"\xff" * 744
+    assert made.memory.provider.read(own, 256) == bytes(256)
+    assert made.memory.provider.read(own + 256, 744) == b"\xff" * 744
     assert word(made.local).value == 300_000_000_000, "ten times the limit before freeze()"
     made.check()
     made.freeze()

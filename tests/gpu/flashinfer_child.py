@@ -26,7 +26,7 @@ from fd_fusion.backends.flashinfer.watchdog import ControlReader
 from fd_fusion.backends.flashinfer.workspace import Layout, fill
 from fd_fusion.comm.cuda_ipc import CudaIpc
 from fd_fusion.comm.group import Group, working
-from tests.support.flashinfer_facts import facts
+from tests.support.flashinfer_spec import spec
 
 EPS = 1e-6
 UNIT = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24}
@@ -98,26 +98,26 @@ def make_call(library, entry, fixed):
 
 def virtual_ranks(library, entry, size, hidden, dtype, rows, timeout_s=30.0):
     """`Opened` for each of N ranks of this process, over memory that is laid out and filled as `open` does it."""
-    maker, name = CudaIpc(), str(dtype).removeprefix("torch.")
+    provider, name = CudaIpc(), str(dtype).removeprefix("torch.")
     layout = Layout(size, rows, hidden, dtype.itemsize)
-    addresses = tuple(maker.allocate(layout.nbytes)[0] for _ in range(size))
+    addresses = tuple(provider.allocate(layout.nbytes)[0] for _ in range(size))
     opened = []
     for rank in range(size):
-        maker.fill(addresses[rank], layout.nbytes)
-        memory = SimpleNamespace(addresses=addresses, own=addresses[rank], maker=maker)
+        provider.fill(addresses[rank], layout.nbytes)
+        memory = SimpleNamespace(addresses=addresses, own=addresses[rank], provider=provider)
         fill(layout, memory)
         fixed = Fixed(size, rank, hidden, rows, dtype == torch.float32, device_table(torch, layout.pointers(memory)))
-        known = facts(rank=rank, size=size, hidden_size=hidden, dtype=name, weight_dtype=name, timeout_s=timeout_s)
+        known = spec(rank=rank, size=size, hidden_size=hidden, dtype=name, weight_dtype=name, timeout_s=timeout_s)
         group = Group("virtual", rank, size, tuple(range(size)), None)
         read = ControlReader(addresses[rank] + layout.control)
 
         def release(*, wait, address=addresses[rank]):
-            maker.free(address)
+            provider.free(address)
             return True
 
         call, adds = make_call(library, entry, fixed)
         opened.append(Opened(known, group, library, call, adds, rows, layout.nbytes, read, release))
-    maker.synchronize()
+    provider.synchronize()
     return opened
 
 
@@ -182,7 +182,7 @@ def virtual(size, library, entry):
         (4608, torch.bfloat16),
     ):
         if rule.whole_warps and block_threads(hidden, dtype.itemsize) % 32:
-            refusal = flashinfer._version_refusal(facts(hidden_size=hidden, size=size), library.version)
+            refusal = flashinfer._version_refusal(spec(hidden_size=hidden, size=size), library.version)
             report(case="virtual", N=size, H=hidden, refused=str(refusal))
             continue
         opened = virtual_ranks(library, entry, size, hidden, dtype, most)
@@ -243,7 +243,7 @@ def process():
     group, dtype = this_group("tp"), torch.bfloat16
     runtime_flashinfer.load()
     for hidden in (4096, 4608):
-        known = facts(rank=group.rank, size=group.size, hidden_size=hidden, max_token_num=64)
+        known = spec(rank=group.rank, size=group.size, hidden_size=hidden, max_token_num=64)
         if refusal := flashinfer.supports(known):
             report(case="process", rank=group.rank, H=hidden, refused=str(refusal))
             continue
@@ -271,7 +271,7 @@ def process():
         if hidden == 4096 and sys.argv[2:] == ["versus"]:
             versus_triton(known, group, own, eager, steps)
         digest = sum(int(out.view(torch.int16).long().sum()) for pair in eager for out in pair)
-        digests = flashinfer.settle(group, "digest", None, digest, 30.0)
+        digests = flashinfer.agree_or_raise(group, "digest", None, digest, 30.0)
         assert len(set(digests)) == 1, f"ranks differ: {digests}"
         opened.check()
         opened.close()

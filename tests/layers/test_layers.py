@@ -15,7 +15,7 @@ from fd_fusion.backends import paddle as formulas
 from fd_fusion.binding import proving_pass as settling
 from fd_fusion.binding.qk_norms import Kernel
 from fd_fusion.binding.report import Report
-from fd_fusion.hosts import own_layers as native
+from fd_fusion.hosts import own_layers
 from fd_fusion.reasons import FusionError
 from fd_fusion.reference import round_to
 from fd_fusion.site import Site
@@ -248,7 +248,7 @@ def test_a_copy_of_a_bound_layer_is_not_bound():
         assert copy.deepcopy(layer).site is None and layer.site is site
     assert pickle.loads(pickle.dumps(site)) is None
     qk = QKRMSNorm(8, 2, 1)
-    (norm,) = native.find_qk_norms(qk)
+    (norm,) = own_layers.find_qk_norms(qk)
     norm.attach(Kernel(norm))
     assert copy.deepcopy(qk).kernel is None and qk.kernel is not None
 
@@ -259,7 +259,7 @@ def test_a_bound_model_can_be_copied_and_pickled(copied):
     model = DemoDecoder(0, 1)
     state = settling.Bound(Report(FusionConfig(), "a test", "Model"), freezes_itself=True)
     state.undo.append(model.register_forward_pre_hook(state.forwards.start).remove)
-    settling._settle(state, None, ())
+    settling._switch_on_or_undo(state, None, ())
     other = copied(model)
     x = hidden(2)
     assert (other(x) == model(x)).all() and state.forwards.number == 1, "a copy counts by itself"

@@ -13,7 +13,7 @@ from fd_fusion.binding import backend_selection as opening
 from fd_fusion.comm.group import Group
 from fd_fusion.config import FusionConfig
 from fd_fusion.tuning import table as tuning_table
-from fd_fusion.tuning.limits import NEVER, Facts, limit_source, row_limit
+from fd_fusion.tuning.limits import NEVER, OpSpec, limit_source, row_limit
 from fd_fusion.tuning.table import Fingerprint, Limits, read_limits, store_limits, table_lock, table_path
 
 KEY = Fingerprint("GPU X", 2, 4096, "bfloat16", {"fd_fusion": "0.1.0", "triton": "triton 3.6.0"})
@@ -183,16 +183,16 @@ def test_the_cache_directory(monkeypatch, tmp_path):
     assert table_path({"XDG_CACHE_HOME": "relative"}) == table_path({}), "a relative one is to be ignored"
 
 
-FACTS = Facts(0, 2, 4096, "bfloat16", "bfloat16", 0.0, 1e-6, "gpu", 90, False, None, 32 << 20, 1.0)
+FACTS = OpSpec(0, 2, 4096, "bfloat16", "bfloat16", 0.0, 1e-6, "gpu", 90, False, None, 32 << 20, 1.0)
 
 
 def test_the_order_of_limits():
     tuned = {**vars(FACTS), "tuned_rows": 77}
     assert row_limit(FACTS) == 2048 and limit_source(FACTS) == "built in"
-    assert row_limit(Facts(**tuned)) == 77 and limit_source(Facts(**tuned)) == "tuning table"
-    asked = Facts(**{**tuned, "max_token_num": 5})
+    assert row_limit(OpSpec(**tuned)) == 77 and limit_source(OpSpec(**tuned)) == "tuning table"
+    asked = OpSpec(**{**tuned, "max_token_num": 5})
     assert row_limit(asked) == 5 and limit_source(asked) == "max_token_num"
-    assert row_limit(Facts(**{**tuned, "deterministic": True})) is None
+    assert row_limit(OpSpec(**{**tuned, "deterministic": True})) is None
 
 
 class Store(dict):
@@ -215,8 +215,8 @@ def open_on_two(monkeypatch, tables, **config):
     monkeypatch.setattr(opening.runtime_triton, "framework", lambda: _Framework)
     monkeypatch.setattr(tuning_table, "read_limits", lambda key, path: tables[read.rank])
 
-    def try_it(name, facts, group, timeout_s):
-        asked[group.rank].append((name, facts[0]))
+    def try_it(name, spec, group, timeout_s):
+        asked[group.rank].append((name, spec[0]))
         return object(), None, ()
 
     monkeypatch.setattr(opening, "_try", try_it)

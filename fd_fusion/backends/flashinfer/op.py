@@ -13,10 +13,10 @@ from fd_fusion.backends.flashinfer.calls import Call, Tensor
 from fd_fusion.backends.flashinfer.releases import rules
 from fd_fusion.backends.flashinfer.watchdog import Watchdog
 from fd_fusion.comm.group import Group
-from fd_fusion.comm.symmetric_memory import CLOSE_TIMEOUT_S, attempt, settle
+from fd_fusion.comm.symmetric_memory import CLOSE_TIMEOUT_S, agree_or_raise, as_refusal
 from fd_fusion.comm.workspace import WARM_UP
 from fd_fusion.reasons import FusionError, Reason, because, closed
-from fd_fusion.tuning.limits import Facts
+from fd_fusion.tuning.limits import OpSpec
 
 ELEMENT_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 ALIGNMENT = 16
@@ -30,7 +30,7 @@ class Opened:
 
     def __init__(
         self,
-        facts: Facts,
+        spec: OpSpec,
         group: Group,
         library: Any,
         call: Call,
@@ -41,12 +41,12 @@ class Opened:
         release: Callable[..., Any],
     ):
         self.limit, self.bytes = rows, nbytes
-        self._facts, self._group, self._library = facts, group, library
+        self._spec, self._group, self._library = spec, group, library
         self._call, self._adds_bias, self._read, self._release = call, adds_bias, read, release
         self._two_shot = rules(library.version).two_shot
-        op = f"flashinfer all_reduce_rms_norm (H={facts.hidden_size}, {facts.dtype})"
+        op = f"flashinfer all_reduce_rms_norm (H={spec.hidden_size}, {spec.dtype})"
         what = f"{op} of group {group.name!r}, rank {group.rank} of {group.size},"
-        self._watchdog = Watchdog(read, what, WARM_UP * facts.timeout_s)
+        self._watchdog = Watchdog(read, what, WARM_UP * spec.timeout_s)
         self._closed = False
         atexit.register(self.close)
 
@@ -71,9 +71,9 @@ class Opened:
 
     def one_shot(self, rows: int) -> bool:
         """Two-shot for big messages, where the version's two-shot is sound; it wants more rows than ranks."""
-        facts = self._facts
-        nbytes = 2 * facts.size * rows * facts.hidden_size * ELEMENT_BYTES[facts.dtype]
-        return not self._two_shot or rows <= facts.size or nbytes <= _ONE_SHOT_BYTES[facts.size]
+        spec = self._spec
+        nbytes = 2 * spec.size * rows * spec.hidden_size * ELEMENT_BYTES[spec.dtype]
+        return not self._two_shot or rows <= spec.size or nbytes <= _ONE_SHOT_BYTES[spec.size]
 
     def check(self) -> None:
         """Nothing to raise but `closed`: a call that runs out of time ends the process."""
@@ -86,7 +86,7 @@ class Opened:
     def freeze(self) -> None:
         """From now on a call may wait `timeout_s`. Nothing allocates but the outputs."""
         self._need_open()
-        self._watchdog.limit_s = self._facts.timeout_s
+        self._watchdog.limit_s = self._spec.timeout_s
 
     def stats(self) -> dict[str, Any]:
         return {"version": self._library.version, "note": self._library.note, "limit_s": self._watchdog.limit_s}
@@ -104,17 +104,17 @@ class Opened:
 
     def warm_up(self) -> None:
         """Collective: call once with and without a residual, so the kernel is loaded and known to be right."""
-        facts, framework = self._facts, self._library.framework
-        rows = [1, facts.size + 1] if not self.one_shot(self.limit) else [1]
+        spec, framework = self._spec, self._library.framework
+        rows = [1, spec.size + 1] if not self.one_shot(self.limit) else [1]
 
         def run() -> None:
-            reasons = [_compare(self, facts, framework, count, bare) for count in rows for bare in (False, True)]
+            reasons = [_compare(self, spec, framework, count, bare) for count in rows for bare in (False, True)]
             if wrong := next((reason for reason in reasons if reason), None):
                 raise FusionError(wrong)
 
-        _, refusal = attempt(run)
+        _, refusal = as_refusal(run)
         try:
-            settle(self._group, "flashinfer_ran", refusal, None, WARM_UP * facts.timeout_s)
+            agree_or_raise(self._group, "flashinfer_ran", refusal, None, WARM_UP * spec.timeout_s)
         except FusionError:
             self.close()
             raise
@@ -125,36 +125,34 @@ class Opened:
 
     def _require(self, partial: Tensor, residual: Tensor, weight: Tensor, weight_offset: float) -> None:
         """The kernel checks none of this: it would read past the end, or one dtype as another."""
-        facts, rows = self._facts, partial.shape[0]
+        spec, rows = self._spec, partial.shape[0]
         if rows > self.limit:
             raise ValueError(f"flashinfer: T={rows}; the workspace holds {self.limit} rows")
         if weight_offset and not self._adds_bias:
             raise ValueError(f"flashinfer {self._library.version}: weight_offset {weight_offset}; it adds none")
-        row = [rows, facts.hidden_size]
+        row = [rows, spec.hidden_size]
         for name, tensor, shape in (("x", partial, row), ("residual", residual, row), ("weight", weight, row[1:])):
             dtype = str(tensor.dtype).rpartition(".")[2]
-            if [*tensor.shape] != shape or dtype != facts.dtype:
-                raise ValueError(f"flashinfer: {name} is {[*tensor.shape]} {dtype}; expected {shape} {facts.dtype}")
+            if [*tensor.shape] != shape or dtype != spec.dtype:
+                raise ValueError(f"flashinfer: {name} is {[*tensor.shape]} {dtype}; expected {shape} {spec.dtype}")
             if not tensor.is_contiguous() or tensor.data_ptr() % ALIGNMENT:
                 raise ValueError(
                     f"flashinfer: {name} is not contiguous, or not aligned to {ALIGNMENT} bytes; copy it"
                 )
 
 
-def _compare(opened: Opened, facts: Facts, framework: Any, rows: int, bare: bool) -> Reason | None:
+def _compare(opened: Opened, spec: OpSpec, framework: Any, rows: int, bare: bool) -> Reason | None:
     """One call on integers that add up exactly in every dtype and order; its norm rounds once."""
     known = [
-        np.resize(exact.probe_partial(r, facts.size, facts.hidden_size, 1.0, facts.dtype), (rows, facts.hidden_size))
-        for r in range(facts.size + 1)
+        np.resize(exact.probe_partial(r, spec.size, spec.hidden_size, 1.0, spec.dtype), (rows, spec.hidden_size))
+        for r in range(spec.size + 1)
     ]
-    residual, weight = None if bare else known[-1], exact.known_weight(facts.hidden_size, facts.dtype)
-    offset, eps = facts.weight_offset, 1.0
-    tensors = [
-        None if x is None else _tensor(framework, x, facts.dtype) for x in (known[facts.rank], residual, weight)
-    ]
+    residual, weight = None if bare else known[-1], exact.known_weight(spec.hidden_size, spec.dtype)
+    offset, eps = spec.weight_offset, 1.0
+    tensors = [None if x is None else _tensor(framework, x, spec.dtype) for x in (known[spec.rank], residual, weight)]
     norm_out, total = (_numbers(out) for out in opened.finish(*tensors, eps, offset))
     need = exact.rank_order_sum(known[:-1], residual)
-    limits = {"eps": eps, "weight_offset": offset, "dtype": facts.dtype, "rounded": True}
+    limits = {"eps": eps, "weight_offset": offset, "dtype": spec.dtype, "rounded": True}
     wrong = {"residual_out": total != need, "norm_out": exact.norm_excess(norm_out, need, weight, **limits) > 1}
     for output, where in wrong.items():
         if where.any():

@@ -12,16 +12,16 @@ from fd_fusion.backends.flashinfer.op import Opened
 from fd_fusion.backends.flashinfer.watchdog import ControlReader
 from fd_fusion.backends.flashinfer.workspace import StoreBackend
 from fd_fusion.comm.group import Group
-from fd_fusion.comm.symmetric_memory import attempt, settle
+from fd_fusion.comm.symmetric_memory import agree_or_raise, as_refusal
 from fd_fusion.reasons import FusionError, because
-from fd_fusion.tuning.limits import Facts
+from fd_fusion.tuning.limits import OpSpec
 
 
-def open(facts: Facts, group: Group, library: Any, rows: int) -> Opened:
+def open(spec: OpSpec, group: Group, library: Any, rows: int) -> Opened:
     """Collective: the same as `flashinfer.open`, with a workspace that FlashInfer makes."""
 
     def make() -> Opened:
-        workspace = create(facts, group, library, rows)
+        workspace = create(spec, group, library, rows)
         # Without the control block nobody could see a call that hangs.
         address = (getattr(workspace, "metadata", None) or {}).get("control_flag_ptr")
         if not address:
@@ -35,11 +35,11 @@ def open(facts: Facts, group: Group, library: Any, rows: int) -> Opened:
             return wait
 
         reader = ControlReader(address)
-        return Opened(facts, group, library, call, adds_bias, rows, facts.workspace_bytes, reader, release)
+        return Opened(spec, group, library, call, adds_bias, rows, spec.workspace_bytes, reader, release)
 
-    opened, refusal = attempt(make)
+    opened, refusal = as_refusal(make)
     try:
-        settle(group, "flashinfer_made", refusal, None, facts.timeout_s)
+        agree_or_raise(group, "flashinfer_made", refusal, None, spec.timeout_s)
     except FusionError:
         if opened is not None:
             opened.close()
@@ -48,19 +48,19 @@ def open(facts: Facts, group: Group, library: Any, rows: int) -> Opened:
     return opened
 
 
-def create(facts: Facts, group: Group, library: Any, rows: int) -> Any:
+def create(spec: OpSpec, group: Group, library: Any, rows: int) -> Any:
     """FlashInfer's workspace over our group and store, never over the world group that it would take by itself.
 
     Raises: FusionError: it wants multicast, or something that is unknown here.
     """
-    comm = StoreBackend(group, facts.timeout_s)
+    comm = StoreBackend(group, spec.timeout_s)
     given = {
         "backend": "trtllm",
         "world_size": group.size,
         "rank": group.rank,
         "max_token_num": rows,
-        "hidden_dim": facts.hidden_size,
-        "dtype": getattr(library.framework, facts.dtype),
+        "hidden_dim": spec.hidden_size,
+        "dtype": getattr(library.framework, spec.dtype),
         "gpus_per_node": group.size,
         "comm_backend": comm,
         "group": comm,  # a version that uses it as a process group fails, where its default would hang a sub-group

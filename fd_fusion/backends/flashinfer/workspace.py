@@ -20,7 +20,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from fd_fusion.comm.group import Group, Vote, agree
-from fd_fusion.comm.symmetric_memory import Maker, SymmetricMemory, attempt, open_symmetric_memory, settle
+from fd_fusion.comm.symmetric_memory import (
+    MemoryProvider,
+    SymmetricMemory,
+    agree_or_raise,
+    as_refusal,
+    open_symmetric_memory,
+)
 from fd_fusion.reasons import FusionError
 
 CONTROL_INTS = 5
@@ -72,7 +78,7 @@ def rows_that_fit(nbytes: int, size: int, hidden_size: int, element_bytes: int) 
     return min(max(0, nbytes - overhead) // (4 * row), (_COMM_BYTES_END - 1) // row)
 
 
-def open_memory(group: Group, layout: Layout, maker: Maker, *, timeout_s: float) -> SymmetricMemory:
+def open_memory(group: Group, layout: Layout, provider: MemoryProvider, *, timeout_s: float) -> SymmetricMemory:
     """Collective: allocate, exchange and fill, and let nobody start before everybody has filled.
 
     Raises: FusionError: on all ranks alike.
@@ -80,13 +86,13 @@ def open_memory(group: Group, layout: Layout, maker: Maker, *, timeout_s: float)
 
     def push(addresses: tuple[int, ...], value: int) -> None:
         for address in addresses:
-            maker.write(address, 2 * value.to_bytes(8, "little"))
+            provider.write(address, 2 * value.to_bytes(8, "little"))
 
-    memory = open_symmetric_memory(group, layout.nbytes, maker, push, timeout_s=timeout_s)
+    memory = open_symmetric_memory(group, layout.nbytes, provider, push, timeout_s=timeout_s)
     # The device is synchronised before the vote: a late fill would erase what a peer has already pushed.
-    _, refusal = attempt(lambda: (fill(layout, memory), maker.synchronize()))
+    _, refusal = as_refusal(lambda: (fill(layout, memory), provider.synchronize()))
     try:
-        settle(group, "flashinfer_filled", refusal, None, timeout_s)
+        agree_or_raise(group, "flashinfer_filled", refusal, None, timeout_s)
     except FusionError:
         memory.close()
         raise
@@ -98,9 +104,9 @@ def fill(layout: Layout, memory: SymmetricMemory) -> None:
     piece = NEGATIVE_ZERO[layout.element_bytes] * (_PIECE // layout.element_bytes)
     start, end = layout.lamport, layout.lamport + 3 * layout.comm_bytes
     for offset in range(start, end, _PIECE):
-        memory.maker.write(memory.own + offset, piece[: end - offset])
+        memory.provider.write(memory.own + offset, piece[: end - offset])
     control = struct.pack(f"<{CONTROL_INTS}i", 0, 0, 0, layout.comm_bytes, 0)
-    memory.maker.write(memory.own + layout.control, control)
+    memory.provider.write(memory.own + layout.control, control)
 
 
 def _line(nbytes: int) -> int:

@@ -19,7 +19,7 @@ from fd_fusion.cli.processes.tied import child_environment, end_with_parent
 from fd_fusion.config import BACKENDS, FusionConfig
 from fd_fusion.reasons import FusionError, because
 from fd_fusion.tuning import table as tuning_table
-from fd_fusion.tuning.limits import Facts
+from fd_fusion.tuning.limits import OpSpec
 
 _MARK = "fd_fusion doctor: "
 _FUSING = {"cpu": ("triton",), "gpu": ("triton", "flashinfer")}  # those with a kernel
@@ -62,9 +62,9 @@ def _failed(what: str) -> str:
     return "broken" if what == "framework" else "warn"
 
 
-def facts_for(size: int, device: str, arch: int | None, rank: int = 0) -> Facts:
+def facts_for(size: int, device: str, arch: int | None, rank: int = 0) -> OpSpec:
     """The pair that `doctor` asks about and launches: bfloat16, H=4096 on a GPU, 256 under the interpreter."""
-    return Facts(
+    return OpSpec(
         rank=rank,
         size=size,
         hidden_size=4096 if device == "gpu" else 256,
@@ -100,10 +100,10 @@ def framework(size: str) -> Iterator[Finding]:
     if seen := sum(line.startswith("GPU ") for line in listed):
         remedy = "install a build for GPUs, with a CUDA that the driver knows, and look at CUDA_VISIBLE_DEVICES"
         yield Finding("framework", "gpus", "off", f"{name} sees none of this machine's GPUs ({seen})", remedy)
-    facts = facts_for(int(size), device, arch)
-    yield from guarded("framework", lambda: _memory(here, facts))
-    yield from guarded("framework", lambda: _table(here, facts))
-    yield from _backends(facts)
+    spec = facts_for(int(size), device, arch)
+    yield from guarded("framework", lambda: _memory(here, spec))
+    yield from guarded("framework", lambda: _table(here, spec))
+    yield from _backends(spec)
 
 
 def devices(here: Any) -> tuple[str, int | None, int]:
@@ -117,25 +117,25 @@ def devices(here: Any) -> tuple[str, int | None, int]:
     return "gpu", 10 * major + minor, count
 
 
-def _memory(here: Any, facts: Facts) -> Iterator[Finding]:
+def _memory(here: Any, spec: OpSpec) -> Iterator[Finding]:
     """The room that is left on the GPU, against what a workspace takes."""
-    if facts.device == "cpu":
+    if spec.device == "cpu":
         return
     free, total = (part >> 20 for part in here.cuda.mem_get_info())
-    need = facts.workspace_bytes >> 20
+    need = spec.workspace_bytes >> 20
     text = f"GPU memory: {free} of {total} MiB free; the workspaces of a process take up to {need} MiB (workspace_mb)"
     state = "ok" if free > need else "off"
     yield Finding("framework", "memory", state, text, "" if state == "ok" else "free GPU memory", {"free_mib": free})
 
 
-def _table(here: Any, facts: Facts) -> Iterator[Finding]:
+def _table(here: Any, spec: OpSpec) -> Iterator[Finding]:
     """Whether `bind` would find a measurement of this machine."""
-    if facts.device == "cpu":
+    if spec.device == "cpu":
         return
     path = tuning_table.table_path()
-    key = (here.cuda.get_device_name(), facts.size, facts.hidden_size, facts.dtype, tuning_table.versions_here())
+    key = (here.cuda.get_device_name(), spec.size, spec.hidden_size, spec.dtype, tuning_table.versions_here())
     limits, reason = tuning_table.read_limits(tuning_table.Fingerprint(*key), path)
-    shape = f"{facts.size} ranks, H={facts.hidden_size}, {facts.dtype}"
+    shape = f"{spec.size} ranks, H={spec.hidden_size}, {spec.dtype}"
     if reason:
         yield of_reason("framework", "table", "warn", reason)
     elif limits:
@@ -145,26 +145,26 @@ def _table(here: Any, facts: Facts) -> Iterator[Finding]:
     else:
         where = path or "~/.cache, since this user has no home"
         text = f"nothing tuned for {shape} in {where}: the built-in limits count"
-        yield Finding("framework", "table", "note", text, f"python -m fd_fusion tune --nproc {facts.size}")
+        yield Finding("framework", "table", "note", text, f"python -m fd_fusion tune --nproc {spec.size}")
 
 
-def _backends(facts: Facts) -> Iterator[Finding]:
+def _backends(spec: OpSpec) -> Iterator[Finding]:
     """Each backend's own answer. Fusion is off where none of those that count here says yes."""
     refused = {}
     for name in BACKENDS[1:]:
         try:
-            reason = importlib.import_module(f"fd_fusion.backends.{name}").supports(facts)
+            reason = importlib.import_module(f"fd_fusion.backends.{name}").supports(spec)
         except FusionError as error:
             reason = error.reason
         except Exception as error:  # a backend whose package is broken: its reason
             reason = because("backend_failed", backend=name, error=f"{type(error).__name__}: {error}")
         if reason is None:
-            yield Finding("backends", name, "ok", f"{name}: yes, on {facts.device}")
+            yield Finding("backends", name, "ok", f"{name}: yes, on {spec.device}")
         else:
             refused[name] = reason
             yield Finding("backends", name, "note", f"{name}: no: {reason}", reason.remedy, {"code": reason.code})
-    if all(name in refused for name in _FUSING[facts.device]):
-        first = refused[_FUSING[facts.device][0]]
+    if all(name in refused for name in _FUSING[spec.device]):
+        first = refused[_FUSING[spec.device][0]]
         yield Finding("backends", "any", "off", f"no backend can fuse here: {first}", first.remedy)
 
 

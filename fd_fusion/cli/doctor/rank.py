@@ -14,7 +14,7 @@ from fd_fusion.cli.doctor.child import devices, facts_for
 from fd_fusion.cli.processes.ranks import rank_main
 from fd_fusion.comm.group import Group, working
 from fd_fusion.frameworks import triton_launch as runtime_triton
-from fd_fusion.tuning.limits import Facts
+from fd_fusion.tuning.limits import OpSpec
 
 _ROWS = {"cpu": (1, 3), "gpu": (1, 5, 64)}
 
@@ -26,15 +26,15 @@ def run(job: dict[str, Any], group: Group) -> dict[str, Any]:
     from fd_fusion.backends import triton as backend
 
     here, device, arch = place(group.rank)
-    facts = facts_for(group.size, device, arch, group.rank)
+    spec = facts_for(group.size, device, arch, group.rank)
     start = time.monotonic()
     with working(group):
-        opened = backend.open(facts, group)
+        opened = backend.open(spec, group)
     try:
         opened_s = time.monotonic() - start
         worst, digest, before = 0.0, hashlib.sha256(), opened.stats()["device"]["rows"]
         for rows in _ROWS[device]:
-            error, bits = one_call(here, opened, facts, rows)
+            error, bits = one_call(here, opened, spec, rows)
             worst = max(worst, error)
             digest.update(bits)
         opened.check()
@@ -72,41 +72,41 @@ def numbers(here: Any, made: Any) -> np.ndarray:
     return made.astype("float32").numpy() if here.__name__ == "paddle" else made.float().cpu().numpy()
 
 
-def one_call(here: Any, opened: Any, facts: Facts, rows: int) -> tuple[float, bytes]:
+def one_call(here: Any, opened: Any, spec: OpSpec, rows: int) -> tuple[float, bytes]:
     """One fused call on known numbers: (error over budget, the bits of both outputs)."""
-    partials, residual, weight = _values(facts, rows)
+    partials, residual, weight = _values(spec, rows)
     got = opened.finish(
-        *(tensor(here, x, facts.dtype) for x in (partials[facts.rank], residual, weight)), facts.eps, 0.0
+        *(tensor(here, x, spec.dtype) for x in (partials[spec.rank], residual, weight)), spec.eps, 0.0
     )
     with np.errstate(all="ignore"):
-        truth = reference.all_reduce_rms_norm(partials, residual, weight, eps=facts.eps)
-    plain = _plain(partials, residual, weight, facts)
+        truth = reference.all_reduce_rms_norm(partials, residual, weight, eps=spec.eps)
+    plain = _plain(partials, residual, weight, spec)
     worst, bits = 0.0, b""
     for ours, true, rough in zip(got, truth, plain):
         values = numbers(here, ours)
-        allowed = reference.budget(float(np.abs(rough - true).max()), facts.dtype, float(np.abs(true).max()))
+        allowed = reference.budget(float(np.abs(rough - true).max()), spec.dtype, float(np.abs(true).max()))
         error = float(np.abs(values - true).max())
         worst = max(worst, error / allowed if np.isfinite(error) else float("inf"))
         bits += values.tobytes()
     return worst, bits
 
 
-def _values(facts: Facts, rows: int) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
+def _values(spec: OpSpec, rows: int) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
     def draw(who: int, *shape: int) -> np.ndarray:
         values = np.random.default_rng([rows, who]).standard_normal(shape, np.float32)
-        return reference.round_to(values, facts.dtype).astype(np.float32)
+        return reference.round_to(values, spec.dtype).astype(np.float32)
 
-    partials = [draw(rank, rows, facts.hidden_size) for rank in range(facts.size)]
-    return partials, draw(100, rows, facts.hidden_size), draw(101, facts.hidden_size)
+    partials = [draw(rank, rows, spec.hidden_size) for rank in range(spec.size)]
+    return partials, draw(100, rows, spec.hidden_size), draw(101, spec.hidden_size)
 
 
-def _plain(partials: list, residual: np.ndarray, weight: np.ndarray, facts: Facts) -> tuple[np.ndarray, np.ndarray]:
+def _plain(partials: list, residual: np.ndarray, weight: np.ndarray, spec: OpSpec) -> tuple[np.ndarray, np.ndarray]:
     """What an all-reduce and a norm in the same dtype give, every sum rounded: the measure of the budget."""
     total = partials[0]
     for part in [*partials[1:], residual]:
-        total = reference.round_to(total + part, facts.dtype).astype(np.float32)
-    norm = reference.rms_norm(total, weight, eps=facts.eps, dtype=np.float32)
-    return reference.round_to(norm, facts.dtype).astype(np.float64), total.astype(np.float64)
+        total = reference.round_to(total + part, spec.dtype).astype(np.float32)
+    norm = reference.rms_norm(total, weight, eps=spec.eps, dtype=np.float32)
+    return reference.round_to(norm, spec.dtype).astype(np.float64), total.astype(np.float64)
 
 
 if __name__ == "__main__":

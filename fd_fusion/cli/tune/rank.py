@@ -18,7 +18,7 @@ from fd_fusion.cli.doctor.rank import one_call, place, tensor
 from fd_fusion.cli.processes.ranks import rank_main
 from fd_fusion.comm.group import Group, Vote, agree, working
 from fd_fusion.reasons import FusionError, Reason, because
-from fd_fusion.tuning.limits import NEVER, Facts
+from fd_fusion.tuning.limits import NEVER, OpSpec
 
 _CHECKED_ROWS = 64  # calls of more rows are not compared with the reference: that takes longer than timing them
 _CALLS = 20  # of a graph
@@ -29,17 +29,17 @@ _COLUMNS = {"one_shot": ("triton", NEVER), "two_shot": ("triton", 1), "flashinfe
 def run(job: dict[str, Any], group: Group) -> dict[str, Any]:
     """Returns {"times": {column: {rows: us}}, "skipped": {column: why}, "gpu": name}."""
     here, device, arch = place(group.rank)
-    facts = _facts(job, group, device, arch)
+    spec = _spec(job, group, device, arch)
     times: dict[str, dict[int, float]] = {}
     skipped: dict[str, str] = {}
     for column, (backend, switch) in _COLUMNS.items():
         try:
-            times[column] = _column(here, group, dataclasses.replace(facts, two_shot_rows=switch), backend, job)
+            times[column] = _column(here, group, dataclasses.replace(spec, two_shot_rows=switch), backend, job)
         except FusionError as error:  # told by all ranks alike, since opening is collective
             skipped[column] = str(error.reason)
     try:
-        call = _unfused(here, facts, job)
-        times["unfused"] = {rows: _time(here, facts, partial(call, rows), job["rounds"]) for rows in job["rows"]}
+        call = _unfused(here, spec, job)
+        times["unfused"] = {rows: _time(here, spec, partial(call, rows), job["rounds"]) for rows in job["rows"]}
     except (RuntimeError, ImportError) as error:
         skipped["unfused"] = f"{type(error).__name__}: {error}".splitlines()[0]
     agree(group, "end", Vote(), timeout_s=job["timeout_s"])  # the framework's store lives on rank 0
@@ -47,8 +47,8 @@ def run(job: dict[str, Any], group: Group) -> dict[str, Any]:
     return {"times": times, "skipped": skipped, "gpu": gpu, "framework": here.__name__}
 
 
-def _facts(job: dict[str, Any], group: Group, device: str, arch: int | None) -> Facts:
-    return Facts(
+def _spec(job: dict[str, Any], group: Group, device: str, arch: int | None) -> OpSpec:
+    return OpSpec(
         rank=group.rank,
         size=group.size,
         hidden_size=job["hidden_size"],
@@ -65,24 +65,24 @@ def _facts(job: dict[str, Any], group: Group, device: str, arch: int | None) -> 
     )
 
 
-def _column(here: Any, group: Group, facts: Facts, backend: str, job: dict[str, Any]) -> dict[int, float]:
+def _column(here: Any, group: Group, spec: OpSpec, backend: str, job: dict[str, Any]) -> dict[int, float]:
     """Open, compare with the reference, time. Nothing that is wrong is timed."""
     module = importlib.import_module(f"fd_fusion.backends.{backend}")
-    if (refusal := module.supports(facts)) is not None:
+    if (refusal := module.supports(spec)) is not None:
         raise FusionError(refusal)
     with working(group):
-        opened = module.open(facts, group)
+        opened = module.open(spec, group)
     try:
         rows = [t for t in job["rows"] if opened.limit is None or t <= opened.limit]
         for t in [t for t in rows if t <= _CHECKED_ROWS][:3]:
-            error, _ = one_call(here, opened, facts, t)
+            error, _ = one_call(here, opened, spec, t)
             if not error <= 1:
                 raise FusionError(_wrong(backend, t, error))
         times = {}
         for t in rows:
-            x, residual, weight = _tensors(here, facts, t)
-            call = partial(opened.finish, x, residual, weight, facts.eps, 0.0)
-            times[t] = _time(here, facts, call, job["rounds"])
+            x, residual, weight = _tensors(here, spec, t)
+            call = partial(opened.finish, x, residual, weight, spec.eps, 0.0)
+            times[t] = _time(here, spec, call, job["rounds"])
             opened.check()
         return times
     finally:
@@ -93,15 +93,15 @@ def _wrong(backend: str, rows: int, error: float) -> Reason:
     return because("backend_failed", backend=backend, error=f"wrong numbers at T={rows}: {error:.2f} of the budget")
 
 
-def _tensors(here: Any, facts: Facts, rows: int) -> tuple[Any, Any, Any]:
+def _tensors(here: Any, spec: OpSpec, rows: int) -> tuple[Any, Any, Any]:
     random = np.random.default_rng(rows)
-    shapes = ((rows, facts.hidden_size), (rows, facts.hidden_size), (facts.hidden_size,))
-    return tuple(tensor(here, random.standard_normal(shape, np.float32), facts.dtype) for shape in shapes)
+    shapes = ((rows, spec.hidden_size), (rows, spec.hidden_size), (spec.hidden_size,))
+    return tuple(tensor(here, random.standard_normal(shape, np.float32), spec.dtype) for shape in shapes)
 
 
-def _time(here: Any, facts: Facts, call: Callable[[], Any], rounds: int) -> float:
+def _time(here: Any, spec: OpSpec, call: Callable[[], Any], rounds: int) -> float:
     """Median time of a call in microseconds: of graph replays on a GPU, of plain calls under the interpreter."""
-    if facts.device == "cpu":
+    if spec.device == "cpu":
         call()
         return statistics.median(_clock_us(call) for _ in range(rounds))
     for _ in range(3):
@@ -144,13 +144,13 @@ def _graph(here: Any, call: Callable[[], Any]) -> Callable[[], Any]:
     return replay
 
 
-def _unfused(here: Any, facts: Facts, job: dict[str, Any]) -> Callable[[int], Any]:
+def _unfused(here: Any, spec: OpSpec, job: dict[str, Any]) -> Callable[[int], Any]:
     """The rival: the framework's all-reduce, then add and norm. Returns a function of the number of rows."""
-    tensors = {rows: _tensors(here, facts, rows) for rows in job["rows"]}
+    tensors = {rows: _tensors(here, spec, rows) for rows in job["rows"]}
     if here.__name__ == "paddle":
-        reduce, norm = _paddle_ops(facts, job["ports"])
+        reduce, norm = _paddle_ops(spec, job["ports"])
     else:
-        reduce, norm = _torch_ops(here, facts, job["ports"][0])
+        reduce, norm = _torch_ops(here, spec, job["ports"][0])
 
     def call(rows: int) -> Any:
         x, residual, weight = tensors[rows]
@@ -159,39 +159,39 @@ def _unfused(here: Any, facts: Facts, job: dict[str, Any]) -> Callable[[int], An
     return call
 
 
-def _paddle_ops(facts: Facts, ports: list[int]) -> tuple[Callable, Callable]:
+def _paddle_ops(spec: OpSpec, ports: list[int]) -> tuple[Callable, Callable]:
     import paddle
     import paddle.distributed as dist
 
-    ends = [f"127.0.0.1:{port}" for port in ports[1 : 1 + facts.size]]
+    ends = [f"127.0.0.1:{port}" for port in ports[1 : 1 + spec.size]]
     os.environ.update(
-        PADDLE_TRAINER_ID=str(facts.rank),
-        PADDLE_TRAINERS_NUM=str(facts.size),
+        PADDLE_TRAINER_ID=str(spec.rank),
+        PADDLE_TRAINERS_NUM=str(spec.size),
         PADDLE_TRAINER_ENDPOINTS=",".join(ends),
-        PADDLE_CURRENT_ENDPOINT=ends[facts.rank],
+        PADDLE_CURRENT_ENDPOINT=ends[spec.rank],
         PADDLE_MASTER=f"127.0.0.1:{ports[0]}",
-        PADDLE_DISTRI_BACKEND="gloo" if facts.device == "cpu" else "nccl",
-        FLAGS_selected_gpus=str(facts.rank),
+        PADDLE_DISTRI_BACKEND="gloo" if spec.device == "cpu" else "nccl",
+        FLAGS_selected_gpus=str(spec.rank),
     )
     dist.init_parallel_env()
-    if facts.device == "cpu":
+    if spec.device == "cpu":
         from fd_fusion.backends import paddle as plain
 
-        return plain.all_reduce, lambda x, r, w: plain.rms_norm(x, w, eps=facts.eps, residual=r)
+        return plain.all_reduce, lambda x, r, w: plain.rms_norm(x, w, eps=spec.eps, residual=r)
 
     def reduce(x: Any) -> Any:
         dist.stream.all_reduce(x, sync_op=True, use_calc_stream=True)  # on the stream that is captured
         return x
 
     fused = paddle.incubate.nn.functional.fused_rms_norm
-    return reduce, lambda x, r, w: fused(x, w, None, facts.eps, begin_norm_axis=1, residual=r)
+    return reduce, lambda x, r, w: fused(x, w, None, spec.eps, begin_norm_axis=1, residual=r)
 
 
-def _torch_ops(torch: Any, facts: Facts, port: int) -> tuple[Callable, Callable]:
+def _torch_ops(torch: Any, spec: OpSpec, port: int) -> tuple[Callable, Callable]:
     dist = importlib.import_module("torch.distributed")
     place = f"tcp://127.0.0.1:{port}"
-    backend = "nccl" if facts.device == "gpu" else "gloo"
-    dist.init_process_group(backend, init_method=place, rank=facts.rank, world_size=facts.size)
+    backend = "nccl" if spec.device == "gpu" else "gloo"
+    dist.init_process_group(backend, init_method=place, rank=spec.rank, world_size=spec.size)
 
     def reduce(x: Any) -> Any:
         dist.all_reduce(x)
@@ -199,7 +199,7 @@ def _torch_ops(torch: Any, facts: Facts, port: int) -> tuple[Callable, Callable]
 
     def norm(x: Any, residual: Any, weight: Any) -> Any:
         total = x + residual
-        return torch.nn.functional.rms_norm(total, weight.shape, weight, facts.eps), total
+        return torch.nn.functional.rms_norm(total, weight.shape, weight, spec.eps), total
 
     return reduce, norm
 

@@ -11,7 +11,7 @@ from fd_fusion.backends.flashinfer import loader as runtime_flashinfer
 from fd_fusion.backends.flashinfer.watchdog import Watchdog
 from fd_fusion.backends.flashinfer.workspace import Layout, rows_that_fit
 from fd_fusion.comm.watcher import EXIT_STATUS
-from tests.support.flashinfer_facts import facts
+from tests.support.flashinfer_spec import spec
 from tests.support.ranks import run_ranks
 
 ROOT = Path(__file__).parents[3]
@@ -51,9 +51,9 @@ def installed(monkeypatch):
 def test_why_not(installed, changed, version, code, text):
     installed(version)
     if text is None:  # 1025 threads, which no cluster divides
-        assert flashinfer.supports(facts(**changed)).code == code
+        assert flashinfer.supports(spec(**changed)).code == code
         return
-    reason = flashinfer.supports(facts(**changed))
+    reason = flashinfer.supports(spec(**changed))
     assert reason.code == code and text in str(reason) and reason.remedy
 
 
@@ -71,18 +71,18 @@ def test_why_not(installed, changed, version, code, text):
 )
 def test_why_yes(installed, changed, version):
     installed(version)
-    assert flashinfer.supports(facts(**changed)) is None
+    assert flashinfer.supports(spec(**changed)) is None
 
 
 def test_a_compiler_is_needed_unless_it_was_compiled_before(installed, monkeypatch):
     monkeypatch.setenv("CUDA_HOME", "/nonexistent")
     installed("0.7.2", compiled=False)
     monkeypatch.setattr(flashinfer.shutil, "which", lambda _: None)
-    assert "nvcc is not found" in str(flashinfer.supports(facts()))
+    assert "nvcc is not found" in str(flashinfer.supports(spec()))
     monkeypatch.setattr(flashinfer.shutil, "which", {"nvcc": "/bin/nvcc"}.get)
-    assert "ninja is not found" in str(flashinfer.supports(facts()))
+    assert "ninja is not found" in str(flashinfer.supports(spec()))
     monkeypatch.setattr(flashinfer.shutil, "which", lambda _: "/bin/it")
-    assert flashinfer.supports(facts()) is None
+    assert flashinfer.supports(spec()) is None
 
 
 @pytest.mark.parametrize("size, hidden_size, e", [(2, 4096, 2), (8, 8192, 2), (4, 2880, 2), (2, 64, 4)])
@@ -114,7 +114,7 @@ def test_the_layout_of_the_workspace():
 def opened(version="0.7.2", **changed):
     """An `Opened` that is only asked, never called."""
     one = object.__new__(flashinfer.Opened)
-    one._facts, one._adds_bias, one.limit = facts(**changed), version >= "0.6.12", 16
+    one._spec, one._adds_bias, one.limit = spec(**changed), version >= "0.6.12", 16
     one._library = type("Library", (), {"version": version})
     one._two_shot = version >= "0.7.2"
     return one

@@ -8,7 +8,7 @@ from fd_fusion.backends.flashinfer.releases import BASE, RELEASES, block_threads
 from fd_fusion.comm.group import Group
 from fd_fusion.reasons import FusionError
 from fd_fusion.site import Site
-from tests.support.flashinfer_facts import facts
+from tests.support.flashinfer_spec import spec
 
 FIXED = Fixed(size=4, rank=1, hidden_size=64, rows=8, is_fp32=False, pointers="table")
 BEFORE_0_2_9 = ("use_oneshot" if n == "trigger_completion_at_end" else n for n in BASE if n != "use_oneshot")
@@ -143,7 +143,7 @@ CREATE = ("backend", "world_size", "rank", "max_token_num", "hidden_dim", "dtype
 def test_the_unified_workspace_is_made_over_our_group(extra):
     function, calls = recorder(CREATE, extra)
     group = Group("tp", 1, 2, (2, 5), None)
-    flashinfer_unified.create(facts(rank=1), group, library(create=function), 16)
+    flashinfer_unified.create(spec(rank=1), group, library(create=function), 16)
     got = calls[0]
     assert [got[name] for name in CREATE] == ["trtllm", 2, 1, 16, 4096, "paddle.bfloat16"]
     comm = got["comm_backend"]
@@ -154,17 +154,17 @@ def test_the_unified_workspace_is_made_over_our_group(extra):
 def test_what_the_unified_workspace_cannot_have_is_a_reason():
     group = Group("tp", 0, 2, (0, 1), None)
     with pytest.raises(FusionError, match="wants no comm_backend"):
-        flashinfer_unified.create(facts(), group, library(create=recorder(CREATE)[0]), 16)
+        flashinfer_unified.create(spec(), group, library(create=recorder(CREATE)[0]), 16)
     with pytest.raises(FusionError, match="wants topology"):
         flashinfer_unified.create(
-            facts(), group, library(create=recorder([*CREATE, "topology", "comm_backend"])[0]), 16
+            spec(), group, library(create=recorder([*CREATE, "topology", "comm_backend"])[0]), 16
         )
 
     def create(backend, world_size, rank, max_token_num, hidden_dim, dtype, comm_backend):
         raise RuntimeError("Device does not support multicasting")
 
     with pytest.raises(FusionError, match="by multicast, which this GPU lacks"):
-        flashinfer_unified.create(facts(), group, library(create=create), 16)
+        flashinfer_unified.create(spec(), group, library(create=create), 16)
 
 
 def library(**given):

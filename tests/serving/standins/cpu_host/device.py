@@ -80,8 +80,8 @@ def _replace_cuda(paddle):
     for name in ("max_memory_reserved", "max_memory_allocated", "memory_reserved", "memory_allocated"):
         setattr(cuda, name, zero)
     paddle.device.empty_cache = paddle.device.synchronize = nothing
-    facts = types.SimpleNamespace(name="CPU", major=8, minor=0, total_memory=4 * _GIB, multi_processor_count=8)
-    cuda.get_device_properties = paddle.device.get_device_properties = lambda *args, **kwargs: facts
+    spec = types.SimpleNamespace(name="CPU", major=8, minor=0, total_memory=4 * _GIB, multi_processor_count=8)
+    cuda.get_device_properties = paddle.device.get_device_properties = lambda *args, **kwargs: spec
     paddle.Tensor.pin_memory = paddle.Tensor.cuda = lambda self, *args, **kwargs: self
 
 

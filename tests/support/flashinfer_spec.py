@@ -1,9 +1,9 @@
 """Facts that the FlashInfer backend says yes to, unless a test changes one."""
 
-from fd_fusion.tuning.limits import Facts
+from fd_fusion.tuning.limits import OpSpec
 
 
-def facts(**changed):
+def spec(**changed):
     plain = {
         "rank": 0,
         "size": 2,
@@ -19,4 +19,4 @@ def facts(**changed):
         "workspace_bytes": 32 << 20,
         "timeout_s": 30.0,
     }
-    return Facts(**{**plain, **changed})
+    return OpSpec(**{**plain, **changed})
