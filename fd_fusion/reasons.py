@@ -339,14 +339,6 @@ TABLE: dict[str, Entry] = {
         "FlashInfer {version} runs H={hidden_size} in blocks of {threads} threads, not whole warps, and sums wrongly",
         "install FlashInfer 0.6.15 or newer, or name the triton backend",
     ),
-    "flashinfer_multicast": Entry(
-        "FlashInfer {version} opens its workspace by multicast, which this GPU lacks: {error}",
-        "install a version whose kernel takes our workspace (see the README), or name the triton backend",
-    ),
-    "flashinfer_no_progress": Entry(
-        "FlashInfer {version} does not show its control block, so nobody could tell that a call hangs",
-        "install a version that the README names",
-    ),
     "flashinfer_differs": Entry(
         "rank {rank} has FlashInfer {got}, rank 0 has {need}", "install the same FlashInfer on every rank"
     ),

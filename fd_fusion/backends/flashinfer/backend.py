@@ -10,10 +10,8 @@ import os
 import shutil
 import sys
 import time
-from typing import Any
 
 from fd_fusion.backends.flashinfer import loader as runtime_flashinfer
-from fd_fusion.backends.flashinfer import unified as flashinfer_unified
 from fd_fusion.backends.flashinfer.calls import Call, Fixed, compiled_call, python_call
 from fd_fusion.backends.flashinfer.op import ALIGNMENT, ELEMENT_BYTES, Opened, device_table
 from fd_fusion.backends.flashinfer.releases import block_threads, rules
@@ -92,9 +90,32 @@ def open(spec: OpSpec, group: Group) -> Opened:
     library, entry = _load_and_build(spec, group)
     fit = rows_that_fit(spec.workspace_bytes, spec.size, spec.hidden_size, ELEMENT_BYTES[spec.dtype])
     rows = min(fit, row_limit(spec) or fit)
-    if entry is None and library.function is None:
-        return flashinfer_unified.open(spec, group, library, rows)
-    return _open_own(spec, group, library, entry, rows)
+    layout = Layout(spec.size, rows, spec.hidden_size, ELEMENT_BYTES[spec.dtype])
+    provider, refusal = as_refusal(CudaIpc)
+    agree_or_raise(group, "flashinfer_device", refusal, None, spec.timeout_s)
+    memory = open_memory(group, layout, provider, timeout_s=spec.timeout_s)
+
+    def make() -> Opened:
+        table = device_table(library.framework, layout.pointers(memory))
+        fixed = Fixed(spec.size, spec.rank, spec.hidden_size, rows, spec.dtype == "float32", table)
+        if entry is None:
+            call, adds_bias = python_call(library.function, fixed, library.version)
+        else:
+            call, adds_bias = compiled_call(entry, fixed, library.version)
+        if spec.weight_offset and not adds_bias:  # the version says so, the signature does not
+            offset = spec.weight_offset
+            raise FusionError(because("flashinfer_weight_offset", version=library.version, offset=offset))
+        read = ControlReader(memory.own + layout.control)
+        return Opened(spec, group, library, call, adds_bias, rows, layout.nbytes, read, memory.close)
+
+    opened, refusal = as_refusal(make)
+    try:
+        agree_or_raise(group, "flashinfer_made", refusal, None, spec.timeout_s)
+    except FusionError:
+        (opened or memory).close()
+        raise
+    opened.warm_up()
+    return opened
 
 
 def _load_and_build(spec: OpSpec, group: Group) -> tuple[runtime_flashinfer.FlashInfer, Call | None]:
@@ -135,33 +156,3 @@ def _build(library: runtime_flashinfer.FlashInfer) -> Call | None:
 
 def _say(text: str) -> None:
     print(f"fd_fusion: {text}", file=sys.stderr, flush=True)
-
-
-def _open_own(spec: OpSpec, group: Group, library: Any, entry: Call | None, rows: int) -> Opened:
-    """In our own workspace."""
-    layout = Layout(spec.size, rows, spec.hidden_size, ELEMENT_BYTES[spec.dtype])
-    provider, refusal = as_refusal(CudaIpc)
-    agree_or_raise(group, "flashinfer_device", refusal, None, spec.timeout_s)
-    memory = open_memory(group, layout, provider, timeout_s=spec.timeout_s)
-
-    def make() -> Opened:
-        table = device_table(library.framework, layout.pointers(memory))
-        fixed = Fixed(spec.size, spec.rank, spec.hidden_size, rows, spec.dtype == "float32", table)
-        if entry is None:
-            call, adds_bias = python_call(library.function, fixed, library.version)
-        else:
-            call, adds_bias = compiled_call(entry, fixed, library.version)
-        if spec.weight_offset and not adds_bias:  # the version says so, the signature does not
-            offset = spec.weight_offset
-            raise FusionError(because("flashinfer_weight_offset", version=library.version, offset=offset))
-        read = ControlReader(memory.own + layout.control)
-        return Opened(spec, group, library, call, adds_bias, rows, layout.nbytes, read, memory.close)
-
-    opened, refusal = as_refusal(make)
-    try:
-        agree_or_raise(group, "flashinfer_made", refusal, None, spec.timeout_s)
-    except FusionError:
-        (opened or memory).close()
-        raise
-    opened.warm_up()
-    return opened

@@ -231,9 +231,3 @@ def test_a_missing_rank_ends_the_process_that_waits_for_it(tmp_path):
     assert waiting.status == EXIT_STATUS, waiting.text
     assert "flashinfer all_reduce_rms_norm (H=128, float32) of group 'tp', rank 0 of 2, has waited" in waiting.text
     assert "for 1 s" in waiting.text and missing.status == 0, missing.text
-
-
-def test_flashinfers_communication_goes_through_our_store(tmp_path):
-    ended = run_ranks("flashinfer_ranks.py", 4, "exchange", tmp_path)
-    assert all(one.status == 0 for one in ended), [one.text for one in ended]
-    assert "no split" in ended[1].text and "no split" in ended[3].text
