@@ -201,11 +201,6 @@ TABLE: dict[str, Entry] = {
         "{path} is not where this version of fd_fusion expects it",
         "install an fd_fusion made for this FastDeploy, or report its version",
     ),
-    # The command line.
-    "no_gpu": Entry(
-        "the benchmarks launch on torch tensors on a GPU: {detail}",
-        "run this on a machine with an NVIDIA GPU and torch",
-    ),
     # Backends.
     "no_paddle": Entry("Paddle cannot be imported: {detail}", 'pip install "paddlepaddle>=3.3"'),
     "old_paddle": Entry("Paddle {got} is older than {need}", "install Paddle {need} or newer"),

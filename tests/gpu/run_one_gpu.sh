@@ -19,8 +19,8 @@ step doctor 60 python3 -m fd_fusion doctor --json
 # Three N; what they have measured is written when the last one has ended. 60 s are kept for the other benchmark.
 EACH=$((($(left) - 75) / 3))
 EACH=$((EACH > 60 ? 60 : EACH > 15 ? EACH : 15))
-step bench_all_reduce $((3 * EACH + 15)) python3 -m fd_fusion bench all-reduce --limit_s $EACH \
+step bench_all_reduce $((3 * EACH + 15)) python3 examples/bench all-reduce --limit_s $EACH \
     --output "$OUT/all_reduce.json" --flashinfer "${FLASHINFER[@]}"
-[ -z "${QK_REFERENCE:-}" ] || step bench_qk_norm 100 python3 -m fd_fusion bench qk-norm \
+[ -z "${QK_REFERENCE:-}" ] || step bench_qk_norm 100 python3 examples/bench qk-norm \
     --output "$OUT/qk_norm.json" --reference "$QK_REFERENCE"
 exit $STATUS
