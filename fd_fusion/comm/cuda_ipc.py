@@ -53,13 +53,13 @@ class CudaIpc:
             raise CudaError("no CUDA context is current: put a tensor on the GPU first")
 
     def identity(self) -> dict[str, Any]:
-        """What tells peers which GPU and process this is. Ordinals mean nothing across processes."""
+        """Whether this is a part of a GPU (MIG), which reaches no other one."""
         device, gpu, part = ctypes.c_int(), ctypes.create_string_buffer(16), ctypes.create_string_buffer(16)
         with self._current():
             self._call("cuCtxGetDevice", ctypes.byref(device))
             self._call("cuDeviceGetUuid", gpu, device)
             self._call("cuDeviceGetUuid_v2", part, device)  # of the MIG instance, if this is one
-        return {"device": gpu.raw.hex(), "mig": gpu.raw != part.raw}
+        return {"mig": gpu.raw != part.raw}
 
     def multiprocessors(self) -> int:
         device, count = ctypes.c_int(), ctypes.c_int()
@@ -183,7 +183,7 @@ class CudaIpc:
 
 
 def process_identity() -> dict[str, Any]:
-    """The machine's boot, this process and its pid namespace: ranks share the first, not the second."""
+    """The machine's boot and this process: ranks share the first, not the second."""
     with open("/proc/sys/kernel/random/boot_id") as file:
         boot = file.read().strip()
-    return {"boot": boot, "pid": os.getpid(), "pid_namespace": os.readlink("/proc/self/ns/pid")}
+    return {"boot": boot, "pid": os.getpid()}

@@ -55,7 +55,6 @@ class Workspace:
         self.local = memory.own + _line(layout.symmetric_bytes)
         self.generation = 0
         self.frozen = False
-        self.failed = threading.Event()  # set by the watcher; a host may wait for it
         self._pid = os.getpid()
         self._page, self._page_of_kernel = memory.provider.host_page(layout.page_bytes)
         self._words = (ctypes.c_int64 * (layout.page_bytes // 8)).from_address(self._page)
@@ -157,14 +156,12 @@ class Workspace:
         memory.provider.write(self.local, b"".join(word.to_bytes(8, "little", signed=True) for word in words))
         memory.provider.synchronize()
         ctypes.memset(self._page, 0, layout.page_bytes)
-        self.failed.clear()
 
     def _watch(self) -> None:
         watcher.watch(self, self.error, self._on_error)
 
     def _on_error(self, reason: Reason) -> None:
         log.error("rank %d of group %s: %s", self.memory.group.rank, self.memory.group.name, reason)
-        self.failed.set()
 
 
 def open_workspace(

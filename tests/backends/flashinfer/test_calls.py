@@ -146,7 +146,6 @@ def test_versions_compare_as_numbers():
 
 
 def test_the_table_and_the_rules_agree():
-    assert [r.version for r in RELEASES if not r.checked] == ["0.4.1.2", "0.4.1.3"]
     for release in RELEASES:
         rule = rules(release.version)
         assert rule.c_args == release.c_args and rule.weight_bias == ("weight_bias" in release.extra)
