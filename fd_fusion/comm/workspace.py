@@ -24,6 +24,7 @@ from fd_fusion.comm.symmetric_memory import (
     agree_or_raise,
     as_refusal,
     open_symmetric_memory,
+    whole_lines,
 )
 from fd_fusion.reasons import FusionError, FusionTimeout, Reason, because
 
@@ -52,7 +53,7 @@ class Workspace:
 
     def __init__(self, memory: SymmetricMemory, layout: Layout, timeout_s: float):
         self.memory, self.layout, self.timeout_s = memory, layout, timeout_s
-        self.local = memory.own + _line(layout.symmetric_bytes)
+        self.local = memory.own + whole_lines(layout.symmetric_bytes)
         self.generation = 0
         self.frozen = False
         self._pid = os.getpid()
@@ -171,7 +172,7 @@ def open_workspace(
 
     Raises: FusionError: on all ranks alike.
     """
-    nbytes = _line(layout.symmetric_bytes) + layout.local_bytes
+    nbytes = whole_lines(layout.symmetric_bytes) + layout.local_bytes
     memory = open_symmetric_memory(group, nbytes, provider, push, timeout_s=timeout_s)
     made, refusal = as_refusal(lambda: Workspace(memory, layout, timeout_s))
     if made is not None:
@@ -191,8 +192,3 @@ def close_all() -> None:
     """Close every workspace of this process, oldest first: the same order on all ranks."""
     for workspace in list(_open):
         workspace.close()
-
-
-def _line(nbytes: int) -> int:
-    """Rounded up to whole 128-byte lines."""
-    return -(-nbytes // 128) * 128

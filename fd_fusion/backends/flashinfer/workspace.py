@@ -24,6 +24,7 @@ from fd_fusion.comm.symmetric_memory import (
     agree_or_raise,
     as_refusal,
     open_symmetric_memory,
+    whole_lines,
 )
 from fd_fusion.reasons import FusionError
 
@@ -49,7 +50,7 @@ class Layout:
 
     @property
     def flags(self) -> int:
-        return _line(self.comm_bytes)
+        return whole_lines(self.comm_bytes)
 
     @property
     def lamport(self) -> int:
@@ -57,7 +58,7 @@ class Layout:
 
     @property
     def control(self) -> int:
-        return _line(self.lamport + 3 * self.comm_bytes)
+        return whole_lines(self.lamport + 3 * self.comm_bytes)
 
     @property
     def nbytes(self) -> int:
@@ -105,7 +106,3 @@ def fill(layout: Layout, memory: SymmetricMemory) -> None:
         memory.provider.write(memory.own + offset, piece[: end - offset])
     control = struct.pack(f"<{CONTROL_INTS}i", 0, 0, 0, layout.comm_bytes, 0)
     memory.provider.write(memory.own + layout.control, control)
-
-
-def _line(nbytes: int) -> int:
-    return -(-nbytes // 128) * 128
