@@ -13,7 +13,7 @@ import time
 
 from fd_fusion.backends.flashinfer import loader as runtime_flashinfer
 from fd_fusion.backends.flashinfer.calls import Call, Fixed, compiled_call, python_call
-from fd_fusion.backends.flashinfer.op import ALIGNMENT, ELEMENT_BYTES, Opened, device_table
+from fd_fusion.backends.flashinfer.op import ALIGNMENT, Opened, device_table
 from fd_fusion.backends.flashinfer.releases import block_threads, rules
 from fd_fusion.backends.flashinfer.watchdog import ControlReader
 from fd_fusion.backends.flashinfer.workspace import Layout, open_memory, rows_that_fit
@@ -21,6 +21,7 @@ from fd_fusion.comm.cuda_ipc import CudaIpc
 from fd_fusion.comm.group import Group
 from fd_fusion.comm.symmetric_memory import agree_or_raise, as_refusal
 from fd_fusion.reasons import FusionError, Reason, because
+from fd_fusion.reference import DTYPE_BYTES
 from fd_fusion.tuning.limits import OpSpec, row_limit
 
 SIZES = (2, 4, 8, 16)
@@ -38,11 +39,11 @@ def supports(spec: OpSpec) -> Reason | None:
         return because("deterministic", backend="flashinfer")
     if spec.size not in SIZES:
         return because("world_size", got=spec.size, allowed=", ".join(map(str, SIZES)))
-    if spec.dtype not in ELEMENT_BYTES:
-        return because("dtype", got=spec.dtype, allowed=", ".join(ELEMENT_BYTES))
+    if spec.dtype not in DTYPE_BYTES:
+        return because("dtype", got=spec.dtype, allowed=", ".join(DTYPE_BYTES))
     if spec.weight_dtype != spec.dtype:
         return because("flashinfer_weight_dtype", need=spec.dtype, got=spec.weight_dtype)
-    need = ALIGNMENT // ELEMENT_BYTES[spec.dtype]
+    need = ALIGNMENT // DTYPE_BYTES[spec.dtype]
     if spec.hidden_size % need:
         return because("hidden_size", got=spec.hidden_size, need=f"a multiple of {need}")
     version = runtime_flashinfer.installed_version()
@@ -52,7 +53,7 @@ def supports(spec: OpSpec) -> Reason | None:
 
 
 def _version_refusal(spec: OpSpec, version: str) -> Reason | None:
-    rule, threads = rules(version), block_threads(spec.hidden_size, ELEMENT_BYTES[spec.dtype])
+    rule, threads = rules(version), block_threads(spec.hidden_size, DTYPE_BYTES[spec.dtype])
     if spec.arch // 10 not in rule.arch_majors:
         allowed = ", ".join(f"sm_{major}x" for major in rule.arch_majors)
         return because("flashinfer_arch", version=version, arch=spec.arch, allowed=allowed)
@@ -66,7 +67,7 @@ def _version_refusal(spec: OpSpec, version: str) -> Reason | None:
 
 
 def _room_refusal(spec: OpSpec) -> Reason | None:
-    e = ELEMENT_BYTES[spec.dtype]
+    e = DTYPE_BYTES[spec.dtype]
     if rows_that_fit(spec.workspace_bytes, spec.size, spec.hidden_size, e):
         return None
     need = Layout(spec.size, 1, spec.hidden_size, e).nbytes + 256
@@ -88,9 +89,9 @@ def _compiler_refusal(version: str) -> Reason | None:
 def open(spec: OpSpec, group: Group) -> Opened:
     """Collective: load and build, allocate and exchange, call once. Raises FusionError on all ranks alike."""
     library, entry = _load_and_build(spec, group)
-    fit = rows_that_fit(spec.workspace_bytes, spec.size, spec.hidden_size, ELEMENT_BYTES[spec.dtype])
+    fit = rows_that_fit(spec.workspace_bytes, spec.size, spec.hidden_size, DTYPE_BYTES[spec.dtype])
     rows = min(fit, row_limit(spec) or fit)
-    layout = Layout(spec.size, rows, spec.hidden_size, ELEMENT_BYTES[spec.dtype])
+    layout = Layout(spec.size, rows, spec.hidden_size, DTYPE_BYTES[spec.dtype])
     provider, refusal = as_refusal(CudaIpc)
     agree_or_raise(group, "flashinfer_device", refusal, None, spec.timeout_s)
     memory = open_memory(group, layout, provider, timeout_s=spec.timeout_s)

@@ -22,11 +22,11 @@ from fd_fusion.cli.processes.signals import ending_well
 from fd_fusion.cli.tune import limits as tune_limits
 from fd_fusion.config import FusionConfig
 from fd_fusion.kernels.all_reduce.plan import plan_for
+from fd_fusion.reference import DTYPE_BYTES
 from fd_fusion.tuning.table import Fingerprint, Limits, store_limits, table_lock, table_path, versions_here
 
 _ROUNDS = {"cpu": 3, "gpu": 11}
 _ROWS = {"cpu": "1,2", "gpu": "1,2,4,8,16,32,48,64,96,128,192,256,384,512,768,1024,1536,2048"}
-_DTYPES = ("bfloat16", "float16", "float32")
 
 
 def main(argv: list[str]) -> int:
@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="fd-fusion tune", description=__doc__.partition(": ")[2].partition("\n")[0])
     parser.add_argument("--nproc", type=int, default=2, help="tensor-parallel ranks, 2 to 8 (default: 2)")
     parser.add_argument("--hidden-size", type=int, required=True, help="exact hidden size H of the model")
-    parser.add_argument("--dtype", choices=_DTYPES, default="bfloat16", help="of the activations (default: bfloat16)")
+    parser.add_argument("--dtype", choices=DTYPE_BYTES, default="bfloat16", help="of all tensors (default: bfloat16)")
     parser.add_argument("--rows", help="numbers of rows to measure, such as 1,8,64")
     parser.add_argument("--rounds", type=int, help="measurements, of which the median counts (default: 11)")
     mb = FusionConfig.workspace_mb
