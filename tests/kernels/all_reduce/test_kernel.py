@@ -13,7 +13,8 @@ import pytest
 
 from fd_fusion.kernels.all_reduce import plan as plans
 from fd_fusion.reference import DTYPE_BYTES
-from tests.kernels.all_reduce.kernel_rank import fill, from_bits, inputs, region_bytes
+from tests.kernels.all_reduce.kernel_rank import fill, inputs, region_bytes
+from tests.support.tensors import from_bits
 
 HERE = Path(__file__).parents[2]
 
