@@ -30,7 +30,10 @@ setup(
     install_requires=[],
     extras_require={
         "cpu": CPU,
-        "test": ["pytest>=8", "pytest-timeout", "pytest-cov", "pytest-xdist", "ruff", "prometheus_client", *BUILD],
+        "test": [
+            *("pytest>=8", "pytest-timeout", "pytest-cov", "pytest-xdist"),
+            *("ruff", "prometheus_client", "ml_dtypes", *BUILD),
+        ],
         "bench": ["matplotlib"],
     },
     entry_points={

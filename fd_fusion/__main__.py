@@ -13,7 +13,6 @@ from fd_fusion import __version__
 # Each module has `main(argv) -> exit code` and is imported only when its command is given.
 COMMANDS = {
     "serve": ("fd_fusion.cli.serve", "run FastDeploy's api server with fusion on"),
-    "bench": ("fd_fusion.cli.bench.command", "measure the kernels on a GPU"),
     "demo": ("fd_fusion.cli.demo.command", "run a small tensor-parallel decoder, stock and fused, and compare"),
     "doctor": ("fd_fusion.cli.doctor.command", "whether fusion works on this machine, and what to do if it does not"),
     "tune": ("fd_fusion.cli.tune.command", "measure up to how many rows fusing wins here, and keep it for `bind`"),

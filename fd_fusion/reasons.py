@@ -201,11 +201,6 @@ TABLE: dict[str, Entry] = {
         "{path} is not where this version of fd_fusion expects it",
         "install an fd_fusion made for this FastDeploy, or report its version",
     ),
-    # The command line.
-    "no_gpu": Entry(
-        "the benchmarks launch on torch tensors on a GPU: {detail}",
-        "run this on a machine with an NVIDIA GPU and torch",
-    ),
     # Backends.
     "no_paddle": Entry("Paddle cannot be imported: {detail}", 'pip install "paddlepaddle>=3.3"'),
     "old_paddle": Entry("Paddle {got} is older than {need}", "install Paddle {need} or newer"),
@@ -338,14 +333,6 @@ TABLE: dict[str, Entry] = {
     "flashinfer_partial_warp": Entry(
         "FlashInfer {version} runs H={hidden_size} in blocks of {threads} threads, not whole warps, and sums wrongly",
         "install FlashInfer 0.6.15 or newer, or name the triton backend",
-    ),
-    "flashinfer_multicast": Entry(
-        "FlashInfer {version} opens its workspace by multicast, which this GPU lacks: {error}",
-        "install a version whose kernel takes our workspace (see the README), or name the triton backend",
-    ),
-    "flashinfer_no_progress": Entry(
-        "FlashInfer {version} does not show its control block, so nobody could tell that a call hangs",
-        "install a version that the README names",
     ),
     "flashinfer_differs": Entry(
         "rank {rank} has FlashInfer {got}, rank 0 has {need}", "install the same FlashInfer on every rank"

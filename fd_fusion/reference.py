@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}  # of what the kernels take
 UNIT_ROUNDOFF = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 
 

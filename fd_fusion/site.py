@@ -175,13 +175,13 @@ class Site:
         self.handed += 1
         return partial
 
-    def finish(self, partial: Tensor, residual: Tensor | None, norm: Norm | None = None) -> Finished:
+    def finish(self, partial: Tensor, residual: Tensor | None) -> Finished:
         """The norm's end, eager: check that this is what was handed over, then `complete` it.
 
         Raises: HandOverError: nothing, or another tensor, was handed over, or by another user, or it was changed in
             place since.
         """
-        return self.complete(self._take(partial), residual, norm)
+        return self.complete(self._take(partial), residual)
 
     def finish_stock(self, partial: Tensor, residual: Tensor | None, norm: Norm) -> Finished:
         """The norm's end where the host asks for another norm in this call: never fused. Raises as `finish` does."""
@@ -217,7 +217,7 @@ class Site:
         reason = because("hooked", layer=self.name)
         logger.warning("fd_fusion: %s; %s", reason, reason.remedy)
 
-    def complete(self, partial: Tensor, residual: Tensor | None, norm: Norm | None = None) -> Finished:
+    def complete(self, partial: Tensor, residual: Tensor | None) -> Finished:
         """Finish a partial sum [..., H] of T rows: one kernel if `fuses(T)`, else all-reduce and the stock norm.
 
         A failure inside the fused call is raised, never retried: the other ranks are already waiting.
@@ -228,8 +228,8 @@ class Site:
             return self._fused(partial, residual)
         self.calls[self.why_not(rows).code] += 1
         if self._prover is not None and rows:
-            return self._prover.prove(self, partial, residual, norm or self._norm)
-        return self.stock(partial, residual, norm or self._norm)
+            return self._prover.prove(self, partial, residual, self._norm)
+        return self.stock(partial, residual, self._norm)
 
     def stock(self, partial: Tensor, residual: Tensor | None, norm: Norm) -> Finished:
         """All-reduce, then the host's norm: what the host does without us, bit for bit."""

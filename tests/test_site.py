@@ -185,7 +185,7 @@ def test_two_streams_on_a_site_are_an_error():
 def test_a_norm_given_with_the_call_takes_the_place_of_the_bound_one():
     site, calls = make(limit=1)
     partial = site.hand_over(Fake(3, 8))
-    assert site.finish(partial, None, lambda total, residual: ("other", total)) == ("other", partial)
+    assert site.finish_stock(partial, None, lambda total, residual: ("other", total)) == ("other", partial)
     assert calls == ["reduce"]
 
 

@@ -15,9 +15,8 @@ import paddle.distributed as dist
 from fd_fusion.comm.group import Group
 from fd_fusion.frameworks import paddle_runtime as runtime
 from fd_fusion.reasons import Reason, because, closed
+from fd_fusion.reference import DTYPE_BYTES
 from fd_fusion.tuning.limits import OpSpec, row_limit
-
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 def dtype_name(tensor: paddle.Tensor) -> str:
@@ -103,8 +102,8 @@ def supports(spec: OpSpec) -> Reason | None:
     It gives the same bits for every T, but one call gathers N x T x H numbers, so T has a limit, and the stock path
     beyond it gives other bits.
     """
-    if spec.dtype not in DTYPES:
-        return because("dtype", got=spec.dtype, allowed=", ".join(DTYPES))
+    if spec.dtype not in DTYPE_BYTES:
+        return because("dtype", got=spec.dtype, allowed=", ".join(DTYPE_BYTES))
     if spec.deterministic:
         return because("deterministic", backend="paddle")
     return None

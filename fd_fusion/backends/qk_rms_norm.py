@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fd_fusion.frameworks.triton_launch import current_stream, interpreting, require_mode, triton_driver, uses_pdl
-from fd_fusion.kernels.all_reduce.plan import DTYPE_BYTES
+from fd_fusion.reference import DTYPE_BYTES
 
 _MOST_HEADS = 2**31 - 4096  # of all rows together: the kernel counts them in 32 bits
 

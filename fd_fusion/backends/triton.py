@@ -22,6 +22,7 @@ from fd_fusion.frameworks import triton_launch as runtime_triton
 from fd_fusion.kernels.all_reduce import plan as plans
 from fd_fusion.kernels.all_reduce.counts import Counts
 from fd_fusion.reasons import FusionTimeout, Reason, because, closed
+from fd_fusion.reference import DTYPE_BYTES
 from fd_fusion.tuning.limits import NEVER, OpSpec, row_limit
 
 _CPU_PROGRAMS = 4  # rows in flight under the interpreter, where programs run one after another anyway
@@ -35,9 +36,9 @@ def supports(spec: OpSpec) -> Reason | None:
     if spec.size not in plans.SIZES:
         return because("world_size", got=spec.size, allowed=f"{plans.SIZES[0]} to {plans.SIZES[-1]}")
     for dtype in (spec.dtype, *spec.weight_dtypes):
-        if dtype not in plans.DTYPE_BYTES:
-            return because("dtype", got=dtype, allowed=", ".join(plans.DTYPE_BYTES))
-    if spec.hidden_size * plans.DTYPE_BYTES[spec.dtype] % 16:
+        if dtype not in DTYPE_BYTES:
+            return because("dtype", got=dtype, allowed=", ".join(DTYPE_BYTES))
+    if spec.hidden_size * DTYPE_BYTES[spec.dtype] % 16:
         return because("hidden_size", got=spec.hidden_size, need="a whole number of 16-byte units")
     if not plans.SMALLEST <= spec.eps < float("inf"):
         return because("eps", got=spec.eps)

@@ -1,32 +1,23 @@
 """The provider of symmetric memory for GPU ranks: CUDA IPC, by the driver API alone.
 
-The driver library is called through ctypes: a dozen functions with stable names, where the `cuda-bindings`
-package would be one more thing to install beside the host (whose only install command is `pip install
---no-deps .`). The memory is our own `cuMemAlloc`, never a framework's pool: pools sub-allocate, or use
-virtual memory that has no handle of this kind. Every call runs in the context that was current when the provider
-was made, so `close` works from any thread.
+The memory is our own `cuMemAlloc`, never a framework's pool: pools sub-allocate, or use virtual memory that has no
+handle of this kind.
 """
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import mmap
 import os
-from collections.abc import Iterator
 from typing import Any
 
+from fd_fusion.comm.cuda_driver import CudaDriver, CudaError
 from fd_fusion.comm.posix_shm import shared_page
 
 _BLOCK = 2 << 20  # smaller allocations share a block, and a handle exports the whole block
 _MULTIPROCESSOR_COUNT = 16  # CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
-_NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING
 _PEER_ACCESS = 1  # CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS
 _PORTABLE_MAPPED = 3  # CU_MEMHOSTREGISTER_PORTABLE | _DEVICEMAP; CU_MEMHOSTALLOC_* are the same numbers
-
-
-class CudaError(RuntimeError):
-    """A call of the CUDA driver failed: its name and the driver's name for the error."""
 
 
 class _IpcHandle(ctypes.Structure):
@@ -40,90 +31,65 @@ class CudaIpc:
     free_waits_for_peers = True
 
     def __init__(self) -> None:
-        try:
-            self._lib = ctypes.CDLL("libcuda.so.1")
-        except OSError as error:
-            raise CudaError(f"the CUDA driver cannot be loaded: {error}") from error
-        self._context, self._stream = ctypes.c_void_p(), ctypes.c_void_p()
+        self._cuda = CudaDriver()
         self.pages: dict[int, int] = {}  # address -> descriptor of a host page, for another process to map it
         self._maps: dict[int, mmap.mmap] = {}
-        self._call("cuInit", 0)
-        self._call("cuCtxGetCurrent", ctypes.byref(self._context))
-        if not self._context:
-            raise CudaError("no CUDA context is current: put a tensor on the GPU first")
 
     def identity(self) -> dict[str, Any]:
-        """What tells peers which GPU and process this is. Ordinals mean nothing across processes."""
+        """Whether this is a part of a GPU (MIG), which reaches no other one."""
         device, gpu, part = ctypes.c_int(), ctypes.create_string_buffer(16), ctypes.create_string_buffer(16)
-        with self._current():
-            self._call("cuCtxGetDevice", ctypes.byref(device))
-            self._call("cuDeviceGetUuid", gpu, device)
-            self._call("cuDeviceGetUuid_v2", part, device)  # of the MIG instance, if this is one
-        return {"device": gpu.raw.hex(), "mig": gpu.raw != part.raw}
+        self._cuda.call("cuCtxGetDevice", ctypes.byref(device))
+        self._cuda.call("cuDeviceGetUuid", gpu, device)
+        self._cuda.call("cuDeviceGetUuid_v2", part, device)  # of the MIG instance, if this is one
+        return {"mig": gpu.raw != part.raw}
 
     def multiprocessors(self) -> int:
         device, count = ctypes.c_int(), ctypes.c_int()
-        with self._current():
-            self._call("cuCtxGetDevice", ctypes.byref(device))
-            self._call("cuDeviceGetAttribute", ctypes.byref(count), _MULTIPROCESSOR_COUNT, device)
+        self._cuda.call("cuCtxGetDevice", ctypes.byref(device))
+        self._cuda.call("cuDeviceGetAttribute", ctypes.byref(count), _MULTIPROCESSOR_COUNT, device)
         return count.value
 
     def allocate(self, nbytes: int) -> tuple[int, bytes]:
         """New device memory, not cleared: its address here, and the handle by which peers open it."""
         address, handle = ctypes.c_uint64(), _IpcHandle()
-        with self._current():
-            self._call("cuMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(-(-nbytes // _BLOCK) * _BLOCK))
-            try:
-                self._call("cuIpcGetMemHandle", ctypes.byref(handle), address)
-            except CudaError:
-                self._call("cuMemFree_v2", address)
-                raise
+        self._cuda.call("cuMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(-(-nbytes // _BLOCK) * _BLOCK))
+        try:
+            self._cuda.call("cuIpcGetMemHandle", ctypes.byref(handle), address)
+        except CudaError:
+            self._cuda.call("cuMemFree_v2", address)
+            raise
         return address.value, bytes(handle)
 
     def open(self, handle: bytes, nbytes: int) -> int:
         """Map a peer's memory, with access over NVLink or PCIe where it lies on another GPU."""
         address = ctypes.c_uint64()
-        with self._current():
-            got = _IpcHandle.from_buffer_copy(handle)
-            self._call("cuIpcOpenMemHandle_v2", ctypes.byref(address), got, _PEER_ACCESS)
+        got = _IpcHandle.from_buffer_copy(handle)
+        self._cuda.call("cuIpcOpenMemHandle_v2", ctypes.byref(address), got, _PEER_ACCESS)
         return address.value
 
     def opened_everywhere(self) -> None:
         """Handles have no name to remove."""
 
     def close(self, address: int) -> None:
-        with self._current():
-            self._call("cuIpcCloseMemHandle", ctypes.c_uint64(address))
+        self._cuda.call("cuIpcCloseMemHandle", ctypes.c_uint64(address))
 
     def free(self, address: int) -> None:
-        with self._current():
-            self._call("cuMemFree_v2", ctypes.c_uint64(address))
-            if self._stream:
-                self._call("cuStreamDestroy_v2", self._stream)
-                self._stream = ctypes.c_void_p()
+        self._cuda.call("cuMemFree_v2", ctypes.c_uint64(address))
+        self._cuda.drop_stream()
 
     def read(self, address: int, nbytes: int) -> bytes:
-        """On a stream of its own, so that it waits for nobody's kernels."""
         data = ctypes.create_string_buffer(nbytes)
-        with self._current():
-            if not self._stream:
-                self._call("cuStreamCreate", ctypes.byref(self._stream), _NON_BLOCKING)
-            where, size = ctypes.c_uint64(address), ctypes.c_size_t(nbytes)
-            self._call("cuMemcpyDtoHAsync_v2", data, where, size, self._stream)
-            self._call("cuStreamSynchronize", self._stream)
+        self._cuda.read(address, nbytes, data)
         return data.raw
 
     def write(self, address: int, data: bytes) -> None:
-        with self._current():
-            self._call("cuMemcpyHtoD_v2", ctypes.c_uint64(address), data, ctypes.c_size_t(len(data)))
+        self._cuda.call("cuMemcpyHtoD_v2", ctypes.c_uint64(address), data, ctypes.c_size_t(len(data)))
 
     def fill(self, address: int, nbytes: int, byte: int = 0) -> None:
-        with self._current():
-            self._call("cuMemsetD8_v2", ctypes.c_uint64(address), ctypes.c_ubyte(byte), ctypes.c_size_t(nbytes))
+        self._cuda.call("cuMemsetD8_v2", ctypes.c_uint64(address), ctypes.c_ubyte(byte), ctypes.c_size_t(nbytes))
 
     def synchronize(self) -> None:
-        with self._current():
-            self._call("cuCtxSynchronize")
+        self._cuda.call("cuCtxSynchronize")
 
     def host_page(self, nbytes: int) -> tuple[int, int]:
         """Pinned host memory that a kernel can write, cleared: its address for the host, and for the kernel.
@@ -135,9 +101,8 @@ class CudaIpc:
             return self._shared_page(nbytes)
         except (CudaError, OSError):
             host, device = ctypes.c_void_p(), ctypes.c_uint64()
-            with self._current():
-                self._call("cuMemHostAlloc", ctypes.byref(host), ctypes.c_size_t(nbytes), _PORTABLE_MAPPED)
-                self._call("cuMemHostGetDevicePointer_v2", ctypes.byref(device), host, 0)
+            self._cuda.call("cuMemHostAlloc", ctypes.byref(host), ctypes.c_size_t(nbytes), _PORTABLE_MAPPED)
+            self._cuda.call("cuMemHostGetDevicePointer_v2", ctypes.byref(device), host, 0)
             ctypes.memset(host, 0, nbytes)
             return host.value, device.value
 
@@ -147,10 +112,9 @@ class CudaIpc:
         mapped, device = mmap.mmap(fd, nbytes), ctypes.c_uint64()
         host = ctypes.addressof(ctypes.c_char.from_buffer(mapped))
         try:
-            with self._current():
-                size = ctypes.c_size_t(nbytes)
-                self._call("cuMemHostRegister_v2", ctypes.c_void_p(host), size, _PORTABLE_MAPPED)
-                self._call("cuMemHostGetDevicePointer_v2", ctypes.byref(device), ctypes.c_void_p(host), 0)
+            size = ctypes.c_size_t(nbytes)
+            self._cuda.call("cuMemHostRegister_v2", ctypes.c_void_p(host), size, _PORTABLE_MAPPED)
+            self._cuda.call("cuMemHostGetDevicePointer_v2", ctypes.byref(device), ctypes.c_void_p(host), 0)
         except CudaError:
             os.close(fd)
             raise
@@ -159,31 +123,15 @@ class CudaIpc:
 
     def free_host_page(self, address: int) -> None:
         shared = address in self.pages
-        with self._current():
-            self._call("cuMemHostUnregister" if shared else "cuMemFreeHost", ctypes.c_void_p(address))
+        self._cuda.call("cuMemHostUnregister" if shared else "cuMemFreeHost", ctypes.c_void_p(address))
         if not shared:
             return
         self._maps.pop(address).close()
         os.close(self.pages.pop(address))
 
-    @contextlib.contextmanager
-    def _current(self) -> Iterator[None]:
-        self._call("cuCtxPushCurrent_v2", self._context)
-        try:
-            yield
-        finally:
-            self._call("cuCtxPopCurrent_v2", ctypes.byref(ctypes.c_void_p()))
-
-    def _call(self, name: str, *args: Any) -> None:
-        code = getattr(self._lib, name)(*args)
-        if code:
-            text = ctypes.c_char_p()
-            self._lib.cuGetErrorName(code, ctypes.byref(text))
-            raise CudaError(f"{name}: {(text.value or str(code).encode()).decode()}")
-
 
 def process_identity() -> dict[str, Any]:
-    """The machine's boot, this process and its pid namespace: ranks share the first, not the second."""
+    """The machine's boot and this process: ranks share the first, not the second."""
     with open("/proc/sys/kernel/random/boot_id") as file:
         boot = file.read().strip()
-    return {"boot": boot, "pid": os.getpid(), "pid_namespace": os.readlink("/proc/self/ns/pid")}
+    return {"boot": boot, "pid": os.getpid()}

@@ -36,7 +36,7 @@ class PosixShm:
         self._names: list[tuple[Path, int]] = []  # own segments that still have a name, and their descriptors
 
     def identity(self) -> dict[str, Any]:
-        return {"device": "cpu"}
+        return {}
 
     def allocate(self, nbytes: int) -> tuple[int, bytes]:
         """A new zeroed segment: its address here, and the handle by which peers map it. Raises OSError."""

@@ -122,6 +122,11 @@ def open_symmetric_memory(
     return memory
 
 
+def whole_lines(nbytes: int) -> int:
+    """Rounded up to whole 128-byte lines."""
+    return -(-nbytes // 128) * 128
+
+
 def barrier(group: Group, name: str, timeout_s: float) -> bool:
     """Wait for all ranks to arrive at `name`, used once. False when one did not, or the store is gone."""
     key, deadline = f"fd_fusion/{group.name}/barrier/{name}", time.monotonic() + timeout_s

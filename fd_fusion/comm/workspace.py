@@ -24,6 +24,7 @@ from fd_fusion.comm.symmetric_memory import (
     agree_or_raise,
     as_refusal,
     open_symmetric_memory,
+    whole_lines,
 )
 from fd_fusion.reasons import FusionError, FusionTimeout, Reason, because
 
@@ -52,10 +53,9 @@ class Workspace:
 
     def __init__(self, memory: SymmetricMemory, layout: Layout, timeout_s: float):
         self.memory, self.layout, self.timeout_s = memory, layout, timeout_s
-        self.local = memory.own + _line(layout.symmetric_bytes)
+        self.local = memory.own + whole_lines(layout.symmetric_bytes)
         self.generation = 0
         self.frozen = False
-        self.failed = threading.Event()  # set by the watcher; a host may wait for it
         self._pid = os.getpid()
         self._page, self._page_of_kernel = memory.provider.host_page(layout.page_bytes)
         self._words = (ctypes.c_int64 * (layout.page_bytes // 8)).from_address(self._page)
@@ -157,14 +157,12 @@ class Workspace:
         memory.provider.write(self.local, b"".join(word.to_bytes(8, "little", signed=True) for word in words))
         memory.provider.synchronize()
         ctypes.memset(self._page, 0, layout.page_bytes)
-        self.failed.clear()
 
     def _watch(self) -> None:
         watcher.watch(self, self.error, self._on_error)
 
     def _on_error(self, reason: Reason) -> None:
         log.error("rank %d of group %s: %s", self.memory.group.rank, self.memory.group.name, reason)
-        self.failed.set()
 
 
 def open_workspace(
@@ -174,7 +172,7 @@ def open_workspace(
 
     Raises: FusionError: on all ranks alike.
     """
-    nbytes = _line(layout.symmetric_bytes) + layout.local_bytes
+    nbytes = whole_lines(layout.symmetric_bytes) + layout.local_bytes
     memory = open_symmetric_memory(group, nbytes, provider, push, timeout_s=timeout_s)
     made, refusal = as_refusal(lambda: Workspace(memory, layout, timeout_s))
     if made is not None:
@@ -194,8 +192,3 @@ def close_all() -> None:
     """Close every workspace of this process, oldest first: the same order on all ranks."""
     for workspace in list(_open):
         workspace.close()
-
-
-def _line(nbytes: int) -> int:
-    """Rounded up to whole 128-byte lines."""
-    return -(-nbytes // 128) * 128

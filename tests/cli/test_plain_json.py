@@ -5,10 +5,10 @@ import json
 from pathlib import Path
 
 import pytest
+from bench import all_reduce as bench_all_reduce
+from bench import command as bench
+from bench import qk_rms_norm as bench_qk_norm
 
-from fd_fusion.cli.bench import all_reduce as bench_all_reduce
-from fd_fusion.cli.bench import command as bench
-from fd_fusion.cli.bench import qk_rms_norm as bench_qk_norm
 from fd_fusion.cli.doctor import command as doctor
 from fd_fusion.cli.doctor.findings import Finding
 from fd_fusion.cli.plain_json import to_json
@@ -18,7 +18,6 @@ PACKAGE = Path(__file__).parents[2] / "fd_fusion"
 # Read back by Python alone, in the same job: there "the error is infinite" must arrive as that.
 BETWEEN_OURS = {
     "binding/joining.py",
-    "cli/bench/all_reduce.py",  # a child's lines
     "cli/demo/rank.py",
     "cli/doctor/child.py",
     "cli/processes/ranks.py",

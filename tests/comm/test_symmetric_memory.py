@@ -4,13 +4,13 @@ import ctypes
 import os
 import subprocess
 import sys
-from collections import Counter
 
 import pytest
 
-from fd_fusion.comm import cuda_ipc, posix_shm
+from fd_fusion.comm import cuda_driver, cuda_ipc, posix_shm
 from fd_fusion.comm.group import Group
 from fd_fusion.comm.symmetric_memory import _unreachable
+from tests.support.fake_driver import count_calls
 from tests.support.ranks import run_ranks
 
 
@@ -140,19 +140,7 @@ def test_no_driver_or_no_context_is_a_reason_not_a_crash():
 
 def test_the_cuda_provider_gives_back_what_it_took(monkeypatch):
     """Over a driver that only counts: what is made, opened or pushed, and what is undone."""
-    calls = Counter()
-
-    class Driver:
-        def __getattr__(self, name):
-            def call(*args):
-                calls[name] += 1
-                if name in ("cuCtxGetCurrent", "cuStreamCreate"):
-                    args[0]._obj.value = 1
-                return 0
-
-            return call
-
-    monkeypatch.setattr(ctypes, "CDLL", lambda name: Driver())
+    calls = count_calls(monkeypatch)
     provider = cuda_ipc.CudaIpc()
     for _ in range(2):
         address, handle = provider.allocate(5)
@@ -205,9 +193,9 @@ def test_the_host_page_of_a_gpu_is_shared_or_the_driver_s_own(monkeypatch, refus
         if name == "cuMemHostGetDevicePointer_v2":
             args[0]._obj.value = 1 << 40
 
-    monkeypatch.setattr(cuda_ipc.CudaIpc, "_call", call)
-    provider = object.__new__(cuda_ipc.CudaIpc)
-    provider.pages, provider._maps, provider._context = {}, {}, ctypes.c_void_p()
+    monkeypatch.setattr(cuda_driver.CudaDriver, "_call", call)
+    provider, provider._cuda = object.__new__(cuda_ipc.CudaIpc), object.__new__(cuda_driver.CudaDriver)
+    provider.pages, provider._maps, provider._cuda._context = {}, {}, ctypes.c_void_p()
     host, device = provider.host_page(64)
     assert device == 1 << 40 and ctypes.string_at(host, 64) == bytes(64)
     assert (host in provider.pages) == (refuses is None)

@@ -1,6 +1,7 @@
 """Rank script: the life of a workspace, with a layout of its own and no kernel: the test plays the kernel."""
 
 import ctypes
+import logging
 import os
 import signal
 import subprocess
@@ -48,6 +49,8 @@ def word(address):
 
 def life(group):
     """Filled as the layout says; frozen; failed, noticed by the watcher and by check; reset; closed twice."""
+    records = []
+    logging.getLogger("fd_fusion").addFilter(lambda record: records.append(record) or True)
     made = open_one(group)
     own = made.memory.own
     assert made.memory.provider.read(own, 256) == bytes(256)
@@ -62,14 +65,14 @@ def life(group):
         word(page).value = 7  # a kernel of rank 0 runs out of time and tells all ranks
         for address in made.memory.addresses:
             ctypes.c_int32.from_address(address).value = 1
-        assert made.failed.wait(30)
+        assert _until(lambda: any("row 7" in record.getMessage() for record in records)), "no watcher noticed it"
         assert "row 7" in raises(FusionTimeout, made.check)
     else:
         assert _until(lambda: ctypes.c_int32.from_address(own).value)
         assert "another rank ran out of time" in raises(FusionTimeout, made.check)
     made.reset()
     made.check()
-    assert made.generation == 1 and not made.failed.is_set() and word(made.local).value == 20_000_000_000
+    assert made.generation == 1 and made.error() is None and word(made.local).value == 20_000_000_000
     made.close()
     made.close()
     assert "closed" in raises(FusionError, made.check)

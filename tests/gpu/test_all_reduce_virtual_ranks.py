@@ -33,7 +33,8 @@ def test_on_gpu(name):
     torch = pytest.importorskip("torch")
     if not torch.cuda.is_available():
         pytest.skip("no CUDA GPU")
-    env = {"CUDA_MODULE_LOADING": "EAGER", "CUDA_DEVICE_MAX_CONNECTIONS": "32", "PYTHONPATH": str(ROOT)}
+    env = {"CUDA_MODULE_LOADING": "EAGER", "CUDA_DEVICE_MAX_CONNECTIONS": "32"}
+    env["PYTHONPATH"] = f"{ROOT}:{ROOT / 'examples'}"
     command = [sys.executable, __file__, name]
     done = subprocess.run(command, env={**os.environ, **env}, timeout=CASES[name][-1], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -123,8 +124,8 @@ if __name__ == "__main__":
     import time
 
     import torch
+    from bench.virtual_ranks import Case, VirtualRanks, capture
 
-    from fd_fusion.cli.bench.virtual_ranks import Case, VirtualRanks, capture
     from fd_fusion.kernels.all_reduce import plan as plans
     from fd_fusion.kernels.all_reduce.plan import plan_for
 

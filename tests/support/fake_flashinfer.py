@@ -64,38 +64,13 @@ def lazy():
     return torch
 """
 
-UNIFIED = """
-from . import kernel
-from .trtllm_ar import torch
 
-class Workspace:
-    def __init__(self, given):
-        self.given, self.metadata, self.destroyed = given, {"control_flag_ptr": 4096}, 0
-    def destroy(self):
-        self.destroyed += 1
-
-def create_allreduce_fusion_workspace(backend="auto", world_size=None, rank=None, max_token_num=None,
-        hidden_dim=None, dtype=None, gpus_per_node=None, comm_backend=None, force_oneshot_support=False, group=None):
-    given = dict(locals())
-    kernel.CALLS.append(given)
-    return Workspace(given)
-
-def allreduce_fusion(input, workspace, pattern, launch_with_pdl=False, trigger_completion_at_end=True, output=None,
-        residual_out=None, norm_out=None, quant_out=None, scale_out=None, residual_in=None, rms_gamma=None,
-        rms_eps=1e-6, scale_factor=None, layout_code=None, use_oneshot=None, fp32_acc=False, weight_bias=0.0):
-    kernel.CALLS.append(dict(locals()))
-"""
-
-
-def write(
-    folder: Path, version: str = "0.7.2", *, extra=(), runs=False, unified=False, raises="", build_s=0, base=BASE
-) -> Path:
+def write(folder: Path, version: str = "0.7.2", *, extra=(), runs=False, raises="", build_s=0, base=BASE) -> Path:
     """A release on disk; `folder` is to be put on sys.path.
 
     Args:
         extra: parameters after the 21 of every release, each with the default None.
         runs: calls really reduce, in float32 on CPU tensors; otherwise they are only recorded.
-        unified: leave out the older interface.
         raises: an expression that is raised while flashinfer.comm is imported.
 
     While it is imported it calls `builtins.during_import`, if a test has put a function there.
@@ -108,10 +83,9 @@ def write(
     body = "kernel.run(call)" if runs else "pass"
     (comm / "kernel.py").write_text(KERNEL)
     (comm / "trtllm_ar.py").write_text(MODULE.format(parameters=parameters, body=body, build_s=build_s))
-    (comm / "allreduce.py").write_text(UNIFIED)
     lines = ["from . import trtllm_ar", "import builtins", 'getattr(builtins, "during_import", int)()']
     lines.append(f"raise {raises}" if raises else "")
-    lines.append("from .allreduce import *" if unified else "from .trtllm_ar import trtllm_allreduce_fusion")
+    lines.append("from .trtllm_ar import trtllm_allreduce_fusion")
     (comm / "__init__.py").write_text("\n".join(lines) + "\n")
     return folder
 

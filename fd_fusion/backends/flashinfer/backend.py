@@ -10,12 +10,10 @@ import os
 import shutil
 import sys
 import time
-from typing import Any
 
 from fd_fusion.backends.flashinfer import loader as runtime_flashinfer
-from fd_fusion.backends.flashinfer import unified as flashinfer_unified
 from fd_fusion.backends.flashinfer.calls import Call, Fixed, compiled_call, python_call
-from fd_fusion.backends.flashinfer.op import ALIGNMENT, ELEMENT_BYTES, Opened, device_table
+from fd_fusion.backends.flashinfer.op import ALIGNMENT, Opened, device_table
 from fd_fusion.backends.flashinfer.releases import block_threads, rules
 from fd_fusion.backends.flashinfer.watchdog import ControlReader
 from fd_fusion.backends.flashinfer.workspace import Layout, open_memory, rows_that_fit
@@ -23,6 +21,7 @@ from fd_fusion.comm.cuda_ipc import CudaIpc
 from fd_fusion.comm.group import Group
 from fd_fusion.comm.symmetric_memory import agree_or_raise, as_refusal
 from fd_fusion.reasons import FusionError, Reason, because
+from fd_fusion.reference import DTYPE_BYTES
 from fd_fusion.tuning.limits import OpSpec, row_limit
 
 SIZES = (2, 4, 8, 16)
@@ -40,11 +39,11 @@ def supports(spec: OpSpec) -> Reason | None:
         return because("deterministic", backend="flashinfer")
     if spec.size not in SIZES:
         return because("world_size", got=spec.size, allowed=", ".join(map(str, SIZES)))
-    if spec.dtype not in ELEMENT_BYTES:
-        return because("dtype", got=spec.dtype, allowed=", ".join(ELEMENT_BYTES))
+    if spec.dtype not in DTYPE_BYTES:
+        return because("dtype", got=spec.dtype, allowed=", ".join(DTYPE_BYTES))
     if spec.weight_dtype != spec.dtype:
         return because("flashinfer_weight_dtype", need=spec.dtype, got=spec.weight_dtype)
-    need = ALIGNMENT // ELEMENT_BYTES[spec.dtype]
+    need = ALIGNMENT // DTYPE_BYTES[spec.dtype]
     if spec.hidden_size % need:
         return because("hidden_size", got=spec.hidden_size, need=f"a multiple of {need}")
     version = runtime_flashinfer.installed_version()
@@ -54,7 +53,7 @@ def supports(spec: OpSpec) -> Reason | None:
 
 
 def _version_refusal(spec: OpSpec, version: str) -> Reason | None:
-    rule, threads = rules(version), block_threads(spec.hidden_size, ELEMENT_BYTES[spec.dtype])
+    rule, threads = rules(version), block_threads(spec.hidden_size, DTYPE_BYTES[spec.dtype])
     if spec.arch // 10 not in rule.arch_majors:
         allowed = ", ".join(f"sm_{major}x" for major in rule.arch_majors)
         return because("flashinfer_arch", version=version, arch=spec.arch, allowed=allowed)
@@ -68,7 +67,7 @@ def _version_refusal(spec: OpSpec, version: str) -> Reason | None:
 
 
 def _room_refusal(spec: OpSpec) -> Reason | None:
-    e = ELEMENT_BYTES[spec.dtype]
+    e = DTYPE_BYTES[spec.dtype]
     if rows_that_fit(spec.workspace_bytes, spec.size, spec.hidden_size, e):
         return None
     need = Layout(spec.size, 1, spec.hidden_size, e).nbytes + 256
@@ -90,11 +89,34 @@ def _compiler_refusal(version: str) -> Reason | None:
 def open(spec: OpSpec, group: Group) -> Opened:
     """Collective: load and build, allocate and exchange, call once. Raises FusionError on all ranks alike."""
     library, entry = _load_and_build(spec, group)
-    fit = rows_that_fit(spec.workspace_bytes, spec.size, spec.hidden_size, ELEMENT_BYTES[spec.dtype])
+    fit = rows_that_fit(spec.workspace_bytes, spec.size, spec.hidden_size, DTYPE_BYTES[spec.dtype])
     rows = min(fit, row_limit(spec) or fit)
-    if entry is None and library.function is None:
-        return flashinfer_unified.open(spec, group, library, rows)
-    return _open_own(spec, group, library, entry, rows)
+    layout = Layout(spec.size, rows, spec.hidden_size, DTYPE_BYTES[spec.dtype])
+    provider, refusal = as_refusal(CudaIpc)
+    agree_or_raise(group, "flashinfer_device", refusal, None, spec.timeout_s)
+    memory = open_memory(group, layout, provider, timeout_s=spec.timeout_s)
+
+    def make() -> Opened:
+        table = device_table(library.framework, layout.pointers(memory))
+        fixed = Fixed(spec.size, spec.rank, spec.hidden_size, rows, spec.dtype == "float32", table)
+        if entry is None:
+            call, adds_bias = python_call(library.function, fixed, library.version)
+        else:
+            call, adds_bias = compiled_call(entry, fixed, library.version)
+        if spec.weight_offset and not adds_bias:  # the version says so, the signature does not
+            offset = spec.weight_offset
+            raise FusionError(because("flashinfer_weight_offset", version=library.version, offset=offset))
+        read = ControlReader(memory.own + layout.control)
+        return Opened(spec, group, library, call, adds_bias, rows, layout.nbytes, read, memory.close)
+
+    opened, refusal = as_refusal(make)
+    try:
+        agree_or_raise(group, "flashinfer_made", refusal, None, spec.timeout_s)
+    except FusionError:
+        (opened or memory).close()
+        raise
+    opened.warm_up()
+    return opened
 
 
 def _load_and_build(spec: OpSpec, group: Group) -> tuple[runtime_flashinfer.FlashInfer, Call | None]:
@@ -135,33 +157,3 @@ def _build(library: runtime_flashinfer.FlashInfer) -> Call | None:
 
 def _say(text: str) -> None:
     print(f"fd_fusion: {text}", file=sys.stderr, flush=True)
-
-
-def _open_own(spec: OpSpec, group: Group, library: Any, entry: Call | None, rows: int) -> Opened:
-    """In our own workspace."""
-    layout = Layout(spec.size, rows, spec.hidden_size, ELEMENT_BYTES[spec.dtype])
-    provider, refusal = as_refusal(CudaIpc)
-    agree_or_raise(group, "flashinfer_device", refusal, None, spec.timeout_s)
-    memory = open_memory(group, layout, provider, timeout_s=spec.timeout_s)
-
-    def make() -> Opened:
-        table = device_table(library.framework, layout.pointers(memory))
-        fixed = Fixed(spec.size, spec.rank, spec.hidden_size, rows, spec.dtype == "float32", table)
-        if entry is None:
-            call, adds_bias = python_call(library.function, fixed, library.version)
-        else:
-            call, adds_bias = compiled_call(entry, fixed, library.version)
-        if spec.weight_offset and not adds_bias:  # the version says so, the signature does not
-            offset = spec.weight_offset
-            raise FusionError(because("flashinfer_weight_offset", version=library.version, offset=offset))
-        read = ControlReader(memory.own + layout.control)
-        return Opened(spec, group, library, call, adds_bias, rows, layout.nbytes, read, memory.close)
-
-    opened, refusal = as_refusal(make)
-    try:
-        agree_or_raise(group, "flashinfer_made", refusal, None, spec.timeout_s)
-    except FusionError:
-        (opened or memory).close()
-        raise
-    opened.warm_up()
-    return opened

@@ -1,4 +1,4 @@
-"""One call of FlashInfer's fused kernel, through whichever of its three entries there is, with the same meaning.
+"""One call of FlashInfer's fused kernel, through whichever of its two entries there is, with the same meaning.
 
     sum = round(x_0 + ... + x_{N-1});  residual_out = round(sum + residual)
     norm_out = round(residual_out * rsqrt(mean(residual_out^2) + eps) * (weight + bias))
@@ -44,12 +44,12 @@ class Fixed:
         }
 
 
-def parameters(function: Callable[..., Any], *, oldest: tuple[str, ...] = BASE) -> dict[str, bool]:
+def parameters(function: Callable[..., Any]) -> dict[str, bool]:
     """Parameters by name, and whether each must be given; those of the oldest release where Python cannot tell."""
     try:
         found = inspect.signature(function).parameters.values()
     except (ValueError, TypeError):
-        return dict.fromkeys(oldest, True)
+        return dict.fromkeys(BASE, True)
     plain = [p for p in found if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     return {p.name: p.default is p.empty for p in plain}
 
@@ -112,30 +112,3 @@ def compiled_call(entry: Call, fixed: Fixed, version: str) -> tuple[Call, bool]:
         entry(*head, *how, *outputs, *(None, bias)[: rule.c_args - 21])
 
     return call, rule.weight_bias
-
-
-def unified_call(function: Call, workspace: Any) -> tuple[Call, bool]:
-    """Call through `allreduce_fusion`, for a version that has nothing else."""
-    takes = parameters(function, oldest=())
-    extra: dict[str, Any] = {"trigger_completion_at_end": True} if "trigger_completion_at_end" in takes else {}
-    adds_bias = "weight_bias" in takes
-
-    def call(x, residual, norm_out, residual_out, weight, eps, bias, one_shot) -> None:
-        if adds_bias:
-            extra["weight_bias"] = bias
-        function(
-            input=x,
-            workspace=workspace,
-            pattern=PATTERN,
-            launch_with_pdl=False,
-            residual_in=residual,
-            residual_out=residual_out,
-            norm_out=norm_out,
-            rms_gamma=weight,
-            rms_eps=eps,
-            use_oneshot=one_shot,
-            fp32_acc=True,
-            **extra,
-        )
-
-    return call, adds_bias

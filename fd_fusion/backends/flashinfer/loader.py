@@ -45,15 +45,12 @@ _proxies: Proxies | None = None
 class FlashInfer:
     """What was loaded. `build()` compiles or loads the kernel and returns the entry of a compiled module, if any.
 
-    `function` is `trtllm_allreduce_fusion`, or None where the import failed or the version has none;
-    `create` and `unified` are `create_allreduce_fusion_workspace` and `allreduce_fusion`, or None.
+    `function` is `trtllm_allreduce_fusion`, or None where the import failed.
     """
 
     version: str
     framework: ModuleType  # paddle or torch: the one whose tensors it takes
     function: Callable[..., None] | None
-    create: Callable[..., Any] | None
-    unified: Callable[..., Any] | None
     build: Callable[[], Callable[..., None] | None]
     note: str | None = None  # why the compiled module is used instead of the Python interface
 
@@ -114,18 +111,15 @@ def _load() -> FlashInfer:
         return _load_compiled(version, framework, f"{type(error).__name__}: {error}")
     _refuse_foreign(framework)
     version = getattr(sys.modules[PACKAGE], "__version__", version)
-    function, create, unified = (
-        getattr(comm, name, None)
-        for name in ("trtllm_allreduce_fusion", "create_allreduce_fusion_workspace", "allreduce_fusion")
-    )
-    if function is None and (create is None or unified is None):
+    function = getattr(comm, "trtllm_allreduce_fusion", None)
+    if function is None:
         raise FusionError(because("flashinfer_no_kernel", version=version))
 
     def build() -> None:
         with scope():
             importlib.import_module(f"{PACKAGE}.comm.trtllm_ar").get_trtllm_comm_module()
 
-    return FlashInfer(version, framework, function, create, unified, build)
+    return FlashInfer(version, framework, function, build)
 
 
 def _framework() -> ModuleType:
@@ -146,7 +140,7 @@ def _load_compiled(version: str, framework: ModuleType, error: str) -> FlashInfe
     def build() -> Callable[..., None]:
         return importlib.import_module("tvm_ffi").load_module(str(path)).trtllm_allreduce_fusion
 
-    return FlashInfer(version, framework, None, None, None, build, note=str(reason))
+    return FlashInfer(version, framework, None, build, note=str(reason))
 
 
 def _refuse_foreign(framework: ModuleType) -> None:

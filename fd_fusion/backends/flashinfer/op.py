@@ -16,9 +16,9 @@ from fd_fusion.comm.group import Group
 from fd_fusion.comm.symmetric_memory import CLOSE_TIMEOUT_S, agree_or_raise, as_refusal
 from fd_fusion.comm.workspace import WARM_UP
 from fd_fusion.reasons import FusionError, Reason, because, closed
+from fd_fusion.reference import DTYPE_BYTES
 from fd_fusion.tuning.limits import OpSpec
 
-ELEMENT_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 ALIGNMENT = 16
 _ONE_SHOT_BYTES = {2: 512 << 20, 4: 64 << 20, 8: 42 << 20, 16: 42 << 20}  # 2*N*T*H*e up to which one-shot is taken
 
@@ -72,7 +72,7 @@ class Opened:
     def one_shot(self, rows: int) -> bool:
         """Two-shot for big messages, where the version's two-shot is sound; it wants more rows than ranks."""
         spec = self._spec
-        nbytes = 2 * spec.size * rows * spec.hidden_size * ELEMENT_BYTES[spec.dtype]
+        nbytes = 2 * spec.size * rows * spec.hidden_size * DTYPE_BYTES[spec.dtype]
         return not self._two_shot or rows <= spec.size or nbytes <= _ONE_SHOT_BYTES[spec.size]
 
     def check(self) -> None:

@@ -40,14 +40,12 @@ class Release:
     """The arguments of `trtllm_allreduce_fusion` in one release.
 
     `extra` are the parameters after the 21 of `BASE`; `c_args` counts the arguments of the compiled entry.
-    `checked`: read from the released files; the others were announced but not published where we could look.
     """
 
     version: str
     extra: tuple[str, ...]
     c_args: int
     distribution: str = "flashinfer-python"
-    checked: bool = True
 
 
 _NOW = ("metadata", "block_quant_group_size", "weight_bias")
@@ -55,8 +53,6 @@ RELEASES = (
     Release("0.2.9", (), 21),
     Release("0.4.1", (), 21),
     Release("0.4.1.1", (), 21, "flashinfer-python-paddle"),
-    Release("0.4.1.2", (), 21, "flashinfer-python-paddle", checked=False),
-    Release("0.4.1.3", (), 21, "flashinfer-python-paddle", checked=False),
     Release("0.6.12", _NOW, 23),
     Release("0.6.17", _NOW, 23),
     Release("0.7.2.post1", _NOW, 23),

@@ -8,12 +8,13 @@ judges, since a read can itself be stuck behind what hangs.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import threading
 from collections.abc import Callable
-from typing import Any
 
 from fd_fusion.backends.flashinfer.workspace import CONTROL_INTS
+from fd_fusion.comm.cuda_driver import CudaDriver, CudaError
 from fd_fusion.comm.watcher import end_process  # the kernel cannot be recalled: only the end of the process ends it
 
 Words = tuple[int, ...]
@@ -84,31 +85,21 @@ class ControlReader:
     """Reads a control block while kernels run: a copy on a stream of its own, allowed during a graph capture."""
 
     def __init__(self, address: int):
-        self._cuda, self._address = ctypes.CDLL("libcuda.so.1"), ctypes.c_uint64(address)
-        self._context, self._stream, self._host = ctypes.c_void_p(), ctypes.c_void_p(), ctypes.c_void_p()
+        self._cuda, self._address, self._host = CudaDriver(), address, ctypes.c_void_p()
         self._ready = threading.local()
-        self._call("cuCtxGetCurrent", ctypes.byref(self._context))
-        self._call("cuStreamCreate", ctypes.byref(self._stream), 1)  # CU_STREAM_NON_BLOCKING
-        self._call("cuMemHostAlloc", ctypes.byref(self._host), ctypes.c_size_t(4 * CONTROL_INTS), 1)  # portable
+        self._cuda.make_stream()
+        self._cuda.call("cuMemHostAlloc", ctypes.byref(self._host), ctypes.c_size_t(4 * CONTROL_INTS), 1)  # portable
 
     def __call__(self) -> Words:
         if not getattr(self._ready, "done", False):
-            self._call("cuCtxSetCurrent", self._context)
             relaxed = ctypes.c_int(2)  # CU_STREAM_CAPTURE_MODE_RELAXED, for this thread
-            self._call("cuThreadExchangeStreamCaptureMode", ctypes.byref(relaxed))
+            self._cuda.call("cuThreadExchangeStreamCaptureMode", ctypes.byref(relaxed))
             self._ready.done = True
-        nbytes = ctypes.c_size_t(4 * CONTROL_INTS)
-        self._call("cuMemcpyDtoHAsync_v2", self._host, self._address, nbytes, self._stream)
-        self._call("cuStreamSynchronize", self._stream)
+        self._cuda.read(self._address, 4 * CONTROL_INTS, self._host)
         return tuple((ctypes.c_int * CONTROL_INTS).from_address(self._host.value))
 
     def close(self) -> None:
-        """From any thread, once nobody reads any more."""
-        self._cuda.cuCtxPushCurrent_v2(self._context)
-        self._cuda.cuStreamDestroy_v2(self._stream)
-        self._cuda.cuMemFreeHost(self._host)
-        self._cuda.cuCtxPopCurrent_v2(ctypes.byref(ctypes.c_void_p()))
-
-    def _call(self, name: str, *args: Any) -> None:
-        if code := getattr(self._cuda, name)(*args):
-            raise RuntimeError(f"{name}: error {code} of the CUDA driver")
+        """From any thread, once nobody reads any more. With a broken context it is all gone anyway."""
+        with contextlib.suppress(CudaError):
+            self._cuda.drop_stream()
+            self._cuda.call("cuMemFreeHost", self._host)

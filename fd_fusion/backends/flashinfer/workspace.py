@@ -15,17 +15,16 @@ in one buffer of symmetric memory.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
-from fd_fusion.comm.group import Group, Vote, agree
+from fd_fusion.comm.group import Group
 from fd_fusion.comm.symmetric_memory import (
     MemoryProvider,
     SymmetricMemory,
     agree_or_raise,
     as_refusal,
     open_symmetric_memory,
+    whole_lines,
 )
 from fd_fusion.reasons import FusionError
 
@@ -51,7 +50,7 @@ class Layout:
 
     @property
     def flags(self) -> int:
-        return _line(self.comm_bytes)
+        return whole_lines(self.comm_bytes)
 
     @property
     def lamport(self) -> int:
@@ -59,7 +58,7 @@ class Layout:
 
     @property
     def control(self) -> int:
-        return _line(self.lamport + 3 * self.comm_bytes)
+        return whole_lines(self.lamport + 3 * self.comm_bytes)
 
     @property
     def nbytes(self) -> int:
@@ -107,68 +106,3 @@ def fill(layout: Layout, memory: SymmetricMemory) -> None:
         memory.provider.write(memory.own + offset, piece[: end - offset])
     control = struct.pack(f"<{CONTROL_INTS}i", 0, 0, 0, layout.comm_bytes, 0)
     memory.provider.write(memory.own + layout.control, control)
-
-
-def _line(nbytes: int) -> int:
-    return -(-nbytes // 128) * 128
-
-
-class StoreBackend:
-    """FlashInfer's `CommBackend` over our group: everything goes through the group's store, nothing through the GPU.
-
-    A root is a group rank, as FlashInfer means it. What may be sent: JSON types, bytes and tuples.
-    """
-
-    def __init__(self, group: Group, timeout_s: float):
-        self._group, self._timeout_s = group, timeout_s
-
-    def Get_rank(self) -> int:
-        return self._group.rank
-
-    def Get_size(self) -> int:
-        return self._group.size
-
-    def allgather(self, data: Any) -> tuple[Any, ...]:
-        return tuple(_decode(one) for one in self._exchange(_encode(data)))
-
-    def bcast(self, data: Any, root: int = 0) -> Any:
-        return _decode(self._exchange(_encode(data) if self._group.rank == root else None)[root])
-
-    def barrier(self) -> None:
-        self._exchange(None)
-
-    def Split(self, color: int, key: int) -> StoreBackend:
-        """A part of the group. Only the whole of it, in its order, is ever asked for on one machine."""
-        if [*self._exchange([color, key])] != [[color, rank] for rank in range(self._group.size)]:
-            raise NotImplementedError("only a split that keeps the whole group in its order")
-        return self
-
-    def _exchange(self, data: Any) -> tuple[Any, ...]:
-        verdict = agree(self._group, "flashinfer_exchange", Vote(data=data), timeout_s=self._timeout_s)
-        if not verdict.ok:
-            raise FusionError(verdict.reason)
-        return verdict.data
-
-
-def _encode(data: Any) -> Any:
-    if isinstance(data, bytes):
-        return {"bytes": data.hex()}
-    if isinstance(data, (tuple, list)):
-        return {type(data).__name__: [_encode(one) for one in data]}
-    if isinstance(data, dict):
-        return {"dict": [[_encode(key), _encode(value)] for key, value in data.items()]}
-    assert data is None or isinstance(data, (bool, int, float, str)), f"cannot send a {type(data).__name__}"
-    return data
-
-
-def _decode(data: Any) -> Any:
-    if not isinstance(data, dict):
-        return data
-    ((kind, value),) = data.items()
-    kinds: dict[str, Callable[[Any], Any]] = {
-        "bytes": bytes.fromhex,
-        "tuple": lambda items: tuple(map(_decode, items)),
-        "list": lambda items: [*map(_decode, items)],
-        "dict": lambda items: {_decode(key): _decode(one) for key, one in items},
-    }
-    return kinds[kind](value)

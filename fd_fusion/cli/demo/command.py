@@ -101,13 +101,13 @@ def _demo(args: argparse.Namespace) -> int:
         raise ValueError(f"--json {args.json}: this is a folder; give the name of a file")
     config = None if args.checkpoint else DecoderConfig(**sizes)
     if config:
-        config.check_ranks(args.nproc)
+        config.check_ranks(args.nproc, args.backend)
     _check_packages(args.backend)
     with run_folder("demo_") as folder:
         if config:
             write_checkpoint(folder, config, args.seed)
         checkpoint = Checkpoint(args.checkpoint or folder)
-        checkpoint.config.check_ranks(args.nproc)
+        checkpoint.config.check_ranks(args.nproc, args.backend)
         truth, results = _run(folder, checkpoint, fusion, args)
     outcome = demo_report.judge(checkpoint.config, args.nproc, truth, results)
     print("\n".join(demo_report.lines(outcome)))

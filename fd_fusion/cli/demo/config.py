@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from fd_fusion.kernels.all_reduce.plan import plan_for
+
 MAX_RANKS = 16
 # What the decoder does in one way only. A checkpoint that asks for another is refused.
 FIXED = {"hidden_act": "silu", "n_group": 1, "tie_word_embeddings": False, "rope_scaling": None}
@@ -90,8 +92,8 @@ class DecoderConfig:
         about = {"architectures": ["Glm4MoeForCausalLM"], "model_type": "glm4_moe", "dtype": "float32"}
         return {**about, **FIXED, **dataclasses.asdict(self)}
 
-    def check_ranks(self, ranks: int) -> None:
-        """Raises ValueError when the decoder cannot be split over so many ranks."""
+    def check_ranks(self, ranks: int, backend: str) -> None:
+        """Raises ValueError when so many ranks cannot split the decoder, or the backend takes no such rows."""
         if not 1 <= ranks <= MAX_RANKS:
             raise ValueError(f"--nproc {ranks}: give a number from 1 to {MAX_RANKS}")
         keys = ["num_attention_heads", "num_key_value_heads", "hidden_size", "intermediate_size"]
@@ -100,6 +102,8 @@ class DecoderConfig:
                 raise ValueError(
                     f"{key} = {getattr(self, key)} is not a multiple of --nproc {ranks}; choose another of the two"
                 )
+        if backend == "triton" and ranks > 1:
+            plan_for(ranks, self.hidden_size, "float32")
 
 
 _MAY_BE_ZERO = ("first_k_dense_replace", "num_nextn_predict_layers")

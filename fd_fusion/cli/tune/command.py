@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
-import importlib.util
 import socket
 import sys
 from pathlib import Path
@@ -21,13 +20,13 @@ from fd_fusion.cli.plain_json import to_json
 from fd_fusion.cli.processes.ranks import RanksFailed, run_ranks
 from fd_fusion.cli.processes.signals import ending_well
 from fd_fusion.cli.tune import limits as tune_limits
-from fd_fusion.cli.tune.virtual import MOST_ROWS
 from fd_fusion.config import FusionConfig
+from fd_fusion.kernels.all_reduce.plan import plan_for
+from fd_fusion.reference import DTYPE_BYTES
 from fd_fusion.tuning.table import Fingerprint, Limits, store_limits, table_lock, table_path, versions_here
 
-_ROUNDS = {"cpu": 3, "gpu": 11, "virtual": 5}
+_ROUNDS = {"cpu": 3, "gpu": 11}
 _ROWS = {"cpu": "1,2", "gpu": "1,2,4,8,16,32,48,64,96,128,192,256,384,512,768,1024,1536,2048"}
-_DTYPES = ("bfloat16", "float16", "float32")
 
 
 def main(argv: list[str]) -> int:
@@ -39,6 +38,7 @@ def main(argv: list[str]) -> int:
         parser.error(f"--rounds {args.rounds}: give a number from 1")
     try:
         FusionConfig(workspace_mb=args.workspace_mb, timeout_s=args.timeout_s)  # has the bounds of both
+        plan_for(args.nproc, args.hidden_size, args.dtype)  # has those of the sizes
         with ending_well():
             outcome = tune(args)
     except ValueError as error:
@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="fd-fusion tune", description=__doc__.partition(": ")[2].partition("\n")[0])
     parser.add_argument("--nproc", type=int, default=2, help="tensor-parallel ranks, 2 to 8 (default: 2)")
     parser.add_argument("--hidden-size", type=int, required=True, help="exact hidden size H of the model")
-    parser.add_argument("--dtype", choices=_DTYPES, default="bfloat16", help="of the activations (default: bfloat16)")
+    parser.add_argument("--dtype", choices=DTYPE_BYTES, default="bfloat16", help="of all tensors (default: bfloat16)")
     parser.add_argument("--rows", help="numbers of rows to measure, such as 1,8,64")
     parser.add_argument("--rounds", type=int, help="measurements, of which the median counts (default: 11)")
     mb = FusionConfig.workspace_mb
@@ -83,17 +83,10 @@ def tune(args: argparse.Namespace) -> dict[str, Any]:
     Raises: ValueError: bad rows. RanksFailed: a rank failed. OSError: the table cannot be kept.
     """
     here = _framework()
-    mode = "cpu" if here["device"] == "cpu" else "gpu" if here["gpus"] >= args.nproc else "virtual"
-    if mode == "virtual" and importlib.util.find_spec("torch") is None:
-        raise RanksFailed(
-            f"{here['gpus']} GPU for {args.nproc} ranks: virtual ranks need torch, which is not installed"
-        )
-    rows = _rows(args.rows or _ROWS["cpu" if mode == "cpu" else "gpu"])
-    if mode == "virtual":
-        most = MOST_ROWS // args.nproc
-        rows = [t for t in rows if t <= most]
-        if not rows:
-            raise ValueError(f"--rows {args.rows}: {args.nproc} virtual ranks on one GPU take up to {most} rows")
+    mode = here["device"]
+    if mode == "gpu" and here["gpus"] < args.nproc:
+        raise RanksFailed(f"tune needs a GPU for each rank, and finds {here['gpus']} for {args.nproc} ranks")
+    rows = _rows(args.rows or _ROWS[mode])
     path = table_path()
     if path is None and mode == "gpu":
         raise OSError(errno.ENOENT, "this user has none")
@@ -148,8 +141,6 @@ def _measure(args: argparse.Namespace, mode: str, rows: list[int]) -> list[dict[
     if mode == "cpu":
         return run_ranks("tune.rank", args.nproc, job, timeout_s=limit_s, env={"TRITON_INTERPRET": "1"})
     env = {"CUDA_MODULE_LOADING": "EAGER", "CUDA_DEVICE_MAX_CONNECTIONS": "32"}
-    if mode == "virtual":
-        return run_ranks("tune.virtual", 1, job, timeout_s=limit_s, env=env)
     return run_ranks("tune.rank", args.nproc, job, timeout_s=limit_s, env=env)
 
 
@@ -190,8 +181,6 @@ def lines(outcome: dict[str, Any]) -> list[str]:
     where = {
         "cpu": "Triton's interpreter on a CPU: a check of the machinery, these figures mean nothing",
         "gpu": f"{outcome['gpu']}, one GPU a rank",
-        "virtual": f"virtual ranks on one {outcome['gpu']}: the exchange goes through its L2, not over a link; "
-        f"at most {MOST_ROWS} rows of all ranks",
     }[outcome["mode"]]
     out = [f"fd_fusion tune: {outcome['size']} ranks, H={outcome['hidden_size']}, {outcome['dtype']}; {where}", ""]
     out += _table(outcome["times"])

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from fd_fusion.kernels.all_reduce.poll_ptx import poll
+from fd_fusion.reference import DTYPE_BYTES
 
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 SIZES = range(2, 9)
 SLOT_FILL = 0xFF  # the byte that all slots are filled with before the first call and at a reset
 CONTROL_BYTES = 256  # the control page, at the start of every rank's symmetric memory

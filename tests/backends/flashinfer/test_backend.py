@@ -1,16 +1,19 @@
 """The backend without a GPU: its answers, its workspace, its watchdog; and ranks as real processes."""
 
+import ctypes
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
 from fd_fusion.backends.flashinfer import backend as flashinfer
 from fd_fusion.backends.flashinfer import loader as runtime_flashinfer
-from fd_fusion.backends.flashinfer.watchdog import Watchdog
+from fd_fusion.backends.flashinfer.watchdog import ControlReader, Watchdog
 from fd_fusion.backends.flashinfer.workspace import Layout, rows_that_fit
 from fd_fusion.comm.watcher import EXIT_STATUS
+from tests.support.fake_driver import count_calls
 from tests.support.flashinfer_spec import spec
 from tests.support.ranks import run_ranks
 
@@ -195,6 +198,28 @@ def test_a_broken_context_ends_the_watch_and_nothing_else():
     assert not dog.idle_within(0.5) and not ended
 
 
+def test_the_control_block_is_read_on_a_stream_of_its_own_and_all_is_given_back(monkeypatch):
+    """In each thread relaxed, since the host may be capturing; and a broken context is an error, but of no close."""
+    calls, words = count_calls(monkeypatch), (ctypes.c_int * 5)(7, 0, 1, 64, 9)
+    read = ControlReader(1 << 40)
+    assert calls["cuStreamCreate"] == calls["cuMemHostAlloc"] == 1, "before any capture"
+    read._host.value = ctypes.addressof(words)
+    assert read() == read() == (7, 0, 1, 64, 9)
+    thread = threading.Thread(target=read)
+    thread.start()
+    thread.join()
+    assert calls["cuThreadExchangeStreamCaptureMode"] == 2 and calls["cuMemcpyDtoHAsync_v2"] == 3
+    assert calls["cuStreamSynchronize"] == 3 and calls["cuCtxPushCurrent_v2"] == calls["cuCtxPopCurrent_v2"]
+    calls.refused["cuMemcpyDtoHAsync_v2"] = 700
+    with pytest.raises(RuntimeError, match="cuMemcpyDtoHAsync_v2: 700"):
+        read()
+    read.close()
+    assert calls["cuStreamDestroy_v2"] == calls["cuMemFreeHost"] == 1
+    other = ControlReader(1 << 40)
+    calls.refused["cuCtxPushCurrent_v2"] = 700
+    other.close()
+
+
 @pytest.mark.parametrize("size", [2, 4])
 def test_ranks_call_through_our_workspace(size, tmp_path):
     ranks = run_ranks("flashinfer_ranks.py", size, "plain", tmp_path)
@@ -231,9 +256,3 @@ def test_a_missing_rank_ends_the_process_that_waits_for_it(tmp_path):
     assert waiting.status == EXIT_STATUS, waiting.text
     assert "flashinfer all_reduce_rms_norm (H=128, float32) of group 'tp', rank 0 of 2, has waited" in waiting.text
     assert "for 1 s" in waiting.text and missing.status == 0, missing.text
-
-
-def test_flashinfers_communication_goes_through_our_store(tmp_path):
-    ended = run_ranks("flashinfer_ranks.py", 4, "exchange", tmp_path)
-    assert all(one.status == 0 for one in ended), [one.text for one in ended]
-    assert "no split" in ended[1].text and "no split" in ended[3].text

@@ -2,13 +2,10 @@
 
 import pytest
 
-from fd_fusion.backends.flashinfer import unified as flashinfer_unified
-from fd_fusion.backends.flashinfer.calls import Fixed, compiled_call, parameters, python_call, unified_call
+from fd_fusion.backends.flashinfer.calls import Fixed, compiled_call, parameters, python_call
 from fd_fusion.backends.flashinfer.releases import BASE, RELEASES, block_threads, parse, rules
-from fd_fusion.comm.group import Group
 from fd_fusion.reasons import FusionError
 from fd_fusion.site import Site
-from tests.support.flashinfer_spec import spec
 
 FIXED = Fixed(size=4, rank=1, hidden_size=64, rows=8, is_fp32=False, pointers="table")
 BEFORE_0_2_9 = ("use_oneshot" if n == "trigger_completion_at_end" else n for n in BASE if n != "use_oneshot")
@@ -125,57 +122,6 @@ def test_the_compiled_entry_takes_its_arguments_by_position(version, count):
     assert calls[0] == (*head, *outputs, None, 1.0)[:count] and len(calls[0]) == count
 
 
-@pytest.mark.parametrize("extra", [(), ("weight_bias",), ("trigger_completion_at_end", "weight_bias")])
-def test_the_unified_call(extra):
-    names = "input workspace pattern launch_with_pdl residual_out norm_out residual_in rms_gamma rms_eps use_oneshot"
-    function, calls = recorder([*names.split(), "fp32_acc"], extra)
-    call, adds_bias = unified_call(function, "workspace")
-    x = one_call(call, 1.0)
-    assert adds_bias == ("weight_bias" in extra) and calls[0]["input"] is x
-    assert calls[0]["launch_with_pdl"] is False and calls[0]["use_oneshot"] is True and calls[0]["fp32_acc"] is True
-    assert [calls[0][name] for name in extra] == [1.0 if name == "weight_bias" else True for name in extra]
-
-
-CREATE = ("backend", "world_size", "rank", "max_token_num", "hidden_dim", "dtype")
-
-
-@pytest.mark.parametrize("extra", [("comm_backend",), ("gpus_per_node", "comm_backend", "group")])
-def test_the_unified_workspace_is_made_over_our_group(extra):
-    function, calls = recorder(CREATE, extra)
-    group = Group("tp", 1, 2, (2, 5), None)
-    flashinfer_unified.create(spec(rank=1), group, library(create=function), 16)
-    got = calls[0]
-    assert [got[name] for name in CREATE] == ["trtllm", 2, 1, 16, 4096, "paddle.bfloat16"]
-    comm = got["comm_backend"]
-    assert (comm.Get_rank(), comm.Get_size()) == (1, 2), "of the group, not of the job"
-    assert got.get("group", comm) is comm, "never the world group"
-
-
-def test_what_the_unified_workspace_cannot_have_is_a_reason():
-    group = Group("tp", 0, 2, (0, 1), None)
-    with pytest.raises(FusionError, match="wants no comm_backend"):
-        flashinfer_unified.create(spec(), group, library(create=recorder(CREATE)[0]), 16)
-    with pytest.raises(FusionError, match="wants topology"):
-        flashinfer_unified.create(
-            spec(), group, library(create=recorder([*CREATE, "topology", "comm_backend"])[0]), 16
-        )
-
-    def create(backend, world_size, rank, max_token_num, hidden_dim, dtype, comm_backend):
-        raise RuntimeError("Device does not support multicasting")
-
-    with pytest.raises(FusionError, match="by multicast, which this GPU lacks"):
-        flashinfer_unified.create(spec(), group, library(create=create), 16)
-
-
-def library(**given):
-    """What the loader would give, as far as a test reads it."""
-
-    class Framework:
-        bfloat16 = "paddle.bfloat16"
-
-    return type("Library", (), {"version": "0.9", "framework": Framework, **given})
-
-
 def test_every_gemma_site_passes_its_offset():
     """A Site whose norm adds one to its weight calls with weight_bias 1.0, the others with 0.0."""
     function, calls = recorder(BASE, ("metadata", "block_quant_group_size", "weight_bias"))
@@ -200,7 +146,6 @@ def test_versions_compare_as_numbers():
 
 
 def test_the_table_and_the_rules_agree():
-    assert [r.version for r in RELEASES if not r.checked] == ["0.4.1.2", "0.4.1.3"]
     for release in RELEASES:
         rule = rules(release.version)
         assert rule.c_args == release.c_args and rule.weight_bias == ("weight_bias" in release.extra)

@@ -187,6 +187,13 @@ def test_process_group_is_lent_to_the_stand_in_alone(tmp_path):
     run("""assert load().version == "0.4.1.1" and not hasattr(paddle.distributed, "ProcessGroup")""", tmp_path)
 
 
+def test_a_version_that_has_the_unified_interface_alone_is_a_reason(tmp_path):
+    fake_flashinfer.write(tmp_path, "0.9.0")
+    names = "create_allreduce_fusion_workspace = allreduce_fusion = print\n"
+    (tmp_path / "flashinfer" / "comm" / "__init__.py").write_text(names)
+    run("""assert load().code == "flashinfer_no_kernel" and "FlashInfer 0.9.0 has no" in str(load())""", tmp_path)
+
+
 def test_not_installed(tmp_path):
     run("""assert load().code == "flashinfer_missing" """, tmp_path)
 

@@ -4,18 +4,14 @@ import json
 import os
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import pytest
 from support.segments import left, none_left
 
-from fd_fusion.backends.flashinfer import loader as runtime_flashinfer
-from fd_fusion.cli import bench
 from fd_fusion.cli.processes import ranks
 from fd_fusion.cli.tune import command as tune
 from fd_fusion.cli.tune import limits as tune_limits
-from fd_fusion.cli.tune import virtual as tune_virtual
 from fd_fusion.tuning.limits import built_in_limit
 from fd_fusion.tuning.table import Fingerprint, read_limits, table_lock, table_path, versions_here
 
@@ -111,21 +107,21 @@ def test_what_is_measured_on_gpus_is_stored_for_bind(cache, monkeypatch, capsys)
     "here, result",
     [
         (TWO_GPUS, {**RESULT, "times": {"one_shot": {"1": 3.0}}}),
-        ({**TWO_GPUS, "gpus": 1}, {**RESULT, "times": {"one_shot": {"1": 3.0}}}),
         ({"device": "cpu", "arch": None, "gpus": 0}, {**RESULT, "gpu": None}),
     ],
-    ids=["no rival", "one GPU", "CPU"],
+    ids=["no rival", "CPU"],
 )
 def test_what_is_not_stored(cache, monkeypatch, capsys, here, result):
-    monkeypatch.setattr(tune.importlib.util, "find_spec", lambda name: name)
     assert run(monkeypatch, here=here, measure=lambda *_: [result, result]) == 0
     assert not table_path().exists() and "not stored: " in capsys.readouterr().out
 
 
-def test_one_gpu_without_torch(cache, monkeypatch, capsys):
-    monkeypatch.setattr(tune.importlib.util, "find_spec", lambda name: None)
-    assert run(monkeypatch, here={**TWO_GPUS, "gpus": 1}, measure=None) == 1
-    assert "1 GPU for 2 ranks: virtual ranks need torch" in told(capsys)
+def test_fewer_gpus_than_ranks_are_refused_before_a_rank_starts(cache, monkeypatch, capsys):
+    assert run(monkeypatch, "--nproc", "4", measure=None) == 1
+    assert told(capsys) == (
+        "fd_fusion tune: tune needs a GPU for each rank, and finds 2 for 4 ranks; nothing was stored"
+    )
+    assert not table_path().exists()
 
 
 def test_nothing_measured_is_a_failure(cache, monkeypatch):
@@ -158,7 +154,8 @@ def test_ranks_that_cannot_be_started_are_not_told_as_a_table_that_cannot_be_kep
     assert "the ranks could not be started: [Errno 11] Resource temporarily unavailable" in told(capsys)
 
 
-BAD = ("--rows a", "--rows 0", "--nproc 1", "--dtype int8", "--rounds 0", "--workspace-mb 0", "--timeout-s -1")
+BAD = ("--rows a", "--rows 0", "--nproc 1", "--nproc 9", "--hidden-size 0", "--hidden-size 100", "--dtype int8")
+BAD += ("--rounds 0", "--workspace-mb 0", "--timeout-s -1")
 
 
 @pytest.mark.parametrize("args", BAD)
@@ -166,74 +163,6 @@ def test_bad_arguments(cache, monkeypatch, args):
     with pytest.raises(SystemExit) as caught:
         run(monkeypatch, *args.split(), measure=None)
     assert caught.value.code == 2
-
-
-def test_more_rows_than_virtual_ranks_take(cache, monkeypatch, capsys):
-    """More programs than run at once would wait for ever."""
-    monkeypatch.setattr(tune.importlib.util, "find_spec", lambda name: name)
-    asked = []
-
-    def measure(args, mode, rows):
-        asked.extend(rows)
-        return [RESULT]
-
-    assert run(monkeypatch, "--rows", "8,32,33", here={**TWO_GPUS, "gpus": 1}, measure=measure) == 0
-    assert asked == [8, 32] and "at most 64 rows of all ranks" in capsys.readouterr().out
-    with pytest.raises(SystemExit) as caught:
-        run(monkeypatch, "--rows", "33,64", here={**TWO_GPUS, "gpus": 1}, measure=None)
-    assert caught.value.code == 2 and "take up to 32 rows" in capsys.readouterr().err
-
-
-def virtual(monkeypatch, flashinfer):
-    """`tune_virtual.run` with kernels that are right, but for FlashInfer's, on no GPU."""
-    case = types.SimpleNamespace(size=2, rows=8, errors=lambda: case.wrong, wrong=(0.001, 0.001))
-    stub = types.SimpleNamespace(
-        Case=lambda *_: case,
-        capture=lambda size, launches: types.SimpleNamespace(replay=launches[0]),
-        interleaved_us=lambda graphs, calls, rounds: list(range(1, 1 + len(graphs))),
-    )
-    cuda = {"get_device_capability": lambda: (9, 0), "synchronize": lambda: None, "get_device_name": lambda: "X"}
-    monkeypatch.setattr(bench, "virtual_ranks", stub, raising=False)
-    monkeypatch.setitem(sys.modules, "torch", types.SimpleNamespace(cuda=types.SimpleNamespace(**cuda)))
-
-    def launch(column, case, library):
-        case.wrong = (0.001, 0.001)
-        return (lambda: flashinfer(case)) if column == "flashinfer" else lambda: None
-
-    monkeypatch.setattr(tune_virtual, "_launch", launch)
-    job = {"ranks": 2, "hidden_size": 4096, "dtype": "bfloat16", "rows": [8], "rounds": 1}
-    return tune_virtual.run(job, None)
-
-
-def test_virtual_ranks_do_without_a_flashinfer_that_fails(monkeypatch):
-    def wrong(case):
-        case.wrong = (0.5, 0.001)
-
-    def broken(case):
-        raise TypeError("expected 21 arguments")
-
-    assert set(virtual(monkeypatch, wrong)["times"]) == {"one_shot", "two_shot"}, "no kernel is installed"
-    monkeypatch.setattr(tune_virtual, "_flashinfer", lambda *_: ("trtllm_comm.so", ""))
-    assert virtual(monkeypatch, lambda case: None)["times"] == {
-        "one_shot": {8: 1},
-        "two_shot": {8: 2},
-        "flashinfer": {8: 3},
-    }
-    for fault, why in ((wrong, "flashinfer at T=8: wrong numbers"), (broken, "TypeError: expected 21 arguments")):
-        result = virtual(monkeypatch, fault)
-        assert set(result["times"]) == {"one_shot", "two_shot"} and why in result["skipped"]["flashinfer"]
-
-
-@pytest.mark.parametrize(
-    "version, hidden_size, why", [("0.6.12", 2880, "not whole warps"), ("0.4.1.1", 4096, "takes other arguments")]
-)
-def test_a_flashinfer_that_virtual_ranks_cannot_use(monkeypatch, version, hidden_size, why):
-    monkeypatch.setattr(runtime_flashinfer, "installed_version", lambda: version)
-    monkeypatch.setattr(runtime_flashinfer, "compiled_module", lambda version: Path("trtllm_comm.so"))
-    monkeypatch.setattr(tune_virtual.importlib.util, "find_spec", lambda name: name)
-    job = {"ranks": 2, "hidden_size": hidden_size, "dtype": "bfloat16"}
-    path, told = tune_virtual._flashinfer(job, 9, 0)
-    assert path is None and why in told
 
 
 DYING = """

@@ -15,24 +15,14 @@ from pathlib import Path
 import numpy as np
 
 from fd_fusion.kernels.all_reduce import plan as plans
+from tests.support import tensors
 
 BITS = {"float32": np.uint32, "bfloat16": np.uint16, "float16": np.uint16}
 
 
 def to_bits(values, dtype):
     """fp32 numbers rounded to nearest even, as the bits of `dtype`."""
-    if dtype == "float32":
-        return values.astype(np.float32).view(np.uint32)
-    if dtype == "float16":
-        return values.astype(np.float16).view(np.uint16)
-    bits = values.astype(np.float32).view(np.uint32)
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
-
-
-def from_bits(bits, dtype):
-    if dtype == "bfloat16":
-        return (bits.astype(np.uint32) << 16).view(np.float32)
-    return bits.view(np.float16 if dtype == "float16" else np.float32).astype(np.float32)
+    return tensors.to_bits(values, dtype).view(BITS[dtype])
 
 
 def inputs(case, rank, step):

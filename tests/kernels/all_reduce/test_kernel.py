@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 
 from fd_fusion.kernels.all_reduce import plan as plans
-from tests.kernels.all_reduce.kernel_rank import fill, from_bits, inputs, region_bytes
+from fd_fusion.reference import DTYPE_BYTES
+from tests.kernels.all_reduce.kernel_rank import fill, inputs, region_bytes
+from tests.support.tensors import from_bits
 
 HERE = Path(__file__).parents[2]
 
@@ -222,7 +224,7 @@ def test_what_has_no_plan(bad):
 
 
 @pytest.mark.parametrize("size", range(2, 9))
-@pytest.mark.parametrize("dtype", plans.DTYPE_BYTES)
+@pytest.mark.parametrize("dtype", DTYPE_BYTES)
 def test_plans(size, dtype):
     """Slices cover the row, none is empty, and every thread has words of its own."""
     for hidden in (8, 24, 64, 1000, 2880, 4096, 5120, 6144, 7168, 8192, 12288, 16384, 65536):

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from fd_fusion.kernels.all_reduce import plan as plans
-from tests.kernels.all_reduce.kernel_rank import from_bits
 from tests.kernels.all_reduce.test_kernel import case, check_results, is_nan
+from tests.support.tensors import from_bits
 
 HERE = Path(__file__).parents[2]
 

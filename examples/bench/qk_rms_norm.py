@@ -1,4 +1,4 @@
-"""`python -m fd_fusion bench qk-norm`: the QK norm on one GPU, on torch tensors, against a yardstick and a reference.
+"""`python examples/bench qk-norm`: the QK norm on one GPU, on torch tensors, against a yardstick and a reference.
 
 Everything is timed as the replay of a CUDA graph of one call a buffer, in three ways:
 cold  the buffers together are 256 MiB or more, far beyond the L2 cache (512 buffers at most);
@@ -20,8 +20,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fd_fusion.cli.bench.qk_rms_norm_report import draw, tables
-from fd_fusion.cli.bench.timing import copy_gbps, event_us, graph_of, provenance
+from bench.qk_rms_norm_report import draw, tables
+from bench.timing import copy_gbps, event_us, graph_of, provenance
 from fd_fusion.cli.plain_json import to_json
 
 D, EPS, HIDDEN = 128, 1e-6, 4096
@@ -69,7 +69,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     weights = [(torch.randint(0, 2, (D,), device="cuda") * 2 - 1).bfloat16() for _ in range(2)]
     result = {
         **provenance(),
-        "command": f"python -m fd_fusion bench qk-norm --heads {args.heads} --most-rows {args.most_rows}"
+        "command": f"python examples/bench qk-norm --heads {args.heads} --most-rows {args.most_rows}"
         + (f" --reference {args.reference.name}" if args.reference else ""),
         "pdl": uses_pdl(),
         "copy_gbps": copy_gbps(),
@@ -143,7 +143,7 @@ def _project(x: Any, projection: Any, buffer: Any) -> None:
 
 
 def _touch(pdl: bool) -> Callable:
-    from fd_fusion.cli.bench.touch import touch_kernel
+    from bench.touch import touch_kernel
     from fd_fusion.kernels.qk_rms_norm import NUM_WARPS, tile
 
     heads = tile(D, 2)["HEADS"]
@@ -207,9 +207,3 @@ def _load(path: Path) -> Any:
     sys.modules[path.stem] = module
     spec.loader.exec_module(module)
     return module
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add_arguments(parser)
-    sys.exit(run(parser.parse_args()))

@@ -1,4 +1,4 @@
-"""The tables and the plot of `python -m fd_fusion bench qk-norm`, from its JSON alone."""
+"""The tables and the plot of `python examples/bench qk-norm`, from its JSON alone."""
 
 from __future__ import annotations
 

@@ -4,8 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-
-from fd_fusion.cli.bench.qk_rms_norm_report import percent, speed_up, tables
+from bench.qk_rms_norm_report import percent, speed_up, tables
 
 RESULTS = Path(__file__).parents[3] / "examples/results/qk_norm_h100.json"
 

@@ -21,6 +21,7 @@ import torch
 from fd_fusion.frameworks.triton_launch import programs_at_once
 from fd_fusion.kernels.all_reduce import plan as plans
 from fd_fusion.kernels.all_reduce.kernel import all_reduce_rms_norm
+from fd_fusion.reference import DTYPE_BYTES
 
 EPS = 1e-6
 
@@ -121,7 +122,7 @@ class FlashInferRanks:
 
     def __init__(self, library: str, size: int, rows: int, hidden_size: int, dtype: str):
         self.entry = importlib.import_module("tvm_ffi").load_module(library).trtllm_allreduce_fusion
-        width = plans.DTYPE_BYTES[dtype]
+        width = DTYPE_BYTES[dtype]
         slot = size * rows * hidden_size * width
         integer = {2: torch.int16, 4: torch.int32}[width]
         minus_zero = {"fill_value": -(1 << (8 * width - 1)), "dtype": integer, "device": "cuda"}

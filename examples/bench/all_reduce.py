@@ -1,4 +1,4 @@
-"""`python -m fd_fusion bench all-reduce`: the fused all-reduce kernel against FlashInfer's, on one GPU.
+"""`python examples/bench all-reduce`: the fused all-reduce kernel against FlashInfer's, on one GPU.
 
 N virtual ranks in one CUDA graph (`virtual_ranks.py`), bf16, each N in a child process with a limit on its time.
 Every cell is checked against fp64 before it is timed, and ours by the rows that the device itself counted; then the
@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from fd_fusion.cli.bench.all_reduce_report import draw, tables
+from bench.all_reduce_report import draw, tables
 from fd_fusion.cli.plain_json import to_json
 from fd_fusion.cli.processes.run_folder import run_folder
 from fd_fusion.cli.processes.signals import ending_well
@@ -59,11 +59,11 @@ def _by_children(args: argparse.Namespace) -> dict[str, Any]:
     """Each N in a process of its own: a mistake in a spinning kernel is a hang."""
     env = {**child_environment(), "CUDA_MODULE_LOADING": "EAGER", "CUDA_DEVICE_MAX_CONNECTIONS": "32"}
     libraries = "".join(f" {Path(library).name}" for library in args.flashinfer)
-    command = f"python -m fd_fusion bench all-reduce --sizes {args.sizes} --rows {args.rows}"
+    command = f"python examples/bench all-reduce --sizes {args.sizes} --rows {args.rows}"
     result: dict[str, Any] = {"command": command + (f" --flashinfer{libraries}" if libraries else ""), "cells": []}
     for size in args.sizes.split(","):
         with run_folder() as folder, open(folder / "lines", "w+") as lines:
-            child = [sys.executable, "-m", "fd_fusion.cli.bench.all_reduce", "--child", size, "--rows", args.rows]
+            child = [sys.executable, str(Path(__file__).parent), "all-reduce", "--child", size, "--rows", args.rows]
             child += ["--output", lines.name, "--flashinfer", *args.flashinfer]
             try:
                 status = subprocess.run(child, env=env, timeout=args.limit_s).returncode
@@ -86,7 +86,7 @@ def pushed_bytes(size: int, rows: int, hidden_size: int, two_shot: bool, flashin
 
 def _measure(args: argparse.Namespace) -> None:
     """One N: append a line of JSON for each cell, so that what was measured outlives a kill."""
-    from fd_fusion.cli.bench.timing import provenance
+    from bench.timing import provenance
 
     rows = [int(rows) for rows in args.rows.split(",") if int(rows) * args.child <= MOST_ROWS]
     cells = [(rows, hidden, False) for rows in rows for hidden in HIDDEN]
@@ -101,7 +101,7 @@ def _cell(size: int, rows: int, hidden: int, both: bool, libraries: list[str]) -
     """Every kernel that can do this cell, one-shot, and with `both` two-shot too."""
     import torch
 
-    from fd_fusion.cli.bench.virtual_ranks import Case, FlashInferRanks, VirtualRanks, capture, interleaved_us
+    from bench.virtual_ranks import Case, FlashInferRanks, VirtualRanks, capture, interleaved_us
     from fd_fusion.kernels.all_reduce.plan import plan_for
 
     plan = plan_for(size, hidden, "bfloat16")
@@ -142,9 +142,3 @@ def _cell(size: int, rows: int, hidden: int, both: bool, libraries: list[str]) -
     if rivals and not both and "triton" in launches:
         cell["ratio"] = round(kernels["triton"]["us"] / min(rivals), 3)
     return cell
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    sys.exit(run(parser.parse_args()))

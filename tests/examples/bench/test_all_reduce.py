@@ -7,10 +7,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from bench import all_reduce as bench_all_reduce
+from bench.all_reduce import pushed_bytes
+from bench.all_reduce_report import GOALS, ratios, tables
 
-from fd_fusion.cli.bench import all_reduce as bench_all_reduce
-from fd_fusion.cli.bench.all_reduce import pushed_bytes
-from fd_fusion.cli.bench.all_reduce_report import GOALS, ratios, tables
 from fd_fusion.kernels.all_reduce.plan import plan_for
 
 RESULTS = Path(__file__).parents[3] / "examples/results/all_reduce_h100.json"
@@ -62,6 +62,6 @@ def test_a_kernel_whose_rows_the_device_did_not_count_is_not_timed(monkeypatch, 
     )
     cuda = SimpleNamespace(synchronize=lambda: None)
     monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=cuda, empty=lambda *_, **__: None, int32=None))
-    monkeypatch.setitem(sys.modules, "fd_fusion.cli.bench.virtual_ranks", stub)
+    monkeypatch.setitem(sys.modules, "bench.virtual_ranks", stub)
     got = bench_all_reduce._cell(2, 4, 4096, False, [])["kernels"]["triton"]
     assert got["device_rows"] == ranks.rows_done() and ("us" in got) == counted

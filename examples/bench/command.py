@@ -1,4 +1,4 @@
-"""`python -m fd_fusion bench all-reduce` and `bench qk-norm`: measured on a GPU, and checked before that."""
+"""`python examples/bench all-reduce` and `bench qk-norm`: measured on a GPU, and checked before that."""
 
 from __future__ import annotations
 
@@ -7,20 +7,15 @@ import importlib
 import json
 import sys
 
-from fd_fusion.reasons import FusionError, because
-
 # Each module has `add_arguments(parser)` and `run(args) -> exit code`.
 BENCHES = {
-    "all-reduce": ("fd_fusion.cli.bench.all_reduce", "all-reduce + residual + RMSNorm against FlashInfer's kernel"),
-    "qk-norm": (
-        "fd_fusion.cli.bench.qk_rms_norm",
-        "RMSNorm of q and k against a reference kernel and the device's copy",
-    ),
+    "all-reduce": ("bench.all_reduce", "all-reduce + residual + RMSNorm against FlashInfer's kernel"),
+    "qk-norm": ("bench.qk_rms_norm", "RMSNorm of q and k against a reference kernel and the device's copy"),
 }
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="fd-fusion bench", description=__doc__)
+    parser = argparse.ArgumentParser(prog="examples/bench", description=__doc__)
     commands = parser.add_subparsers(dest="bench", required=True, metavar="BENCH")
     for name, (module, text) in BENCHES.items():
         module = importlib.import_module(module)
@@ -30,12 +25,12 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     missing = None if getattr(args, "render", None) else _missing()
     if missing is not None:
-        print(FusionError(because("no_gpu", detail=missing)), file=sys.stderr)
+        print(f"bench: {missing}; run this on a machine with an NVIDIA GPU and torch", file=sys.stderr)
         return 1
     try:
         return args.run(args)
     except json.JSONDecodeError as error:  # of --render
-        print(f"fd-fusion bench: {args.render}: this is no JSON: {error}", file=sys.stderr)
+        print(f"bench: {args.render}: this is no JSON: {error}", file=sys.stderr)
         return 2
 
 

@@ -9,9 +9,9 @@ import types
 import weakref
 from unittest.mock import MagicMock
 
+import bench
 import pytest
 
-import fd_fusion.cli.bench
 from fd_fusion.kernels.all_reduce.plan import plan_for
 
 
@@ -56,16 +56,16 @@ def torch(monkeypatch):
     kernel.all_reduce_rms_norm = None
     monkeypatch.setitem(sys.modules, "torch", fake)
     monkeypatch.setitem(sys.modules, "fd_fusion.kernels.all_reduce.kernel", kernel)
-    monkeypatch.setattr(fd_fusion.cli.bench, "virtual_ranks", None, raising=False)
-    monkeypatch.setitem(sys.modules, "fd_fusion.cli.bench.virtual_ranks", None)
-    del sys.modules["fd_fusion.cli.bench.virtual_ranks"]  # and what takes its place goes with the fixture
+    monkeypatch.setattr(bench, "virtual_ranks", None, raising=False)
+    monkeypatch.setitem(sys.modules, "bench.virtual_ranks", None)
+    del sys.modules["bench.virtual_ranks"]  # and what takes its place goes with the fixture
     return fake
 
 
 @pytest.mark.parametrize("size", range(2, 9))
 def test_no_rank_of_a_graph_waits_for_another(size, torch):
     """However many graphs have been captured before: the kernels wait for each other, so all must run at once."""
-    virtual_ranks = importlib.import_module("fd_fusion.cli.bench.virtual_ranks")
+    virtual_ranks = importlib.import_module("bench.virtual_ranks")
     for number in range(40):
 
         def launch(rank, number=number):
@@ -85,7 +85,7 @@ def test_a_graph_keeps_the_memory_whose_addresses_it_holds(torch):
 
     memory = Memory()
     kept = weakref.ref(memory)
-    graph = importlib.import_module("fd_fusion.cli.bench.virtual_ranks").capture(2, [memory.launch])
+    graph = importlib.import_module("bench.virtual_ranks").capture(2, [memory.launch])
     del memory
     gc.collect()
     assert kept() is not None
@@ -100,7 +100,7 @@ def test_a_graph_keeps_the_memory_whose_addresses_it_holds(torch):
 )
 def test_all_programs_of_all_ranks_run_at_once(torch, monkeypatch, size, hidden, dtype, most):
     """Eight ranks of 64 programs of 128 threads: of fp32 132 multiprocessors hold two each, which are four ranks."""
-    virtual_ranks = importlib.import_module("fd_fusion.cli.bench.virtual_ranks")
+    virtual_ranks = importlib.import_module("bench.virtual_ranks")
     monkeypatch.setattr(virtual_ranks, "torch", fake := MagicMock())
     fake.cuda.get_device_properties.return_value.multi_processor_count = 132
     ranks = virtual_ranks.VirtualRanks(plan_for(size, hidden, dtype), 8)

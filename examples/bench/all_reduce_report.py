@@ -1,4 +1,4 @@
-"""The table and the plot of `python -m fd_fusion bench all-reduce`, from its JSON alone."""
+"""The table and the plot of `python examples/bench all-reduce`, from its JSON alone."""
 
 from __future__ import annotations
 

@@ -1,1 +1,0 @@
-"""`python -m fd_fusion bench`."""

@@ -1,0 +1,23 @@
+"""A CUDA driver that only counts, for what calls it through ctypes."""
+
+import ctypes
+from collections import Counter
+
+
+def count_calls(monkeypatch):
+    """How often each function of the driver is called from now on. A context is current; each call succeeds."""
+    calls = Counter()
+
+    class Driver:
+        def __getattr__(self, name):
+            def call(*args):
+                calls[name] += 1
+                if name in ("cuCtxGetCurrent", "cuStreamCreate"):
+                    args[0]._obj.value = 1
+                return calls.refused.get(name, 0)
+
+            return call
+
+    calls.refused = {}  # function -> the code of its error
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: Driver())
+    return calls
