@@ -12,8 +12,9 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "fd_fusion"
 LEVELS = [
     {"__init__", "reasons", "reference"},
-    {"config", "exact", "site", "tuning"},
-    {"comm", "frameworks", "kernels"},
+    {"config", "exact", "site"},
+    {"spec"},
+    {"comm", "frameworks", "kernels", "tuning"},
     {"backends"},
     {"layers"},
     {"binding"},

@@ -15,7 +15,8 @@ import paddle.distributed as dist
 from fd_fusion.comm.group import Group
 from fd_fusion.frameworks import paddle_runtime as runtime
 from fd_fusion.reasons import Reason, because, closed
-from fd_fusion.tuning.limits import OpSpec, row_limit
+from fd_fusion.spec import OpSpec
+from fd_fusion.tuning.limits import row_limit
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -115,6 +116,7 @@ class Opened:
 
     bytes = 0
     in_rank_order = True  # the exact bits of the contract's sum
+    error_page = None  # no kernel that could write one
     _closed = False
 
     def __init__(self, spec: OpSpec, group: Group):

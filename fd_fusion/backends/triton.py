@@ -22,7 +22,8 @@ from fd_fusion.frameworks import triton_launch as runtime_triton
 from fd_fusion.kernels.all_reduce import plan as plans
 from fd_fusion.kernels.all_reduce.counts import Counts
 from fd_fusion.reasons import FusionTimeout, Reason, because, closed
-from fd_fusion.tuning.limits import NEVER, OpSpec, row_limit
+from fd_fusion.spec import OpSpec
+from fd_fusion.tuning.limits import NEVER, row_limit
 
 _CPU_PROGRAMS = 4  # rows in flight under the interpreter, where programs run one after another anyway
 _ANY_ADDRESS = 1 << 40  # what a kernel is compiled for: an int64; nothing is specialized on its value

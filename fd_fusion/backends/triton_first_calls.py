@@ -13,7 +13,7 @@ from fd_fusion import exact
 from fd_fusion.kernels.all_reduce import plan as plans
 from fd_fusion.reasons import FusionError, Reason, because
 from fd_fusion.reference import round_to
-from fd_fusion.tuning.limits import OpSpec
+from fd_fusion.spec import OpSpec
 
 _EPS, _OFFSET = 100.0, 1.0  # about the mean of squares, so that it is seen
 

@@ -1,4 +1,4 @@
-"""What a backend must know of a pair to say yes or no, and how many rows are worth fusing.
+"""How many rows are worth fusing.
 
 The limits built in here are the ones below which fusing won on the machines named in examples/results; a table
 measured on the machine itself (`python -m fd_fusion tune`, kept by `tuning_table`) takes their place.
@@ -6,36 +6,9 @@ measured on the machine itself (`python -m fd_fusion tune`, kept by `tuning_tabl
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from fd_fusion.spec import OpSpec
 
 NEVER = 2**31 - 1  # as `two_shot_rows`: no call has so many rows
-
-
-@dataclass(frozen=True)
-class OpSpec:
-    """The facts of one workspace: a group, a hidden size and a dtype. Equal on all ranks, except `rank`."""
-
-    rank: int
-    size: int  # N
-    hidden_size: int  # H
-    dtype: str  # of the partial sum and the residual: "float32", "bfloat16" or "float16"
-    weight_dtype: str
-    weight_offset: float
-    eps: float
-    device: str  # "cpu" or "gpu"
-    arch: int | None  # 90 for sm_90, None on a CPU
-    deterministic: bool
-    max_token_num: int | None
-    workspace_bytes: int
-    timeout_s: float
-    tuned_rows: int | None = None  # the tuning table's limit for the backend that is asked, if it has one
-    two_shot_rows: int | None = None  # the tuning table's, NEVER for never; None leaves it to the backend
-    other_weight_dtypes: tuple[str, ...] = ()  # of the other pairs of the workspace; equal on all ranks too
-
-    @property
-    def weight_dtypes(self) -> tuple[str, ...]:
-        """All of them, each once, in one order on all ranks."""
-        return tuple(sorted({self.weight_dtype, *self.other_weight_dtypes}))
 
 
 def row_limit(spec: OpSpec) -> int | None:

@@ -11,7 +11,7 @@ import pytest
 
 from fd_fusion.backends import triton as backend
 from fd_fusion.frameworks import triton_launch as runtime_triton
-from fd_fusion.tuning.limits import OpSpec
+from fd_fusion.spec import OpSpec
 from tests.support.ranks import ROOT, run_ranks
 
 
@@ -26,18 +26,12 @@ def test_the_shape_of_a_weight_is_a_list_of_paddle_or_a_tuple_of_torch(shape):
             opened._launches_for(SimpleNamespace(shape=shape(wrong), dtype="bf16"))
 
 
-FACTS = {
+PLAIN = {
     "rank": 0,
     "size": 2,
     "hidden_size": 64,
     "dtype": "bfloat16",
-    "weight_dtype": "float32",
-    "weight_offset": 0.0,
-    "eps": 1e-6,
-    "device": "cpu",
-    "arch": None,
-    "deterministic": False,
-    "max_token_num": None,
+    "weight_dtypes": ("float32",),
     "workspace_bytes": 1 << 20,
     "timeout_s": 1.0,
 }
@@ -91,8 +85,8 @@ def test_through_the_launcher_of_paddle(tmp_path):
         ({}, None),
         ({"size": 9}, "world_size"),
         ({"dtype": "float64"}, "dtype"),
-        ({"weight_dtype": "int8"}, "dtype"),
-        ({"other_weight_dtypes": ("bfloat16", "int8")}, "dtype"),
+        ({"weight_dtypes": ("int8",)}, "dtype"),
+        ({"weight_dtypes": ("bfloat16", "int8")}, "dtype"),
         ({"eps": 0.0}, "eps"),
         ({"eps": -1e-6}, "eps"),
         ({"eps": 1e-50}, "eps"),  # zero in float32
@@ -104,7 +98,7 @@ def test_through_the_launcher_of_paddle(tmp_path):
     ],
 )
 def test_supports(changes, code):
-    refusal = backend.supports(OpSpec(**{**FACTS, **changes}))
+    refusal = backend.supports(OpSpec(**{**PLAIN, **changes}))
     assert (refusal.code if refusal else None) == code
 
 

@@ -9,8 +9,8 @@ from fd_fusion.backends import triton_first_calls
 from fd_fusion.backends.triton_first_calls import run_all
 from fd_fusion.kernels.all_reduce import plan as plans
 from fd_fusion.reasons import FusionError
-from fd_fusion.tuning.limits import OpSpec
-from tests.backends.test_triton import FACTS
+from fd_fusion.spec import OpSpec
+from tests.backends.test_triton import PLAIN
 
 SIZE, HIDDEN = 2, 64
 
@@ -51,14 +51,14 @@ class Opened:
         )
 
 
-def facts_of(dtype, **changes):
-    return OpSpec(**{**FACTS, "dtype": dtype, "weight_dtype": "float32", "hidden_size": HIDDEN, **changes})
+def spec_of(dtype, **changes):
+    return OpSpec(**{**PLAIN, "dtype": dtype, "hidden_size": HIDDEN, **changes})
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_right_kernels_pass_and_each_is_launched(dtype):
     opened = Opened(dtype)
-    run_all(opened, facts_of(dtype), paddle)
+    run_all(opened, spec_of(dtype), paddle)
     assert {seen[:3] for seen in opened.seen} == set(opened._launches)
     assert {seen[3] for seen in opened.seen} == {1, 3, 5}, "one row, few rows, and more rows than programs"
     for two_shot in (False, True):
@@ -79,7 +79,7 @@ def test_on_a_gpu_every_variant_runs_in_every_shape(slots):
 
 def test_each_weight_dtype_that_has_a_kernel_is_run():
     opened = Opened("bfloat16", weight_dtypes=("float32", "bfloat16"))
-    run_all(opened, facts_of("bfloat16"), paddle)
+    run_all(opened, spec_of("bfloat16"), paddle)
     assert {seen[:3] for seen in opened.seen} == set(opened._launches)
 
 
@@ -88,7 +88,7 @@ def test_each_weight_dtype_that_has_a_kernel_is_run():
 def test_a_wrong_variant_is_named_after_all_were_launched(variant, bug):
     opened = Opened("bfloat16", variant, bug)
     with pytest.raises(FusionError) as error:
-        run_all(opened, facts_of("bfloat16"), paddle)
+        run_all(opened, spec_of("bfloat16"), paddle)
     assert error.value.reason.code == "first_call_wrong" and len(opened.seen) == 6
     two_shot, bare = variant
     text = str(error.value.reason)
@@ -100,5 +100,5 @@ def test_a_wrong_variant_is_named_after_all_were_launched(variant, bug):
 def test_a_call_of_several_launches_is_compared_too(two_shot):
     opened = Opened("bfloat16", (two_shot, False), "later launches wrong")
     with pytest.raises(FusionError, match=r"T=3 in 2 launches, .*row 2"):
-        run_all(opened, facts_of("bfloat16"), paddle)
+        run_all(opened, spec_of("bfloat16"), paddle)
     assert (opened._two_shot_rows, opened._slots) == (7, 100), "also where it raises"

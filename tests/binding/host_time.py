@@ -18,7 +18,7 @@ from fd_fusion.comm.group import Group
 from fd_fusion.frameworks import triton_launch as runtime_triton
 from fd_fusion.layers.rms_norm import RMSNorm
 from fd_fusion.site import ForwardCount
-from fd_fusion.tuning.limits import OpSpec
+from fd_fusion.spec import OpSpec
 
 SIZE, ROWS, H = 2, 16, 4096
 GROUP = Group("host", 0, SIZE, tuple(range(SIZE)), None)
@@ -30,8 +30,7 @@ def opened_with(launch_of, weight_dtypes=("bfloat16",)):
     def prepare(kernel, like, constants, device):
         return runtime_triton.Loaded(launch_of(constants), 2)
 
-    kind = 0, SIZE, H, "bfloat16", weight_dtypes[0], 0.0, 1e-6, "gpu", 90, False, None, 1 << 25, 1.0
-    spec = OpSpec(*kind, other_weight_dtypes=weight_dtypes)
+    spec = OpSpec(0, SIZE, H, "bfloat16", weight_dtypes=weight_dtypes, device="gpu", arch=90, timeout_s=1.0)
     with (
         mock.patch.object(backend, "CudaIpc", lambda: SimpleNamespace(multiprocessors=lambda: 132)),
         mock.patch.object(runtime_triton, "require_mode"),

@@ -1,5 +1,6 @@
 """What the host does for one pair in an eager forward, its launch left out. See host_time.py."""
 
+import dataclasses
 import sys
 from types import SimpleNamespace
 
@@ -66,12 +67,13 @@ def test_the_kernel_is_the_one_of_the_weight_s_dtype():
 
 
 def test_a_backend_hears_of_the_weights_of_all_pairs(monkeypatch):
-    """And it is asked, with each, whether it can: the answers are voted on."""
+    """And it is asked once with each eps: the answers are voted on."""
     heard = []
     monkeypatch.setattr(opening, "_try", lambda name, spec, *rest: (heard.append(spec), "no", ()))
     pairs = [host_time.pair_of(None, dtype) for dtype in ("bfloat16", "float32", "bfloat16")]
+    pairs[2] = dataclasses.replace(pairs[2], eps=1e-5)
     opening.open_for(host_time.GROUP, pairs, FusionConfig(backend="triton"), False, 1 << 25)
-    assert [one.weight_dtype for one in heard[0]] == ["bfloat16", "float32", "bfloat16"]
+    assert [one.eps for one in heard[0]] == [1e-6, 1e-5]
     assert {one.weight_dtypes for one in heard[0]} == {("bfloat16", "float32")}
 
 

@@ -48,7 +48,7 @@ def pretend(**release):
 
 
 def open_backend(group, **changed):
-    given = {"hidden_size": H, "dtype": "float32", "weight_dtype": "float32", "max_token_num": 5, "timeout_s": 20.0}
+    given = {"hidden_size": H, "dtype": "float32", "max_token_num": 5, "timeout_s": 20.0}
     with working(group):
         return flashinfer.open(spec(**{**given, "rank": group.rank, "size": group.size, **changed}), group)
 

@@ -227,7 +227,7 @@ def main():
     group = Group("compile", 0, options.size, tuple(range(options.size)), None) if options.size else this_group()
     two_shot = 1 if options.two_shot else None
     for hidden in options.hidden:
-        spec = bench.facts_for(group.size, group.rank, hidden, options.workspace_mb)
+        spec = bench.spec_for(group.size, group.rank, hidden, options.workspace_mb)
         spec = dataclasses.replace(spec, two_shot_rows=two_shot or NEVER, timeout_s=3)
         opened = {name: open_variant(name, spec, group, not options.size) for name in options.variants}
         if options.size:

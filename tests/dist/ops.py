@@ -17,14 +17,14 @@ from fd_fusion.comm.group import Group
 from fd_fusion.reasons import FusionError
 from fd_fusion.reference import round_to
 from fd_fusion.site import Site
-from fd_fusion.tuning.limits import OpSpec
+from fd_fusion.spec import OpSpec
 
 EPS, K = 1e-5, 16
 rank, size = this.start()
 
 
 def spec(hidden_size, dtype):
-    return OpSpec(rank, size, hidden_size, dtype, dtype, 0.0, EPS, "cpu", None, False, 1000, 0, 10.0)
+    return OpSpec(rank, size, hidden_size, dtype, eps=EPS, max_token_num=1000, timeout_s=10.0)
 
 
 def pair_of(hidden_size, dtype, offset, weight_dtype):

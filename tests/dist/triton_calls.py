@@ -18,7 +18,7 @@ from fd_fusion.backends import triton as backend
 from fd_fusion.comm.group import working
 from fd_fusion.kernels.all_reduce import plan as plans
 from fd_fusion.reasons import FusionError
-from fd_fusion.tuning.limits import OpSpec
+from fd_fusion.spec import OpSpec
 from tests.support import tensors
 from tests.support.all_reduce_cases import Case, judge
 from tests.support.ranks import this_group, this_rank
@@ -26,19 +26,14 @@ from tests.support.ranks import this_group, this_rank
 digest = hashlib.sha256()
 
 
-def facts_for(group, case, options, **changes):
+def spec_for(group, case, options, **changes):
     made = OpSpec(
-        rank=group.rank,
-        size=group.size,
-        hidden_size=case.hidden,
-        dtype=case.dtype,
-        weight_dtype=case.weight_dtype,
+        *(group.rank, group.size, case.hidden, case.dtype),
+        weight_dtypes=(case.weight_dtype,),
         weight_offset=case.weight_offset,
         eps=case.eps,
         device=options.device,
         arch=90 if options.device == "gpu" else None,
-        deterministic=False,
-        max_token_num=None,
         workspace_bytes=options.workspace_mb << 20,
         timeout_s=options.timeout_s,
     )
@@ -50,7 +45,7 @@ def facts_for(group, case, options, **changes):
 
 def open_for(group, case, options, **changes):
     with working(group):
-        opened = backend.open(facts_for(group, case, options, **changes), group)
+        opened = backend.open(spec_for(group, case, options, **changes), group)
     if options.two_shot_rows and options.device == "cpu":  # on a GPU the plan decides
         opened._two_shot_rows = options.two_shot_rows
     return opened
@@ -195,7 +190,7 @@ def weights(group, options):
     """Weights of several dtypes in one workspace, in turn; another dtype or length is refused, and nothing is read."""
     kinds = ("bfloat16", "float32", "float16")
     case = Case(group.size, 2, options.hidden)
-    opened = open_for(group, case, options, other_weight_dtypes=kinds[1:2])
+    opened = open_for(group, case, options, weight_dtypes=kinds[:2])
     opened.freeze()
     for seed in range(2):
         for kind in kinds[:2]:

@@ -107,7 +107,7 @@ def virtual_ranks(library, entry, size, hidden, dtype, rows, timeout_s=30.0):
         memory = SimpleNamespace(addresses=addresses, own=addresses[rank], provider=provider)
         fill(layout, memory)
         fixed = Fixed(size, rank, hidden, rows, dtype == torch.float32, device_table(torch, layout.pointers(memory)))
-        known = spec(rank=rank, size=size, hidden_size=hidden, dtype=name, weight_dtype=name, timeout_s=timeout_s)
+        known = spec(rank=rank, size=size, hidden_size=hidden, dtype=name, timeout_s=timeout_s)
         group = Group("virtual", rank, size, tuple(range(size)), None)
         read = ControlReader(addresses[rank] + layout.control)
 

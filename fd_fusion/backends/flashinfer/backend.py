@@ -23,7 +23,8 @@ from fd_fusion.comm.cuda_ipc import CudaIpc
 from fd_fusion.comm.group import Group
 from fd_fusion.comm.symmetric_memory import agree_or_raise, as_refusal
 from fd_fusion.reasons import FusionError, Reason, because
-from fd_fusion.tuning.limits import OpSpec, row_limit
+from fd_fusion.spec import OpSpec
+from fd_fusion.tuning.limits import row_limit
 
 SIZES = (2, 4, 8, 16)
 BUILD_TIMEOUT_S = 120.0  # a silent rank; one that shows progress is waited for ten times as long
@@ -42,8 +43,8 @@ def supports(spec: OpSpec) -> Reason | None:
         return because("world_size", got=spec.size, allowed=", ".join(map(str, SIZES)))
     if spec.dtype not in ELEMENT_BYTES:
         return because("dtype", got=spec.dtype, allowed=", ".join(ELEMENT_BYTES))
-    if spec.weight_dtype != spec.dtype:
-        return because("flashinfer_weight_dtype", need=spec.dtype, got=spec.weight_dtype)
+    if other := next((dtype for dtype in spec.weight_dtypes if dtype != spec.dtype), None):
+        return because("flashinfer_weight_dtype", need=spec.dtype, got=other)
     need = ALIGNMENT // ELEMENT_BYTES[spec.dtype]
     if spec.hidden_size % need:
         return because("hidden_size", got=spec.hidden_size, need=f"a multiple of {need}")

@@ -16,7 +16,7 @@ from fd_fusion.comm.group import Group
 from fd_fusion.comm.symmetric_memory import CLOSE_TIMEOUT_S, agree_or_raise, as_refusal
 from fd_fusion.comm.workspace import WARM_UP
 from fd_fusion.reasons import FusionError, Reason, because, closed
-from fd_fusion.tuning.limits import OpSpec
+from fd_fusion.spec import OpSpec
 
 ELEMENT_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 ALIGNMENT = 16
@@ -27,6 +27,7 @@ class Opened:
     """FlashInfer's kernel over one workspace, for one group, hidden size and dtype."""
 
     in_rank_order = False  # its tree changes with T, and the sum is rounded before the residual is added
+    error_page = None  # its watchdog names the rank itself
 
     def __init__(
         self,

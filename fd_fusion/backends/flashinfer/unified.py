@@ -14,7 +14,7 @@ from fd_fusion.backends.flashinfer.workspace import StoreBackend
 from fd_fusion.comm.group import Group
 from fd_fusion.comm.symmetric_memory import agree_or_raise, as_refusal
 from fd_fusion.reasons import FusionError, because
-from fd_fusion.tuning.limits import OpSpec
+from fd_fusion.spec import OpSpec
 
 
 def open(spec: OpSpec, group: Group, library: Any, rows: int) -> Opened:

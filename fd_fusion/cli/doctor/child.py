@@ -16,10 +16,10 @@ from fd_fusion.cli.doctor.findings import Finding, guarded, of_reason
 from fd_fusion.cli.doctor.machine import tool
 from fd_fusion.cli.processes.signals import held_back
 from fd_fusion.cli.processes.tied import child_environment, end_with_parent
-from fd_fusion.config import BACKENDS, FusionConfig
+from fd_fusion.config import BACKENDS
 from fd_fusion.reasons import FusionError, because
+from fd_fusion.spec import OpSpec
 from fd_fusion.tuning import table as tuning_table
-from fd_fusion.tuning.limits import OpSpec
 
 _MARK = "fd_fusion doctor: "
 _FUSING = {"cpu": ("triton",), "gpu": ("triton", "flashinfer")}  # those with a kernel
@@ -62,23 +62,10 @@ def _failed(what: str) -> str:
     return "broken" if what == "framework" else "warn"
 
 
-def facts_for(size: int, device: str, arch: int | None, rank: int = 0) -> OpSpec:
+def spec_for(size: int, device: str, arch: int | None, rank: int = 0) -> OpSpec:
     """The pair that `doctor` asks about and launches: bfloat16, H=4096 on a GPU, 256 under the interpreter."""
-    return OpSpec(
-        rank=rank,
-        size=size,
-        hidden_size=4096 if device == "gpu" else 256,
-        dtype="bfloat16",
-        weight_dtype="bfloat16",
-        weight_offset=0.0,
-        eps=1e-6,
-        device=device,
-        arch=arch,
-        deterministic=False,
-        max_token_num=None,
-        workspace_bytes=FusionConfig.workspace_mb << 20,
-        timeout_s=30.0,
-    )
+    hidden_size = 4096 if device == "gpu" else 256
+    return OpSpec(rank, size, hidden_size, "bfloat16", device=device, arch=arch)
 
 
 def framework(size: str) -> Iterator[Finding]:
@@ -100,7 +87,7 @@ def framework(size: str) -> Iterator[Finding]:
     if seen := sum(line.startswith("GPU ") for line in listed):
         remedy = "install a build for GPUs, with a CUDA that the driver knows, and look at CUDA_VISIBLE_DEVICES"
         yield Finding("framework", "gpus", "off", f"{name} sees none of this machine's GPUs ({seen})", remedy)
-    spec = facts_for(int(size), device, arch)
+    spec = spec_for(int(size), device, arch)
     yield from guarded("framework", lambda: _memory(here, spec))
     yield from guarded("framework", lambda: _table(here, spec))
     yield from _backends(spec)

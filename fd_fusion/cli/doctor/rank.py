@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 from fd_fusion import reference
-from fd_fusion.cli.doctor.child import devices, facts_for
+from fd_fusion.cli.doctor.child import devices, spec_for
 from fd_fusion.cli.processes.ranks import rank_main
 from fd_fusion.comm.group import Group, working
 from fd_fusion.frameworks import triton_launch as runtime_triton
-from fd_fusion.tuning.limits import OpSpec
+from fd_fusion.spec import OpSpec
 
 _ROWS = {"cpu": (1, 3), "gpu": (1, 5, 64)}
 
@@ -26,7 +26,7 @@ def run(job: dict[str, Any], group: Group) -> dict[str, Any]:
     from fd_fusion.backends import triton as backend
 
     here, device, arch = place(group.rank)
-    spec = facts_for(group.size, device, arch, group.rank)
+    spec = spec_for(group.size, device, arch, group.rank)
     start = time.monotonic()
     with working(group):
         opened = backend.open(spec, group)

@@ -18,7 +18,8 @@ from fd_fusion.cli.doctor.rank import one_call, place, tensor
 from fd_fusion.cli.processes.ranks import rank_main
 from fd_fusion.comm.group import Group, Vote, agree, working
 from fd_fusion.reasons import FusionError, Reason, because
-from fd_fusion.tuning.limits import NEVER, OpSpec
+from fd_fusion.spec import OpSpec
+from fd_fusion.tuning.limits import NEVER
 
 _CHECKED_ROWS = 64  # calls of more rows are not compared with the reference: that takes longer than timing them
 _CALLS = 20  # of a graph
@@ -29,7 +30,9 @@ _COLUMNS = {"one_shot": ("triton", NEVER), "two_shot": ("triton", 1), "flashinfe
 def run(job: dict[str, Any], group: Group) -> dict[str, Any]:
     """Returns {"times": {column: {rows: us}}, "skipped": {column: why}, "gpu": name}."""
     here, device, arch = place(group.rank)
-    spec = _spec(job, group, device, arch)
+    limits = {"max_token_num": max(job["rows"]), "timeout_s": job["timeout_s"]}
+    limits["workspace_bytes"] = job["workspace_mb"] << 20
+    spec = OpSpec(group.rank, group.size, job["hidden_size"], job["dtype"], device=device, arch=arch, **limits)
     times: dict[str, dict[int, float]] = {}
     skipped: dict[str, str] = {}
     for column, (backend, switch) in _COLUMNS.items():
@@ -45,24 +48,6 @@ def run(job: dict[str, Any], group: Group) -> dict[str, Any]:
     agree(group, "end", Vote(), timeout_s=job["timeout_s"])  # the framework's store lives on rank 0
     gpu = here.cuda.get_device_name() if device == "gpu" else None
     return {"times": times, "skipped": skipped, "gpu": gpu, "framework": here.__name__}
-
-
-def _spec(job: dict[str, Any], group: Group, device: str, arch: int | None) -> OpSpec:
-    return OpSpec(
-        rank=group.rank,
-        size=group.size,
-        hidden_size=job["hidden_size"],
-        dtype=job["dtype"],
-        weight_dtype=job["dtype"],
-        weight_offset=0.0,
-        eps=1e-6,
-        device=device,
-        arch=arch,
-        deterministic=False,
-        max_token_num=max(job["rows"]),
-        workspace_bytes=job["workspace_mb"] << 20,
-        timeout_s=job["timeout_s"],
-    )
 
 
 def _column(here: Any, group: Group, spec: OpSpec, backend: str, job: dict[str, Any]) -> dict[int, float]:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from fd_fusion.cli.doctor.child import facts_for
+from fd_fusion.cli.doctor.child import spec_for
 from fd_fusion.cli.processes.ranks import rank_main
 from fd_fusion.comm.group import Group
 
@@ -79,8 +79,8 @@ def _flashinfer(job: dict[str, Any], major: int, minor: int) -> tuple[str | None
     from fd_fusion.backends.flashinfer import loader as runtime_flashinfer
     from fd_fusion.backends.flashinfer.releases import rules
 
-    asked = dict.fromkeys(("dtype", "weight_dtype"), job["dtype"]) | {"hidden_size": job["hidden_size"]}
-    refusal = flashinfer.supports(replace(facts_for(job["ranks"], "gpu", 10 * major + minor), **asked))
+    asked = {"dtype": job["dtype"], "weight_dtypes": (), "hidden_size": job["hidden_size"]}
+    refusal = flashinfer.supports(replace(spec_for(job["ranks"], "gpu", 10 * major + minor), **asked))
     if refusal is not None:
         return None, str(refusal)
     version = runtime_flashinfer.installed_version()

@@ -36,7 +36,12 @@ def installed(monkeypatch):
         ({"deterministic": True}, "0.7.2", "deterministic", "the flashinfer backend is not batch invariant"),
         ({"size": 3}, "0.7.2", "world_size", "3 ranks; this backend takes 2, 4, 8, 16"),
         ({"dtype": "float64"}, "0.7.2", "dtype", "float64"),
-        ({"weight_dtype": "float32"}, "0.7.2", "flashinfer_weight_dtype", "weight as bfloat16, and it is float32"),
+        (
+            {"weight_dtypes": ("float32",)},
+            "0.7.2",
+            "flashinfer_weight_dtype",
+            "as bfloat16, and it is float32",
+        ),
         ({"hidden_size": 4100}, "0.7.2", "hidden_size", "4100 is not a multiple of 8"),
         ({"hidden_size": 8200}, "0.7.2", "hidden_size", None),
         ({}, None, "flashinfer_missing", "not installed"),
@@ -66,7 +71,7 @@ def test_why_not(installed, changed, version, code, text):
         ({"arch": 120}, "0.6.17"),
         ({"hidden_size": 2880}, "0.6.15"),
         ({"weight_offset": 1.0}, "0.6.12"),
-        ({"dtype": "float32", "weight_dtype": "float32"}, "0.7.2"),
+        ({"dtype": "float32"}, "0.7.2"),
     ],
 )
 def test_why_yes(installed, changed, version):
