@@ -8,7 +8,7 @@ import pytest
 from fd_fusion.config import BACKENDS
 from fd_fusion.spec import Backend, FusedOp, OpSpec
 
-CLASSES = {"triton": "triton.Opened", "flashinfer": "flashinfer.op.Opened", "paddle": "paddle.Opened"}
+CLASSES = {"triton": "triton.TritonOp", "flashinfer": "flashinfer.op.FlashInferOp", "paddle": "paddle.PaddleOp"}
 
 
 def methods(protocol):

@@ -111,7 +111,7 @@ def supports(spec: OpSpec) -> Reason | None:
     return None
 
 
-class Opened:
+class PaddleOp:
     """Gather the partial sums and add them in rank order, in float32. Nothing is held open."""
 
     bytes = 0
@@ -160,6 +160,6 @@ class Opened:
             closed()
 
 
-def open(spec: OpSpec, group: Group) -> Opened:
+def open(spec: OpSpec, group: Group) -> PaddleOp:
     """Open the backend for one group, hidden size and dtype."""
-    return Opened(spec, group)
+    return PaddleOp(spec, group)

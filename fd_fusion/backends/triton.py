@@ -50,23 +50,23 @@ def supports(spec: OpSpec) -> Reason | None:
     return None
 
 
-def open(spec: OpSpec, group: Group) -> Opened:
+def open(spec: OpSpec, group: Group) -> TritonOp:
     """Collective: import, compile, open the workspace, run once. On all ranks or on none.
 
     Raises: FusionError: on all ranks alike, naming the first rank that refused and why.
     """
     with runtime_triton.interpreting(spec.device):
-        opened, refusal = as_refusal(lambda: Opened(spec, group))
+        op, refusal = as_refusal(lambda: TritonOp(spec, group))
         agree_or_raise(group, "triton", refusal, None, spec.timeout_s)
         try:
-            opened._open()
+            op._open()
         except BaseException:
-            opened.close()
+            op.close()
             raise
-    return opened
+    return op
 
 
-class Opened:
+class TritonOp:
     """One workspace and its kernels. `limit`: the most rows T of a call, None for any number."""
 
     in_rank_order = True  # the exact bits of the contract's sum
@@ -199,12 +199,12 @@ class Opened:
         raise ValueError(f"opened for weights {expected}, got {list(weight.shape)} of {dtype}; bind the model anew")
 
     def _launch(self, launches, partial, residual, weight, norm_out, residual_out, rows, eps, weight_offset):
-        """On the current stream. `op` on the error page is the number of the call, or of its capture."""
+        """On the current stream. `call_id` is the op of the error page: it counts calls, or their captures."""
         weight, bare = _ready(weight), residual is None
         residual = partial if bare else _ready(residual)  # without one its address is not read
         launch = launches[rows >= self._two_shot_rows, bare]
         parts = [(0, rows)] if rows <= self._slots else plans.launches(self._slots, rows)
-        op, row_bytes = next(self._calls) & 0xFFFFFF, 4 * self._plan.words
+        call_id, row_bytes = next(self._calls) & 0xFFFFFF, 4 * self._plan.words
         for start, count in parts:
             launch(
                 *plans.grid(self._plan, self.programs, count),
@@ -216,7 +216,7 @@ class Opened:
                 *self._own,
                 count,
                 self._group.rank,
-                op,
+                call_id,
                 eps,
                 weight_offset,
             )

@@ -18,7 +18,7 @@ from fd_fusion.spec import OpSpec
 _EPS, _OFFSET = 100.0, 1.0  # about the mean of squares, so that it is seen
 
 
-def run_all(opened: Any, spec: OpSpec, framework: Any) -> None:
+def run_all(op: Any, spec: OpSpec, framework: Any) -> None:
     """Collective: launch one-shot and two-shot, with and without a residual, for each dtype of weight; with one row,
     with more rows than programs, and as a call of more rows than slots, which is several launches (`_shapes`).
     `residual_out` must be the contract's bits, over the whole width.
@@ -26,17 +26,17 @@ def run_all(opened: Any, spec: OpSpec, framework: Any) -> None:
     All are launched before a wrong one is told, since the other ranks take part in every launch.
     Raises: FusionError: the first kernel that gave wrong numbers. FusionTimeout: a rank is missing.
     """
-    wrong, stock = None, (opened._two_shot_rows, opened._slots)
+    wrong, stock = None, (op._two_shot_rows, op._slots)
     try:
-        for weight_dtype, two_shot, bare in opened._launches:
-            opened._two_shot_rows = 1 if two_shot else 1 << 62
-            for rows, slots in _shapes(opened.programs, stock[1], spec.device, bare):
-                opened._slots = slots
+        for weight_dtype, two_shot, bare in op._launches:
+            op._two_shot_rows = 1 if two_shot else 1 << 62
+            for rows, slots in _shapes(op.programs, stock[1], spec.device, bare):
+                op._slots = slots
                 variant = _name(two_shot, bare, rows, len(plans.launches(slots, rows)))
-                reason = _run(opened, spec, framework, variant, rows, bare, weight_dtype)
+                reason = _run(op, spec, framework, variant, rows, bare, weight_dtype)
                 wrong = wrong or reason
     finally:
-        opened._two_shot_rows, opened._slots = stock
+        op._two_shot_rows, op._slots = stock
     if wrong:
         raise FusionError(wrong)
 
@@ -55,7 +55,7 @@ def _name(two_shot: bool, bare: bool, rows: int, launches: int) -> str:
 
 
 def _run(
-    opened: Any, spec: OpSpec, framework: Any, variant: str, rows: int, bare: bool, weight_dtype: str
+    op: Any, spec: OpSpec, framework: Any, variant: str, rows: int, bare: bool, weight_dtype: str
 ) -> Reason | None:
     hidden, dtype = spec.hidden_size, spec.dtype
     partials = [exact.known_partial(rank, rows, hidden, dtype) for rank in range(spec.size)]
@@ -65,7 +65,7 @@ def _run(
         None if values is None else _tensor(framework, values, of, spec.device)
         for values, of in ((partials[spec.rank], dtype), (residual, dtype), (weight, weight_dtype))
     ]
-    norm_out, residual_out = (_numbers(out) for out in opened.finish(*tensors, _EPS, _OFFSET))
+    norm_out, residual_out = (_numbers(out) for out in op.finish(*tensors, _EPS, _OFFSET))
     return judge(variant, dtype, partials, residual, weight, norm_out, residual_out)
 
 

@@ -22,22 +22,22 @@ _AUTO = {"cpu": ("paddle",), "gpu": ("triton", "flashinfer")}
 
 
 @dataclass(frozen=True)
-class Opening:
+class SelectedBackend:
     """A backend that is open on all ranks of a group."""
 
     backend: str
-    opened: FusedOp
+    op: FusedOp
     limit_source: str = "built in"
     note: Reason | None = None  # why the tuning table of this machine is not used
 
 
-def open_for(
+def select_backend(
     group: Group, pairs: Sequence[Any], config: FusionConfig, deterministic: bool, workspace_bytes: int
-) -> tuple[Opening | None, Reason | None, tuple[int, ...]]:
+) -> tuple[SelectedBackend | None, Reason | None, tuple[int, ...]]:
     """Collective: open a backend for pairs of one hidden size and dtype.
 
     Args: workspace_bytes: the most that the workspace may have, equal on all ranks.
-    Returns: (opening, None, ()), or (None, the reason of the first candidate, the ranks that refused). Any refusal
+    Returns: (backend, None, ()), or (None, the reason of the first candidate, the ranks that refused). Any refusal
         of any rank moves all of them to the next candidate.
     """
     spec = _spec_of(pairs, group, config, deterministic, workspace_bytes)
@@ -52,9 +52,9 @@ def open_for(
     for name in _candidates(config.backend, spec.device, tuned):
         spec = replace(spec, tuned_rows=tuned.rows.get(name) or None if tuned else None)
         specs = [replace(spec, eps=eps, weight_offset=offset) for eps, offset in norms]
-        opened, reason, ranks = _try(name, specs, group, config.timeout_s)
-        if opened is not None:
-            return Opening(name, opened, limit_source(spec), note), None, ()
+        op, reason, ranks = _try(name, specs, group, config.timeout_s)
+        if op is not None:
+            return SelectedBackend(name, op, limit_source(spec), note), None, ()
         first = first or (reason, ranks)
     return None, *first
 
@@ -107,21 +107,21 @@ def _try(
     verdict = agree(group, f"{name}.supports", Vote(refusal), timeout_s=timeout_s)
     if not verdict.ok:
         return None, verdict.reason, tuple(rank for rank, _ in verdict.refusals)
-    opened = None
+    op = None
     with working(group, timeout_s=timeout_s):
         try:
-            opened = backend.open(specs[0], group)
+            op = backend.open(specs[0], group)
         except FusionError as error:
             refusal = error.reason
         except Exception as error:  # becomes a vote with its text, so that the other ranks hear of it
             refusal = because("open_failed", error=f"{type(error).__name__}: {error}")
     with contextlib.ExitStack() as unless_ok:
-        if opened is not None:
-            unless_ok.callback(opened.close)
+        if op is not None:
+            unless_ok.callback(op.close)
         verdict = agree(group, f"{name}.open", Vote(refusal), timeout_s=timeout_s)
         if verdict.ok:
             unless_ok.pop_all()
-            return opened, None, ()
+            return op, None, ()
     return None, verdict.reason, tuple(rank for rank, _ in verdict.refusals)
 
 

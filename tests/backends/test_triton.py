@@ -17,13 +17,13 @@ from tests.support.ranks import ROOT, run_ranks
 
 @pytest.mark.parametrize("shape", [list, tuple])
 def test_the_shape_of_a_weight_is_a_list_of_paddle_or_a_tuple_of_torch(shape):
-    opened = object.__new__(backend.Opened)
-    opened._spec = SimpleNamespace(hidden_size=8, weight_dtypes=("bfloat16",))
-    opened._of_weights = [("bf16", {(False, False): "a launch"})]
-    assert opened._launches_for(SimpleNamespace(shape=shape([8]), dtype="bf16")) == {(False, False): "a launch"}
+    op = object.__new__(backend.TritonOp)
+    op._spec = SimpleNamespace(hidden_size=8, weight_dtypes=("bfloat16",))
+    op._of_weights = [("bf16", {(False, False): "a launch"})]
+    assert op._launches_for(SimpleNamespace(shape=shape([8]), dtype="bf16")) == {(False, False): "a launch"}
     for wrong in ([7], [8, 1], [1, 8]):
         with pytest.raises(ValueError, match="opened for weights"):
-            opened._launches_for(SimpleNamespace(shape=shape(wrong), dtype="bf16"))
+            op._launches_for(SimpleNamespace(shape=shape(wrong), dtype="bf16"))
 
 
 PLAIN = {

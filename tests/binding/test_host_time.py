@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import paddle
 import pytest
 
-from fd_fusion.binding import backend_selection as opening
+from fd_fusion.binding import backend_selection
 from fd_fusion.config import FusionConfig
 from fd_fusion.frameworks import triton_launch as runtime_triton
 from tests.binding import host_time
@@ -55,24 +55,24 @@ def test_the_kernel_is_the_one_of_the_weight_s_dtype():
         kind = constants.get("WEIGHT_DTYPE"), constants.get("HAS_RESIDUAL")
         return lambda *args: launched.append(kind)
 
-    opened = host_time.opened_with(launch_of, ("bfloat16", "float32"))
+    op = host_time.op_with(launch_of, ("bfloat16", "float32"))
     x = paddle.ones([1, host_time.H], dtype="bfloat16")
     for dtype, residual in (("bfloat16", x), ("float32", None), ("bfloat16", None), ("float32", x)):
-        opened.finish(x, residual, paddle.ones([host_time.H], dtype=dtype), 1e-6, 0.0)
+        op.finish(x, residual, paddle.ones([host_time.H], dtype=dtype), 1e-6, 0.0)
         assert launched.pop() == (dtype, residual is not None)
     for shape, dtype in (([host_time.H], "float16"), ([host_time.H - 8], "float32"), ([1, host_time.H], "float32")):
         with pytest.raises(ValueError, match="opened for weights"):
-            opened.finish(x, x, paddle.ones(shape, dtype=dtype), 1e-6, 0.0)
+            op.finish(x, x, paddle.ones(shape, dtype=dtype), 1e-6, 0.0)
     assert not launched
 
 
 def test_a_backend_hears_of_the_weights_of_all_pairs(monkeypatch):
     """And it is asked once with each eps: the answers are voted on."""
     heard = []
-    monkeypatch.setattr(opening, "_try", lambda name, spec, *rest: (heard.append(spec), "no", ()))
+    monkeypatch.setattr(backend_selection, "_try", lambda name, spec, *rest: (heard.append(spec), "no", ()))
     pairs = [host_time.pair_of(None, dtype) for dtype in ("bfloat16", "float32", "bfloat16")]
     pairs[2] = dataclasses.replace(pairs[2], eps=1e-5)
-    opening.open_for(host_time.GROUP, pairs, FusionConfig(backend="triton"), False, 1 << 25)
+    backend_selection.select_backend(host_time.GROUP, pairs, FusionConfig(backend="triton"), False, 1 << 25)
     assert [one.eps for one in heard[0]] == [1e-6, 1e-5]
     assert {one.weight_dtypes for one in heard[0]} == {("bfloat16", "float32")}
 

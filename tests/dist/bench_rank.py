@@ -65,8 +65,8 @@ class Triton:
         self.one_shot = self.two_shot = backend.open(spec, group)
         if plans.plan_for(spec.size, spec.hidden_size, spec.dtype).two_shot_rows is None:
             self.two_shot = backend.open(dataclasses.replace(spec, two_shot_rows=1), group)
-        self.opened = list(dict.fromkeys((self.one_shot, self.two_shot)))
-        for one in self.opened:
+        self.ops = list(dict.fromkeys((self.one_shot, self.two_shot)))
+        for one in self.ops:
             one.freeze()
 
     def contenders(self, case, x, residual, weight):
@@ -82,14 +82,14 @@ class Triton:
 
     def counted(self):
         """The rows that the kernels have finished, as the device counts them."""
-        return sum(one.stats()["device"]["rows"] for one in self.opened)
+        return sum(one.stats()["device"]["rows"] for one in self.ops)
 
     def check(self):
-        for one in self.opened:
+        for one in self.ops:
             one.check()
 
     def close(self):
-        for one in self.opened:
+        for one in self.ops:
             one.close()
 
 

@@ -35,7 +35,7 @@ def main(kernels, two_shot_rows):
         size, hidden, dtype, weight_dtype = kernel.split(",")
         size = int(size)
         spec = OpSpec(0, size, int(hidden), dtype, weight_dtypes=(weight_dtype,), two_shot_rows=two_shot_rows, **device)
-        backend.Opened(spec, Group("compile", 0, size, tuple(range(size)), None))
+        backend.TritonOp(spec, Group("compile", 0, size, tuple(range(size)), None))
 
 
 if __name__ == "__main__":

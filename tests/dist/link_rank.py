@@ -127,7 +127,7 @@ def variant(name):
         plans._MEASURED.update(measured)
 
 
-class Variant(backend.Opened):
+class Variant(backend.TritonOp):
     """With a residual and one-shot or two-shot alone: half of the compiling."""
 
     two_shot = False
@@ -152,21 +152,21 @@ def open_variant(name, spec, group, collective=True):
     chosen = {"two_shot": spec.two_shot_rows == 1, "pdl": "pdl" in changes, "stays": "stays" in changes}
     kind = type("Variant", (Variant,), chosen)
     with variant(name):
-        opened = kind(spec, group)
-        opened.programs = max(1, min(opened._slots, int(opened.programs * changes.get("share", 1))))
+        op = kind(spec, group)
+        op.programs = max(1, min(op._slots, int(op.programs * changes.get("share", 1))))
         if collective:
-            opened._open()
-            opened.freeze()
-    return opened
+            op._open()
+            op.freeze()
+    return op
 
 
-def cell(group, opened, yardstick, hidden, rows, options):
+def cell(group, ops, yardstick, hidden, rows, options):
     case = Case(group.size, rows, hidden)
     residual, weight = bench.common(case)
     x = bench.partial(case, group.rank)
     truth = bench.exact(case, residual, weight)
     contenders, errors = {}, {}
-    for name, one in opened.items():
+    for name, one in ops.items():
         def call(one=one):
             return one.finish(x, residual, weight, bench.EPS, 0.0)
 
@@ -229,16 +229,16 @@ def main():
     for hidden in options.hidden:
         spec = bench.spec_for(group.size, group.rank, hidden, options.workspace_mb)
         spec = dataclasses.replace(spec, two_shot_rows=two_shot or NEVER, timeout_s=3)
-        opened = {name: open_variant(name, spec, group, not options.size) for name in options.variants}
+        ops = {name: open_variant(name, spec, group, not options.size) for name in options.variants}
         if options.size:
             continue
-        yardstick = bench.Push(group, hidden, max(options.rows), opened[options.variants[0]]._push)
-        results = [row for rows in options.rows for row in cell(group, opened, yardstick, hidden, rows, options)]
+        yardstick = bench.Push(group, hidden, max(options.rows), ops[options.variants[0]]._push)
+        results = [row for rows in options.rows for row in cell(group, ops, yardstick, hidden, rows, options)]
         if group.rank == 0:
             print("RESULT", json.dumps(results), flush=True)
             print(f"H={hidden} done at {time.monotonic() - began:.0f} s", flush=True)
         torch.cuda.synchronize()
-        for one in opened.values():
+        for one in ops.values():
             one.close()
         yardstick.memory.close()
     if not options.size:

@@ -47,11 +47,11 @@ def partials(linear, rows, hidden_size, dtype):
     return out
 
 
-def site_of(norm, opened):
+def site_of(norm, op):
     def fused(partial, residual):
-        return opened.finish(partial, residual, norm.weight, norm.eps, norm.weight_offset)
+        return op.finish(partial, residual, norm.weight, norm.eps, norm.weight_offset)
 
-    site = Site("pair", fused=fused, reduce=formulas.all_reduce, norm=norm.stock_forward, limit=opened.limit)
+    site = Site("pair", fused=fused, reduce=formulas.all_reduce, norm=norm.stock_forward, limit=op.limit)
     return site
 
 
@@ -63,11 +63,11 @@ for dtype, rows, with_residual, offset in cases:
     hidden_size = 40
     weight_dtype = "float32" if offset else dtype
     linear, norm = pair_of(hidden_size, dtype, offset, weight_dtype)
-    opened = formulas.open(spec(hidden_size, dtype), group)
+    op = formulas.open(spec(hidden_size, dtype), group)
     x = this.rank_values([rows, K], rank, 4, dtype)
     residual = this.rank_values([rows, hidden_size], 0, 5, dtype) if with_residual else None
     unbound = norm(linear(x), residual)
-    site = site_of(norm, opened)
+    site = site_of(norm, op)
     linear.site = norm.site = site
     results = {}
     for proven in (False, True):  # stock, then fused
@@ -88,8 +88,8 @@ for dtype, rows, with_residual, offset in cases:
     for i, name in enumerate(("norm_out", "residual_out")):
         worst = max(worst, check(results[True][i], truth[i], results[False][i], dtype, (name, dtype, rows, offset)))
 
-opened.close()
-for use in (lambda: opened.finish(x, None, norm.weight, EPS, 0.0), opened.check, opened.freeze, opened.reset):
+op.close()
+for use in (lambda: op.finish(x, None, norm.weight, EPS, 0.0), op.check, op.freeze, op.reset):
     try:
         use()
         raise AssertionError("a closed backend was used")

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 
-from fd_fusion.binding import backend_selection as opening
+from fd_fusion.binding import backend_selection
 from fd_fusion.comm.group import Group
 from fd_fusion.config import FusionConfig
 from fd_fusion.spec import OpSpec
@@ -98,10 +98,10 @@ def test_a_failure_on_the_way_to_the_table_does_not_part_the_ranks(monkeypatch):
     def broken():
         raise RuntimeError("no such metadata")
 
-    monkeypatch.setattr(opening.tuning_table, "versions_here", broken)
+    monkeypatch.setattr(backend_selection.tuning_table, "versions_here", broken)
     cuda = type("Cuda", (), {"get_device_name": staticmethod(lambda: "GPU X")})
-    monkeypatch.setattr(opening.runtime_triton, "framework", lambda: type("Paddle", (), {"cuda": cuda}))
-    limits, note = opening._tuned(Group("g", 0, 1, (0,), None), SPEC)
+    monkeypatch.setattr(backend_selection.runtime_triton, "framework", lambda: type("Paddle", (), {"cuda": cuda}))
+    limits, note = backend_selection._tuned(Group("g", 0, 1, (0,), None), SPEC)
     assert limits is None and note.code == "table_unusable" and "no such metadata" in str(note)
 
 
@@ -210,23 +210,25 @@ class Pair:
 
 
 def open_on_two(monkeypatch, tables, **config):
-    """`open_for` on two ranks, threads here, each with its own table; the backends only tell their facts."""
+    """`select_backend` on two ranks, threads here, each with its own table; the backends only record their specs."""
     asked, read = [[], []], threading.local()
-    monkeypatch.setattr(opening.runtime, "device_of", lambda: ("gpu", 90))
-    monkeypatch.setattr(opening.runtime_triton, "framework", lambda: _Framework)
+    monkeypatch.setattr(backend_selection.runtime, "device_of", lambda: ("gpu", 90))
+    monkeypatch.setattr(backend_selection.runtime_triton, "framework", lambda: _Framework)
     monkeypatch.setattr(tuning_table, "read_limits", lambda key, path: tables[read.rank])
 
     def try_it(name, spec, group, timeout_s):
         asked[group.rank].append((name, spec[0]))
         return object(), None, ()
 
-    monkeypatch.setattr(opening, "_try", try_it)
+    monkeypatch.setattr(backend_selection, "_try", try_it)
     store, ended = Store(), [None, None]
 
     def rank(number):
         read.rank = number
         group = Group("g", number, 2, (0, 1), store)
-        ended[number] = opening.open_for(group, [Pair], FusionConfig(timeout_s=5.0, **config), False, 1)
+        ended[number] = backend_selection.select_backend(
+            group, [Pair], FusionConfig(timeout_s=5.0, **config), False, 1
+        )
 
     threads = [threading.Thread(target=rank, args=(number,)) for number in range(2)]
     for thread in threads:

@@ -15,7 +15,7 @@ from typing import Any
 from fd_fusion.backends.flashinfer import loader as runtime_flashinfer
 from fd_fusion.backends.flashinfer import unified as flashinfer_unified
 from fd_fusion.backends.flashinfer.calls import Call, Fixed, compiled_call, python_call
-from fd_fusion.backends.flashinfer.op import ALIGNMENT, ELEMENT_BYTES, Opened, device_table
+from fd_fusion.backends.flashinfer.op import ALIGNMENT, ELEMENT_BYTES, FlashInferOp, device_table
 from fd_fusion.backends.flashinfer.releases import block_threads, rules
 from fd_fusion.backends.flashinfer.watchdog import ControlReader
 from fd_fusion.backends.flashinfer.workspace import Layout, open_memory, rows_that_fit
@@ -88,7 +88,7 @@ def _compiler_refusal(version: str) -> Reason | None:
     return None
 
 
-def open(spec: OpSpec, group: Group) -> Opened:
+def open(spec: OpSpec, group: Group) -> FlashInferOp:
     """Collective: load and build, allocate and exchange, call once. Raises FusionError on all ranks alike."""
     library, entry = _load_and_build(spec, group)
     fit = rows_that_fit(spec.workspace_bytes, spec.size, spec.hidden_size, ELEMENT_BYTES[spec.dtype])
@@ -138,14 +138,14 @@ def _say(text: str) -> None:
     print(f"fd_fusion: {text}", file=sys.stderr, flush=True)
 
 
-def _open_own(spec: OpSpec, group: Group, library: Any, entry: Call | None, rows: int) -> Opened:
+def _open_own(spec: OpSpec, group: Group, library: Any, entry: Call | None, rows: int) -> FlashInferOp:
     """In our own workspace."""
     layout = Layout(spec.size, rows, spec.hidden_size, ELEMENT_BYTES[spec.dtype])
     provider, refusal = as_refusal(CudaIpc)
     agree_or_raise(group, "flashinfer_device", refusal, None, spec.timeout_s)
     memory = open_memory(group, layout, provider, timeout_s=spec.timeout_s)
 
-    def make() -> Opened:
+    def make() -> FlashInferOp:
         table = device_table(library.framework, layout.pointers(memory))
         fixed = Fixed(spec.size, spec.rank, spec.hidden_size, rows, spec.dtype == "float32", table)
         if entry is None:
@@ -156,13 +156,13 @@ def _open_own(spec: OpSpec, group: Group, library: Any, entry: Call | None, rows
             offset = spec.weight_offset
             raise FusionError(because("flashinfer_weight_offset", version=library.version, offset=offset))
         read = ControlReader(memory.own + layout.control)
-        return Opened(spec, group, library, call, adds_bias, rows, layout.nbytes, read, memory.close)
+        return FlashInferOp(spec, group, library, call, adds_bias, rows, layout.nbytes, read, memory.close)
 
-    opened, refusal = as_refusal(make)
+    op, refusal = as_refusal(make)
     try:
         agree_or_raise(group, "flashinfer_made", refusal, None, spec.timeout_s)
     except FusionError:
-        (opened or memory).close()
+        (op or memory).close()
         raise
-    opened.warm_up()
-    return opened
+    op.warm_up()
+    return op

@@ -23,7 +23,7 @@ ALIGNMENT = 16
 _ONE_SHOT_BYTES = {2: 512 << 20, 4: 64 << 20, 8: 42 << 20, 16: 42 << 20}  # 2*N*T*H*e up to which one-shot is taken
 
 
-class Opened:
+class FlashInferOp:
     """FlashInfer's kernel over one workspace, for one group, hidden size and dtype."""
 
     in_rank_order = False  # its tree changes with T, and the sum is rounded before the residual is added
@@ -45,8 +45,8 @@ class Opened:
         self._spec, self._group, self._library = spec, group, library
         self._call, self._adds_bias, self._read, self._release = call, adds_bias, read, release
         self._two_shot = rules(library.version).two_shot
-        op = f"flashinfer all_reduce_rms_norm (H={spec.hidden_size}, {spec.dtype})"
-        what = f"{op} of group {group.name!r}, rank {group.rank} of {group.size},"
+        name = f"flashinfer all_reduce_rms_norm (H={spec.hidden_size}, {spec.dtype})"
+        what = f"{name} of group {group.name!r}, rank {group.rank} of {group.size},"
         self._watchdog = Watchdog(read, what, WARM_UP * spec.timeout_s)
         self._closed = False
         atexit.register(self.close)
@@ -142,7 +142,7 @@ class Opened:
                 )
 
 
-def _compare(opened: Opened, spec: OpSpec, framework: Any, rows: int, bare: bool) -> Reason | None:
+def _compare(op: FlashInferOp, spec: OpSpec, framework: Any, rows: int, bare: bool) -> Reason | None:
     """One call on integers that add up exactly in every dtype and order; its norm rounds once."""
     known = [
         np.resize(exact.probe_partial(r, spec.size, spec.hidden_size, 1.0, spec.dtype), (rows, spec.hidden_size))
@@ -151,7 +151,7 @@ def _compare(opened: Opened, spec: OpSpec, framework: Any, rows: int, bare: bool
     residual, weight = None if bare else known[-1], exact.known_weight(spec.hidden_size, spec.dtype)
     offset, eps = spec.weight_offset, 1.0
     tensors = [None if x is None else _tensor(framework, x, spec.dtype) for x in (known[spec.rank], residual, weight)]
-    norm_out, total = (_numbers(out) for out in opened.finish(*tensors, eps, offset))
+    norm_out, total = (_numbers(out) for out in op.finish(*tensors, eps, offset))
     need = exact.rank_order_sum(known[:-1], residual)
     limits = {"eps": eps, "weight_offset": offset, "dtype": spec.dtype, "rounded": True}
     wrong = {"residual_out": total != need, "norm_out": exact.norm_excess(norm_out, need, weight, **limits) > 1}

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from fd_fusion.backends.flashinfer.calls import parameters, unified_call
-from fd_fusion.backends.flashinfer.op import Opened
+from fd_fusion.backends.flashinfer.op import FlashInferOp
 from fd_fusion.backends.flashinfer.watchdog import ControlReader
 from fd_fusion.backends.flashinfer.workspace import StoreBackend
 from fd_fusion.comm.group import Group
@@ -17,10 +17,10 @@ from fd_fusion.reasons import FusionError, because
 from fd_fusion.spec import OpSpec
 
 
-def open(spec: OpSpec, group: Group, library: Any, rows: int) -> Opened:
+def open(spec: OpSpec, group: Group, library: Any, rows: int) -> FlashInferOp:
     """Collective: the same as `flashinfer.open`, with a workspace that FlashInfer makes."""
 
-    def make() -> Opened:
+    def make() -> FlashInferOp:
         workspace = create(spec, group, library, rows)
         # Without the control block nobody could see a call that hangs.
         address = (getattr(workspace, "metadata", None) or {}).get("control_flag_ptr")
@@ -35,17 +35,17 @@ def open(spec: OpSpec, group: Group, library: Any, rows: int) -> Opened:
             return wait
 
         reader = ControlReader(address)
-        return Opened(spec, group, library, call, adds_bias, rows, spec.workspace_bytes, reader, release)
+        return FlashInferOp(spec, group, library, call, adds_bias, rows, spec.workspace_bytes, reader, release)
 
-    opened, refusal = as_refusal(make)
+    op, refusal = as_refusal(make)
     try:
         agree_or_raise(group, "flashinfer_made", refusal, None, spec.timeout_s)
     except FusionError:
-        if opened is not None:
-            opened.close()
+        if op is not None:
+            op.close()
         raise
-    opened.warm_up()
-    return opened
+    op.warm_up()
+    return op
 
 
 def create(spec: OpSpec, group: Group, library: Any, rows: int) -> Any:

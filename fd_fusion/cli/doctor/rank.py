@@ -14,7 +14,7 @@ from fd_fusion.cli.doctor.child import devices, spec_for
 from fd_fusion.cli.processes.ranks import rank_main
 from fd_fusion.comm.group import Group, working
 from fd_fusion.frameworks import triton_launch as runtime_triton
-from fd_fusion.spec import OpSpec
+from fd_fusion.spec import FusedOp, OpSpec
 
 _ROWS = {"cpu": (1, 3), "gpu": (1, 5, 64)}
 
@@ -29,20 +29,20 @@ def run(job: dict[str, Any], group: Group) -> dict[str, Any]:
     spec = spec_for(group.size, device, arch, group.rank)
     start = time.monotonic()
     with working(group):
-        opened = backend.open(spec, group)
+        op = backend.open(spec, group)
     try:
         opened_s = time.monotonic() - start
-        worst, digest, before = 0.0, hashlib.sha256(), opened.stats()["device"]["rows"]
+        worst, digest, before = 0.0, hashlib.sha256(), op.stats()["device"]["rows"]
         for rows in _ROWS[device]:
-            error, bits = one_call(here, opened, spec, rows)
+            error, bits = one_call(here, op, spec, rows)
             worst = max(worst, error)
             digest.update(bits)
-        opened.check()
-        counted = opened.stats()["device"]["rows"] - before
+        op.check()
+        counted = op.stats()["device"]["rows"] - before
         right = {"worst": worst, "digest": digest.hexdigest(), "counted": counted == sum(_ROWS[device])}
-        return {**right, "bytes": opened.bytes, "opened_s": opened_s}
+        return {**right, "bytes": op.bytes, "opened_s": opened_s}
     finally:
-        opened.close()
+        op.close()
 
 
 def place(rank: int) -> tuple[Any, str, int | None]:
@@ -72,12 +72,10 @@ def numbers(here: Any, made: Any) -> np.ndarray:
     return made.astype("float32").numpy() if here.__name__ == "paddle" else made.float().cpu().numpy()
 
 
-def one_call(here: Any, opened: Any, spec: OpSpec, rows: int) -> tuple[float, bytes]:
+def one_call(here: Any, op: FusedOp, spec: OpSpec, rows: int) -> tuple[float, bytes]:
     """One fused call on known numbers: (error over budget, the bits of both outputs)."""
     partials, residual, weight = _values(spec, rows)
-    got = opened.finish(
-        *(tensor(here, x, spec.dtype) for x in (partials[spec.rank], residual, weight)), spec.eps, 0.0
-    )
+    got = op.finish(*(tensor(here, x, spec.dtype) for x in (partials[spec.rank], residual, weight)), spec.eps, 0.0)
     with np.errstate(all="ignore"):
         truth = reference.all_reduce_rms_norm(partials, residual, weight, eps=spec.eps)
     plain = _plain(partials, residual, weight, spec)

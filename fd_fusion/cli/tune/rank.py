@@ -56,22 +56,22 @@ def _column(here: Any, group: Group, spec: OpSpec, backend: str, job: dict[str, 
     if (refusal := module.supports(spec)) is not None:
         raise FusionError(refusal)
     with working(group):
-        opened = module.open(spec, group)
+        op = module.open(spec, group)
     try:
-        rows = [t for t in job["rows"] if opened.limit is None or t <= opened.limit]
+        rows = [t for t in job["rows"] if op.limit is None or t <= op.limit]
         for t in [t for t in rows if t <= _CHECKED_ROWS][:3]:
-            error, _ = one_call(here, opened, spec, t)
+            error, _ = one_call(here, op, spec, t)
             if not error <= 1:
                 raise FusionError(_wrong(backend, t, error))
         times = {}
         for t in rows:
             x, residual, weight = _tensors(here, spec, t)
-            call = partial(opened.finish, x, residual, weight, spec.eps, 0.0)
+            call = partial(op.finish, x, residual, weight, spec.eps, 0.0)
             times[t] = _time(here, spec, call, job["rounds"])
-            opened.check()
+            op.check()
         return times
     finally:
-        opened.close()
+        op.close()
 
 
 def _wrong(backend: str, rows: int, error: float) -> Reason:

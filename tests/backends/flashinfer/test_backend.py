@@ -116,9 +116,9 @@ def test_the_layout_of_the_workspace():
     assert all(address % 16 == 0 for address in layout.pointers(memory))
 
 
-def opened(version="0.7.2", **changed):
-    """An `Opened` that is only asked, never called."""
-    one = object.__new__(flashinfer.Opened)
+def op(version="0.7.2", **changed):
+    """A `FlashInferOp` that is only asked, never called."""
+    one = object.__new__(flashinfer.FlashInferOp)
     one._spec, one._adds_bias, one.limit = spec(**changed), version >= "0.6.12", 16
     one._library = type("Library", (), {"version": version})
     one._two_shot = version >= "0.7.2"
@@ -127,10 +127,10 @@ def opened(version="0.7.2", **changed):
 
 def test_two_shot_only_where_it_is_sound_and_pays():
     big = 1 << 20
-    assert all(opened("0.6.17", size=4).one_shot(rows) for rows in (1, 5, big))
-    new = opened(size=4, hidden_size=8192)
+    assert all(op("0.6.17", size=4).one_shot(rows) for rows in (1, 5, big))
+    new = op(size=4, hidden_size=8192)
     assert new.one_shot(1) and new.one_shot(512) and not new.one_shot(513)
-    assert opened(size=4, hidden_size=1 << 27).one_shot(4), "two-shot wants more rows than ranks"
+    assert op(size=4, hidden_size=1 << 27).one_shot(4), "two-shot wants more rows than ranks"
 
 
 class Tensor:
@@ -160,10 +160,10 @@ GOOD = {"partial": Tensor(4, 4096), "residual": Tensor(4, 4096), "weight": Tenso
 )
 def test_what_the_kernel_would_misread_is_an_error_before_the_launch(changed, offset, text):
     with pytest.raises(ValueError, match=text):
-        opened()._require(**{**GOOD, **changed}, weight_offset=offset)
-    opened()._require(**GOOD, weight_offset=1.0)
+        op()._require(**{**GOOD, **changed}, weight_offset=offset)
+    op()._require(**GOOD, weight_offset=1.0)
     with pytest.raises(ValueError, match="it adds none"):
-        opened("0.4.1")._require(**GOOD, weight_offset=1.0)
+        op("0.4.1")._require(**GOOD, weight_offset=1.0)
 
 
 def watch(code):
