@@ -14,7 +14,7 @@ import paddle
 from paddle.base.dygraph.base import in_sot_simulation_mode
 from paddle.static import MetaTensor, register_op
 
-from fd_fusion.backends import paddle as formulas
+from fd_fusion.frameworks import paddle_ops
 from fd_fusion.reasons import FusionError, because
 from fd_fusion.site import Site, site_of
 
@@ -98,13 +98,13 @@ def hand_over(site: Site, partial: paddle.Tensor) -> paddle.Tensor:
     output_names=["total"],
 )
 def _all_reduce(x, group):
-    return formulas.all_reduce(x.clone(), group)  # in place, or x itself: see _own
+    return paddle_ops.all_reduce(x.clone(), group)  # in place, or x itself: see _own
 
 
 def all_reduce(x: paddle.Tensor, group: Any) -> paddle.Tensor:
     """The sum of x over the group: in place in eager mode, a new tensor in a traced graph."""
     if paddle.in_dynamic_mode() and not in_sot_simulation_mode():
-        return formulas.all_reduce(x, group)
+        return paddle_ops.all_reduce(x, group)
     return _all_reduce(x, group)
 
 

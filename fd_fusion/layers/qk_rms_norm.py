@@ -9,8 +9,8 @@ import paddle
 from paddle import nn
 from paddle.base.dygraph.base import in_sot_simulation_mode
 
-from fd_fusion.backends import paddle as formulas
 from fd_fusion.config import FusionConfig
+from fd_fusion.frameworks import paddle_ops
 from fd_fusion.layers.finish_op import is_recorded, run_on_copy
 from fd_fusion.layers.rms_norm import RMSNorm
 from fd_fusion.layers.shapes import told
@@ -91,5 +91,5 @@ class QKRMSNorm(nn.Layer):
     def _normalise(self, norm: RMSNorm, part: paddle.Tensor, heads: int) -> paddle.Tensor:
         """[T, heads D] -> [T, heads D], each head by itself."""
         by_head = part.reshape([-1, heads, self.head_dim])
-        out, _ = formulas.rms_norm(by_head, norm.weight, eps=self.eps, weight_offset=norm.weight_offset)
+        out, _ = paddle_ops.rms_norm(by_head, norm.weight, eps=self.eps, weight_offset=norm.weight_offset)
         return out.reshape([-1, heads * self.head_dim])

@@ -12,7 +12,6 @@ from support.tiny import DemoDecoder, hidden
 
 import fd_fusion
 from fd_fusion import FusionConfig, exact
-from fd_fusion.backends import paddle as formulas
 from fd_fusion.binding import backend_selection, joining, lifecycle
 from fd_fusion.binding import bind as binding
 from fd_fusion.binding import proving_pass as settling
@@ -25,6 +24,7 @@ from fd_fusion.binding.proving_pass import Bound
 from fd_fusion.binding.report import Report
 from fd_fusion.comm import group as group_module
 from fd_fusion.comm.group import Group, Verdict, agree
+from fd_fusion.frameworks import paddle_ops
 from fd_fusion.hosts import own_layers
 from fd_fusion.reasons import BindError, FusionError, because
 from fd_fusion.site import ForwardCount, Rejected, Site
@@ -95,12 +95,12 @@ WEIGHT = paddle.rand([32]) + 0.5
 
 
 def host(total, residual):
-    return formulas.rms_norm(total, WEIGHT, eps=1e-6, residual=residual)
+    return paddle_ops.rms_norm(total, WEIGHT, eps=1e-6, residual=residual)
 
 
 def right(x, residual):
     """Two ranks that hold the same: the sum is x + x."""
-    norm_out, total = formulas.rms_norm(x + x, WEIGHT, eps=1e-6, residual=residual)
+    norm_out, total = paddle_ops.rms_norm(x + x, WEIGHT, eps=1e-6, residual=residual)
     return norm_out, total
 
 
@@ -124,7 +124,7 @@ def make_proof(fused=right, names=("a -> b",)):
 
 
 def wrong_eps(x, residual):
-    return formulas.rms_norm(x + x, WEIGHT, eps=1e-5, residual=residual)
+    return paddle_ops.rms_norm(x + x, WEIGHT, eps=1e-5, residual=residual)
 
 
 @pytest.mark.parametrize(
@@ -527,7 +527,7 @@ def test_numbers_of_a_norm_that_change_after_bind_count_as_they_do_in_stock():
     norm = pair.reader
 
     def finish(x, residual, weight, eps, weight_offset):
-        return formulas.rms_norm(x, weight, eps=eps, weight_offset=weight_offset, residual=residual)
+        return paddle_ops.rms_norm(x, weight, eps=eps, weight_offset=weight_offset, residual=residual)
 
     op = SimpleNamespace(finish=finish, limit=None, in_rank_order=True)
     site, x = binding._site_of(pair, SimpleNamespace(op=op), ForwardCount()), hidden(2)

@@ -129,7 +129,7 @@ def bind_all(monkeypatch, family, size, *, fails=(), proof=(), qk=(), stops=(), 
     monkeypatch.setattr(binding, "attach_and_prove", prove)
     monkeypatch.setattr(binding, "label_of", lambda model, pairs, *_: (f"{[one.name for one in pairs]}", 0))
     world = {rank: Group("world", rank, size, tuple(range(size)), store) for rank in range(size)}
-    monkeypatch.setattr(joining, "formulas", SimpleNamespace(group_of=lambda: world[here.rank]))
+    monkeypatch.setattr(joining, "paddle_ops", SimpleNamespace(group_of=lambda: world[here.rank]))
     kept = [groups_of(rank, family, store) for rank in range(size)]
 
     def run(rank):

@@ -12,7 +12,8 @@ from support import rank as this
 from support.values import check, wide
 
 from fd_fusion import RMSNorm, RowParallelLinear, reference
-from fd_fusion.backends import paddle as formulas
+from fd_fusion.backends import paddle as backend
+from fd_fusion.frameworks import paddle_ops
 from fd_fusion.comm.group import Group
 from fd_fusion.reasons import FusionError
 from fd_fusion.reference import round_to
@@ -51,19 +52,19 @@ def site_of(norm, op):
     def fused(partial, residual):
         return op.finish(partial, residual, norm.weight, norm.eps, norm.weight_offset)
 
-    site = Site("pair", fused=fused, reduce=formulas.all_reduce, norm=norm.stock_forward, limit=op.limit)
+    site = Site("pair", fused=fused, reduce=paddle_ops.all_reduce, norm=norm.stock_forward, limit=op.limit)
     return site
 
 
 worst = 0.0
-group = formulas.group_of()
+group = paddle_ops.group_of()
 assert isinstance(group, Group) and (group.rank, group.size) == (rank, size)
 cases = itertools.product(("float32", "bfloat16", "float16"), (0, 1, size + 1, 17), (True, False), (0.0, 1.0))
 for dtype, rows, with_residual, offset in cases:
     hidden_size = 40
     weight_dtype = "float32" if offset else dtype
     linear, norm = pair_of(hidden_size, dtype, offset, weight_dtype)
-    op = formulas.open(spec(hidden_size, dtype), group)
+    op = backend.open(spec(hidden_size, dtype), group)
     x = this.rank_values([rows, K], rank, 4, dtype)
     residual = this.rank_values([rows, hidden_size], 0, 5, dtype) if with_residual else None
     unbound = norm(linear(x), residual)
@@ -101,7 +102,7 @@ half = paddle.full([4, 8], 1.0 + rank, dtype="float16")
 raw = half.clone()
 dist.all_reduce(raw)
 assert np.isinf(raw.numpy()).all(), "gloo has learnt to add float16: the float32 detour may go"
-assert (formulas.all_reduce(half).numpy() == size * (size + 1) / 2).all()
+assert (paddle_ops.all_reduce(half).numpy() == size * (size + 1) / 2).all()
 
 # A non-contiguous x, and the sentences for wrong shapes.
 linear, norm = pair_of(40, "float32", 0.0, "float32")

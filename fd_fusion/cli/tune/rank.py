@@ -160,9 +160,9 @@ def _paddle_ops(spec: OpSpec, ports: list[int]) -> tuple[Callable, Callable]:
     )
     dist.init_parallel_env()
     if spec.device == "cpu":
-        from fd_fusion.backends import paddle as plain
+        from fd_fusion.frameworks import paddle_ops
 
-        return plain.all_reduce, lambda x, r, w: plain.rms_norm(x, w, eps=spec.eps, residual=r)
+        return paddle_ops.all_reduce, lambda x, r, w: paddle_ops.rms_norm(x, w, eps=spec.eps, residual=r)
 
     def reduce(x: Any) -> Any:
         dist.stream.all_reduce(x, sync_op=True, use_calc_stream=True)  # on the stream that is captured

@@ -8,9 +8,9 @@ from typing import Any, NoReturn
 
 import paddle
 
-from fd_fusion.backends import paddle as formulas
 from fd_fusion.binding.pairs import Pair
 from fd_fusion.binding.qk_norms import QKNorm
+from fd_fusion.frameworks import paddle_ops
 from fd_fusion.hosts.fastdeploy.pairs import HostPair, dtype_name
 from fd_fusion.layers.finish_op import finish, hand_over, is_eager, run_on_copy
 from fd_fusion.site import Site
@@ -27,7 +27,7 @@ def pair_of(found: HostPair, fd_config: Any) -> Pair:
     stock_norm = norm.forward
     return Pair(
         name=found.name,
-        group=formulas.group_of(tp_group),
+        group=paddle_ops.group_of(tp_group),
         hidden_size=norm.weight.shape[-1],
         dtype=activation_dtype(fd_config),
         weight_dtype=dtype_name(norm),

@@ -162,9 +162,9 @@ def _bind_in_first_forward(model: Any, fd_config: Any, resolved: Resolved) -> No
 
 def _bind(model: Any, fd_config: Any, resolved: Resolved, example_of: Callable) -> None:
     """Collective. Raises: BindError: strict, or a named backend, and something failed; on all ranks."""
-    from fd_fusion.backends.paddle import group_of
     from fd_fusion.binding.bind import bind
     from fd_fusion.binding.pairs import Pair
+    from fd_fusion.frameworks.paddle_ops import group_of
     from fd_fusion.hosts.fastdeploy import adapters as adapters
     from fd_fusion.hosts.fastdeploy.pairs import find_pairs
 
