@@ -10,6 +10,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from fd_fusion.frameworks.tensors import dtype_name
 from fd_fusion.frameworks.triton_launch import current_stream, interpreting, require_mode, triton_driver, uses_pdl
 from fd_fusion.kernels.all_reduce.plan import DTYPE_BYTES
 
@@ -98,7 +99,7 @@ def _launcher(
     aligned: bool,
 ) -> Callable[[int, tuple, tuple], None]:
     """A function (rows, addresses, strides) that launches. A process drives one GPU."""
-    names = [str(d).split(".")[-1] for d in (dtype, weight_dtype)]
+    names = [dtype_name(dtype), dtype_name(weight_dtype)]
     for name in names:
         if name not in DTYPE_BYTES:
             raise ValueError(f"qk_rms_norm: dtype {name}, expected one of {sorted(DTYPE_BYTES)}")

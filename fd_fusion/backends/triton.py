@@ -19,6 +19,7 @@ from fd_fusion.comm.posix_shm import PosixShm
 from fd_fusion.comm.symmetric_memory import MemoryProvider, agree_or_raise, as_refusal
 from fd_fusion.comm.workspace import Layout, Workspace, open_workspace
 from fd_fusion.frameworks import triton_launch as runtime_triton
+from fd_fusion.frameworks.tensors import empty_like, paddle_or_torch
 from fd_fusion.kernels.all_reduce import plan as plans
 from fd_fusion.kernels.all_reduce.counts import Counts
 from fd_fusion.reasons import FusionTimeout, Reason, because, closed
@@ -88,8 +89,8 @@ class TritonOp:
         word = _ANY_ADDRESS, _ANY_ADDRESS
         store = runtime_triton.load_kernel("all_reduce.probe", "store_word")
         self._store_word = runtime_triton.prepare(store, word, {}, spec.device).launch
-        self._framework = runtime_triton.framework()
-        self._empty_like = runtime_triton.empty_like()
+        self._framework = paddle_or_torch()
+        self._empty_like = empty_like()
         self._dtype = getattr(self._framework, spec.dtype)
         # The launches of a weight's dtype, found by identity: to compare or to hash dtypes takes a microsecond.
         self._of_weights = [

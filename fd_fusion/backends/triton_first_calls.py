@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from fd_fusion import exact
+from fd_fusion.frameworks.tensors import numbers, tensor
 from fd_fusion.kernels.all_reduce import plan as plans
 from fd_fusion.reasons import FusionError, Reason, because
 from fd_fusion.reference import round_to
@@ -62,10 +63,10 @@ def _run(
     residual = None if bare else exact.known_partial(spec.size, rows, hidden, dtype)
     weight = exact.known_weight(hidden, weight_dtype)
     tensors = [
-        None if values is None else _tensor(framework, values, of, spec.device)
+        None if values is None else tensor(framework, values, of, spec.device)
         for values, of in ((partials[spec.rank], dtype), (residual, dtype), (weight, weight_dtype))
     ]
-    norm_out, residual_out = (_numbers(out) for out in op.finish(*tensors, _EPS, _OFFSET))
+    norm_out, residual_out = (numbers(out) for out in op.finish(*tensors, _EPS, _OFFSET))
     return judge(variant, dtype, partials, residual, weight, norm_out, residual_out)
 
 
@@ -92,15 +93,3 @@ def _wrong(variant: str, output: str, wrong: np.ndarray) -> Reason:
     row, column = np.argwhere(wrong)[0]
     spec = {"wrong": int(wrong.sum()), "words": wrong.size, "where": f"row {row}, column {column}"}
     return because("first_call_wrong", variant=variant, output=output, **spec)
-
-
-def _tensor(framework: Any, values: np.ndarray, dtype: str, device: str) -> Any:
-    if framework.__name__ == "torch":
-        made = framework.from_numpy(values.copy()).to(getattr(framework, dtype))
-        return made.cuda() if device == "gpu" else made
-    return framework.to_tensor(values).astype(dtype)
-
-
-def _numbers(tensor: Any) -> np.ndarray:
-    """In float32, from Paddle or torch."""
-    return (tensor.float().cpu() if hasattr(tensor, "float") else tensor.astype("float32")).numpy()

@@ -11,7 +11,7 @@ from typing import Any
 from fd_fusion.comm.group import Group, Vote, agree, working
 from fd_fusion.config import FusionConfig
 from fd_fusion.frameworks import paddle_runtime as runtime
-from fd_fusion.frameworks import triton_launch as runtime_triton
+from fd_fusion.frameworks.tensors import paddle_or_torch
 from fd_fusion.reasons import FusionError, Reason, because
 from fd_fusion.spec import Backend, FusedOp, OpSpec
 from fd_fusion.tuning import table as tuning_table
@@ -86,7 +86,7 @@ def _candidates(named: str, device: str, tuned: Limits | None) -> tuple[str, ...
 def _tuned(group: Group, spec: OpSpec) -> tuple[Limits | None, Reason | None]:
     """Collective: what the tuning table says, if it says the same on all ranks, or why it is not used."""
     try:
-        gpu = runtime_triton.framework().cuda.get_device_name()
+        gpu = paddle_or_torch().cuda.get_device_name()
         key = Fingerprint(gpu, spec.size, spec.hidden_size, spec.dtype, tuning_table.versions_here())
         limits, note = tuning_table.read_limits(key, tuning_table.table_path())
     except Exception as error:  # told in the report; the other ranks wait for this vote

@@ -19,7 +19,7 @@ from fd_fusion import exact
 from fd_fusion.binding import evidence
 from fd_fusion.binding.evidence import BARE, WITH, Contract
 from fd_fusion.binding.outputs import as_numpy, digest
-from fd_fusion.frameworks.paddle_ops import dtype_name
+from fd_fusion.frameworks.tensors import dtype_name
 from fd_fusion.reasons import Reason, because
 from fd_fusion.site import Site
 

@@ -16,7 +16,7 @@ import paddle
 from fd_fusion.binding.outputs import as_numpy
 from fd_fusion.config import FusionConfig
 from fd_fusion.frameworks import paddle_runtime as runtime
-from fd_fusion.frameworks.paddle_ops import dtype_name
+from fd_fusion.frameworks.tensors import dtype_name
 from fd_fusion.kernels.all_reduce.plan import SMALLEST
 from fd_fusion.reasons import Reason, because
 from fd_fusion.reference import UNIT_ROUNDOFF

@@ -14,11 +14,7 @@ import paddle.distributed as dist
 
 from fd_fusion.comm.group import Group
 from fd_fusion.frameworks import paddle_runtime
-
-
-def dtype_name(tensor: paddle.Tensor) -> str:
-    """ "float32", "bfloat16" ...: the dtype without its framework's prefix."""
-    return str(tensor.dtype).rpartition(".")[2]
+from fd_fusion.frameworks.tensors import dtype_name
 
 
 def group_of(handle: Any = None) -> Group:

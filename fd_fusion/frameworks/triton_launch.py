@@ -10,14 +10,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
-import importlib.util
 import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
+from fd_fusion.frameworks.tensors import paddle_or_torch
 from fd_fusion.reasons import FusionError, because
 
 _INTERPRET = "TRITON_INTERPRET"
@@ -54,30 +53,13 @@ def require_mode(device: str) -> None:
         raise FusionError(because("triton_mode", need=int(device == "cpu")))
 
 
-def framework() -> ModuleType:
-    """Paddle, or torch where there is no Paddle."""
-    name = next((n for n in ("paddle", "torch") if n in sys.modules), None)
-    if name is None:
-        name = "paddle" if importlib.util.find_spec("paddle") else "torch"
-    return importlib.import_module(name)
-
-
-def empty_like() -> Callable[[Any], Any]:
-    """tensor -> a new one of its shape, dtype and place, as fast as the framework can: every eager call needs two."""
-    here = framework()
-    make = getattr(getattr(here, "_C_ops", None), "empty_like", None)
-    if here.__name__ != "paddle" or make is None:
-        return here.empty_like
-    return lambda tensor: make(tensor, tensor.dtype, tensor.place)  # a seventh of paddle.empty_like's time
-
-
 @contextlib.contextmanager
 def triton_driver() -> Iterator[None]:
     """Let Triton compile and load for the framework's current device; its own driver comes back after.
 
     Ours stays where Triton could have none: a launch by Triton 3.8 or newer asks for one, loaded or not.
     """
-    if framework().__name__ == "torch":
+    if paddle_or_torch().__name__ == "torch":
         yield  # Triton's own driver
         return
     from triton.runtime.driver import driver
@@ -126,9 +108,8 @@ def make_driver(current_device: Callable, set_device: Callable, capability: Call
 
 def current_stream() -> Callable[[], int]:
     """A function that gives the raw current stream of the current device, made once and cheap to call."""
-    here = framework()
-    device = here.cuda.current_device()
-    return functools.partial(here._C._cuda_getCurrentRawStream, device)
+    framework = paddle_or_torch()
+    return functools.partial(framework._C._cuda_getCurrentRawStream, framework.cuda.current_device())
 
 
 def load_kernel(module: str, name: str) -> Any:

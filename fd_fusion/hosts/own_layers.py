@@ -10,6 +10,7 @@ from typing import Any
 from fd_fusion.binding.pairs import Link, Pair, find_links
 from fd_fusion.binding.qk_norms import QKNorm
 from fd_fusion.frameworks import paddle_ops
+from fd_fusion.frameworks.tensors import dtype_name
 from fd_fusion.layers.qk_rms_norm import QKRMSNorm
 from fd_fusion.layers.rms_norm import RMSNorm
 from fd_fusion.reasons import because
@@ -42,7 +43,7 @@ def _pair(link: Link) -> Pair | Rejected:
         group=paddle_ops.group_of(handle),
         hidden_size=norm.hidden_size,
         dtype=_partial_dtype(link.producer),
-        weight_dtype=paddle_ops.dtype_name(norm.weight),
+        weight_dtype=dtype_name(norm.weight),
         eps=norm.eps,
         weight_offset=norm.weight_offset,
         reduce=lambda partial: paddle_ops.all_reduce(partial, handle),
@@ -63,10 +64,10 @@ def _partial_dtype(producer: Any) -> str:
     for layer in producer.sublayers(include_self=True):
         weight = getattr(layer, "weight", None)
         if hasattr(layer, "reduce_results") and weight is not None:
-            elements[paddle_ops.dtype_name(weight)] += math.prod(weight.shape)
+            elements[dtype_name(weight)] += math.prod(weight.shape)
     if not elements:
         for parameter in producer.parameters():
-            elements[paddle_ops.dtype_name(parameter)] += math.prod(parameter.shape)
+            elements[dtype_name(parameter)] += math.prod(parameter.shape)
     return elements.most_common(1)[0][0]
 
 

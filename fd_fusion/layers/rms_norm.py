@@ -7,6 +7,7 @@ from paddle import nn
 
 from fd_fusion.config import FusionConfig
 from fd_fusion.frameworks import paddle_ops
+from fd_fusion.frameworks.tensors import dtype_name
 from fd_fusion.layers.finish_op import finish
 from fd_fusion.layers.shapes import cannot_fit, told
 from fd_fusion.site import Site
@@ -70,6 +71,6 @@ class RMSNorm(nn.Layer):
             return
         if cannot_fit(residual_input.shape, x.shape) or residual_input.dtype != x.dtype:
             raise ValueError(
-                f"RMSNorm: the residual is {told(residual_input.shape)} {paddle_ops.dtype_name(residual_input)}, "
-                f"expected {told(x.shape)} {paddle_ops.dtype_name(x)} like x"
+                f"RMSNorm: the residual is {told(residual_input.shape)} {dtype_name(residual_input)}, "
+                f"expected {told(x.shape)} {dtype_name(x)} like x"
             )

@@ -121,7 +121,7 @@ def test_triton_is_left_our_driver_only_where_it_could_have_none(monkeypatch, to
         driver = importlib.import_module("triton.runtime.driver").driver
     monkeypatch.setattr(driver, "_active", before)
     monkeypatch.setattr(runtime_triton, "_paddle_driver", lambda: "ours")
-    monkeypatch.setattr(runtime_triton, "framework", lambda: SimpleNamespace(__name__="paddle"))
+    monkeypatch.setattr(runtime_triton, "paddle_or_torch", lambda: SimpleNamespace(__name__="paddle"))
     torch = None if torch_gpu is None else SimpleNamespace(cuda=SimpleNamespace(is_available=lambda: torch_gpu))
     monkeypatch.setitem(sys.modules, "torch", torch)
     with runtime_triton.triton_driver():

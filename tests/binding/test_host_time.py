@@ -9,7 +9,7 @@ import pytest
 
 from fd_fusion.binding import backend_selection
 from fd_fusion.config import FusionConfig
-from fd_fusion.frameworks import triton_launch as runtime_triton
+from fd_fusion.frameworks import tensors
 from tests.binding import host_time
 
 
@@ -81,7 +81,7 @@ def test_a_backend_hears_of_the_weights_of_all_pairs(monkeypatch):
 def test_new_tensors_are_those_of_the_framework(dtype):
     x = paddle.ones([3, 8], dtype=dtype)
     for own in (x, x[:, :4].contiguous(), x[:0]):
-        got, want = runtime_triton.empty_like()(own), paddle.empty_like(own)
+        got, want = tensors.empty_like()(own), paddle.empty_like(own)
         for name in ("shape", "dtype", "place", "stop_gradient", "strides"):
             assert getattr(got, name) == getattr(want, name), name
 
@@ -91,5 +91,5 @@ def test_without_a_fast_way_the_public_one_is_taken(monkeypatch):
         SimpleNamespace(__name__="torch", empty_like="torch's"),
         SimpleNamespace(__name__="paddle", empty_like="torch's"),
     ):
-        monkeypatch.setattr(runtime_triton, "framework", lambda module=module: module)
-        assert runtime_triton.empty_like() == "torch's"
+        monkeypatch.setattr(tensors, "paddle_or_torch", lambda module=module: module)
+        assert tensors.empty_like() == "torch's"

@@ -110,7 +110,7 @@ def bind_all(monkeypatch, family, size, *, fails=(), proof=(), qk=(), stops=(), 
     def select_backend(group, pairs, config, deterministic, workspace_bytes):
         no = because("open_failed", error="no memory") if group.ranks[group.rank] in failures["fails"] else None
         verdict = agree(group, "open", Vote(no), timeout_s=LIMIT)
-        op = SimpleNamespace(bytes=0, limit=4, finish=None, close=lambda: None, stats=dict)
+        op = SimpleNamespace(bytes=0, limit=4, in_rank_order=True, finish=None, close=lambda: None, stats=dict)
         selected = SimpleNamespace(op=op, backend="fake", note=None, limit_source="")
         ranks = tuple(rank for rank, _ in verdict.refusals)
         return (selected, None, ()) if verdict.ok else (None, verdict.reason, ranks)

@@ -14,18 +14,20 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 
 from fd_fusion.backends.flashinfer import backend as flashinfer
 from fd_fusion.backends.flashinfer import loader as runtime_flashinfer
 from fd_fusion.backends.flashinfer import op as flashinfer_op
 from fd_fusion.backends.flashinfer.calls import Fixed, compiled_call, python_call
-from fd_fusion.backends.flashinfer.op import FlashInferOp, device_table
+from fd_fusion.backends.flashinfer.op import FlashInferOp
 from fd_fusion.backends.flashinfer.releases import block_threads, rules
 from fd_fusion.backends.flashinfer.watchdog import ControlReader
 from fd_fusion.backends.flashinfer.workspace import Layout, fill
 from fd_fusion.comm.cuda_ipc import CudaIpc
 from fd_fusion.comm.group import Group, working
+from fd_fusion.frameworks.tensors import tensor
 from tests.support.flashinfer_spec import spec
 
 EPS = 1e-6
@@ -106,7 +108,8 @@ def virtual_ranks(library, entry, size, hidden, dtype, rows, timeout_s=30.0):
         provider.fill(addresses[rank], layout.nbytes)
         memory = SimpleNamespace(addresses=addresses, own=addresses[rank], provider=provider)
         fill(layout, memory)
-        fixed = Fixed(size, rank, hidden, rows, dtype == torch.float32, device_table(torch, layout.pointers(memory)))
+        table = tensor(torch, np.array(layout.pointers(memory)), "int64", "gpu")
+        fixed = Fixed(size, rank, hidden, rows, dtype == torch.float32, table)
         known = spec(rank=rank, size=size, hidden_size=hidden, dtype=name, timeout_s=timeout_s)
         group = Group("virtual", rank, size, tuple(range(size)), None)
         read = ControlReader(addresses[rank] + layout.control)

@@ -100,7 +100,7 @@ def test_a_failure_on_the_way_to_the_table_does_not_part_the_ranks(monkeypatch):
 
     monkeypatch.setattr(backend_selection.tuning_table, "versions_here", broken)
     cuda = type("Cuda", (), {"get_device_name": staticmethod(lambda: "GPU X")})
-    monkeypatch.setattr(backend_selection.runtime_triton, "framework", lambda: type("Paddle", (), {"cuda": cuda}))
+    monkeypatch.setattr(backend_selection, "paddle_or_torch", lambda: type("Paddle", (), {"cuda": cuda}))
     limits, note = backend_selection._tuned(Group("g", 0, 1, (0,), None), SPEC)
     assert limits is None and note.code == "table_unusable" and "no such metadata" in str(note)
 
@@ -213,7 +213,7 @@ def open_on_two(monkeypatch, tables, **config):
     """`select_backend` on two ranks, threads here, each with its own table; the backends only record their specs."""
     asked, read = [[], []], threading.local()
     monkeypatch.setattr(backend_selection.runtime, "device_of", lambda: ("gpu", 90))
-    monkeypatch.setattr(backend_selection.runtime_triton, "framework", lambda: _Framework)
+    monkeypatch.setattr(backend_selection, "paddle_or_torch", lambda: _Framework)
     monkeypatch.setattr(tuning_table, "read_limits", lambda key, path: tables[read.rank])
 
     def try_it(name, spec, group, timeout_s):

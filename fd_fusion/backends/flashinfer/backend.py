@@ -12,16 +12,19 @@ import sys
 import time
 from typing import Any
 
+import numpy as np
+
 from fd_fusion.backends.flashinfer import loader as runtime_flashinfer
 from fd_fusion.backends.flashinfer import unified as flashinfer_unified
 from fd_fusion.backends.flashinfer.calls import Call, Fixed, compiled_call, python_call
-from fd_fusion.backends.flashinfer.op import ALIGNMENT, ELEMENT_BYTES, FlashInferOp, device_table
+from fd_fusion.backends.flashinfer.op import ALIGNMENT, ELEMENT_BYTES, FlashInferOp
 from fd_fusion.backends.flashinfer.releases import block_threads, rules
 from fd_fusion.backends.flashinfer.watchdog import ControlReader
 from fd_fusion.backends.flashinfer.workspace import Layout, open_memory, rows_that_fit
 from fd_fusion.comm.cuda_ipc import CudaIpc
 from fd_fusion.comm.group import Group
 from fd_fusion.comm.symmetric_memory import agree_or_raise, as_refusal
+from fd_fusion.frameworks.tensors import tensor
 from fd_fusion.reasons import FusionError, Reason, because
 from fd_fusion.spec import OpSpec
 from fd_fusion.tuning.limits import row_limit
@@ -146,7 +149,7 @@ def _open_own(spec: OpSpec, group: Group, library: Any, entry: Call | None, rows
     memory = open_memory(group, layout, provider, timeout_s=spec.timeout_s)
 
     def make() -> FlashInferOp:
-        table = device_table(library.framework, layout.pointers(memory))
+        table = tensor(library.framework, np.array(layout.pointers(memory)), "int64", "gpu")
         fixed = Fixed(spec.size, spec.rank, spec.hidden_size, rows, spec.dtype == "float32", table)
         if entry is None:
             call, adds_bias = python_call(library.function, fixed, library.version)

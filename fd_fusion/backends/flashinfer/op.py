@@ -15,6 +15,7 @@ from fd_fusion.backends.flashinfer.watchdog import Watchdog
 from fd_fusion.comm.group import Group
 from fd_fusion.comm.symmetric_memory import CLOSE_TIMEOUT_S, agree_or_raise, as_refusal
 from fd_fusion.comm.workspace import WARM_UP
+from fd_fusion.frameworks.tensors import dtype_name, numbers, tensor
 from fd_fusion.reasons import FusionError, Reason, because, closed
 from fd_fusion.spec import OpSpec
 
@@ -132,11 +133,11 @@ class FlashInferOp:
         if weight_offset and not self._adds_bias:
             raise ValueError(f"flashinfer {self._library.version}: weight_offset {weight_offset}; it adds none")
         row = [rows, spec.hidden_size]
-        for name, tensor, shape in (("x", partial, row), ("residual", residual, row), ("weight", weight, row[1:])):
-            dtype = str(tensor.dtype).rpartition(".")[2]
-            if [*tensor.shape] != shape or dtype != spec.dtype:
-                raise ValueError(f"flashinfer: {name} is {[*tensor.shape]} {dtype}; expected {shape} {spec.dtype}")
-            if not tensor.is_contiguous() or tensor.data_ptr() % ALIGNMENT:
+        for name, one, shape in (("x", partial, row), ("residual", residual, row), ("weight", weight, row[1:])):
+            dtype = dtype_name(one)
+            if [*one.shape] != shape or dtype != spec.dtype:
+                raise ValueError(f"flashinfer: {name} is {[*one.shape]} {dtype}; expected {shape} {spec.dtype}")
+            if not one.is_contiguous() or one.data_ptr() % ALIGNMENT:
                 raise ValueError(
                     f"flashinfer: {name} is not contiguous, or not aligned to {ALIGNMENT} bytes; copy it"
                 )
@@ -150,8 +151,9 @@ def _compare(op: FlashInferOp, spec: OpSpec, framework: Any, rows: int, bare: bo
     ]
     residual, weight = None if bare else known[-1], exact.known_weight(spec.hidden_size, spec.dtype)
     offset, eps = spec.weight_offset, 1.0
-    tensors = [None if x is None else _tensor(framework, x, spec.dtype) for x in (known[spec.rank], residual, weight)]
-    norm_out, total = (_numbers(out) for out in op.finish(*tensors, eps, offset))
+    arrays = known[spec.rank], residual, weight
+    tensors = [None if values is None else tensor(framework, values, spec.dtype, "gpu") for values in arrays]
+    norm_out, total = (numbers(out) for out in op.finish(*tensors, eps, offset))
     need = exact.rank_order_sum(known[:-1], residual)
     limits = {"eps": eps, "weight_offset": offset, "dtype": spec.dtype, "rounded": True}
     wrong = {"residual_out": total != need, "norm_out": exact.norm_excess(norm_out, need, weight, **limits) > 1}
@@ -162,20 +164,3 @@ def _compare(op: FlashInferOp, spec: OpSpec, framework: Any, rows: int, bare: bo
             variant = f"FlashInfer's kernel {'without' if bare else 'with'} a residual, T={rows},"
             return because("first_call_wrong", variant=variant, output=output, **at)
     return None
-
-
-def _tensor(framework: Any, values: np.ndarray, dtype: str) -> Tensor:
-    if framework.__name__ == "paddle":
-        return framework.to_tensor(values).astype(dtype)
-    return framework.from_numpy(values.copy()).to(getattr(framework, dtype)).cuda()
-
-
-def _numbers(tensor: Tensor) -> np.ndarray:
-    return (tensor.float().cpu() if hasattr(tensor, "float") else tensor.astype("float32")).numpy()
-
-
-def device_table(framework: Any, addresses: list[int]) -> Tensor:
-    """The addresses as an int64 tensor on the GPU."""
-    if framework.__name__ == "paddle":
-        return framework.to_tensor(addresses, dtype="int64")
-    return framework.tensor(addresses, dtype=framework.int64, device="cuda")

@@ -17,6 +17,7 @@ from fd_fusion.cli.doctor.machine import tool
 from fd_fusion.cli.processes.signals import held_back
 from fd_fusion.cli.processes.tied import child_environment, end_with_parent
 from fd_fusion.config import BACKENDS
+from fd_fusion.frameworks.tensors import devices, paddle_or_torch
 from fd_fusion.reasons import FusionError, because
 from fd_fusion.spec import OpSpec
 from fd_fusion.tuning import table as tuning_table
@@ -70,57 +71,44 @@ def spec_for(size: int, device: str, arch: int | None, rank: int = 0) -> OpSpec:
 
 def framework(size: str) -> Iterator[Finding]:
     """Paddle, or torch where there is no Paddle: its devices, and which backends say yes."""
-    from fd_fusion.frameworks import triton_launch as runtime_triton
-
     try:
-        here = runtime_triton.framework()
+        module = paddle_or_torch()
     except ImportError as error:
         detail = str(error) if importlib.util.find_spec("paddle") else "neither Paddle nor torch is installed"
         yield of_reason("framework", "import", "broken", because("no_paddle", detail=detail))
         return
-    device, arch, count = devices(here)
-    name = f"{here.__name__} {here.__version__}"
+    device, arch, count = devices(module)
+    name = f"{module.__name__} {module.__version__}"
     where = f"{count} GPU{'s' * (count > 1)}, sm_{arch}" if count else "CPU only"
-    data = {"name": here.__name__, "version": here.__version__, "device": device, "arch": arch, "gpus": count}
+    data = {"name": module.__name__, "version": module.__version__, "device": device, "arch": arch, "gpus": count}
     yield Finding("framework", "import", "ok", f"{name} imports: {where}", data=data)
     listed = [] if count else (tool("nvidia-smi", "-L") or "").splitlines()
     if seen := sum(line.startswith("GPU ") for line in listed):
         remedy = "install a build for GPUs, with a CUDA that the driver knows, and look at CUDA_VISIBLE_DEVICES"
         yield Finding("framework", "gpus", "off", f"{name} sees none of this machine's GPUs ({seen})", remedy)
     spec = spec_for(int(size), device, arch)
-    yield from guarded("framework", lambda: _memory(here, spec))
-    yield from guarded("framework", lambda: _table(here, spec))
+    yield from guarded("framework", lambda: _memory(module, spec))
+    yield from guarded("framework", lambda: _table(module, spec))
     yield from _backends(spec)
 
 
-def devices(here: Any) -> tuple[str, int | None, int]:
-    """("gpu", 90, number of GPUs), or ("cpu", None, 0), of Paddle or torch."""
-    on_paddle = here.__name__ == "paddle"
-    count = here.device.cuda.device_count() if on_paddle and here.is_compiled_with_cuda() else 0
-    count = here.cuda.device_count() if not on_paddle else count
-    if not count:
-        return "cpu", None, 0
-    major, minor = here.cuda.get_device_capability()
-    return "gpu", 10 * major + minor, count
-
-
-def _memory(here: Any, spec: OpSpec) -> Iterator[Finding]:
+def _memory(framework: Any, spec: OpSpec) -> Iterator[Finding]:
     """The room that is left on the GPU, against what a workspace takes."""
     if spec.device == "cpu":
         return
-    free, total = (part >> 20 for part in here.cuda.mem_get_info())
+    free, total = (part >> 20 for part in framework.cuda.mem_get_info())
     need = spec.workspace_bytes >> 20
     text = f"GPU memory: {free} of {total} MiB free; the workspaces of a process take up to {need} MiB (workspace_mb)"
     state = "ok" if free > need else "off"
     yield Finding("framework", "memory", state, text, "" if state == "ok" else "free GPU memory", {"free_mib": free})
 
 
-def _table(here: Any, spec: OpSpec) -> Iterator[Finding]:
+def _table(framework: Any, spec: OpSpec) -> Iterator[Finding]:
     """Whether `bind` would find a measurement of this machine."""
     if spec.device == "cpu":
         return
     path = tuning_table.table_path()
-    key = (here.cuda.get_device_name(), spec.size, spec.hidden_size, spec.dtype, tuning_table.versions_here())
+    key = (framework.cuda.get_device_name(), spec.size, spec.hidden_size, spec.dtype, tuning_table.versions_here())
     limits, reason = tuning_table.read_limits(tuning_table.Fingerprint(*key), path)
     shape = f"{spec.size} ranks, H={spec.hidden_size}, {spec.dtype}"
     if reason:
@@ -158,9 +146,8 @@ def _backends(spec: OpSpec) -> Iterator[Finding]:
 def flashinfer() -> Iterator[Finding]:
     """Whether FlashInfer imports under the framework that runs here, and has its kernel."""
     from fd_fusion.backends.flashinfer import loader as runtime_flashinfer
-    from fd_fusion.frameworks import triton_launch as runtime_triton
 
-    runtime_triton.framework()
+    paddle_or_torch()
     try:
         library = runtime_flashinfer.load()
     except FusionError as error:

@@ -11,7 +11,8 @@ import paddle
 from fd_fusion.binding.pairs import Pair
 from fd_fusion.binding.qk_norms import QKNorm
 from fd_fusion.frameworks import paddle_ops
-from fd_fusion.hosts.fastdeploy.pairs import HostPair, dtype_name
+from fd_fusion.frameworks.tensors import dtype_name
+from fd_fusion.hosts.fastdeploy.pairs import HostPair, norm_dtype
 from fd_fusion.layers.finish_op import finish, hand_over, is_eager, run_on_copy
 from fd_fusion.site import Site
 
@@ -30,7 +31,7 @@ def pair_of(found: HostPair, fd_config: Any) -> Pair:
         group=paddle_ops.group_of(tp_group),
         hidden_size=norm.weight.shape[-1],
         dtype=activation_dtype(fd_config),
-        weight_dtype=dtype_name(norm),
+        weight_dtype=norm_dtype(norm),
         eps=norm.eps,
         weight_offset=0.0,  # the host adds Gemma's offset to the weight when it loads it
         reduce=lambda partial: tensor_model_parallel_all_reduce(partial, tp_group),
@@ -210,4 +211,4 @@ def _set(layer: Any, attribute: str, value: Any) -> Callable[[], None]:
 
 def activation_dtype(fd_config: Any) -> str:
     """ "bfloat16", of the tensors between the layers; a quantised layer's weight does not tell it."""
-    return str(getattr(fd_config.model_config, "dtype", None) or paddle.get_default_dtype()).rpartition(".")[2]
+    return dtype_name(getattr(fd_config.model_config, "dtype", None) or paddle.get_default_dtype())

@@ -292,7 +292,7 @@ def test_what_a_pooling_model_gives_waits_for_the_device(monkeypatch, host_worke
     order = []
     monkeypatch.setattr(lifecycle, "held", lambda: ("a workspace",))
     monkeypatch.setattr(binding, "check", lambda: order.append("check"))
-    monkeypatch.setattr(worker, "_wait_for_device", lambda: order.append("wait"))
+    monkeypatch.setattr(worker, "synchronize", lambda framework: order.append("wait"))
     monkeypatch.setattr(host_worker.runner, "_publish", lambda rank, tokens: order.append("publish"))
     assert worker.patch() is None
     host_worker.runner.post_process([1], {"rank": 0}, skip_save_output=True)
