@@ -23,7 +23,7 @@ from fd_fusion.comm.circle import Known, circle_of, meet
 from fd_fusion.comm.group import Group, Vote, agree
 from fd_fusion.config import FusionConfig
 from fd_fusion.frameworks import paddle_runtime as runtime
-from fd_fusion.layers.finish_op import is_eager
+from fd_fusion.frameworks.paddle_ops import is_eager
 from fd_fusion.reasons import BindError, FusionError, Reason, because
 from fd_fusion.site import ForwardCount, Rejected, Site
 

@@ -11,10 +11,16 @@ from typing import Any
 
 import paddle
 import paddle.distributed as dist
+from paddle.base.dygraph.base import in_sot_simulation_mode
 
 from fd_fusion.comm.group import Group
 from fd_fusion.frameworks import paddle_runtime
 from fd_fusion.frameworks.tensors import dtype_name
+
+
+def is_eager() -> bool:
+    """Return whether ops run as they are called: not inside the tracing of a static graph, by AST or by SOT."""
+    return paddle.in_dynamic_mode() and not in_sot_simulation_mode()
 
 
 def group_of(handle: Any = None) -> Group:

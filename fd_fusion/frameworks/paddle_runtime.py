@@ -1,4 +1,4 @@
-"""What the frameworks give us, behind plain functions: Paddle's store, its device, its present user.
+"""What Paddle gives us, behind plain functions: its version, its store, its device, its present caller.
 
 Nothing here is imported before it is used: `import fd_fusion` must load neither Paddle nor Triton.
 """
@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
-from fd_fusion.reasons import FusionError, because
+from fd_fusion.reasons import FusionError, Reason, because
 
 MIN_PADDLE = (3, 3)
 _logger = logging.getLogger("fd_fusion")
@@ -26,11 +26,16 @@ def require_paddle() -> Any:
         import paddle
     except ImportError as error:
         raise FusionError(because("no_paddle", detail=str(error))) from None
-    version = tuple(int(part) for part in paddle.__version__.split(".")[:2] if part.isdigit())
-    if version < MIN_PADDLE and version != (0, 0):  # nightly builds call themselves 0.0.0
-        need = ".".join(map(str, MIN_PADDLE))
-        raise FusionError(because("old_paddle", got=paddle.__version__, need=need))
+    if refusal := too_old(paddle.__version__):
+        raise FusionError(refusal)
     return paddle
+
+
+def too_old(version: str) -> Reason | None:
+    """Return the reason why this version of Paddle cannot be used, or None. Nightly builds have version 0.0.0."""
+    numbers = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
+    need = ".".join(map(str, MIN_PADDLE))
+    return because("old_paddle", got=version, need=need) if (0, 0) != numbers < MIN_PADDLE else None
 
 
 class TcpStore:

@@ -7,7 +7,6 @@ from typing import Any
 
 import paddle
 from paddle import nn
-from paddle.base.dygraph.base import in_sot_simulation_mode
 
 from fd_fusion.config import FusionConfig
 from fd_fusion.frameworks import paddle_ops
@@ -62,7 +61,7 @@ class QKRMSNorm(nn.Layer):
         narrow = [size for size in told(qkv.shape[1:]) if size is not None and size < q_size + k_size]
         if qkv.ndim != 2 or narrow:
             raise ValueError(f"QKRMSNorm: qkv is {told(qkv.shape)}, expected [T, at least {q_size + k_size}]")
-        traced = not paddle.in_dynamic_mode() or in_sot_simulation_mode()
+        traced = not paddle_ops.is_eager()
         recorded = not traced and is_recorded(qkv, self.q_norm.weight, self.k_norm.weight)
         if self.kernel is not None:
             if recorded:

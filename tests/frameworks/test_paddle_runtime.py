@@ -35,3 +35,12 @@ def test_a_store_that_comes_later_is_found(monkeypatch):
     monkeypatch.setenv("PADDLE_TRAINERS_NUM", "2")
     assert runtime.tcp_store() == runtime.tcp_store() == "a store" and made == [("127.0.0.9", 6000, 2, 30)]
     runtime._connect.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "version, refused", [("3.3.0", False), ("3.10.1", False), ("4.0.0", False), ("0.0.0", False), ("3.2.9", True)]
+)
+def test_versions_below_the_minimum_are_refused(version, refused):
+    refusal = runtime.too_old(version)
+    assert (refusal is not None) == refused
+    assert not refused or version in str(refusal)

@@ -13,7 +13,7 @@ from fd_fusion.binding.qk_norms import QKNorm
 from fd_fusion.frameworks import paddle_ops
 from fd_fusion.frameworks.tensors import dtype_name
 from fd_fusion.hosts.fastdeploy.pairs import HostPair, norm_dtype
-from fd_fusion.layers.finish_op import finish, hand_over, is_eager, run_on_copy
+from fd_fusion.layers.finish_op import finish, hand_over, run_on_copy
 from fd_fusion.site import Site
 
 _ABSENT = object()
@@ -83,7 +83,7 @@ def _qk_forward(stock: Callable, kernel: Callable) -> Callable:
     def forward(qkv_out, forward_meta=None, proxy_rmsnorm=None):
         if proxy_rmsnorm is not None:
             return stock(qkv_out, forward_meta, proxy_rmsnorm)
-        return kernel(qkv_out) if is_eager() else run_on_copy(qkv_out, kernel)
+        return kernel(qkv_out) if paddle_ops.is_eager() else run_on_copy(qkv_out, kernel)
 
     forward.__wrapped__ = stock
     return forward

@@ -133,7 +133,8 @@ def _bind_in_first_forward(model: Any, fd_config: Any, resolved: Resolved) -> No
     outputs.
     """
     from fd_fusion.binding.outputs import NOT_COMPARED
-    from fd_fusion.hosts.fastdeploy.adapters import is_eager, without_upstream_fusion
+    from fd_fusion.frameworks.paddle_ops import is_eager
+    from fd_fusion.hosts.fastdeploy.adapters import without_upstream_fusion
     from fd_fusion.hosts.fastdeploy.pairs import has_state
 
     stateful = has_state(model)
