@@ -18,7 +18,7 @@ from fd_fusion.comm.group import Group
 from fd_fusion.comm.posix_shm import PosixShm
 from fd_fusion.comm.symmetric_memory import MemoryProvider, agree_or_raise, as_refusal
 from fd_fusion.comm.workspace import Layout, Workspace, open_workspace
-from fd_fusion.frameworks import triton_launch as runtime_triton
+from fd_fusion.frameworks import triton_launch
 from fd_fusion.frameworks.tensors import empty_like, paddle_or_torch
 from fd_fusion.kernels.all_reduce import plan as plans
 from fd_fusion.kernels.all_reduce.counts import Counts
@@ -56,7 +56,7 @@ def open(spec: OpSpec, group: Group) -> TritonOp:
 
     Raises: FusionError: on all ranks alike, naming the first rank that refused and why.
     """
-    with runtime_triton.interpreting(spec.device):
+    with triton_launch.interpreting(spec.device):
         op, refusal = as_refusal(lambda: TritonOp(spec, group))
         agree_or_raise(group, "triton", refusal, None, spec.timeout_s)
         try:
@@ -76,7 +76,7 @@ class TritonOp:
         """The local half of `open`: import and compile, no vote and no memory."""
         self.limit = row_limit(spec)
         self._spec, self._group, self._plan = spec, group, _plan(spec)
-        runtime_triton.require_mode(spec.device)
+        triton_launch.require_mode(spec.device)
         self._provider: MemoryProvider = CudaIpc() if spec.device == "gpu" else PosixShm()
         kernels = self._compile()
         self._launches = {variant: kernel.launch for variant, kernel in kernels.items()}
@@ -87,8 +87,8 @@ class TritonOp:
             self._plan, workspace_bytes=spec.workspace_bytes, at_once=room, limit=self.limit
         )
         word = _ANY_ADDRESS, _ANY_ADDRESS
-        store = runtime_triton.load_kernel("all_reduce.probe", "store_word")
-        self._store_word = runtime_triton.prepare(store, word, {}, spec.device).launch
+        store = triton_launch.load_kernel("all_reduce.probe", "store_word")
+        self._store_word = triton_launch.prepare(store, word, {}, spec.device).launch
         self._framework = paddle_or_torch()
         self._empty_like = empty_like()
         self._dtype = getattr(self._framework, spec.dtype)
@@ -224,14 +224,14 @@ class TritonOp:
         if self._spec.device == "cpu" and (reason := self._workspace.error()) is not None:
             raise FusionTimeout(reason)
 
-    def _compile(self) -> dict[tuple[str, bool, bool], runtime_triton.Loaded]:
+    def _compile(self) -> dict[tuple[str, bool, bool], triton_launch.Loaded]:
         """By (weight dtype, two-shot, without residual): all that any call can need, since nothing compiles later.
         Nothing is specialized on a value, so each is right for all calls."""
-        kernel = runtime_triton.load_kernel("all_reduce.kernel", "all_reduce_rms_norm")
+        kernel = triton_launch.load_kernel("all_reduce.kernel", "all_reduce_rms_norm")
         like = (*(_ANY_ADDRESS,) * 7, 2, 0, 0, 1e-5, 0.0)
-        pdl = self._spec.device == "gpu" and runtime_triton.uses_pdl()
+        pdl = self._spec.device == "gpu" and triton_launch.uses_pdl()
         return {
-            (name, two_shot, bare): runtime_triton.prepare(
+            (name, two_shot, bare): triton_launch.prepare(
                 kernel,
                 like,
                 plans.constants(self._plan, weight_dtype=name, has_residual=not bare, two_shot=two_shot, pdl=pdl),

@@ -10,7 +10,7 @@ from typing import Any
 
 from fd_fusion.comm.group import Group, Vote, agree, working
 from fd_fusion.config import FusionConfig
-from fd_fusion.frameworks import paddle_runtime as runtime
+from fd_fusion.frameworks import paddle_runtime
 from fd_fusion.frameworks.tensors import paddle_or_torch
 from fd_fusion.reasons import FusionError, Reason, because
 from fd_fusion.spec import Backend, FusedOp, OpSpec
@@ -63,7 +63,7 @@ def _spec_of(
     pairs: Sequence[Any], group: Group, config: FusionConfig, deterministic: bool, workspace_bytes: int
 ) -> OpSpec:
     """Describe the op of one workspace, but for what its pairs may differ in: eps and weight offset."""
-    device, arch = runtime.device_of()
+    device, arch = paddle_runtime.device_of()
     return OpSpec(
         *(group.rank, group.size, pairs[0].hidden_size, pairs[0].dtype),
         weight_dtypes=tuple(pair.weight_dtype for pair in pairs),

@@ -29,7 +29,7 @@ from fd_fusion.binding.report import Report
 from fd_fusion.comm.circle import in_order
 from fd_fusion.comm.group import Group
 from fd_fusion.config import FusionConfig, Resolved, resolve
-from fd_fusion.frameworks import paddle_runtime as runtime
+from fd_fusion.frameworks import paddle_runtime
 from fd_fusion.hosts import own_layers
 from fd_fusion.reasons import BindError, FusionTimeout, Reason, because
 from fd_fusion.site import ForwardCount, Rejected, Site
@@ -302,6 +302,6 @@ def _site_of(pair: Pair, selected: SelectedBackend, forwards: ForwardCount) -> S
         norm_out, residual_out = run(partial.reshape(flat), residual, weight(), *numbers())
         return norm_out.reshape(shape), residual_out.reshape(shape)
 
-    limit, user = selected.op.limit, runtime.how_to_tell_users()
+    limit, user = selected.op.limit, paddle_runtime.how_to_tell_users()
     ends = {"reduce": pair.reduce, "norm": pair.norm, "hooks": pair.hooks}
     return Site(pair.name, fused=fused, **ends, limit=limit, user=user, forwards=forwards)

@@ -22,7 +22,7 @@ from fd_fusion.binding.report import Report
 from fd_fusion.comm.circle import Known, circle_of, meet
 from fd_fusion.comm.group import Group, Vote, agree
 from fd_fusion.config import FusionConfig
-from fd_fusion.frameworks import paddle_runtime as runtime
+from fd_fusion.frameworks import paddle_runtime
 from fd_fusion.frameworks.paddle_ops import is_eager
 from fd_fusion.reasons import BindError, FusionError, Reason, because
 from fd_fusion.site import ForwardCount, Rejected, Site
@@ -293,7 +293,7 @@ def _freeze(state: Bound) -> bool:
     By now a whole forward has run fused on this rank, so that nothing is left to compile. Ranks may come here in
     different forwards: the limit is each rank's own, and until it freezes a rank only waits longer.
     """
-    if runtime.is_capturing():
+    if paddle_runtime.is_capturing():
         return False
     for selected in state.selected:
         selected.op.freeze()

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from fd_fusion.backends import triton as backend
-from fd_fusion.frameworks import triton_launch as runtime_triton
+from fd_fusion.frameworks import triton_launch
 from fd_fusion.spec import OpSpec
 from tests.support.ranks import ROOT, run_ranks
 
@@ -108,7 +108,7 @@ def test_supports(changes, code):
 )
 def test_programs_that_a_multiprocessor_holds(num_warps, registers, most):
     """An sm_86 takes 16 blocks, and warps of 136 registers three a quarter: more would never run at the same time."""
-    assert runtime_triton.programs_at_once(num_warps, registers) == most
+    assert triton_launch.programs_at_once(num_warps, registers) == most
 
 
 @pytest.mark.parametrize(
@@ -117,17 +117,17 @@ def test_programs_that_a_multiprocessor_holds(num_warps, registers, most):
 )
 def test_triton_is_left_our_driver_only_where_it_could_have_none(monkeypatch, torch_gpu, before, after):
     """Triton 3.8 asks for a driver at every launch, and raises beside a torch that sees no GPU."""
-    with runtime_triton.interpreting("gpu" if os.path.exists("/dev/nvidiactl") else "cpu"):  # for all later tests
+    with triton_launch.interpreting("gpu" if os.path.exists("/dev/nvidiactl") else "cpu"):  # for all later tests
         driver = importlib.import_module("triton.runtime.driver").driver
     monkeypatch.setattr(driver, "_active", before)
-    monkeypatch.setattr(runtime_triton, "_paddle_driver", lambda: "ours")
-    monkeypatch.setattr(runtime_triton, "paddle_or_torch", lambda: SimpleNamespace(__name__="paddle"))
+    monkeypatch.setattr(triton_launch, "_paddle_driver", lambda: "ours")
+    monkeypatch.setattr(triton_launch, "paddle_or_torch", lambda: SimpleNamespace(__name__="paddle"))
     torch = None if torch_gpu is None else SimpleNamespace(cuda=SimpleNamespace(is_available=lambda: torch_gpu))
     monkeypatch.setitem(sys.modules, "torch", torch)
-    with runtime_triton.triton_driver():
+    with triton_launch.triton_driver():
         assert driver.active == "ours"
     assert driver._active == after
-    with runtime_triton.triton_driver():
+    with triton_launch.triton_driver():
         assert driver.active == "ours"
     assert driver._active == after
 

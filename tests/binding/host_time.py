@@ -15,7 +15,7 @@ from fd_fusion.binding.backend_selection import SelectedBackend
 from fd_fusion.binding.bind import _site_of
 from fd_fusion.binding.pairs import Pair
 from fd_fusion.comm.group import Group
-from fd_fusion.frameworks import triton_launch as runtime_triton
+from fd_fusion.frameworks import triton_launch
 from fd_fusion.layers.rms_norm import RMSNorm
 from fd_fusion.site import ForwardCount
 from fd_fusion.spec import OpSpec
@@ -28,15 +28,15 @@ def op_with(launch_of, weight_dtypes=("bfloat16",)):
     """The triton backend as it is open on a GPU, but for its memory and its kernels: `launch_of(constants)`."""
 
     def prepare(kernel, like, constants, device):
-        return runtime_triton.Loaded(launch_of(constants), 2)
+        return triton_launch.Loaded(launch_of(constants), 2)
 
     spec = OpSpec(0, SIZE, H, "bfloat16", weight_dtypes=weight_dtypes, device="gpu", arch=90, timeout_s=1.0)
     with (
         mock.patch.object(backend, "CudaIpc", lambda: SimpleNamespace(multiprocessors=lambda: 132)),
-        mock.patch.object(runtime_triton, "require_mode"),
-        mock.patch.object(runtime_triton, "load_kernel"),
-        mock.patch.object(runtime_triton, "prepare", prepare),
-        mock.patch.object(runtime_triton, "uses_pdl", lambda: False),
+        mock.patch.object(triton_launch, "require_mode"),
+        mock.patch.object(triton_launch, "load_kernel"),
+        mock.patch.object(triton_launch, "prepare", prepare),
+        mock.patch.object(triton_launch, "uses_pdl", lambda: False),
     ):
         op = backend.TritonOp(spec, GROUP)
     op._own = 0, 0

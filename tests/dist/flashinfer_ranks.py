@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import paddle
 
-from fd_fusion.backends.flashinfer import loader as runtime_flashinfer
+from fd_fusion.backends.flashinfer import loader
 from fd_fusion.backends.flashinfer import backend as flashinfer, workspace as flashinfer_workspace
 from fd_fusion.comm.group import working
 from fd_fusion.comm.posix_shm import PosixShm
@@ -168,6 +168,6 @@ def exchange():
 
 
 CASES = {"plain": plain, "sub_groups": sub_groups, "refused": refused, "hang": hang, "exchange": exchange}
-runtime_flashinfer.DISTRIBUTIONS = ()  # whatever is installed here is none of the test's business
+loader.DISTRIBUTIONS = ()  # whatever is installed here is none of the test's business
 CASES[CASE.partition(":")[0]]()
 print("ended")

@@ -21,7 +21,7 @@ sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 import bench_rank as bench
 import torch
 
-from fd_fusion.frameworks import triton_launch as runtime_triton
+from fd_fusion.frameworks import triton_launch
 from fd_fusion.backends import triton as backend
 from fd_fusion.comm.group import Group, Vote, agree
 from fd_fusion.kernels.all_reduce import plan as plans
@@ -110,19 +110,19 @@ def hash_of(name):
 def variant(name):
     """Inside, what is opened is this variant."""
     changes = changes_of(name)
-    saved = plans.poll, dict(plans._MEASURED), runtime_triton.load_kernel
-    load = runtime_triton.load_kernel
+    saved = plans.poll, dict(plans._MEASURED), triton_launch.load_kernel
+    load = triton_launch.load_kernel
     os.environ["FD_ENABLE_PDL"] = changes.get("pdl", "0")
     plans.poll = changes.get("poll", plans.poll)
     if "warps" in changes:
         plans._MEASURED.update({key: (split, changes["warps"]) for key, (split, _) in plans._MEASURED.items()})
     if {"kernel", "wait"} & set(changes):
         kernel = patched_kernel(name, changes)
-        runtime_triton.load_kernel = lambda module, what: kernel if what == kernel.__name__ else load(module, what)
+        triton_launch.load_kernel = lambda module, what: kernel if what == kernel.__name__ else load(module, what)
     try:
         yield
     finally:
-        plans.poll, measured, runtime_triton.load_kernel = saved
+        plans.poll, measured, triton_launch.load_kernel = saved
         plans._MEASURED.clear()
         plans._MEASURED.update(measured)
 
@@ -133,7 +133,7 @@ class Variant(backend.TritonOp):
     two_shot = False
 
     def _compile(self):
-        kernel = runtime_triton.load_kernel("all_reduce.kernel", "all_reduce_rms_norm")
+        kernel = triton_launch.load_kernel("all_reduce.kernel", "all_reduce_rms_norm")
         constants = plans.constants(
             self._plan,
             weight_dtype="bfloat16",
@@ -143,7 +143,7 @@ class Variant(backend.TritonOp):
             residual_stays=self.stays,
         )
         like = (*(1 << 40,) * 7, 2, 0, 0, 1e-5, 0.0)
-        prepared = runtime_triton.prepare(kernel, like, constants, "gpu")
+        prepared = triton_launch.prepare(kernel, like, constants, "gpu")
         return {("bfloat16", self.two_shot, False): prepared}
 
 

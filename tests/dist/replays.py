@@ -14,7 +14,7 @@ sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
 import triton_calls as calls
 
-from fd_fusion.frameworks import triton_launch as runtime_triton
+from fd_fusion.frameworks import triton_launch
 from fd_fusion.kernels.all_reduce import plan as plans
 from tests.support import tensors
 from tests.support.all_reduce_cases import Case
@@ -132,7 +132,7 @@ def host_time(group, options):
     x = tensors.tensor(case.partial(group.rank), case.dtype, options.device)
     out = torch.empty_like(x), torch.empty_like(x)
     addresses = [t.data_ptr() for t in (x, residual, weight, *out)]
-    run, kernel = op._launches[case.weight_dtype, False, False], runtime_triton.load_kernel("all_reduce.kernel", "all_reduce_rms_norm")
+    run, kernel = op._launches[case.weight_dtype, False, False], triton_launch.load_kernel("all_reduce.kernel", "all_reduce_rms_norm")
     constants = plans.constants(op._plan, weight_dtype=case.dtype, has_residual=True, two_shot=False)
     args = (*addresses, *op._own, 1, group.rank, 0, case.eps, 0.0)
     parts = {

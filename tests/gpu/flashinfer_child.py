@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from fd_fusion.backends.flashinfer import backend as flashinfer
-from fd_fusion.backends.flashinfer import loader as runtime_flashinfer
+from fd_fusion.backends.flashinfer import loader
 from fd_fusion.backends.flashinfer import op as flashinfer_op
 from fd_fusion.backends.flashinfer.calls import Fixed, compiled_call, python_call
 from fd_fusion.backends.flashinfer.op import FlashInferOp
@@ -244,7 +244,7 @@ def process():
     torch.cuda.set_device(this_rank() % torch.cuda.device_count())
     torch.zeros(1, device="cuda")
     group, dtype = this_group("tp"), torch.bfloat16
-    runtime_flashinfer.load()
+    loader.load()
     for hidden in (4096, 4608):
         known = spec(rank=group.rank, size=group.size, hidden_size=hidden, max_token_num=64)
         if refusal := flashinfer.supports(known):
@@ -306,7 +306,7 @@ def main():
     if sys.argv[1] == "process":
         return process()
     torch.zeros(1, device="cuda")
-    library = runtime_flashinfer.load()
+    library = loader.load()
     entry = library.build()
     report(version=library.version, entry="python" if entry is None else "compiled", note=library.note)
     if sys.argv[1] == "hang":

@@ -212,7 +212,7 @@ class Pair:
 def open_on_two(monkeypatch, tables, **config):
     """`select_backend` on two ranks, threads here, each with its own table; the backends only record their specs."""
     asked, read = [[], []], threading.local()
-    monkeypatch.setattr(backend_selection.runtime, "device_of", lambda: ("gpu", 90))
+    monkeypatch.setattr(backend_selection.paddle_runtime, "device_of", lambda: ("gpu", 90))
     monkeypatch.setattr(backend_selection, "paddle_or_torch", lambda: _Framework)
     monkeypatch.setattr(tuning_table, "read_limits", lambda key, path: tables[read.rank])
 

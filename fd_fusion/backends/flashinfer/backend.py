@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from fd_fusion.backends.flashinfer import loader as runtime_flashinfer
+from fd_fusion.backends.flashinfer import loader
 from fd_fusion.backends.flashinfer import unified as flashinfer_unified
 from fd_fusion.backends.flashinfer.calls import Call, Fixed, compiled_call, python_call
 from fd_fusion.backends.flashinfer.op import ALIGNMENT, ELEMENT_BYTES, FlashInferOp
@@ -51,7 +51,7 @@ def supports(spec: OpSpec) -> Reason | None:
     need = ALIGNMENT // ELEMENT_BYTES[spec.dtype]
     if spec.hidden_size % need:
         return because("hidden_size", got=spec.hidden_size, need=f"a multiple of {need}")
-    version = runtime_flashinfer.installed_version()
+    version = loader.installed_version()
     if version is None:
         return because("flashinfer_missing")
     return _version_refusal(spec, version) or _room_refusal(spec) or _compiler_refusal(version)
@@ -81,7 +81,7 @@ def _room_refusal(spec: OpSpec) -> Reason | None:
 
 def _compiler_refusal(version: str) -> Reason | None:
     """FlashInfer compiles its kernel at first use, unless it was compiled before."""
-    if runtime_flashinfer.compiled_module(version):
+    if loader.compiled_module(version):
         return None
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
     if not (shutil.which("nvcc") or os.access(f"{home}/bin/nvcc", os.X_OK)):
@@ -101,11 +101,11 @@ def open(spec: OpSpec, group: Group) -> FlashInferOp:
     return _open_own(spec, group, library, entry, rows)
 
 
-def _load_and_build(spec: OpSpec, group: Group) -> tuple[runtime_flashinfer.FlashInfer, Call | None]:
+def _load_and_build(spec: OpSpec, group: Group) -> tuple[loader.FlashInfer, Call | None]:
     """Load on every rank; compile on the first one, then let the others take what it compiled."""
 
-    def load() -> tuple[runtime_flashinfer.FlashInfer, Call | None]:
-        library = runtime_flashinfer.load()
+    def load() -> tuple[loader.FlashInfer, Call | None]:
+        library = loader.load()
         if refusal := _version_refusal(spec, library.version):
             raise FusionError(refusal)
         return library, _build(library) if group.rank == 0 else None
@@ -122,9 +122,9 @@ def _load_and_build(spec: OpSpec, group: Group) -> tuple[runtime_flashinfer.Flas
     return library, entry
 
 
-def _build(library: runtime_flashinfer.FlashInfer) -> Call | None:
+def _build(library: loader.FlashInfer) -> Call | None:
     """Compile and load the kernel, with a line that says so where it takes minutes."""
-    start, slow = time.monotonic(), runtime_flashinfer.compiled_module(library.version) is None
+    start, slow = time.monotonic(), loader.compiled_module(library.version) is None
     if slow:
         _say(f"compiling the kernel of FlashInfer {library.version}: some minutes, once on this machine")
     try:

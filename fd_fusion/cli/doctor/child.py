@@ -145,15 +145,15 @@ def _backends(spec: OpSpec) -> Iterator[Finding]:
 
 def flashinfer() -> Iterator[Finding]:
     """Whether FlashInfer imports under the framework that runs here, and has its kernel."""
-    from fd_fusion.backends.flashinfer import loader as runtime_flashinfer
+    from fd_fusion.backends.flashinfer import loader
 
     paddle_or_torch()
     try:
-        library = runtime_flashinfer.load()
+        library = loader.load()
     except FusionError as error:
         yield of_reason("flashinfer", "import", "warn", error.reason)
         return
-    path = runtime_flashinfer.compiled_module(library.version)
+    path = loader.compiled_module(library.version)
     data = {"version": library.version, "compiled": bool(path)}
     text = f"FlashInfer {library.version} imports; its kernel {'is compiled' if path else 'is not compiled yet'}"
     yield Finding("flashinfer", "import", "ok", text + (f" ({library.note})" if library.note else ""), data=data)

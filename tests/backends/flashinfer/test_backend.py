@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fd_fusion.backends.flashinfer import backend as flashinfer
-from fd_fusion.backends.flashinfer import loader as runtime_flashinfer
+from fd_fusion.backends.flashinfer import loader
 from fd_fusion.backends.flashinfer.watchdog import Watchdog
 from fd_fusion.backends.flashinfer.workspace import Layout, rows_that_fit
 from fd_fusion.comm.watcher import EXIT_STATUS
@@ -22,8 +22,8 @@ def installed(monkeypatch):
     """Pretend that a version is installed and compiled. Call it with another one to change it."""
 
     def install(version, compiled=True):
-        monkeypatch.setattr(runtime_flashinfer, "installed_version", lambda: version)
-        monkeypatch.setattr(runtime_flashinfer, "compiled_module", lambda _: Path("so") if compiled else None)
+        monkeypatch.setattr(loader, "installed_version", lambda: version)
+        monkeypatch.setattr(loader, "compiled_module", lambda _: Path("so") if compiled else None)
 
     install("0.7.2.post1")
     return install

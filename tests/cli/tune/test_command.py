@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from support.segments import left, none_left
 
-from fd_fusion.backends.flashinfer import loader as runtime_flashinfer
+from fd_fusion.backends.flashinfer import loader
 from fd_fusion.cli import bench
 from fd_fusion.cli.processes import ranks
 from fd_fusion.cli.tune import command as tune
@@ -228,8 +228,8 @@ def test_virtual_ranks_do_without_a_flashinfer_that_fails(monkeypatch):
     "version, hidden_size, why", [("0.6.12", 2880, "not whole warps"), ("0.4.1.1", 4096, "takes other arguments")]
 )
 def test_a_flashinfer_that_virtual_ranks_cannot_use(monkeypatch, version, hidden_size, why):
-    monkeypatch.setattr(runtime_flashinfer, "installed_version", lambda: version)
-    monkeypatch.setattr(runtime_flashinfer, "compiled_module", lambda version: Path("trtllm_comm.so"))
+    monkeypatch.setattr(loader, "installed_version", lambda: version)
+    monkeypatch.setattr(loader, "compiled_module", lambda version: Path("trtllm_comm.so"))
     monkeypatch.setattr(tune_virtual.importlib.util, "find_spec", lambda name: name)
     job = {"ranks": 2, "hidden_size": hidden_size, "dtype": "bfloat16"}
     path, told = tune_virtual._flashinfer(job, 9, 0)
