@@ -55,7 +55,9 @@ class FusedOp(Protocol):
 
     limit: int | None  # the most rows T of a call; None for any number
     in_rank_order: bool  # whether `residual_out` is the contract's sum, bit for bit
-    error_page: int | None  # the descriptor of the page that `triton.read_error` reads; None where there is none
+    error_page: (
+        int | None
+    )  # the descriptor of the page that `triton_setup.read_error` reads; None where there is none
 
     @property
     def bytes(self) -> int:

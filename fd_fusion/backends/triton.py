@@ -6,49 +6,27 @@ interpreter, each rank a process. Everything that a call needs beside its tensor
 
 from __future__ import annotations
 
-import dataclasses
-import importlib.util
 import itertools
 import struct
 from collections.abc import Callable
 from typing import Any
 
+from fd_fusion.backends.triton_setup import ANY_ADDRESS, compile_kernels, layout_of, plan_of, supports
 from fd_fusion.comm.cuda_ipc import CudaIpc
 from fd_fusion.comm.group import Group
 from fd_fusion.comm.posix_shm import PosixShm
 from fd_fusion.comm.symmetric_memory import MemoryProvider, agree_or_raise, as_refusal
-from fd_fusion.comm.workspace import Layout, Workspace, open_workspace
+from fd_fusion.comm.workspace import Workspace, open_workspace
 from fd_fusion.frameworks import triton_launch
 from fd_fusion.frameworks.tensors import empty_like, paddle_or_torch
 from fd_fusion.kernels.all_reduce import plan as plans
 from fd_fusion.kernels.all_reduce.counts import Counts
-from fd_fusion.reasons import FusionTimeout, Reason, because, closed
+from fd_fusion.reasons import FusionTimeout, closed
 from fd_fusion.spec import OpSpec
-from fd_fusion.tuning.limits import NEVER, row_limit
+from fd_fusion.tuning.limits import row_limit
 
+__all__ = ["TritonOp", "open", "supports"]
 _CPU_PROGRAMS = 4  # rows in flight under the interpreter, where programs run one after another anyway
-_ANY_ADDRESS = 1 << 40  # what a kernel is compiled for: an int64; nothing is specialized on its value
-
-
-def supports(spec: OpSpec) -> Reason | None:
-    """Whether this rank can try. Imports nothing and allocates nothing."""
-    if importlib.util.find_spec("triton") is None:
-        return because("no_triton", detail="it is not installed")
-    if spec.size not in plans.SIZES:
-        return because("world_size", got=spec.size, allowed=f"{plans.SIZES[0]} to {plans.SIZES[-1]}")
-    for dtype in (spec.dtype, *spec.weight_dtypes):
-        if dtype not in plans.DTYPE_BYTES:
-            return because("dtype", got=dtype, allowed=", ".join(plans.DTYPE_BYTES))
-    if spec.hidden_size * plans.DTYPE_BYTES[spec.dtype] % 16:
-        return because("hidden_size", got=spec.hidden_size, need="a whole number of 16-byte units")
-    if not plans.SMALLEST <= spec.eps < float("inf"):
-        return because("eps", got=spec.eps)
-    if spec.device == "gpu" and (spec.arch or 0) < 80:
-        return because("old_gpu", got=spec.arch, need=80)
-    plan = _plan(spec)
-    if (need := plans.total_bytes(plan, 1)) > spec.workspace_bytes:
-        return because("workspace_small", need=need, got=spec.workspace_bytes)
-    return None
 
 
 def open(spec: OpSpec, group: Group) -> TritonOp:
@@ -75,7 +53,7 @@ class TritonOp:
     def __init__(self, spec: OpSpec, group: Group):
         """The local half of `open`: import and compile, no vote and no memory."""
         self.limit = row_limit(spec)
-        self._spec, self._group, self._plan = spec, group, _plan(spec)
+        self._spec, self._group, self._plan = spec, group, plan_of(spec)
         triton_launch.require_mode(spec.device)
         self._provider: MemoryProvider = CudaIpc() if spec.device == "gpu" else PosixShm()
         kernels = self._compile()
@@ -86,7 +64,7 @@ class TritonOp:
         self.programs, self._slots = plans.programs_and_slots(
             self._plan, workspace_bytes=spec.workspace_bytes, at_once=room, limit=self.limit
         )
-        word = _ANY_ADDRESS, _ANY_ADDRESS
+        word = ANY_ADDRESS, ANY_ADDRESS
         store = triton_launch.load_kernel("all_reduce.probe", "store_word")
         self._store_word = triton_launch.prepare(store, word, {}, spec.device).launch
         self._framework = paddle_or_torch()
@@ -225,22 +203,7 @@ class TritonOp:
             raise FusionTimeout(reason)
 
     def _compile(self) -> dict[tuple[str, bool, bool], triton_launch.Loaded]:
-        """By (weight dtype, two-shot, without residual): all that any call can need, since nothing compiles later.
-        Nothing is specialized on a value, so each is right for all calls."""
-        kernel = triton_launch.load_kernel("all_reduce.kernel", "all_reduce_rms_norm")
-        like = (*(_ANY_ADDRESS,) * 7, 2, 0, 0, 1e-5, 0.0)
-        pdl = self._spec.device == "gpu" and triton_launch.uses_pdl()
-        return {
-            (name, two_shot, bare): triton_launch.prepare(
-                kernel,
-                like,
-                plans.constants(self._plan, weight_dtype=name, has_residual=not bare, two_shot=two_shot, pdl=pdl),
-                self._spec.device,
-            )
-            for name in self._spec.weight_dtypes
-            for two_shot in {False, self._plan.two_shot_rows is not None or self._spec.device == "cpu"}
-            for bare in (False, True)
-        }
+        return compile_kernels(self._spec, self._plan)
 
     def _push(self, addresses: tuple[int, ...], value: int) -> None:
         """The proof's store: `symmetric_memory.Push`."""
@@ -250,7 +213,7 @@ class TritonOp:
     def _open(self) -> None:
         """The collective half of `open`."""
         timeout_s = self._spec.timeout_s
-        layout = _layout(self._plan, self._slots)
+        layout = layout_of(self._plan, self._slots)
         self._workspace = open_workspace(self._group, layout, self._provider, self._push, timeout_s=timeout_s)
         self._own = self._workspace.local, self._workspace.memory.own
         _, refusal = as_refusal(self._run_once)
@@ -263,40 +226,6 @@ class TritonOp:
         run_all(self, self._spec, self._framework)
         self._provider.synchronize()
         self.check()
-
-
-def _plan(spec: OpSpec) -> plans.Plan:
-    plan = plans.plan_for(spec.size, spec.hidden_size, spec.dtype, interpreted=spec.device == "cpu")
-    if spec.two_shot_rows is None:
-        return plan
-    return dataclasses.replace(plan, two_shot_rows=None if spec.two_shot_rows == NEVER else spec.two_shot_rows)
-
-
-def _layout(plan: plans.Plan, slots: int) -> Layout:
-    return Layout(
-        control_bytes=plans.CONTROL_BYTES,
-        symmetric_bytes=plans.symmetric_bytes(plan, slots),
-        fill=plans.SLOT_FILL,
-        local_bytes=plans.local_bytes(plan, slots),
-        local_words=lambda limit, page, addresses: plans.local_words(
-            plan, slots, limit=limit, error_page=page, addresses=addresses
-        ),
-        page_bytes=plans.ERROR_PAGE_BYTES,
-        read_error=read_error,
-    )
-
-
-def read_error(words: list[int]) -> Reason | None:
-    """The error page as a reason."""
-    error = plans.read_error_page(words)
-    if error is None:
-        return None
-    where = {name: error[name] for name in ("op", "row", "launch")}
-    if error["code"] == plans.TWO_STREAMS:
-        return because("two_streams", **where)
-    if error["code"] == plans.TOLD:
-        return because("aborted")
-    return because("dead_group", **where, missing=", ".join(map(str, error["missing"])) or "unknown")
 
 
 def _ready(tensor: Any) -> Any:

@@ -31,7 +31,7 @@ from fd_fusion.reasons import FusionError, Reason, because
 logger = logging.getLogger("fd_fusion")
 # From the sentence to the end of the process: in this time the host may end by itself, with a traceback.
 GRACE_S = 2.0
-_READER = "fd_fusion.backends.triton:read_error"
+_READER = "fd_fusion.backends.triton_setup:read_error"
 
 _RUNNER = "fastdeploy.worker.gpu_model_runner"
 _WORKER = "fastdeploy.worker.gpu_worker"
