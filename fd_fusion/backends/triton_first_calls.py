@@ -12,7 +12,7 @@ import numpy as np
 from fd_fusion import exact
 from fd_fusion.frameworks.tensors import numbers, tensor
 from fd_fusion.kernels.all_reduce import plan as plans
-from fd_fusion.reasons import FusionError, Reason, because
+from fd_fusion.reasons import FusionError, Reason
 from fd_fusion.reference import round_to
 from fd_fusion.spec import OpSpec
 
@@ -81,15 +81,7 @@ def judge(
 ) -> Reason | None:
     """Whether a call gave the contract's bits, and the norm of them within its own rounding."""
     total = exact.rank_order_sum(partials, residual)
-    wrong = ~exact.same_bits(residual_out, round_to(total, dtype).astype(np.float32))
-    if wrong.any():
-        return _wrong(variant, "residual_out", wrong)
-    spec = {"eps": _EPS, "weight_offset": _OFFSET, "dtype": dtype, "rounded": False}
-    wrong = exact.norm_excess(norm_out, total, weight, **spec) > 1
-    return _wrong(variant, "norm_out", wrong) if wrong.any() else None
-
-
-def _wrong(variant: str, output: str, wrong: np.ndarray) -> Reason:
-    row, column = np.argwhere(wrong)[0]
-    spec = {"wrong": int(wrong.sum()), "words": wrong.size, "where": f"row {row}, column {column}"}
-    return because("first_call_wrong", variant=variant, output=output, **spec)
+    same = exact.same_bits(residual_out, round_to(total, dtype).astype(np.float32))
+    limits = {"eps": _EPS, "weight_offset": _OFFSET, "dtype": dtype, "rounded": False}
+    excess = exact.norm_excess(norm_out, total, weight, **limits)
+    return exact.first_wrong_word(variant, {"residual_out": ~same, "norm_out": excess > 1})

@@ -16,7 +16,7 @@ from fd_fusion.comm.group import Group
 from fd_fusion.comm.symmetric_memory import CLOSE_TIMEOUT_S, agree_or_raise, as_refusal
 from fd_fusion.comm.workspace import WARM_UP
 from fd_fusion.frameworks.tensors import dtype_name, numbers, tensor
-from fd_fusion.reasons import FusionError, Reason, because, closed
+from fd_fusion.reasons import FusionError, Reason, closed
 from fd_fusion.spec import OpSpec
 
 ELEMENT_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
@@ -157,10 +157,4 @@ def _compare(op: FlashInferOp, spec: OpSpec, framework: Any, rows: int, bare: bo
     need = exact.rank_order_sum(known[:-1], residual)
     limits = {"eps": eps, "weight_offset": offset, "dtype": spec.dtype, "rounded": True}
     wrong = {"residual_out": total != need, "norm_out": exact.norm_excess(norm_out, need, weight, **limits) > 1}
-    for output, where in wrong.items():
-        if where.any():
-            row, column = np.argwhere(where)[0]
-            at = {"wrong": int(where.sum()), "words": where.size, "where": f"row {row}, column {column}"}
-            variant = f"FlashInfer's kernel {'without' if bare else 'with'} a residual, T={rows},"
-            return because("first_call_wrong", variant=variant, output=output, **at)
-    return None
+    return exact.first_wrong_word(f"FlashInfer's kernel {'without' if bare else 'with'} a residual, T={rows},", wrong)
