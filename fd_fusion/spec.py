@@ -41,7 +41,7 @@ class Backend(Protocol):
     """A module of `backends/`. The one that a config names is imported, and nothing else of it is used."""
 
     def supports(self, spec: OpSpec) -> Reason | None:
-        """Return why this rank cannot run `spec`, or None. Local: imports no framework, allocates nothing."""
+        """Return why this rank cannot run `spec`, or None. Local: allocates and compiles nothing."""
 
     def open(self, spec: OpSpec, group: Group) -> FusedOp:
         """Collective: compile, allocate, and call once on numbers with a known answer.

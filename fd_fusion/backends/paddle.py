@@ -15,10 +15,10 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def supports(spec: OpSpec) -> Reason | None:
-    """Runs for every device and size; only the dtype and the host's deterministic mode can say no.
+    """Return why this backend cannot run `spec`, or None: the dtype, or the host's deterministic mode.
 
-    It gives the same bits for every T, but one call gathers N x T x H numbers, so T has a limit, and the stock path
-    beyond it gives other bits.
+    Its bits are the same for every T, but a call gathers N x T x H numbers, so that T has a limit, and the stock path
+    beyond that limit gives other bits.
     """
     if spec.dtype not in DTYPES:
         return because("dtype", got=spec.dtype, allowed=", ".join(DTYPES))
@@ -28,11 +28,11 @@ def supports(spec: OpSpec) -> Reason | None:
 
 
 class PaddleOp:
-    """Gather the partial sums and add them in rank order, in float32. Nothing is held open."""
+    """Gather the partial sums and add them in rank order, in float32. There is no workspace."""
 
     bytes = 0
-    in_rank_order = True  # the exact bits of the contract's sum
-    error_page = None  # no kernel that could write one
+    in_rank_order = True
+    error_page = None
     _closed = False
 
     def __init__(self, spec: OpSpec, group: Group):
@@ -40,7 +40,7 @@ class PaddleOp:
         self._group = group
 
     def finish(self, partial, residual, weight, eps, weight_offset):
-        """The formula of `reference.all_reduce_rms_norm`, in its order; [T, H] -> (norm_out, residual_out)."""
+        """Compute `reference.all_reduce_rms_norm`, in its order; [T, H] -> (norm_out, residual_out)."""
         self._need_open()
         parts: list[paddle.Tensor] = []
         dist.all_gather(parts, partial.contiguous(), group=self._group.handle)
@@ -53,22 +53,22 @@ class PaddleOp:
         return out.astype(partial.dtype), total.astype(partial.dtype)
 
     def check(self) -> None:
-        """Nothing can run out of time here unseen: a collective of the framework raises by itself."""
+        """Raise nothing but `closed`: a collective of the framework that runs out of time raises by itself."""
         self._need_open()
 
     def freeze(self) -> None:
-        """Nothing to freeze."""
+        """Do nothing: there is no warm-up."""
         self._need_open()
 
     def reset(self) -> None:
-        """Nothing to reset."""
+        """Do nothing: there is no state."""
         self._need_open()
 
     def stats(self) -> dict[str, int]:
         return {}
 
     def close(self) -> None:
-        """Nothing to give back."""
+        """Make every later call raise `closed`."""
         self._closed = True
 
     def _need_open(self) -> None:
@@ -77,5 +77,5 @@ class PaddleOp:
 
 
 def open(spec: OpSpec, group: Group) -> PaddleOp:
-    """Open the backend for one group, hidden size and dtype."""
+    """Return the op of one group, hidden size and dtype. Needs no vote, since nothing can fail."""
     return PaddleOp(spec, group)

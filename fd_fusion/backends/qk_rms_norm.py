@@ -1,7 +1,7 @@
 """The launch of the QK norm's Triton kernel on Paddle or torch tensors: on a GPU, or interpreted on a CPU.
 
 A kernel is compiled once for each layout of the heads, never for a T, and launched without Triton's binder:
-eager prefill calls it once a layer, so the host's time counts.
+eager prefill launches one in every layer, so the host's time counts.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def qk_rms_norm(
 
 
 def _rows(tensor: Any, name: str, width: int, rows: int | None = None, dtype: Any = None) -> tuple[int, int]:
-    """(T, row stride) of a 2-D tensor whose rows hold `width` elements side by side, or more if `rows` is None."""
+    """Return (T, row stride) of a tensor whose rows hold `width` elements side by side, or more if `rows` is None."""
     shape = tensor.shape
     fits = len(shape) == 2 and (shape[1] >= width if rows is None else tuple(shape) == (rows, width))
     if not fits or (dtype is not None and tensor.dtype != dtype):
@@ -98,7 +98,7 @@ def _launcher(
     in_place: bool,
     aligned: bool,
 ) -> Callable[[int, tuple, tuple], None]:
-    """A function (rows, addresses, strides) that launches. A process drives one GPU."""
+    """Compile a kernel and return its launch, a function of (rows, addresses, strides). A process drives one GPU."""
     names = [dtype_name(dtype), dtype_name(weight_dtype)]
     for name in names:
         if name not in DTYPE_BYTES:
@@ -133,9 +133,9 @@ def _launcher(
 
 
 class Pointer:
-    """An address and an element type, as Triton takes them for a tensor: to compile with, and to interpret.
+    """An address and an element type in the form of a tensor, for Triton to compile or interpret a kernel with.
 
-    Triton reads `data_ptr` and the last part of `str(dtype)`; its interpreter goes through a storage besides.
+    Triton reads `data_ptr` and the last part of `str(dtype)`; its interpreter reads the storage besides.
     """
 
     def __init__(self, address: int, dtype: str):

@@ -1,7 +1,7 @@
-"""The triton backend: one kernel of our own over symmetric memory; no FlashInfer, no nvcc, no torch.
+"""The triton backend: one kernel of this package over symmetric memory; it needs no FlashInfer, nvcc or torch.
 
-On NVIDIA GPUs it is compiled and launched on Paddle or torch tensors; on a CPU the same source runs under Triton's
-interpreter, each rank a process. Everything that a call needs beside its tensors is fixed at open.
+On NVIDIA GPUs the kernel is compiled and launched on Paddle or torch tensors; on a CPU the same source runs under
+Triton's interpreter, each rank a process. All that a call needs beside its tensors is fixed by `open`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import struct
 from collections.abc import Callable
 from typing import Any
 
+from fd_fusion.backends.triton_first_calls import run_all
 from fd_fusion.backends.triton_setup import ANY_ADDRESS, compile_kernels, layout_of, plan_of, supports
 from fd_fusion.comm.cuda_ipc import CudaIpc
 from fd_fusion.comm.group import Group
@@ -30,9 +31,9 @@ _CPU_PROGRAMS = 4  # rows in flight under the interpreter, where programs run on
 
 
 def open(spec: OpSpec, group: Group) -> TritonOp:
-    """Collective: import, compile, open the workspace, run once. On all ranks or on none.
+    """Collective: import Triton, compile the kernels, open the workspace, run each kernel once.
 
-    Raises: FusionError: on all ranks alike, naming the first rank that refused and why.
+    Raises: FusionError: on all ranks alike, with the first rank that refused and its reason.
     """
     with triton_launch.interpreting(spec.device):
         op, refusal = as_refusal(lambda: TritonOp(spec, group))
@@ -46,19 +47,19 @@ def open(spec: OpSpec, group: Group) -> TritonOp:
 
 
 class TritonOp:
-    """One workspace and its kernels. `limit`: the most rows T of a call, None for any number."""
+    """The kernels of one workspace, and their launch; `spec.FusedOp` has the contract of each method."""
 
-    in_rank_order = True  # the exact bits of the contract's sum
+    in_rank_order = True
 
     def __init__(self, spec: OpSpec, group: Group):
-        """The local half of `open`: import and compile, no vote and no memory."""
+        """Compile the kernels: the half of `open` that needs no vote and no memory."""
         self.limit = row_limit(spec)
         self._spec, self._group, self._plan = spec, group, plan_of(spec)
         triton_launch.require_mode(spec.device)
         self._provider: MemoryProvider = CudaIpc() if spec.device == "gpu" else PosixShm()
         kernels = self._compile()
         self._launches = {variant: kernel.launch for variant, kernel in kernels.items()}
-        # All programs of a call must run at once; half of what fits leaves room for other streams and for ours.
+        # All programs of a call must run at once; half of what fits leaves room for other streams' kernels.
         resident = min(kernel.resident for kernel in kernels.values())
         room = _CPU_PROGRAMS if spec.device == "cpu" else resident * self._provider.multiprocessors() // 2
         self.programs, self._slots = plans.programs_and_slots(
@@ -70,7 +71,7 @@ class TritonOp:
         self._framework = paddle_or_torch()
         self._empty_like = empty_like()
         self._dtype = getattr(self._framework, spec.dtype)
-        # The launches of a weight's dtype, found by identity: to compare or to hash dtypes takes a microsecond.
+        # By a weight's dtype, compared by identity: to compare or to hash two dtypes takes a microsecond.
         self._of_weights = [
             (getattr(self._framework, name), {key[1:]: run for key, run in self._launches.items() if key[0] == name})
             for name in spec.weight_dtypes
@@ -85,13 +86,13 @@ class TritonOp:
         return self._workspace.bytes
 
     def finish(self, partial, residual, weight, eps, weight_offset):
-        """The formula of `reference.all_reduce_rms_norm` in one kernel, with the same bits for every T.
+        """Compute the formula of `reference.all_reduce_rms_norm` in one kernel, with the same bits for every T.
 
         Args:
             partial: this rank's partial sums, [T, H]. residual: [T, H] or None. weight: [H].
         Returns: (norm_out, residual_out), [T, H], new tensors. If a rank is missing: NaN, and `check` raises.
-        Raises: ValueError: another shape or dtype than this was opened for, the weight's too, which may have been
-            replaced. FusionTimeout: on a CPU, at once.
+        Raises: ValueError: another shape or dtype than the workspace was opened for; a weight may have been replaced.
+            FusionTimeout: on a CPU, at once.
         """
         rows, hidden = partial.shape
         alike = residual is None or (residual.shape == partial.shape and self._is_of_dtype(residual))
@@ -107,22 +108,22 @@ class TritonOp:
         return norm_out, residual_out
 
     def check(self) -> None:
-        """Raises: FusionTimeout: a call ran out of time, here or on another rank. Call it before publishing."""
+        """Raise FusionTimeout if a call ran out of time, on this rank or another; before results are published."""
         self._workspace.check()
 
     def freeze(self) -> None:
-        """From now on nothing allocates, and a call waits `timeout_s`, not ten times as long."""
+        """End the warm-up of the workspace: from now on a call waits `timeout_s`, not ten times as long."""
         self._workspace.freeze()
 
     def reset(self) -> None:
-        """Collective: go on after a FusionTimeout, on all ranks or on none. Raises FusionError."""
-        as_refusal(self._device_counts)  # for the last time; a count that fails is no reason for the ranks to part
+        """Collective: reset the workspace after a FusionTimeout, on all ranks or on none. Raises FusionError."""
+        as_refusal(self._device_counts)  # read once more before they are lost; where that fails, all the same
         self._counts.pause()
         self._workspace.reset()
         self._counts.start_anew()
 
     def stats(self) -> dict[str, Any]:
-        """What is open, and counts; of a closed workspace those that need no memory."""
+        """Return settings and counts of the workspace; of a closed one those that need no memory."""
         plan, workspace = self._plan, self._workspace
         return {
             "bytes": workspace.bytes,
@@ -137,9 +138,9 @@ class TritonOp:
         }
 
     def _device_counts(self) -> dict[str, int]:
-        """What the kernel itself counted since open, replays of graphs too.
+        """Read the kernel's own counts since `open`, replays of graphs included.
 
-        rows: finished rows. calls: launches, which are calls where none has more rows than there are slots.
+        rows: finished rows. calls: launches; a call of more rows than there are slots is several launches.
         """
         rows, calls = self._counts.seen(self._read_counters)
         return {"rows": rows, "calls": calls}
@@ -151,13 +152,13 @@ class TritonOp:
 
     @property
     def error_page(self) -> int | None:
-        """A descriptor of the page that `read_error` reads, for a process beside this one; None where it has none."""
+        """The file descriptor of the error page, for a process beside this one; None where there is no page."""
         return self._workspace.page
 
     def close(self) -> None:
-        """Give the memory back; may be repeated, and waits no more than seconds for the other ranks."""
+        """Free the workspace; may be repeated, and waits no more than seconds for the other ranks."""
         self.finish = closed
-        self._launches_for = closed  # whoever kept `finish` launches nothing either
+        self._launches_for = closed  # a `finish` that a caller kept launches nothing either
         if self._workspace is not None:
             self._workspace.close()
 
@@ -165,7 +166,10 @@ class TritonOp:
         return tensor.dtype is self._dtype or tensor.dtype == self._dtype  # to compare takes a microsecond
 
     def _launches_for(self, weight) -> dict[tuple[bool, bool], Callable[..., None]]:
-        """By (two-shot, without residual). The kernel would read past the end, or one dtype as another."""
+        """Return the launches for this weight, by (two-shot, without residual). Raises ValueError.
+
+        With another weight the kernel would read past its end, or one dtype as another.
+        """
         dtype, shape = weight.dtype, weight.shape  # the shape a list of Paddle's, or a tuple of torch's
         if len(shape) == 1 and shape[0] == self._spec.hidden_size:
             for known, launches in self._of_weights:
@@ -178,7 +182,7 @@ class TritonOp:
         raise ValueError(f"opened for weights {expected}, got {list(weight.shape)} of {dtype}; bind the model anew")
 
     def _launch(self, launches, partial, residual, weight, norm_out, residual_out, rows, eps, weight_offset):
-        """On the current stream. `call_id` is the op of the error page: it counts calls, or their captures."""
+        """Launch on the current stream. `call_id`, `op` on the error page, counts calls, or captures of them."""
         weight, bare = _ready(weight), residual is None
         residual = partial if bare else _ready(residual)  # without one its address is not read
         launch = launches[rows >= self._two_shot_rows, bare]
@@ -206,12 +210,12 @@ class TritonOp:
         return compile_kernels(self._spec, self._plan)
 
     def _push(self, addresses: tuple[int, ...], value: int) -> None:
-        """The proof's store: `symmetric_memory.Push`."""
+        """Store `value` at each address, as the proof of the memory asks: a `symmetric_memory.Push`."""
         for address in addresses:
             self._store_word(1, address, value)
 
     def _open(self) -> None:
-        """The collective half of `open`."""
+        """Collective: open the workspace and run the kernels: the second half of `open`."""
         timeout_s = self._spec.timeout_s
         layout = layout_of(self._plan, self._slots)
         self._workspace = open_workspace(self._group, layout, self._provider, self._push, timeout_s=timeout_s)
@@ -220,15 +224,13 @@ class TritonOp:
         agree_or_raise(self._group, "ran", refusal, None, timeout_s)
 
     def _run_once(self) -> None:
-        """Run every kernel that can be chosen, and compare what it gives: a first launch may allocate."""
-        from fd_fusion.backends.triton_first_calls import run_all  # with NumPy, which who reads error pages lacks
-
+        """Run every kernel that a call can choose, and compare its results: a first launch may allocate."""
         run_all(self, self._spec, self._framework)
         self._provider.synchronize()
         self.check()
 
 
 def _ready(tensor: Any) -> Any:
-    """The tensor as the kernel reads it: contiguous and on a 16-byte boundary. A copy where it is not."""
+    """Return the tensor, or a copy: contiguous and on a 16-byte boundary, as the kernel reads it."""
     tensor = tensor if tensor.is_contiguous() else tensor.contiguous()
     return tensor.clone() if tensor.data_ptr() & 15 else tensor

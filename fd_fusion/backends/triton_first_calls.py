@@ -1,6 +1,6 @@
 """The first call of every kernel that a workspace may launch, on numbers with a known answer.
 
-A first launch may allocate, so each is made before anything is frozen; and none is used that was not compared.
+A first launch may allocate, so each kernel is launched before the workspace is frozen, and is compared before use.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def run_all(op: Any, spec: OpSpec, framework: Any) -> None:
     with more rows than programs, and as a call of more rows than slots, which is several launches (`_shapes`).
     `residual_out` must be the contract's bits, over the whole width.
 
-    All are launched before a wrong one is told, since the other ranks take part in every launch.
+    All kernels are launched before a wrong one raises, since the other ranks take part in every launch.
     Raises: FusionError: the first kernel that gave wrong numbers. FusionTimeout: a rank is missing.
     """
     wrong, stock = None, (op._two_shot_rows, op._slots)
@@ -43,8 +43,10 @@ def run_all(op: Any, spec: OpSpec, framework: Any) -> None:
 
 
 def _shapes(programs: int, slots: int, device: str, bare: bool) -> list[tuple[int, int]]:
-    """(T, slots) of the calls of a variant. Real slots are hundreds; to cut a call, as if there were few is as good.
-    The interpreter takes long, so there one row is run without a residual alone, and the rest with one."""
+    """Return (T, slots) of the calls of a variant. A call is cut into launches as if there were few slots.
+
+    The interpreter is slow: there a variant without a residual runs one row, the others run the other shapes.
+    """
     if device == "cpu":
         return [(1, slots)] if bare else [(programs + 1, slots), (3, min(2, slots))]
     return [(1, slots), (programs + 1, slots), (programs + 1, min(programs, slots))]
@@ -79,7 +81,7 @@ def judge(
     norm_out: np.ndarray,
     residual_out: np.ndarray,
 ) -> Reason | None:
-    """Whether a call gave the contract's bits, and the norm of them within its own rounding."""
+    """Compare a call with the contract: the sum bit for bit, its norm within one rounding. Returns the reason."""
     total = exact.rank_order_sum(partials, residual)
     same = exact.same_bits(residual_out, round_to(total, dtype).astype(np.float32))
     limits = {"eps": _EPS, "weight_offset": _OFFSET, "dtype": dtype, "rounded": False}

@@ -1,4 +1,4 @@
-"""What the triton backend fixes before its workspace is open: whether it can run, its plan, kernels and memory."""
+"""What the triton backend fixes before its workspace is open: whether it can run, the plan, kernels and memory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ANY_ADDRESS = 1 << 40  # what a kernel is compiled for: an int64; nothing is spe
 
 
 def supports(spec: OpSpec) -> Reason | None:
-    """Whether this rank can try. Imports nothing and allocates nothing."""
+    """Return why this rank cannot run the kernel, or None. Imports nothing and allocates nothing."""
     if importlib.util.find_spec("triton") is None:
         return because("no_triton", detail="it is not installed")
     if spec.size not in plans.SIZES:
@@ -37,6 +37,7 @@ def supports(spec: OpSpec) -> Reason | None:
 
 
 def plan_of(spec: OpSpec) -> plans.Plan:
+    """Return the kernel's plan, with the tuning table's limit of one-shot where there is one."""
     plan = plans.plan_for(spec.size, spec.hidden_size, spec.dtype, interpreted=spec.device == "cpu")
     if spec.two_shot_rows is None:
         return plan
@@ -44,8 +45,10 @@ def plan_of(spec: OpSpec) -> plans.Plan:
 
 
 def compile_kernels(spec: OpSpec, plan: plans.Plan) -> dict[tuple[str, bool, bool], triton_launch.Loaded]:
-    """By (weight dtype, two-shot, without residual): all that any call can need, since nothing compiles later.
-    Nothing is specialized on a value, so each is right for all calls."""
+    """Compile every kernel that a call may need, by (weight dtype, two-shot, without residual): none compiles later.
+
+    No kernel is specialized on the value of an argument, so that each is right for all calls.
+    """
     kernel = triton_launch.load_kernel("all_reduce.kernel", "all_reduce_rms_norm")
     like = (*(ANY_ADDRESS,) * 7, 2, 0, 0, 1e-5, 0.0)
     pdl = spec.device == "gpu" and triton_launch.uses_pdl()
@@ -63,6 +66,7 @@ def compile_kernels(spec: OpSpec, plan: plans.Plan) -> dict[tuple[str, bool, boo
 
 
 def layout_of(plan: plans.Plan, slots: int) -> Layout:
+    """Return the memory of a workspace: what is symmetric, what is local, and how the error page is read."""
     return Layout(
         control_bytes=plans.CONTROL_BYTES,
         symmetric_bytes=plans.symmetric_bytes(plan, slots),
@@ -77,7 +81,7 @@ def layout_of(plan: plans.Plan, slots: int) -> Layout:
 
 
 def read_error(words: list[int]) -> Reason | None:
-    """The error page as a reason."""
+    """Return the reason that the words of an error page give, or None for a page without an error."""
     error = plans.read_error_page(words)
     if error is None:
         return None

@@ -1,4 +1,4 @@
-"""Which backend serves a group: each candidate in turn is asked, opened and voted on, on all ranks or on none."""
+"""The selection of a backend for a group: all ranks try the candidates in turn, and vote on each."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _AUTO = {"cpu": ("paddle",), "gpu": ("triton", "flashinfer")}
 
 @dataclass(frozen=True)
 class SelectedBackend:
-    """A backend that is open on all ranks of a group."""
+    """The op that is open on all ranks of a group, and the backend that it is of."""
 
     backend: str
     op: FusedOp
@@ -34,11 +34,10 @@ class SelectedBackend:
 def select_backend(
     group: Group, pairs: Sequence[Any], config: FusionConfig, deterministic: bool, workspace_bytes: int
 ) -> tuple[SelectedBackend | None, Reason | None, tuple[int, ...]]:
-    """Collective: open a backend for pairs of one hidden size and dtype.
+    """Collective: open the op for pairs of one hidden size and dtype, of the first backend that no rank refuses.
 
     Args: workspace_bytes: the most that the workspace may have, equal on all ranks.
-    Returns: (backend, None, ()), or (None, the reason of the first candidate, the ranks that refused). Any refusal
-        of any rank moves all of them to the next candidate.
+    Returns: (backend, None, ()), or (None, the reason of the first candidate, the ranks that refused).
     """
     spec = _spec_of(pairs, group, config, deterministic, workspace_bytes)
     norms = dict.fromkeys((pair.eps, pair.weight_offset) for pair in pairs)
@@ -62,7 +61,7 @@ def select_backend(
 def _spec_of(
     pairs: Sequence[Any], group: Group, config: FusionConfig, deterministic: bool, workspace_bytes: int
 ) -> OpSpec:
-    """Describe the op of one workspace, but for what its pairs may differ in: eps and weight offset."""
+    """Describe the op of one workspace, without the eps and the weight offset, which differ from pair to pair."""
     device, arch = paddle_runtime.device_of()
     return OpSpec(
         *(group.rank, group.size, pairs[0].hidden_size, pairs[0].dtype),
@@ -77,19 +76,19 @@ def _spec_of(
 
 
 def _candidates(named: str, device: str, tuned: Limits | None) -> tuple[str, ...]:
-    """What is tried, in turn. By the table the fastest first, and none that never wins."""
+    """Return the backends to try, in turn: by the tuning table the fastest first, without one that never wins."""
     if named != "auto":
         return (named,)
     return tuned.order if tuned and tuned.order else _AUTO[device]
 
 
 def _tuned(group: Group, spec: OpSpec) -> tuple[Limits | None, Reason | None]:
-    """Collective: what the tuning table says, if it says the same on all ranks, or why it is not used."""
+    """Collective: read the tuning table. Returns its limits, or the reason why the ranks do not use them."""
     try:
         gpu = paddle_or_torch().cuda.get_device_name()
         key = Fingerprint(gpu, spec.size, spec.hidden_size, spec.dtype, tuning_table.versions_here())
         limits, note = tuning_table.read_limits(key, tuning_table.table_path())
-    except Exception as error:  # told in the report; the other ranks wait for this vote
+    except Exception as error:  # a note of the report; the other ranks wait for this vote
         limits, note = None, because("table_unusable", path="of limits", error=f"{type(error).__name__}: {error}")
     verdict = agree(group, "table", Vote(None, limits and limits.to_dict()), timeout_s=spec.timeout_s)
     if not verdict.ok:
@@ -102,7 +101,7 @@ def _tuned(group: Group, spec: OpSpec) -> tuple[Limits | None, Reason | None]:
 def _try(
     name: str, specs: list[OpSpec], group: Group, timeout_s: float
 ) -> tuple[FusedOp | None, Reason | None, tuple[int, ...]]:
-    """Ask, vote, open, vote. What this rank opened is closed again when another one could not."""
+    """Ask the backend, vote, open the op, vote. An op is closed again when another rank could not open it."""
     backend, refusal = _load(name, specs)
     verdict = agree(group, f"{name}.supports", Vote(refusal), timeout_s=timeout_s)
     if not verdict.ok:
@@ -113,7 +112,7 @@ def _try(
             op = backend.open(specs[0], group)
         except FusionError as error:
             refusal = error.reason
-        except Exception as error:  # becomes a vote with its text, so that the other ranks hear of it
+        except Exception as error:  # its text becomes this rank's vote
             refusal = because("open_failed", error=f"{type(error).__name__}: {error}")
     with contextlib.ExitStack() as unless_ok:
         if op is not None:
@@ -126,7 +125,7 @@ def _try(
 
 
 def _load(name: str, specs: list[OpSpec]) -> tuple[Backend | None, Reason | None]:
-    """The backend's module and its answer for every spec."""
+    """Import the backend and ask it about every spec. Returns the module, and its first refusal."""
     try:
         backend = importlib.import_module(f"fd_fusion.backends.{name}")
         answers = (backend.supports(spec) for spec in specs)

@@ -1,4 +1,4 @@
-"""Paddle's own ops where a layer is not fused: the all-reduce, the norm and the product, and the group that they use.
+"""Paddle's own ops, for a layer that is not fused: all-reduce, norm and product, and the group of a collective.
 
 On a CPU Paddle has no half-precision add, matmul, rsqrt or mean, and gloo's float16 sum silently returns inf. So
 halves are summed and normalised in float32 here, and rounded once.
@@ -24,9 +24,9 @@ def is_eager() -> bool:
 
 
 def group_of(handle: Any = None) -> Group:
-    """The `Group` of a Paddle process group; the default group for None; one rank where nothing is initialised.
+    """Return the `Group` of a Paddle process group: of the default one for None, of one rank where there is none.
 
-    The rank and the size are the group's own, never the global ones.
+    The rank and the size are those within the group, never the global ones.
     """
     if handle is None:
         if not dist.is_initialized():
@@ -38,7 +38,7 @@ def group_of(handle: Any = None) -> Group:
 
 @functools.cache
 def _group(ranks: tuple[int, ...], rank: int) -> Group:
-    """One object for each set of ranks, since it counts the votes that they held together."""
+    """Return one object for each set of ranks, since a `Group` counts the votes that its ranks held."""
     return Group(
         "-".join(map(str, ranks)), rank, len(ranks), ranks, paddle_runtime.tcp_store() if len(ranks) > 1 else None
     )
@@ -50,7 +50,7 @@ def _with_handle(group: Group, handle: Any) -> Group:
 
 
 def _needs_wide(x: paddle.Tensor) -> bool:
-    """Whether Paddle lacks the arithmetic for this dtype here, or gets it wrong."""
+    """Return whether Paddle has no arithmetic for this dtype on this device, or a wrong one."""
     return dtype_name(x) in ("bfloat16", "float16") and paddle_runtime.device_of()[0] == "cpu"
 
 
@@ -90,7 +90,7 @@ def rms_norm(
 
 
 def linear(x: paddle.Tensor, weight: paddle.Tensor, bias: paddle.Tensor | None = None) -> paddle.Tensor:
-    """x W + bias; in float32, rounded once, for halves on a CPU. x [..., K], weight [K, H], bias [H]."""
+    """Compute x W + bias; halves on a CPU in float32, rounded once. x [..., K], weight [K, H], bias [H]."""
     if not _needs_wide(x):
         return paddle.nn.functional.linear(x, weight, bias)
     wide = x.astype("float32") @ weight.astype("float32")

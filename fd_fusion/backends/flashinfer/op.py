@@ -72,7 +72,7 @@ class FlashInferOp:
         return norm_out, residual_out
 
     def one_shot(self, rows: int) -> bool:
-        """Two-shot for big messages, where the version's two-shot is sound; it wants more rows than ranks."""
+        """Return whether a call is one-shot: T <= N, few bytes, or a version whose two-shot is not sound."""
         spec = self._spec
         nbytes = 2 * spec.size * rows * spec.hidden_size * ELEMENT_BYTES[spec.dtype]
         return not self._two_shot or rows <= spec.size or nbytes <= _ONE_SHOT_BYTES[spec.size]
