@@ -41,7 +41,7 @@ class PaddleOp:
 
     def finish(self, partial, residual, weight, eps, weight_offset):
         """Compute `reference.all_reduce_rms_norm`, in its order; [T, H] -> (norm_out, residual_out)."""
-        self._need_open()
+        self.check()
         parts: list[paddle.Tensor] = []
         dist.all_gather(parts, partial.contiguous(), group=self._group.handle)
         total = parts[0].astype("float32")
@@ -53,16 +53,11 @@ class PaddleOp:
         return out.astype(partial.dtype), total.astype(partial.dtype)
 
     def check(self) -> None:
-        """Raise nothing but `closed`: a collective of the framework that runs out of time raises by itself."""
-        self._need_open()
+        """Raise nothing but `closed`: a collective that runs out of time raises by itself, and there is no state."""
+        if self._closed:
+            closed()
 
-    def freeze(self) -> None:
-        """Do nothing: there is no warm-up."""
-        self._need_open()
-
-    def reset(self) -> None:
-        """Do nothing: there is no state."""
-        self._need_open()
+    freeze = reset = check
 
     def stats(self) -> dict[str, int]:
         return {}
@@ -70,10 +65,6 @@ class PaddleOp:
     def close(self) -> None:
         """Make every later call raise `closed`."""
         self._closed = True
-
-    def _need_open(self) -> None:
-        if self._closed:
-            closed()
 
 
 def open(spec: OpSpec, group: Group) -> PaddleOp:

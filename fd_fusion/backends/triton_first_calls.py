@@ -60,6 +60,7 @@ def _name(two_shot: bool, bare: bool, rows: int, launches: int) -> str:
 def _run(
     op: Any, spec: OpSpec, framework: Any, variant: str, rows: int, bare: bool, weight_dtype: str
 ) -> Reason | None:
+    """Compare a call with the contract: the sum bit for bit, its norm within one rounding. Returns the reason."""
     hidden, dtype = spec.hidden_size, spec.dtype
     partials = [exact.known_partial(rank, rows, hidden, dtype) for rank in range(spec.size)]
     residual = None if bare else exact.known_partial(spec.size, rows, hidden, dtype)
@@ -69,19 +70,6 @@ def _run(
         for values, of in ((partials[spec.rank], dtype), (residual, dtype), (weight, weight_dtype))
     ]
     norm_out, residual_out = (numbers(out) for out in op.finish(*tensors, _EPS, _OFFSET))
-    return judge(variant, dtype, partials, residual, weight, norm_out, residual_out)
-
-
-def judge(
-    variant: str,
-    dtype: str,
-    partials: list[np.ndarray],
-    residual: np.ndarray | None,
-    weight: np.ndarray,
-    norm_out: np.ndarray,
-    residual_out: np.ndarray,
-) -> Reason | None:
-    """Compare a call with the contract: the sum bit for bit, its norm within one rounding. Returns the reason."""
     total = exact.rank_order_sum(partials, residual)
     same = exact.same_bits(residual_out, round_to(total, dtype).astype(np.float32))
     limits = {"eps": _EPS, "weight_offset": _OFFSET, "dtype": dtype, "rounded": False}

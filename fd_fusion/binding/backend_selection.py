@@ -102,7 +102,7 @@ def _try(
     name: str, specs: list[OpSpec], group: Group, timeout_s: float
 ) -> tuple[FusedOp | None, Reason | None, tuple[int, ...]]:
     """Ask the backend, vote, open the op, vote. An op is closed again when another rank could not open it."""
-    backend, refusal = _load(name, specs)
+    backend, refusal = load_backend(name, specs)
     verdict = agree(group, f"{name}.supports", Vote(refusal), timeout_s=timeout_s)
     if not verdict.ok:
         return None, verdict.reason, tuple(rank for rank, _ in verdict.refusals)
@@ -124,7 +124,7 @@ def _try(
     return None, verdict.reason, tuple(rank for rank, _ in verdict.refusals)
 
 
-def _load(name: str, specs: list[OpSpec]) -> tuple[Backend | None, Reason | None]:
+def load_backend(name: str, specs: list[OpSpec]) -> tuple[Backend | None, Reason | None]:
     """Import the backend and ask it about every spec. Returns the module, and its first refusal."""
     try:
         backend = importlib.import_module(f"fd_fusion.backends.{name}")

@@ -106,12 +106,6 @@ def make_driver(current_device: Callable, set_device: Callable, capability: Call
     return FrameworkDriver()
 
 
-def current_stream() -> Callable[[], int]:
-    """Return a function that returns the raw current stream of the current device, and costs little to call."""
-    framework = paddle_or_torch()
-    return functools.partial(framework._C._cuda_getCurrentRawStream, framework.cuda.current_device())
-
-
 def load_kernel(module: str, name: str) -> Any:
     """The kernel `name` of `fd_fusion.kernels.<module>`, compiled or interpreted as `interpreting` says.
 
@@ -155,7 +149,8 @@ def prepare(kernel: Any, like: tuple, constants: dict[str, Any], device: str) ->
     with triton_driver():
         made = kernel.warmup(*like, grid=(1,), **constants)
         made._init_handles()
-    run, stream = made.run, current_stream()
+    framework, run = paddle_or_torch(), made.run
+    stream = functools.partial(framework._C._cuda_getCurrentRawStream, framework.cuda.current_device())
     loaded = (made.function, made.packed_metadata, None, None, None)  # launch metadata, hooks
     tail = tuple(constants[name] for name in kernel.arg_names if name in constants)
     resident = programs_at_once(made.metadata.num_warps, made.n_regs)

@@ -426,7 +426,7 @@ def test_a_rank_that_opens_shows_progress_more_often_than_its_peers_limit(monkey
     monkeypatch.setattr(group_module, "threading", SimpleNamespace(Event=Stop, Thread=threading.Thread))
     backend = SimpleNamespace(open=lambda spec, group: None)
     monkeypatch.setattr(backend_selection, "agree", lambda *args, **kwargs: Verdict((None, None), ()))
-    monkeypatch.setattr(backend_selection, "_load", lambda name, spec: (backend, None))
+    monkeypatch.setattr(backend_selection, "load_backend", lambda name, spec: (backend, None))
     backend_selection._try("triton", ["spec"], group, 0.1)
     backend_selection._try("triton", ["spec"], group, 30)
     assert pauses == [0.025, 1.0]
@@ -441,7 +441,7 @@ def test_what_was_opened_is_closed_if_the_vote_on_it_fails(monkeypatch):
         return votes.pop() if votes else agree(*args, **kwargs)
 
     monkeypatch.setattr(backend_selection, "agree", agree_once)
-    monkeypatch.setattr(backend_selection, "_load", lambda name, spec: (backend, None))
+    monkeypatch.setattr(backend_selection, "load_backend", lambda name, spec: (backend, None))
     with pytest.raises(FusionError, match="it is gone"):
         backend_selection._try("triton", ["spec"], group, 1)
     assert closed == ["spec"]

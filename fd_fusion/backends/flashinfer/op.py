@@ -78,16 +78,15 @@ class FlashInferOp:
         return not self._two_shot or rows <= spec.size or nbytes <= _ONE_SHOT_BYTES[spec.size]
 
     def check(self) -> None:
-        """Nothing to raise but `closed`: a call that runs out of time ends the process."""
-        self._need_open()
+        """Raise nothing but `closed`: a call that runs out of time ends the process, so there is nothing to reset."""
+        if self._closed:
+            closed()
 
-    def reset(self) -> None:
-        """Nothing to reset, since a call that runs out of time ends the process."""
-        self._need_open()
+    reset = check
 
     def freeze(self) -> None:
-        """From now on a call may wait `timeout_s`. Nothing allocates but the outputs."""
-        self._need_open()
+        """End the warm-up: from now on a call may wait `timeout_s`."""
+        self.check()
         self._watchdog.limit_s = self._spec.timeout_s
 
     def stats(self) -> dict[str, Any]:
@@ -120,10 +119,6 @@ class FlashInferOp:
         except FusionError:
             self.close()
             raise
-
-    def _need_open(self) -> None:
-        if self._closed:
-            closed()
 
     def _require(self, partial: Tensor, residual: Tensor, weight: Tensor, weight_offset: float) -> None:
         """The kernel checks none of this: it would read past the end, or one dtype as another."""

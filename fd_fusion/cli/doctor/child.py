@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from fd_fusion.binding.backend_selection import load_backend
 from fd_fusion.cli.doctor.findings import Finding, guarded, of_reason
 from fd_fusion.cli.doctor.machine import tool
 from fd_fusion.cli.processes.signals import held_back
@@ -127,12 +128,7 @@ def _backends(spec: OpSpec) -> Iterator[Finding]:
     """Each backend's own answer. Fusion is off where none of those that count here says yes."""
     refused = {}
     for name in BACKENDS[1:]:
-        try:
-            reason = importlib.import_module(f"fd_fusion.backends.{name}").supports(spec)
-        except FusionError as error:
-            reason = error.reason
-        except Exception as error:  # a backend whose package is broken: its reason
-            reason = because("backend_failed", backend=name, error=f"{type(error).__name__}: {error}")
+        _, reason = load_backend(name, [spec])
         if reason is None:
             yield Finding("backends", name, "ok", f"{name}: yes, on {spec.device}")
         else:

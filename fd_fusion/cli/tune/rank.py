@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from fd_fusion.binding.backend_selection import load_backend
 from fd_fusion.cli.doctor.rank import one_call
 from fd_fusion.cli.processes.ranks import rank_main
 from fd_fusion.comm.group import Group, Vote, agree, working
@@ -53,8 +54,8 @@ def run(job: dict[str, Any], group: Group) -> dict[str, Any]:
 
 def _column(framework: Any, group: Group, spec: OpSpec, backend: str, job: dict[str, Any]) -> dict[int, float]:
     """Open, compare with the reference, time. Nothing that is wrong is timed."""
-    module = importlib.import_module(f"fd_fusion.backends.{backend}")
-    if (refusal := module.supports(spec)) is not None:
+    module, refusal = load_backend(backend, [spec])
+    if refusal is not None:
         raise FusionError(refusal)
     with working(group):
         op = module.open(spec, group)
