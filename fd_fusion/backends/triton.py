@@ -117,7 +117,7 @@ class TritonOp:
 
     def reset(self) -> None:
         """Collective: reset the workspace after a FusionTimeout, on all ranks or on none. Raises FusionError."""
-        as_refusal(self._device_counts)  # read once more before they are lost; where that fails, all the same
+        as_refusal(self._device_counts)  # a reset clears the counts; a read that fails must not part the ranks
         self._counts.pause()
         self._workspace.reset()
         self._counts.start_anew()
@@ -163,7 +163,7 @@ class TritonOp:
             self._workspace.close()
 
     def _is_of_dtype(self, tensor) -> bool:
-        return tensor.dtype is self._dtype or tensor.dtype == self._dtype  # to compare takes a microsecond
+        return tensor.dtype is self._dtype or tensor.dtype == self._dtype  # a comparison takes a microsecond
 
     def _launches_for(self, weight) -> dict[tuple[bool, bool], Callable[..., None]]:
         """Return the launches for this weight, by (two-shot, without residual). Raises ValueError.

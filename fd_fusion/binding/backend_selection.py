@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fd_fusion.comm.group import Group, Vote, agree, working
+from fd_fusion.comm.group import Group, Verdict, Vote, agree, working
 from fd_fusion.config import FusionConfig
 from fd_fusion.frameworks import paddle_runtime
 from fd_fusion.frameworks.tensors import paddle_or_torch
@@ -47,15 +47,15 @@ def select_backend(
         return None, because("never_wins", size=spec.size, hidden_size=spec.hidden_size, dtype=spec.dtype), ()
     if tuned:
         spec = replace(spec, two_shot_rows=tuned.two_shot_rows or NEVER)
-    first: tuple[Reason, tuple[int, ...]] | None = None
+    first: Verdict | None = None
     for name in _candidates(config.backend, spec.device, tuned):
         spec = replace(spec, tuned_rows=tuned.rows.get(name) or None if tuned else None)
         specs = [replace(spec, eps=eps, weight_offset=offset) for eps, offset in norms]
-        op, reason, ranks = _try(name, specs, group, config.timeout_s)
+        op, verdict = _try(name, specs, group, config.timeout_s)
         if op is not None:
             return SelectedBackend(name, op, limit_source(spec), note), None, ()
-        first = first or (reason, ranks)
-    return None, *first
+        first = first or verdict
+    return None, first.reason, tuple(rank for rank, _ in first.refusals)
 
 
 def _spec_of(
@@ -98,14 +98,12 @@ def _tuned(group: Group, spec: OpSpec) -> tuple[Limits | None, Reason | None]:
     return limits, note
 
 
-def _try(
-    name: str, specs: list[OpSpec], group: Group, timeout_s: float
-) -> tuple[FusedOp | None, Reason | None, tuple[int, ...]]:
+def _try(name: str, specs: list[OpSpec], group: Group, timeout_s: float) -> tuple[FusedOp | None, Verdict]:
     """Ask the backend, vote, open the op, vote. An op is closed again when another rank could not open it."""
     backend, refusal = load_backend(name, specs)
     verdict = agree(group, f"{name}.supports", Vote(refusal), timeout_s=timeout_s)
     if not verdict.ok:
-        return None, verdict.reason, tuple(rank for rank, _ in verdict.refusals)
+        return None, verdict
     op = None
     with working(group, timeout_s=timeout_s):
         try:
@@ -120,8 +118,8 @@ def _try(
         verdict = agree(group, f"{name}.open", Vote(refusal), timeout_s=timeout_s)
         if verdict.ok:
             unless_ok.pop_all()
-            return op, None, ()
-    return None, verdict.reason, tuple(rank for rank, _ in verdict.refusals)
+            return op, verdict
+    return None, verdict
 
 
 def load_backend(name: str, specs: list[OpSpec]) -> tuple[Backend | None, Reason | None]:

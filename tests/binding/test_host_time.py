@@ -8,6 +8,7 @@ import paddle
 import pytest
 
 from fd_fusion.binding import backend_selection
+from fd_fusion.comm.group import Verdict
 from fd_fusion.config import FusionConfig
 from fd_fusion.frameworks import tensors
 from tests.binding import host_time
@@ -66,15 +67,15 @@ def test_the_kernel_is_the_one_of_the_weight_s_dtype():
     assert not launched
 
 
-def test_a_backend_hears_of_the_weights_of_all_pairs(monkeypatch):
+def test_a_backend_is_asked_about_the_weights_of_all_pairs(monkeypatch):
     """And it is asked once with each eps: the answers are voted on."""
-    heard = []
-    monkeypatch.setattr(backend_selection, "_try", lambda name, spec, *rest: (heard.append(spec), "no", ()))
+    asked = []
+    monkeypatch.setattr(backend_selection, "_try", lambda name, spec, *rest: (asked.append(spec), Verdict((), ())))
     pairs = [host_time.pair_of(None, dtype) for dtype in ("bfloat16", "float32", "bfloat16")]
     pairs[2] = dataclasses.replace(pairs[2], eps=1e-5)
     backend_selection.select_backend(host_time.GROUP, pairs, FusionConfig(backend="triton"), False, 1 << 25)
-    assert [one.eps for one in heard[0]] == [1e-6, 1e-5]
-    assert {one.weight_dtypes for one in heard[0]} == {("bfloat16", "float32")}
+    assert [one.eps for one in asked[0]] == [1e-6, 1e-5]
+    assert {one.weight_dtypes for one in asked[0]} == {("bfloat16", "float32")}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

@@ -218,7 +218,7 @@ def open_on_two(monkeypatch, tables, **config):
 
     def try_it(name, spec, group, timeout_s):
         asked[group.rank].append((name, spec[0]))
-        return object(), None, ()
+        return object(), None
 
     monkeypatch.setattr(backend_selection, "_try", try_it)
     store, ended = Store(), [None, None]
