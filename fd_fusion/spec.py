@@ -53,11 +53,17 @@ class Backend(Protocol):
 class FusedOp(Protocol):
     """All-reduce, residual and RMSNorm as one operation, over a workspace that is open on all ranks of a group."""
 
-    limit: int | None  # the most rows T of a call; None for any number
-    in_rank_order: bool  # whether `residual_out` is the contract's sum, bit for bit
-    error_page: (
-        int | None
-    )  # the descriptor of the page that `triton_setup.read_error` reads; None where there is none
+    @property
+    def limit(self) -> int | None:
+        """The most rows T of a call; None for any number."""
+
+    @property
+    def in_rank_order(self) -> bool:
+        """Whether `residual_out` is the contract's sum, bit for bit."""
+
+    @property
+    def error_page(self) -> int | None:
+        """The file descriptor of the page that a kernel writes its errors to, if there is one."""
 
     @property
     def bytes(self) -> int:
