@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from fd_fusion.reasons import Reason, because
 from fd_fusion.reference import UNIT_ROUNDOFF, round_to
 
 _SUBNORMAL = {"float32": 2.0**-149, "float16": 2.0**-24, "bfloat16": 2.0**-133}  # the smallest number above zero
@@ -131,3 +132,14 @@ def probe_excess(norm_out: np.ndarray, host: np.ndarray, dtype: str) -> np.ndarr
     error = np.abs(norm_out.astype(np.float64) - host)
     both = np.isnan(host) & np.isnan(norm_out)
     return np.where(both, 0.0, np.where(np.isnan(error), np.inf, error) / np.where(np.isnan(allowed), 1.0, allowed))
+
+
+def first_wrong_word(variant: str, wrong: dict[str, np.ndarray]) -> Reason | None:
+    """Return the reason that names the first wrong word of a call's outputs, or None. wrong: their masks, [T, H]."""
+    for output, mask in wrong.items():
+        if mask.any():
+            row, column = np.argwhere(mask)[0]
+            where = f"row {row}, column {column}"
+            counts = {"wrong": int(mask.sum()), "words": mask.size}
+            return because("first_call_wrong", variant=variant, output=output, where=where, **counts)
+    return None

@@ -1,7 +1,7 @@
 """The launch of the QK norm's Triton kernel on Paddle or torch tensors: on a GPU, or interpreted on a CPU.
 
 A kernel is compiled once for each layout of the heads, never for a T, and launched without Triton's binder:
-eager prefill calls it once a layer, so the host's time counts.
+eager prefill launches one in every layer, so the host's time counts.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from fd_fusion.frameworks.triton_launch import current_stream, interpreting, require_mode, triton_driver, uses_pdl
+from fd_fusion.frameworks.tensors import dtype_name
+from fd_fusion.frameworks.triton_launch import interpreting, prepare, require_mode, uses_pdl
 from fd_fusion.reference import DTYPE_BYTES
 
 _MOST_HEADS = 2**31 - 4096  # of all rows together: the kernel counts them in 32 bits
@@ -72,7 +73,7 @@ def qk_rms_norm(
 
 
 def _rows(tensor: Any, name: str, width: int, rows: int | None = None, dtype: Any = None) -> tuple[int, int]:
-    """(T, row stride) of a 2-D tensor whose rows hold `width` elements side by side, or more if `rows` is None."""
+    """Return (T, row stride) of a tensor whose rows hold `width` elements side by side, or more if `rows` is None."""
     shape = tensor.shape
     fits = len(shape) == 2 and (shape[1] >= width if rows is None else tuple(shape) == (rows, width))
     if not fits or (dtype is not None and tensor.dtype != dtype):
@@ -97,8 +98,8 @@ def _launcher(
     in_place: bool,
     aligned: bool,
 ) -> Callable[[int, tuple, tuple], None]:
-    """A function (rows, addresses, strides) that launches. A process drives one GPU."""
-    names = [str(d).split(".")[-1] for d in (dtype, weight_dtype)]
+    """Compile a kernel and return its launch, a function of (rows, addresses, strides). A process drives one GPU."""
+    names = [dtype_name(dtype), dtype_name(weight_dtype)]
     for name in names:
         if name not in DTYPE_BYTES:
             raise ValueError(f"qk_rms_norm: dtype {name}, expected one of {sorted(DTYPE_BYTES)}")
@@ -108,51 +109,33 @@ def _launcher(
     with interpreting(device):
         require_mode(device)
         from fd_fusion.kernels import qk_rms_norm as kernels
-    kernel, shape = kernels.qk_rms_norm_kernel, kernels.tile(head_dim, DTYPE_BYTES[names[0]])
-    constants = shape | {"EPS": eps, "WEIGHT_OFFSET": weight_offset, "PDL": False, "ROUND_BY_HAND": not on_gpu}
+    shape, pdl = kernels.tile(head_dim, DTYPE_BYTES[names[0]]), on_gpu and uses_pdl()
+    constants = shape | {"EPS": eps, "WEIGHT_OFFSET": weight_offset, "PDL": pdl, "ROUND_BY_HAND": not on_gpu}
     constants |= {"Q_HEADS": q_heads, "KV_HEADS": kv_heads, "D": head_dim, "IN_PLACE": in_place}
+    constants |= {"num_warps": kernels.NUM_WARPS, "enable_fp_fusion": False} | ({"launch_pdl": True} if pdl else {})
     row_heads, heads = q_heads + kv_heads, shape["HEADS"]
     types = [names[0]] * 3 + [names[1]] * 2
-
-    def grid(rows: int) -> tuple[int, int, int]:
-        if rows * row_heads > _MOST_HEADS:
-            raise ValueError(f"qk_rms_norm: {rows} rows of {row_heads} heads, expected at most {_MOST_HEADS} heads")
-        return -(-rows * row_heads // heads), 1, 1
-
-    if not on_gpu:
-
-        def interpret(rows: int, addresses: tuple, strides: tuple) -> None:
-            with interpreting("cpu"):  # Triton imports parts of itself at the first launch
-                kernel[grid(rows)](*map(Pointer, addresses, types), rows, *strides, **constants)
-
-        return interpret
-
-    compiled = _compile(kernels, types, constants, aligned)
-    stream, tail = current_stream(), tuple(constants[n] for n in kernel.arg_names if n in constants)
+    address, stride = (16, 16) if aligned else (2, 2)  # all that Triton looks at is whether 16 divides them
+    like = (*(Pointer(address, name) for name in types), 2, stride, stride, stride)
+    kernel = prepare(kernels.qk_rms_norm_kernel, like, constants, device)
 
     def launch(rows: int, addresses: tuple, strides: tuple) -> None:
-        compiled[grid(rows)](*addresses, rows, *strides, *tail, stream=stream())
+        if rows * row_heads > _MOST_HEADS:
+            raise ValueError(f"qk_rms_norm: {rows} rows of {row_heads} heads, expected at most {_MOST_HEADS} heads")
+        programs = -(-rows * row_heads // heads)
+        if on_gpu:
+            kernel.launch(programs, *addresses, rows, *strides)
+            return
+        with interpreting("cpu"):  # Triton imports parts of itself at the first launch
+            kernel.launch(programs, *map(Pointer, addresses, types), rows, *strides)
 
     return launch
 
 
-def _compile(kernels: Any, types: list[str], constants: dict[str, Any], aligned: bool) -> Any:
-    """Compile and load for the current device; sets constants["PDL"]."""
-    options: dict[str, Any] = {"num_warps": kernels.NUM_WARPS, "enable_fp_fusion": False}
-    address, stride = (16, 16) if aligned else (2, 2)  # all that Triton looks at is whether 16 divides them
-    with triton_driver():
-        if uses_pdl():
-            constants["PDL"] = options["launch_pdl"] = True
-        pointers = [Pointer(address, name) for name in types]
-        compiled = kernels.qk_rms_norm_kernel.warmup(*pointers, 2, *[stride] * 3, grid=(1,), **constants, **options)
-        compiled._init_handles()
-    return compiled
-
-
 class Pointer:
-    """An address and an element type, as Triton takes them for a tensor: to compile with, and to interpret.
+    """An address and an element type in the form of a tensor, for Triton to compile or interpret a kernel with.
 
-    Triton reads `data_ptr` and the last part of `str(dtype)`; its interpreter goes through a storage besides.
+    Triton reads `data_ptr` and the last part of `str(dtype)`; its interpreter reads the storage besides.
     """
 
     def __init__(self, address: int, dtype: str):

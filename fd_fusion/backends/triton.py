@@ -1,97 +1,77 @@
-"""The triton backend: one kernel of our own over symmetric memory; no FlashInfer, no nvcc, no torch.
+"""The triton backend: one kernel of this package over symmetric memory; it needs no FlashInfer, nvcc or torch.
 
-On NVIDIA GPUs it is compiled and launched on Paddle or torch tensors; on a CPU the same source runs under Triton's
-interpreter, each rank a process. Everything that a call needs beside its tensors is fixed at open.
+On NVIDIA GPUs the kernel is compiled and launched on Paddle or torch tensors; on a CPU the same source runs under
+Triton's interpreter, each rank a process. All that a call needs beside its tensors is fixed by `open`.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import importlib.util
 import itertools
 import struct
 from collections.abc import Callable
 from typing import Any
 
+from fd_fusion.backends.triton_first_calls import run_all
+from fd_fusion.backends.triton_setup import ANY_ADDRESS, compile_kernels, layout_of, plan_of, supports
 from fd_fusion.comm.cuda_ipc import CudaIpc
 from fd_fusion.comm.group import Group
 from fd_fusion.comm.posix_shm import PosixShm
 from fd_fusion.comm.symmetric_memory import MemoryProvider, agree_or_raise, as_refusal
-from fd_fusion.comm.workspace import Layout, Workspace, open_workspace
-from fd_fusion.frameworks import triton_launch as runtime_triton
+from fd_fusion.comm.workspace import Workspace, open_workspace
+from fd_fusion.frameworks import triton_launch
+from fd_fusion.frameworks.tensors import empty_like, paddle_or_torch
 from fd_fusion.kernels.all_reduce import plan as plans
 from fd_fusion.kernels.all_reduce.counts import Counts
-from fd_fusion.reasons import FusionTimeout, Reason, because, closed
-from fd_fusion.reference import DTYPE_BYTES
-from fd_fusion.tuning.limits import NEVER, OpSpec, row_limit
+from fd_fusion.reasons import FusionTimeout, closed
+from fd_fusion.spec import OpSpec
+from fd_fusion.tuning.limits import row_limit
 
+__all__ = ["TritonOp", "open", "supports"]
 _CPU_PROGRAMS = 4  # rows in flight under the interpreter, where programs run one after another anyway
-_ANY_ADDRESS = 1 << 40  # what a kernel is compiled for: an int64; nothing is specialized on its value
 
 
-def supports(spec: OpSpec) -> Reason | None:
-    """Whether this rank can try. Imports nothing and allocates nothing."""
-    if importlib.util.find_spec("triton") is None:
-        return because("no_triton", detail="it is not installed")
-    if spec.size not in plans.SIZES:
-        return because("world_size", got=spec.size, allowed=f"{plans.SIZES[0]} to {plans.SIZES[-1]}")
-    for dtype in (spec.dtype, *spec.weight_dtypes):
-        if dtype not in DTYPE_BYTES:
-            return because("dtype", got=dtype, allowed=", ".join(DTYPE_BYTES))
-    if spec.hidden_size * DTYPE_BYTES[spec.dtype] % 16:
-        return because("hidden_size", got=spec.hidden_size, need="a whole number of 16-byte units")
-    if not plans.SMALLEST <= spec.eps < float("inf"):
-        return because("eps", got=spec.eps)
-    if spec.device == "gpu" and (spec.arch or 0) < 80:
-        return because("old_gpu", got=spec.arch, need=80)
-    plan = _plan(spec)
-    if (need := plans.total_bytes(plan, 1)) > spec.workspace_bytes:
-        return because("workspace_small", need=need, got=spec.workspace_bytes)
-    return None
+def open(spec: OpSpec, group: Group) -> TritonOp:
+    """Collective: import Triton, compile the kernels, open the workspace, run each kernel once.
 
-
-def open(spec: OpSpec, group: Group) -> Opened:
-    """Collective: import, compile, open the workspace, run once. On all ranks or on none.
-
-    Raises: FusionError: on all ranks alike, naming the first rank that refused and why.
+    Raises: FusionError: on all ranks alike, with the first rank that refused and its reason.
     """
-    with runtime_triton.interpreting(spec.device):
-        opened, refusal = as_refusal(lambda: Opened(spec, group))
+    with triton_launch.interpreting(spec.device):
+        op, refusal = as_refusal(lambda: TritonOp(spec, group))
         agree_or_raise(group, "triton", refusal, None, spec.timeout_s)
         try:
-            opened._open()
+            op._open()
         except BaseException:
-            opened.close()
+            op.close()
             raise
-    return opened
+    return op
 
 
-class Opened:
-    """One workspace and its kernels. `limit`: the most rows T of a call, None for any number."""
+class TritonOp:
+    """The kernels of one workspace, and their launch; `spec.FusedOp` has the contract of each method."""
 
-    in_rank_order = True  # the exact bits of the contract's sum
+    in_rank_order = True
 
     def __init__(self, spec: OpSpec, group: Group):
-        """The local half of `open`: import and compile, no vote and no memory."""
+        """Compile the kernels: the half of `open` that needs no vote and no memory."""
         self.limit = row_limit(spec)
-        self._spec, self._group, self._plan = spec, group, _plan(spec)
-        runtime_triton.require_mode(spec.device)
+        self._spec, self._group, self._plan = spec, group, plan_of(spec)
+        triton_launch.require_mode(spec.device)
         self._provider: MemoryProvider = CudaIpc() if spec.device == "gpu" else PosixShm()
         kernels = self._compile()
         self._launches = {variant: kernel.launch for variant, kernel in kernels.items()}
-        # All programs of a call must run at once; half of what fits leaves room for other streams and for ours.
+        # All programs of a call must run at once; half of what fits leaves room for other streams' kernels.
         resident = min(kernel.resident for kernel in kernels.values())
         room = _CPU_PROGRAMS if spec.device == "cpu" else resident * self._provider.multiprocessors() // 2
         self.programs, self._slots = plans.programs_and_slots(
             self._plan, workspace_bytes=spec.workspace_bytes, at_once=room, limit=self.limit
         )
-        word = _ANY_ADDRESS, _ANY_ADDRESS
-        store = runtime_triton.load_kernel("all_reduce.probe", "store_word")
-        self._store_word = runtime_triton.prepare(store, word, {}, spec.device).launch
-        self._framework = runtime_triton.framework()
-        self._empty_like = runtime_triton.empty_like()
+        word = ANY_ADDRESS, ANY_ADDRESS
+        store = triton_launch.load_kernel("all_reduce.probe", "store_word")
+        self._store_word = triton_launch.prepare(store, word, {}, spec.device).launch
+        self._framework = paddle_or_torch()
+        self._empty_like = empty_like()
         self._dtype = getattr(self._framework, spec.dtype)
-        # The launches of a weight's dtype, found by identity: to compare or to hash dtypes takes a microsecond.
+        # By a weight's dtype, compared by identity: to compare or to hash two dtypes takes a microsecond.
         self._of_weights = [
             (getattr(self._framework, name), {key[1:]: run for key, run in self._launches.items() if key[0] == name})
             for name in spec.weight_dtypes
@@ -106,13 +86,13 @@ class Opened:
         return self._workspace.bytes
 
     def finish(self, partial, residual, weight, eps, weight_offset):
-        """The formula of `reference.all_reduce_rms_norm` in one kernel, with the same bits for every T.
+        """Compute the formula of `reference.all_reduce_rms_norm` in one kernel, with the same bits for every T.
 
         Args:
             partial: this rank's partial sums, [T, H]. residual: [T, H] or None. weight: [H].
         Returns: (norm_out, residual_out), [T, H], new tensors. If a rank is missing: NaN, and `check` raises.
-        Raises: ValueError: another shape or dtype than this was opened for, the weight's too, which may have been
-            replaced. FusionTimeout: on a CPU, at once.
+        Raises: ValueError: another shape or dtype than the workspace was opened for; a weight may have been replaced.
+            FusionTimeout: on a CPU, at once.
         """
         rows, hidden = partial.shape
         alike = residual is None or (residual.shape == partial.shape and self._is_of_dtype(residual))
@@ -128,22 +108,22 @@ class Opened:
         return norm_out, residual_out
 
     def check(self) -> None:
-        """Raises: FusionTimeout: a call ran out of time, here or on another rank. Call it before publishing."""
+        """Raise FusionTimeout if a call ran out of time, on this rank or another; before results are published."""
         self._workspace.check()
 
     def freeze(self) -> None:
-        """From now on nothing allocates, and a call waits `timeout_s`, not ten times as long."""
+        """End the warm-up of the workspace: from now on a call waits `timeout_s`, not ten times as long."""
         self._workspace.freeze()
 
     def reset(self) -> None:
-        """Collective: go on after a FusionTimeout, on all ranks or on none. Raises FusionError."""
-        as_refusal(self._device_counts)  # for the last time; a count that fails is no reason for the ranks to part
+        """Collective: reset the workspace after a FusionTimeout, on all ranks or on none. Raises FusionError."""
+        as_refusal(self._device_counts)  # a reset clears the counts; a read that fails must not part the ranks
         self._counts.pause()
         self._workspace.reset()
         self._counts.start_anew()
 
     def stats(self) -> dict[str, Any]:
-        """What is open, and counts; of a closed workspace those that need no memory."""
+        """Return settings and counts of the workspace; of a closed one those that need no memory."""
         plan, workspace = self._plan, self._workspace
         return {
             "bytes": workspace.bytes,
@@ -158,9 +138,9 @@ class Opened:
         }
 
     def _device_counts(self) -> dict[str, int]:
-        """What the kernel itself counted since open, replays of graphs too.
+        """Read the kernel's own counts since `open`, replays of graphs included.
 
-        rows: finished rows. calls: launches, which are calls where none has more rows than there are slots.
+        rows: finished rows. calls: launches; a call of more rows than there are slots is several launches.
         """
         rows, calls = self._counts.seen(self._read_counters)
         return {"rows": rows, "calls": calls}
@@ -172,21 +152,24 @@ class Opened:
 
     @property
     def error_page(self) -> int | None:
-        """A descriptor of the page that `read_error` reads, for a process beside this one; None where it has none."""
+        """The file descriptor of the error page, for a process beside this one; None where there is no page."""
         return self._workspace.page
 
     def close(self) -> None:
-        """Give the memory back; may be repeated, and waits no more than seconds for the other ranks."""
+        """Free the workspace; may be repeated, and waits no more than seconds for the other ranks."""
         self.finish = closed
-        self._launches_for = closed  # whoever kept `finish` launches nothing either
+        self._launches_for = closed  # a `finish` that a caller kept launches nothing either
         if self._workspace is not None:
             self._workspace.close()
 
     def _is_of_dtype(self, tensor) -> bool:
-        return tensor.dtype is self._dtype or tensor.dtype == self._dtype  # to compare takes a microsecond
+        return tensor.dtype is self._dtype or tensor.dtype == self._dtype  # a comparison takes a microsecond
 
     def _launches_for(self, weight) -> dict[tuple[bool, bool], Callable[..., None]]:
-        """By (two-shot, without residual). The kernel would read past the end, or one dtype as another."""
+        """Return the launches for this weight, by (two-shot, without residual). Raises ValueError.
+
+        With another weight the kernel would read past its end, or one dtype as another.
+        """
         dtype, shape = weight.dtype, weight.shape  # the shape a list of Paddle's, or a tuple of torch's
         if len(shape) == 1 and shape[0] == self._spec.hidden_size:
             for known, launches in self._of_weights:
@@ -199,12 +182,12 @@ class Opened:
         raise ValueError(f"opened for weights {expected}, got {list(weight.shape)} of {dtype}; bind the model anew")
 
     def _launch(self, launches, partial, residual, weight, norm_out, residual_out, rows, eps, weight_offset):
-        """On the current stream. `op` on the error page is the number of the call, or of its capture."""
+        """Launch on the current stream. `call_id`, `op` on the error page, counts calls, or captures of them."""
         weight, bare = _ready(weight), residual is None
         residual = partial if bare else _ready(residual)  # without one its address is not read
         launch = launches[rows >= self._two_shot_rows, bare]
         parts = [(0, rows)] if rows <= self._slots else plans.launches(self._slots, rows)
-        op, row_bytes = next(self._calls) & 0xFFFFFF, 4 * self._plan.words
+        call_id, row_bytes = next(self._calls) & 0xFFFFFF, 4 * self._plan.words
         for start, count in parts:
             launch(
                 *plans.grid(self._plan, self.programs, count),
@@ -216,89 +199,38 @@ class Opened:
                 *self._own,
                 count,
                 self._group.rank,
-                op,
+                call_id,
                 eps,
                 weight_offset,
             )
         if self._spec.device == "cpu" and (reason := self._workspace.error()) is not None:
             raise FusionTimeout(reason)
 
-    def _compile(self) -> dict[tuple[str, bool, bool], runtime_triton.Loaded]:
-        """By (weight dtype, two-shot, without residual): all that any call can need, since nothing compiles later.
-        Nothing is specialized on a value, so each is right for all calls."""
-        kernel = runtime_triton.load_kernel("all_reduce.kernel", "all_reduce_rms_norm")
-        like = (*(_ANY_ADDRESS,) * 7, 2, 0, 0, 1e-5, 0.0)
-        pdl = self._spec.device == "gpu" and runtime_triton.uses_pdl()
-        return {
-            (name, two_shot, bare): runtime_triton.prepare(
-                kernel,
-                like,
-                plans.constants(self._plan, weight_dtype=name, has_residual=not bare, two_shot=two_shot, pdl=pdl),
-                self._spec.device,
-            )
-            for name in self._spec.weight_dtypes
-            for two_shot in {False, self._plan.two_shot_rows is not None or self._spec.device == "cpu"}
-            for bare in (False, True)
-        }
+    def _compile(self) -> dict[tuple[str, bool, bool], triton_launch.Loaded]:
+        return compile_kernels(self._spec, self._plan)
 
     def _push(self, addresses: tuple[int, ...], value: int) -> None:
-        """The proof's store: `symmetric_memory.Push`."""
+        """Store `value` at each address, as the proof of the memory asks: a `symmetric_memory.Push`."""
         for address in addresses:
             self._store_word(1, address, value)
 
     def _open(self) -> None:
-        """The collective half of `open`."""
+        """Collective: open the workspace and run the kernels: the second half of `open`."""
         timeout_s = self._spec.timeout_s
-        layout = _layout(self._plan, self._slots)
+        layout = layout_of(self._plan, self._slots)
         self._workspace = open_workspace(self._group, layout, self._provider, self._push, timeout_s=timeout_s)
         self._own = self._workspace.local, self._workspace.memory.own
         _, refusal = as_refusal(self._run_once)
         agree_or_raise(self._group, "ran", refusal, None, timeout_s)
 
     def _run_once(self) -> None:
-        """Run every kernel that can be chosen, and compare what it gives: a first launch may allocate."""
-        from fd_fusion.backends.triton_first_calls import run_all  # with NumPy, which who reads error pages lacks
-
+        """Run every kernel that a call can choose, and compare its results: a first launch may allocate."""
         run_all(self, self._spec, self._framework)
         self._provider.synchronize()
         self.check()
 
 
-def _plan(spec: OpSpec) -> plans.Plan:
-    plan = plans.plan_for(spec.size, spec.hidden_size, spec.dtype, interpreted=spec.device == "cpu")
-    if spec.two_shot_rows is None:
-        return plan
-    return dataclasses.replace(plan, two_shot_rows=None if spec.two_shot_rows == NEVER else spec.two_shot_rows)
-
-
-def _layout(plan: plans.Plan, slots: int) -> Layout:
-    return Layout(
-        control_bytes=plans.CONTROL_BYTES,
-        symmetric_bytes=plans.symmetric_bytes(plan, slots),
-        fill=plans.SLOT_FILL,
-        local_bytes=plans.local_bytes(plan, slots),
-        local_words=lambda limit, page, addresses: plans.local_words(
-            plan, slots, limit=limit, error_page=page, addresses=addresses
-        ),
-        page_bytes=plans.ERROR_PAGE_BYTES,
-        read_error=read_error,
-    )
-
-
-def read_error(words: list[int]) -> Reason | None:
-    """The error page as a reason."""
-    error = plans.read_error_page(words)
-    if error is None:
-        return None
-    where = {name: error[name] for name in ("op", "row", "launch")}
-    if error["code"] == plans.TWO_STREAMS:
-        return because("two_streams", **where)
-    if error["code"] == plans.TOLD:
-        return because("aborted")
-    return because("dead_group", **where, missing=", ".join(map(str, error["missing"])) or "unknown")
-
-
 def _ready(tensor: Any) -> Any:
-    """The tensor as the kernel reads it: contiguous and on a 16-byte boundary. A copy where it is not."""
+    """Return the tensor, or a copy: contiguous and on a 16-byte boundary, as the kernel reads it."""
     tensor = tensor if tensor.is_contiguous() else tensor.contiguous()
     return tensor.clone() if tensor.data_ptr() & 15 else tensor

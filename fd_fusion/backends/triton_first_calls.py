@@ -1,6 +1,6 @@
 """The first call of every kernel that a workspace may launch, on numbers with a known answer.
 
-A first launch may allocate, so each is made before anything is frozen; and none is used that was not compared.
+A first launch may allocate, so each kernel is launched before the workspace is frozen, and is compared before use.
 """
 
 from __future__ import annotations
@@ -10,40 +10,43 @@ from typing import Any
 import numpy as np
 
 from fd_fusion import exact
+from fd_fusion.frameworks.tensors import numbers, tensor
 from fd_fusion.kernels.all_reduce import plan as plans
-from fd_fusion.reasons import FusionError, Reason, because
+from fd_fusion.reasons import FusionError, Reason
 from fd_fusion.reference import round_to
-from fd_fusion.tuning.limits import OpSpec
+from fd_fusion.spec import OpSpec
 
 _EPS, _OFFSET = 100.0, 1.0  # about the mean of squares, so that it is seen
 
 
-def run_all(opened: Any, spec: OpSpec, framework: Any) -> None:
+def run_all(op: Any, spec: OpSpec, framework: Any) -> None:
     """Collective: launch one-shot and two-shot, with and without a residual, for each dtype of weight; with one row,
     with more rows than programs, and as a call of more rows than slots, which is several launches (`_shapes`).
     `residual_out` must be the contract's bits, over the whole width.
 
-    All are launched before a wrong one is told, since the other ranks take part in every launch.
+    All kernels are launched before a wrong one raises, since the other ranks take part in every launch.
     Raises: FusionError: the first kernel that gave wrong numbers. FusionTimeout: a rank is missing.
     """
-    wrong, stock = None, (opened._two_shot_rows, opened._slots)
+    wrong, stock = None, (op._two_shot_rows, op._slots)
     try:
-        for weight_dtype, two_shot, bare in opened._launches:
-            opened._two_shot_rows = 1 if two_shot else 1 << 62
-            for rows, slots in _shapes(opened.programs, stock[1], spec.device, bare):
-                opened._slots = slots
+        for weight_dtype, two_shot, bare in op._launches:
+            op._two_shot_rows = 1 if two_shot else 1 << 62
+            for rows, slots in _shapes(op.programs, stock[1], spec.device, bare):
+                op._slots = slots
                 variant = _name(two_shot, bare, rows, len(plans.launches(slots, rows)))
-                reason = _run(opened, spec, framework, variant, rows, bare, weight_dtype)
+                reason = _run(op, spec, framework, variant, rows, bare, weight_dtype)
                 wrong = wrong or reason
     finally:
-        opened._two_shot_rows, opened._slots = stock
+        op._two_shot_rows, op._slots = stock
     if wrong:
         raise FusionError(wrong)
 
 
 def _shapes(programs: int, slots: int, device: str, bare: bool) -> list[tuple[int, int]]:
-    """(T, slots) of the calls of a variant. Real slots are hundreds; to cut a call, as if there were few is as good.
-    The interpreter takes long, so there one row is run without a residual alone, and the rest with one."""
+    """Return (T, slots) of the calls of a variant. A call is cut into launches as if there were few slots.
+
+    The interpreter is slow: there a variant without a residual runs one row, the others run the other shapes.
+    """
     if device == "cpu":
         return [(1, slots)] if bare else [(programs + 1, slots), (3, min(2, slots))]
     return [(1, slots), (programs + 1, slots), (programs + 1, min(programs, slots))]
@@ -55,52 +58,20 @@ def _name(two_shot: bool, bare: bool, rows: int, launches: int) -> str:
 
 
 def _run(
-    opened: Any, spec: OpSpec, framework: Any, variant: str, rows: int, bare: bool, weight_dtype: str
+    op: Any, spec: OpSpec, framework: Any, variant: str, rows: int, bare: bool, weight_dtype: str
 ) -> Reason | None:
+    """Compare a call with the contract: the sum bit for bit, its norm within one rounding. Returns the reason."""
     hidden, dtype = spec.hidden_size, spec.dtype
     partials = [exact.known_partial(rank, rows, hidden, dtype) for rank in range(spec.size)]
     residual = None if bare else exact.known_partial(spec.size, rows, hidden, dtype)
     weight = exact.known_weight(hidden, weight_dtype)
     tensors = [
-        None if values is None else _tensor(framework, values, of, spec.device)
+        None if values is None else tensor(framework, values, of, spec.device)
         for values, of in ((partials[spec.rank], dtype), (residual, dtype), (weight, weight_dtype))
     ]
-    norm_out, residual_out = (_numbers(out) for out in opened.finish(*tensors, _EPS, _OFFSET))
-    return judge(variant, dtype, partials, residual, weight, norm_out, residual_out)
-
-
-def judge(
-    variant: str,
-    dtype: str,
-    partials: list[np.ndarray],
-    residual: np.ndarray | None,
-    weight: np.ndarray,
-    norm_out: np.ndarray,
-    residual_out: np.ndarray,
-) -> Reason | None:
-    """Whether a call gave the contract's bits, and the norm of them within its own rounding."""
+    norm_out, residual_out = (numbers(out) for out in op.finish(*tensors, _EPS, _OFFSET))
     total = exact.rank_order_sum(partials, residual)
-    wrong = ~exact.same_bits(residual_out, round_to(total, dtype).astype(np.float32))
-    if wrong.any():
-        return _wrong(variant, "residual_out", wrong)
-    spec = {"eps": _EPS, "weight_offset": _OFFSET, "dtype": dtype, "rounded": False}
-    wrong = exact.norm_excess(norm_out, total, weight, **spec) > 1
-    return _wrong(variant, "norm_out", wrong) if wrong.any() else None
-
-
-def _wrong(variant: str, output: str, wrong: np.ndarray) -> Reason:
-    row, column = np.argwhere(wrong)[0]
-    spec = {"wrong": int(wrong.sum()), "words": wrong.size, "where": f"row {row}, column {column}"}
-    return because("first_call_wrong", variant=variant, output=output, **spec)
-
-
-def _tensor(framework: Any, values: np.ndarray, dtype: str, device: str) -> Any:
-    if framework.__name__ == "torch":
-        made = framework.from_numpy(values.copy()).to(getattr(framework, dtype))
-        return made.cuda() if device == "gpu" else made
-    return framework.to_tensor(values).astype(dtype)
-
-
-def _numbers(tensor: Any) -> np.ndarray:
-    """In float32, from Paddle or torch."""
-    return (tensor.float().cpu() if hasattr(tensor, "float") else tensor.astype("float32")).numpy()
+    same = exact.same_bits(residual_out, round_to(total, dtype).astype(np.float32))
+    limits = {"eps": _EPS, "weight_offset": _OFFSET, "dtype": dtype, "rounded": False}
+    excess = exact.norm_excess(norm_out, total, weight, **limits)
+    return exact.first_wrong_word(variant, {"residual_out": ~same, "norm_out": excess > 1})

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from fd_fusion.binding import lifecycle, metrics
-from fd_fusion.binding.backend_selection import Opening, open_for
+from fd_fusion.binding.backend_selection import SelectedBackend, select_backend
 from fd_fusion.binding.book import Book
 from fd_fusion.binding.forwards import ExampleOf
 from fd_fusion.binding.joining import (
@@ -29,7 +29,7 @@ from fd_fusion.binding.report import Report
 from fd_fusion.comm.circle import in_order
 from fd_fusion.comm.group import Group
 from fd_fusion.config import FusionConfig, Resolved, resolve
-from fd_fusion.frameworks import paddle_runtime as runtime
+from fd_fusion.frameworks import paddle_runtime
 from fd_fusion.hosts import own_layers
 from fd_fusion.reasons import BindError, FusionTimeout, Reason, because
 from fd_fusion.site import ForwardCount, Rejected, Site
@@ -127,7 +127,7 @@ def bind(
     with lifecycle.lock:
         _bound[model] = state
         del _reports[model]  # its Sites reach the layers, and a layer may know its model
-    lifecycle.watch_model(model, [opening.opened for opening in state.openings])
+    lifecycle.watch_model(model, [selected.op for selected in state.selected])
     report.log(logger)
     return report
 
@@ -176,8 +176,7 @@ def check() -> None:
 
 def error_pages() -> list[int]:
     """Descriptors of the pages on which fused kernels of this process say that a rank is missing."""
-    opened = [opening.opened for state in _bound.values() for opening in state.openings]
-    pages = [getattr(one, "error_page", None) for one in opened]
+    pages = [selected.op.error_page for state in _bound.values() for selected in state.selected]
     return [page for page in pages if page is not None]
 
 
@@ -277,22 +276,22 @@ def _open_group(
     for pair in pairs:
         spaces.setdefault((pair.hidden_size, pair.dtype), []).append(pair)
     for key in sorted(spaces):
-        opened, reason, ranks = open_for(group, spaces[key], config, deterministic, workspace_bytes)
-        if opened is None:
+        selected, reason, ranks = select_backend(group, spaces[key], config, deterministic, workspace_bytes)
+        if selected is None:
             _leave_stock(state, spaces[key], reason, ranks)
             continue
-        state.openings.append(opened)
-        lifecycle.hold(group, opened.opened)
+        state.selected.append(selected)
+        lifecycle.hold(group, selected.op)
         for pair in spaces[key]:
-            site = _site_of(pair, opened, state.forwards)
+            site = _site_of(pair, selected, state.forwards)
             state.sites.append((pair, site))
-            state.report.add_site(site, opened, group)
+            state.report.add_site(site, selected, group)
     if any(pair.group == group for pair, _ in state.sites):
         state.groups.append(group)
 
 
-def _site_of(pair: Pair, opening: Opening, forwards: ForwardCount) -> Site:
-    run, weight, numbers = opening.opened.finish, pair.weight, pair.live_numbers
+def _site_of(pair: Pair, selected: SelectedBackend, forwards: ForwardCount) -> Site:
+    run, weight, numbers = selected.op.finish, pair.weight, pair.live_numbers
 
     def fused(partial, residual):
         shape = partial.shape
@@ -303,6 +302,6 @@ def _site_of(pair: Pair, opening: Opening, forwards: ForwardCount) -> Site:
         norm_out, residual_out = run(partial.reshape(flat), residual, weight(), *numbers())
         return norm_out.reshape(shape), residual_out.reshape(shape)
 
-    limit, user = opening.opened.limit, runtime.how_to_tell_users()
+    limit, user = selected.op.limit, paddle_runtime.how_to_tell_users()
     ends = {"reduce": pair.reduce, "norm": pair.norm, "hooks": pair.hooks}
     return Site(pair.name, fused=fused, **ends, limit=limit, user=user, forwards=forwards)

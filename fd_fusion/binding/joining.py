@@ -9,13 +9,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fd_fusion import __version__
-from fd_fusion.backends import paddle as formulas
 from fd_fusion.binding.pairs import Pair
 from fd_fusion.binding.proving_pass import Bound, insisted_failure, leave_stock, undo_all
 from fd_fusion.binding.report import Report
 from fd_fusion.comm.circle import circle_of, meet
 from fd_fusion.comm.group import Group, Vote, agree
 from fd_fusion.config import FusionConfig
+from fd_fusion.frameworks import paddle_ops
 from fd_fusion.reasons import BindError, Reason, because
 
 _models: dict[str, list[tuple[int, weakref.ref]]] = {}  # by what their ranks compare: (number, model)
@@ -34,7 +34,7 @@ def group_of_last_resort(report: Report, pairs: Sequence[Pair]) -> Group | None:
     """Where a failure of q and k norms is told in a model without pairs, if the user insists: to all ranks."""
     config = report.config
     tried = report.qk_fused or any(not reason.is_rule for reason in report.qk_stock.values())
-    return formulas.group_of() if tried and config.insists and not pairs else None
+    return paddle_ops.group_of() if tried and config.insists and not pairs else None
 
 
 def label_of(model: Any, pairs: list[Pair], config: FusionConfig, deterministic: bool) -> tuple[str, int]:

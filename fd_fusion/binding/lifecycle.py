@@ -19,6 +19,7 @@ from typing import Any
 
 from fd_fusion.comm.group import Group, Vote, agree
 from fd_fusion.reasons import FusionError, because
+from fd_fusion.spec import FusedOp
 
 logger = logging.getLogger("fd_fusion")
 lock = threading.RLock()  # of all books of bound models; `check` and `bind` may run in two threads
@@ -32,25 +33,25 @@ class Space:
 
     group: Group
     number: int
-    opened: Any
+    op: FusedOp
     dropped: bool = False
 
 
-def hold(group: Group, opened: Any) -> None:
+def hold(group: Group, op: FusedOp) -> None:
     """Enter a workspace that was opened on all ranks of `group`."""
     global _held
     with lock:
         _opened_by[group.name] += 1
-        _held = (*_held, Space(group, _opened_by[group.name], opened))
+        _held = (*_held, Space(group, _opened_by[group.name], op))
 
 
-def close(opened: Any) -> None:
+def close(op: FusedOp) -> None:
     """Give a workspace back and strike it off. One that cannot be closed in time is left to the process's end."""
     global _held
     with lock:
-        _held = tuple(space for space in _held if space.opened is not opened)
+        _held = tuple(space for space in _held if space.op is not op)
     with contextlib.suppress(Exception):  # whatever a driver says at the end: nobody can act on it
-        opened.close()
+        op.close()
 
 
 def held() -> tuple[Space, ...]:
@@ -60,12 +61,12 @@ def held() -> tuple[Space, ...]:
 
 def taken_bytes() -> int:
     """What all open workspaces of this process take, those of dropped models too."""
-    return sum(space.opened.bytes for space in _held)
+    return sum(space.op.bytes for space in _held)
 
 
-def watch_model(model: Any, openeds: Sequence[Any]) -> None:
+def watch_model(model: Any, ops: Sequence[FusedOp]) -> None:
     """Notice when `model` is garbage collected while these workspaces are open."""
-    keys = {(space.group.name, space.number) for space in _held if any(space.opened is one for one in openeds)}
+    keys = {(space.group.name, space.number) for space in _held if any(space.op is one for one in ops)}
     weakref.finalize(model, _drop, keys, type(model).__name__).atexit = False
 
 
@@ -81,13 +82,13 @@ def close_dropped(groups: Sequence[Group], timeout_s: float) -> None:
             if not verdict.ok:
                 continue
             for number in sorted(set(mine).intersection(*verdict.data)):
-                close(mine[number].opened)
+                close(mine[number].op)
 
 
 def freeze() -> None:
     """Freeze every workspace of this process."""
     for space in _held:
-        space.opened.freeze()
+        space.op.freeze()
 
 
 def reset() -> None:
@@ -96,7 +97,7 @@ def reset() -> None:
     errors = []
     for space in _held:
         try:
-            space.opened.reset()
+            space.op.reset()
         except FusionError as error:
             errors.append(error)
     if errors:
@@ -108,7 +109,7 @@ def check() -> None:
     for space in _held:
         try:
             if not space.dropped:
-                space.opened.check()
+                space.op.check()
         except FusionError as error:
             if error.reason.code != "closed":  # unbound by another thread meanwhile
                 raise
@@ -120,6 +121,6 @@ def _drop(keys: set[tuple[str, int]], name: str) -> None:
     for space in spaces:
         space.dropped = True
     if spaces:
-        nbytes = sum(space.opened.bytes for space in spaces)
+        nbytes = sum(space.op.bytes for space in spaces)
         reason = because("dropped", model=name, bytes=nbytes)
         logger.warning("fd_fusion: %s; %s", reason, reason.remedy)

@@ -89,7 +89,7 @@ def totals(reports: Sequence[Report]) -> tuple[Counter[_Key], int]:
                 path = "fused" if code == "fused" else "stock"
                 counted["finished", path, "" if path == "fused" else code] += count
         for line in report.workspaces:
-            stats = line.opening.opened.stats()
+            stats = line.selected.op.stats()
             counted["timeouts",] += stats.get("timeouts") or 0
             if stats.get("device"):
                 counted["device_rows", line.backend] += stats["device"]["rows"]

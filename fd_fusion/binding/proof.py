@@ -16,10 +16,10 @@ import numpy as np
 import paddle
 
 from fd_fusion import exact
-from fd_fusion.backends.paddle import dtype_name
 from fd_fusion.binding import evidence
 from fd_fusion.binding.evidence import BARE, WITH, Contract
 from fd_fusion.binding.outputs import as_numpy, digest
+from fd_fusion.frameworks.tensors import dtype_name
 from fd_fusion.reasons import Reason, because
 from fd_fusion.site import Site
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from fd_fusion.binding import lifecycle
-from fd_fusion.binding.backend_selection import Opening
+from fd_fusion.binding.backend_selection import SelectedBackend
 from fd_fusion.binding.ballot import Ballot, vote
 from fd_fusion.binding.evidence import Contract
 from fd_fusion.binding.forwards import AGAIN, STOCK, ExampleOf, Forwards, on_copies
@@ -22,8 +22,8 @@ from fd_fusion.binding.report import Report
 from fd_fusion.comm.circle import Known, circle_of, meet
 from fd_fusion.comm.group import Group, Vote, agree
 from fd_fusion.config import FusionConfig
-from fd_fusion.frameworks import paddle_runtime as runtime
-from fd_fusion.layers.finish_op import is_eager
+from fd_fusion.frameworks import paddle_runtime
+from fd_fusion.frameworks.paddle_ops import is_eager
 from fd_fusion.reasons import BindError, FusionError, Reason, because
 from fd_fusion.site import ForwardCount, Rejected, Site
 
@@ -39,7 +39,7 @@ class Bound:
 
     report: Report
     groups: list[Group] = field(default_factory=list)
-    openings: list[Opening] = field(default_factory=list)
+    selected: list[SelectedBackend] = field(default_factory=list)
     sites: list[tuple[Pair, Site]] = field(default_factory=list)
     undo: list[Callable[[], None]] = field(default_factory=list)  # of the Sites
     qk_norms: list[QKNorm] = field(default_factory=list)
@@ -162,9 +162,8 @@ def _vote(
 
 def _subject(state: Bound, pair: Pair, site: Site) -> tuple[Site, Contract, Callable[[], Any], int]:
     """What the proof has to know of a Site: what its kernel promises, its weight, and this rank's number."""
-    (opened,) = (line.opening.opened for line in state.report.sites if line.site is site)
-    in_order = getattr(opened, "in_rank_order", False)
-    contract = Contract(pair.name, pair.group.size, pair.dtype, *pair.live_numbers(), in_order)
+    (op,) = (line.selected.op for line in state.report.sites if line.site is site)
+    contract = Contract(pair.name, pair.group.size, pair.dtype, *pair.live_numbers(), op.in_rank_order)
     return site, contract, pair.weight, pair.group.rank
 
 
@@ -294,10 +293,10 @@ def _freeze(state: Bound) -> bool:
     By now a whole forward has run fused on this rank, so that nothing is left to compile. Ranks may come here in
     different forwards: the limit is each rank's own, and until it freezes a rank only waits longer.
     """
-    if runtime.is_capturing():
+    if paddle_runtime.is_capturing():
         return False
-    for opening in state.openings:
-        opening.opened.freeze()
+    for selected in state.selected:
+        selected.op.freeze()
     return True
 
 
@@ -347,7 +346,7 @@ def undo_all(state: Bound) -> None:
             attempt(undos.pop())
     for _, site in state.sites:  # a graph that was traced while the model was bound still calls it
         site.close()
-    while state.openings:
-        lifecycle.close(state.openings.pop().opened)
+    while state.selected:
+        lifecycle.close(state.selected.pop().op)
     if errors:
         raise errors[0]

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import paddle
 
-from fd_fusion.backends.paddle import dtype_name
 from fd_fusion.binding.outputs import as_numpy
 from fd_fusion.config import FusionConfig
-from fd_fusion.frameworks import paddle_runtime as runtime
+from fd_fusion.frameworks import paddle_runtime
+from fd_fusion.frameworks.tensors import dtype_name
 from fd_fusion.kernels.all_reduce.plan import SMALLEST
 from fd_fusion.reasons import Reason, because
 from fd_fusion.reference import UNIT_ROUNDOFF
@@ -82,9 +82,9 @@ def _why_stock(config: FusionConfig) -> Reason | None:
     """The rule that leaves the layers stock, or None. It is never an error."""
     if not config.enable_qk_rms_norm:
         return because("disabled", flag="enable_qk_rms_norm")
-    if config.backend == "triton" or (config.backend == "auto" and runtime.device_of()[0] == "gpu"):
+    if config.backend == "triton" or (config.backend == "auto" and paddle_runtime.device_of()[0] == "gpu"):
         return None
-    return because("qk_stock", backend=config.backend, device=runtime.device_of()[0])
+    return because("qk_stock", backend=config.backend, device=paddle_runtime.device_of()[0])
 
 
 def _try(norm: QKNorm) -> Reason | None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fd_fusion import __version__
+from fd_fusion.binding.backend_selection import SelectedBackend
 from fd_fusion.comm.group import Group
 from fd_fusion.config import FusionConfig
 from fd_fusion.reasons import Reason
@@ -19,16 +20,16 @@ class SiteLine:
     """A Site in the report. `limit` None means any number of rows."""
 
     site: Site
-    opening: Any
+    selected: SelectedBackend
     ranks: tuple[int, ...]
 
     @property
     def backend(self) -> str:
-        return self.opening.backend
+        return self.selected.backend
 
     @property
     def workspace_bytes(self) -> int:
-        return self.opening.opened.bytes
+        return self.selected.op.bytes
 
     @property
     def name(self) -> str:
@@ -60,13 +61,13 @@ class Report:
     qk_stock: dict[str, Reason] = field(default_factory=dict)
     _logged: bool = field(default=False, repr=False)
 
-    def add_site(self, site: Site, opening: Any, group: Group) -> None:
-        self.sites.append(SiteLine(site, opening, group.ranks))
+    def add_site(self, site: Site, selected: SelectedBackend, group: Group) -> None:
+        self.sites.append(SiteLine(site, selected, group.ranks))
 
     @property
     def workspaces(self) -> list[SiteLine]:
         """One of the lines of each workspace."""
-        return list({id(line.opening): line for line in reversed(self.sites)}.values())[::-1]
+        return list({id(line.selected): line for line in reversed(self.sites)}.values())[::-1]
 
     @property
     def proven(self) -> bool:
@@ -77,7 +78,7 @@ class Report:
         lines = [self._headline()]
         for reason, count in Counter(_told(line.reason) for line in self.rejected).items():
             lines.append(f"fd_fusion: {count} pair{'s' * (count != 1)} stock: {reason}")
-        for reason in dict.fromkeys(line.opening.note for line in self.workspaces if line.opening.note):
+        for reason in dict.fromkeys(line.selected.note for line in self.workspaces if line.selected.note):
             lines.append(f"fd_fusion: {reason}; {reason.remedy}")
         lines += [f"fd_fusion: {reason}" for reason in (self.waiting, self.spread) if reason is not None]
         for reason, count in Counter(map(_told, self.qk_stock.values())).items():
@@ -147,21 +148,21 @@ def _told(reason: Reason) -> str:
 
 def _space(line: SiteLine) -> str:
     """A workspace in the headline: its paths and their limits, its size, its group."""
-    ranks, limit, two_shot = line.ranks, line.limit, _stats(line.opening).get("two_shot_rows")
+    ranks, limit, two_shot = line.ranks, line.limit, _stats(line.selected).get("two_shot_rows")
     span = f"{ranks[0]}..{ranks[-1]}" if len(ranks) > 1 else str(ranks[0])
     most = "any number of rows" if limit is None else f"<= {limit} rows"
     if line.backend == "triton" and two_shot is not None and (limit is None or two_shot <= limit):
         rows = f"one-shot <= {two_shot - 1} rows, two-shot {most if limit is None else f'<= {limit}'}"
     else:
         rows = f"one-shot {most}" if line.backend == "triton" else most
-    source = line.opening.limit_source
+    source = line.selected.limit_source
     return f"{line.backend} {rows} ({source}), workspace {_size(line.workspace_bytes)}, group [{span}]"
 
 
-def _stats(opening: Any) -> dict[str, Any]:
+def _stats(selected: SelectedBackend) -> dict[str, Any]:
     """A report is for the time after something went wrong too: what the driver refuses to read is told."""
     try:
-        return opening.opened.stats()
+        return selected.op.stats()
     except Exception as error:  # each driver has its own; recorded here
         return {"error": f"{type(error).__name__}: {error}"}
 
@@ -174,15 +175,15 @@ def _size(nbytes: int) -> str:
 
 
 def _space_dict(line: SiteLine) -> dict[str, Any]:
-    opening = line.opening
+    selected = line.selected
     return {
-        "backend": opening.backend,
+        "backend": selected.backend,
         "ranks": list(line.ranks),
         "limit": line.limit,
-        "limit_source": opening.limit_source,
-        "note": opening.note.to_dict() if opening.note else None,
+        "limit_source": selected.limit_source,
+        "note": selected.note.to_dict() if selected.note else None,
         "workspace_bytes": line.workspace_bytes,
-        "stats": _stats(opening),
+        "stats": _stats(selected),
     }
 
 

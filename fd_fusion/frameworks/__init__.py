@@ -1,1 +1,1 @@
-"""The one room that tells Paddle from torch: store, device, streams, and how Triton runs for either."""
+"""The only folder that knows Paddle from torch: ops, tensors, store, device, streams, and how Triton is launched."""

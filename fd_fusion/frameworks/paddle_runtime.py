@@ -1,4 +1,4 @@
-"""What the frameworks give us, behind plain functions: Paddle's store, its device, its present user.
+"""What Paddle gives us, behind plain functions: its version, its store, its device, its present caller.
 
 Nothing here is imported before it is used: `import fd_fusion` must load neither Paddle nor Triton.
 """
@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
-from fd_fusion.reasons import FusionError, because
+from fd_fusion.reasons import FusionError, Reason, because
 
 MIN_PADDLE = (3, 3)
 _logger = logging.getLogger("fd_fusion")
@@ -26,18 +26,23 @@ def require_paddle() -> Any:
         import paddle
     except ImportError as error:
         raise FusionError(because("no_paddle", detail=str(error))) from None
-    version = tuple(int(part) for part in paddle.__version__.split(".")[:2] if part.isdigit())
-    if version < MIN_PADDLE and version != (0, 0):  # nightly builds call themselves 0.0.0
-        need = ".".join(map(str, MIN_PADDLE))
-        raise FusionError(because("old_paddle", got=paddle.__version__, need=need))
+    if refusal := too_old(paddle.__version__):
+        raise FusionError(refusal)
     return paddle
 
 
-class TcpStore:
-    """A connection of our own to the job's TCPStore, with a lock.
+def too_old(version: str) -> Reason | None:
+    """Return the reason why this version of Paddle cannot be used, or None. Nightly builds have version 0.0.0."""
+    numbers = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
+    need = ".".join(map(str, MIN_PADDLE))
+    return because("old_paddle", got=version, need=need) if (0, 0) != numbers < MIN_PADDLE else None
 
-    One connection carries one request at a time, and Paddle uses its own whenever it makes a communicator. A thread
-    of ours that spoke over that one in the same moment would mix up both answers.
+
+class TcpStore:
+    """A second connection to the job's TCPStore, with a lock.
+
+    A connection carries one request at a time, and Paddle uses its connection whenever it makes a communicator. A
+    request of another thread over Paddle's connection in the same moment would mix up both answers.
     """
 
     def __init__(self, host: str, port: int, world_size: int, timeout_s: int):
@@ -61,10 +66,10 @@ class TcpStore:
 
 
 def _send_at_once(port: int) -> None:
-    """Let small packets of connections to `port` leave at once: measured, a request takes 0.1 ms in place of 44 ms.
+    """Send small packets of connections to `port` at once: a request then takes 0.1 ms, measured, and not 44 ms.
 
-    Paddle's client writes a request in pieces, and each waits until the one before was acknowledged. It does not
-    give its socket away, so ours are looked through. Where they cannot be, a vote is slow and nothing else.
+    Paddle's client writes a request in pieces, and each piece waits until the one before was acknowledged. The client
+    does not expose its socket, so this process's sockets are searched. Where that fails, votes are slow.
     """
     folder = "/proc/self/fd"
     for name in os.listdir(folder) if os.path.isdir(folder) else ():
@@ -78,18 +83,18 @@ def _send_at_once(port: int) -> None:
 
 
 def tcp_store() -> TcpStore | None:
-    """The job's store, as Paddle's launcher or spawn announces it; None where there is no such job (yet)."""
+    """Connect to the job's store, which Paddle's launcher or spawn announces; None where there is no job (yet)."""
     address = store_address(os.environ)
     size = os.environ.get("PADDLE_TRAINERS_NUM", "")
     try:
         return address and _connect(*address, int(size) if size.isdecimal() else 1)
-    except (RuntimeError, ValueError, OSError) as error:  # nobody serves it there
+    except (RuntimeError, ValueError, OSError) as error:  # no store is served at that address
         _logger.warning("fd_fusion: no store at %s:%s: %s", *address, error)
         return None
 
 
 def store_address(environ: Mapping[str, str]) -> tuple[str, int] | None:
-    """Host and port, found in the order of `init_parallel_env`: spawn names none, and the first rank's is taken."""
+    """Return host and port, looked for as `init_parallel_env` does; spawn sets none, so the first rank's are used."""
     host, port = environ.get("MASTER_ADDR"), environ.get("MASTER_PORT", "")
     if not (host and port):
         first = environ.get("PADDLE_TRAINER_ENDPOINTS", "").partition(",")[0]
@@ -103,8 +108,10 @@ def _connect(host: str, port: int, world_size: int) -> TcpStore:
 
 
 def how_to_tell_users() -> Callable[[], Hashable]:
-    """A function that says who runs now: the thread, and on a GPU its stream. Made once, since it is called twice a
-    pair in every eager forward."""
+    """Return a function that returns the caller: the thread, and on a GPU the current stream.
+
+    The function is made once, since every eager forward calls it twice a pair.
+    """
     if device_of()[0] == "cpu":
         return threading.get_ident
     import paddle
@@ -114,7 +121,7 @@ def how_to_tell_users() -> Callable[[], Hashable]:
 
 
 def is_capturing() -> bool:
-    """Whether the current stream is being captured into a CUDA graph, or cannot be asked: then only launch on it."""
+    """Return whether the current stream is being captured into a CUDA graph, or its state cannot be read."""
     if device_of()[0] == "cpu":
         return False
     import ctypes
@@ -127,7 +134,7 @@ def is_capturing() -> bool:
 
 
 def device_of() -> tuple[str, int | None]:
-    """("gpu", 90) on an sm_90 GPU, ("cpu", None) on a CPU: where Paddle puts new tensors."""
+    """Return where Paddle puts new tensors: ("gpu", 90) for an sm_90 GPU, ("cpu", None) for a CPU."""
     import paddle
 
     if not (paddle.is_compiled_with_cuda() and paddle.device.get_device().startswith("gpu")):

@@ -1,8 +1,8 @@
-"""How Triton runs here: compiled on an NVIDIA GPU for Paddle or torch, or interpreted on CPU memory.
+"""The launch of Triton kernels: compiled on an NVIDIA GPU for Paddle or torch, or interpreted on CPU memory.
 
-Triton finds devices and streams through torch. Where Paddle is the framework it gets a driver object that
-asks Paddle instead, for the moment of compiling and loading alone: a loaded kernel is launched with its
-stream passed in, so nothing of the host's own Triton is changed while it runs.
+Triton finds devices and streams through torch. Where Paddle is the framework, Triton gets a driver object that
+asks Paddle, for the time of compiling and loading alone: a loaded kernel is launched with its stream passed in,
+so that the host's own use of Triton is not changed.
 """
 
 from __future__ import annotations
@@ -10,14 +10,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
-import importlib.util
 import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
+from fd_fusion.frameworks.tensors import paddle_or_torch
 from fd_fusion.reasons import FusionError, because
 
 _INTERPRET = "TRITON_INTERPRET"
@@ -27,7 +26,7 @@ _REGISTERS, _WARPS, _PROGRAMS = 65536, 48, 16  # of a multiprocessor: the least 
 
 @contextlib.contextmanager
 def interpreting(device: str) -> Iterator[None]:
-    """Have Triton's decorators make interpreted functions inside this block when `device` is "cpu".
+    """Make Triton's decorators return interpreted functions inside this block when `device` is "cpu".
 
     Triton decides at decoration, and imports parts of itself at the first launch: both belong inside.
     """
@@ -44,7 +43,7 @@ def interpreting(device: str) -> Iterator[None]:
 
 def require_mode(device: str) -> None:
     """Import Triton in the mode that `device` needs. Raises FusionError where it is missing, or was imported before
-    in the other mode: its own functions are decorated at import too, and cannot be had twice in a process.
+    in the other mode: Triton decorates its own functions at import too, once in a process.
     """
     try:
         standard = importlib.import_module("triton.language.standard")
@@ -54,30 +53,13 @@ def require_mode(device: str) -> None:
         raise FusionError(because("triton_mode", need=int(device == "cpu")))
 
 
-def framework() -> ModuleType:
-    """Paddle, or torch where there is no Paddle."""
-    name = next((n for n in ("paddle", "torch") if n in sys.modules), None)
-    if name is None:
-        name = "paddle" if importlib.util.find_spec("paddle") else "torch"
-    return importlib.import_module(name)
-
-
-def empty_like() -> Callable[[Any], Any]:
-    """tensor -> a new one of its shape, dtype and place, as fast as the framework can: every eager call needs two."""
-    here = framework()
-    make = getattr(getattr(here, "_C_ops", None), "empty_like", None)
-    if here.__name__ != "paddle" or make is None:
-        return here.empty_like
-    return lambda tensor: make(tensor, tensor.dtype, tensor.place)  # a seventh of paddle.empty_like's time
-
-
 @contextlib.contextmanager
 def triton_driver() -> Iterator[None]:
-    """Let Triton compile and load for the framework's current device; its own driver comes back after.
+    """Give Triton a driver that compiles and loads for the framework's current device, and put its own back after.
 
-    Ours stays where Triton could have none: a launch by Triton 3.8 or newer asks for one, loaded or not.
+    The framework's driver stays where Triton could find none: Triton 3.8 and newer ask for a driver at every launch.
     """
-    if framework().__name__ == "torch":
+    if paddle_or_torch().__name__ == "torch":
         yield  # Triton's own driver
         return
     from triton.runtime.driver import driver
@@ -92,7 +74,7 @@ def triton_driver() -> Iterator[None]:
 
 
 def _torch_hides_the_gpu() -> bool:
-    """Whether a torch without GPUs is imported: then Triton finds "0 active drivers", also beside Paddle on a GPU."""
+    """Return whether a torch without GPUs is imported: Triton then finds "0 active drivers", beside Paddle too."""
     torch = sys.modules.get("torch")
     with contextlib.suppress(AttributeError):  # somebody's stand-in for torch
         return torch is not None and not torch.cuda.is_available()
@@ -112,7 +94,7 @@ def _paddle_driver() -> Any:
 
 
 def make_driver(current_device: Callable, set_device: Callable, capability: Callable, raw_stream: Callable) -> Any:
-    """Triton's CUDA driver object with a framework's four functions in the place of torch's."""
+    """Return Triton's CUDA driver object with a framework's four functions in the place of torch's."""
     from triton.backends.nvidia.driver import CudaDriver, CudaLauncher, CudaUtils
 
     class FrameworkDriver(CudaDriver):
@@ -122,13 +104,6 @@ def make_driver(current_device: Callable, set_device: Callable, capability: Call
             self.get_device_capability, self.get_current_stream = capability, raw_stream
 
     return FrameworkDriver()
-
-
-def current_stream() -> Callable[[], int]:
-    """A function that gives the raw current stream of the current device, made once and cheap to call."""
-    here = framework()
-    device = here.cuda.current_device()
-    return functools.partial(here._C._cuda_getCurrentRawStream, device)
 
 
 def load_kernel(module: str, name: str) -> Any:
@@ -150,15 +125,17 @@ def load_kernel(module: str, name: str) -> Any:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A kernel that is ready: `launch(programs, *args)` on the current stream. `resident`: how many programs one
-    multiprocessor holds at once (1 under the interpreter)."""
+    """A kernel that is compiled and loaded: `launch(programs, *args)` runs it on the current stream.
+
+    resident: how many programs a multiprocessor holds at once (1 under the interpreter).
+    """
 
     launch: Callable[..., None]
     resident: int
 
 
 def prepare(kernel: Any, like: tuple, constants: dict[str, Any], device: str) -> Loaded:
-    """Compile and load a kernel now.
+    """Compile and load a kernel.
 
     Args:
         like: arguments of the types that all calls will have. The kernel must not specialize on their values.
@@ -172,7 +149,8 @@ def prepare(kernel: Any, like: tuple, constants: dict[str, Any], device: str) ->
     with triton_driver():
         made = kernel.warmup(*like, grid=(1,), **constants)
         made._init_handles()
-    run, stream = made.run, current_stream()
+    framework, run = paddle_or_torch(), made.run
+    stream = functools.partial(framework._C._cuda_getCurrentRawStream, framework.cuda.current_device())
     loaded = (made.function, made.packed_metadata, None, None, None)  # launch metadata, hooks
     tail = tuple(constants[name] for name in kernel.arg_names if name in constants)
     resident = programs_at_once(made.metadata.num_warps, made.n_regs)
@@ -180,8 +158,8 @@ def prepare(kernel: Any, like: tuple, constants: dict[str, Any], device: str) ->
 
 
 def uses_pdl() -> bool:
-    """Whether launches use programmatic dependent launch: start while the kernel in front drains, wait for its
-    end before the first read. From sm_90 on, where Triton has it, unless the host's own FD_ENABLE_PDL is 0."""
+    """Return whether launches use programmatic dependent launch: a kernel starts while the one before it drains, and
+    waits for the end of that one before the first read. From sm_90 on, unless the host's FD_ENABLE_PDL is 0."""
     cuda = importlib.import_module("triton.language.extra.cuda")
     options = importlib.import_module("triton.backends.nvidia.compiler").CUDAOptions
     if not hasattr(cuda, "gdc_wait") or not hasattr(options, "launch_pdl") or os.environ.get("FD_ENABLE_PDL") == "0":
@@ -191,7 +169,7 @@ def uses_pdl() -> bool:
 
 
 def programs_at_once(num_warps: int, registers: int) -> int:
-    """How many programs of so many warps and registers a thread a multiprocessor holds at least, from sm_80 on."""
+    """Return how many programs of so many warps, and registers a thread, any multiprocessor from sm_80 on holds."""
     a_warp = 32 * (-(-registers // 8) * 8)
     warps = _REGISTERS // 4 // a_warp * 4  # each quarter of a multiprocessor has its own registers
     return max(1, min(warps // num_warps, _WARPS // num_warps, _PROGRAMS))

@@ -7,9 +7,10 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-from fd_fusion.backends import paddle as formulas
 from fd_fusion.binding.pairs import Link, Pair, find_links
 from fd_fusion.binding.qk_norms import QKNorm
+from fd_fusion.frameworks import paddle_ops
+from fd_fusion.frameworks.tensors import dtype_name
 from fd_fusion.layers.qk_rms_norm import QKRMSNorm
 from fd_fusion.layers.rms_norm import RMSNorm
 from fd_fusion.reasons import because
@@ -27,7 +28,7 @@ def _is_producer(link: Link) -> bool:
 
 def _pair(link: Link) -> Pair | Rejected:
     inner = [layer for layer in link.producer.sublayers(include_self=True) if hasattr(layer, "group")]
-    groups = {formulas.group_of(layer.group).ranks for layer in inner}
+    groups = {paddle_ops.group_of(layer.group).ranks for layer in inner}
     if len(groups) > 1:
         return Rejected(link.name, because("groups_differ", groups=sorted(map(list, groups))))
     if not link.producer.reduce_results:
@@ -39,13 +40,13 @@ def _pair(link: Link) -> Pair | Rejected:
     norm, handle = link.norm, link.producer.group
     return Pair(
         name=link.name,
-        group=formulas.group_of(handle),
+        group=paddle_ops.group_of(handle),
         hidden_size=norm.hidden_size,
         dtype=_partial_dtype(link.producer),
-        weight_dtype=formulas.dtype_name(norm.weight),
+        weight_dtype=dtype_name(norm.weight),
         eps=norm.eps,
         weight_offset=norm.weight_offset,
-        reduce=lambda partial: formulas.all_reduce(partial, handle),
+        reduce=lambda partial: paddle_ops.all_reduce(partial, handle),
         norm=norm.stock_forward,
         weight=lambda: norm.weight,
         attach=lambda site: _attach(link, site),
@@ -63,10 +64,10 @@ def _partial_dtype(producer: Any) -> str:
     for layer in producer.sublayers(include_self=True):
         weight = getattr(layer, "weight", None)
         if hasattr(layer, "reduce_results") and weight is not None:
-            elements[formulas.dtype_name(weight)] += math.prod(weight.shape)
+            elements[dtype_name(weight)] += math.prod(weight.shape)
     if not elements:
         for parameter in producer.parameters():
-            elements[formulas.dtype_name(parameter)] += math.prod(parameter.shape)
+            elements[dtype_name(parameter)] += math.prod(parameter.shape)
     return elements.most_common(1)[0][0]
 
 

@@ -11,10 +11,10 @@ import math
 from typing import Any
 
 import paddle
-from paddle.base.dygraph.base import in_sot_simulation_mode
 from paddle.static import MetaTensor, register_op
 
-from fd_fusion.backends import paddle as formulas
+from fd_fusion.frameworks import paddle_ops
+from fd_fusion.frameworks.paddle_ops import is_eager
 from fd_fusion.reasons import FusionError, because
 from fd_fusion.site import Site, site_of
 
@@ -56,14 +56,9 @@ def _own(partial, site):
     return partial if site.fuses(math.prod(partial.shape[:-1])) else partial.clone()
 
 
-def is_eager() -> bool:
-    """Not inside the tracing of a static graph, by AST or by SOT."""
-    return paddle.in_dynamic_mode() and not in_sot_simulation_mode()
-
-
 def finish(site: Site, partial: paddle.Tensor, residual: paddle.Tensor | None, weight: paddle.Tensor | None = None):
     """`site.finish` in eager mode, with its checks; the opaque op while a graph is being traced."""
-    if paddle.in_dynamic_mode() and not in_sot_simulation_mode():
+    if is_eager():
         refuse_gradients(site, partial, residual, weight)
         return site.finish(partial, residual)
     alone = residual is None  # SOT breaks the graph at `if <tensor> is None`, and takes the two apart
@@ -86,7 +81,7 @@ def is_recorded(*tensors: paddle.Tensor) -> bool:
 
 def hand_over(site: Site, partial: paddle.Tensor) -> paddle.Tensor:
     """`site.hand_over` in eager mode; nothing to record while a graph is being traced."""
-    if paddle.in_dynamic_mode() and not in_sot_simulation_mode():
+    if is_eager():
         return site.hand_over(partial)
     return partial
 
@@ -98,13 +93,13 @@ def hand_over(site: Site, partial: paddle.Tensor) -> paddle.Tensor:
     output_names=["total"],
 )
 def _all_reduce(x, group):
-    return formulas.all_reduce(x.clone(), group)  # in place, or x itself: see _own
+    return paddle_ops.all_reduce(x.clone(), group)  # in place, or x itself: see _own
 
 
 def all_reduce(x: paddle.Tensor, group: Any) -> paddle.Tensor:
     """The sum of x over the group: in place in eager mode, a new tensor in a traced graph."""
-    if paddle.in_dynamic_mode() and not in_sot_simulation_mode():
-        return formulas.all_reduce(x, group)
+    if is_eager():
+        return paddle_ops.all_reduce(x, group)
     return _all_reduce(x, group)
 
 

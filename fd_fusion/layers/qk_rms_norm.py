@@ -7,10 +7,9 @@ from typing import Any
 
 import paddle
 from paddle import nn
-from paddle.base.dygraph.base import in_sot_simulation_mode
 
-from fd_fusion.backends import paddle as formulas
 from fd_fusion.config import FusionConfig
+from fd_fusion.frameworks import paddle_ops
 from fd_fusion.layers.finish_op import is_recorded, run_on_copy
 from fd_fusion.layers.rms_norm import RMSNorm
 from fd_fusion.layers.shapes import told
@@ -62,7 +61,7 @@ class QKRMSNorm(nn.Layer):
         narrow = [size for size in told(qkv.shape[1:]) if size is not None and size < q_size + k_size]
         if qkv.ndim != 2 or narrow:
             raise ValueError(f"QKRMSNorm: qkv is {told(qkv.shape)}, expected [T, at least {q_size + k_size}]")
-        traced = not paddle.in_dynamic_mode() or in_sot_simulation_mode()
+        traced = not paddle_ops.is_eager()
         recorded = not traced and is_recorded(qkv, self.q_norm.weight, self.k_norm.weight)
         if self.kernel is not None:
             if recorded:
@@ -91,5 +90,5 @@ class QKRMSNorm(nn.Layer):
     def _normalise(self, norm: RMSNorm, part: paddle.Tensor, heads: int) -> paddle.Tensor:
         """[T, heads D] -> [T, heads D], each head by itself."""
         by_head = part.reshape([-1, heads, self.head_dim])
-        out, _ = formulas.rms_norm(by_head, norm.weight, eps=self.eps, weight_offset=norm.weight_offset)
+        out, _ = paddle_ops.rms_norm(by_head, norm.weight, eps=self.eps, weight_offset=norm.weight_offset)
         return out.reshape([-1, heads * self.head_dim])

@@ -5,8 +5,9 @@ from __future__ import annotations
 import paddle
 from paddle import nn
 
-from fd_fusion.backends import paddle as formulas
 from fd_fusion.config import FusionConfig
+from fd_fusion.frameworks import paddle_ops
+from fd_fusion.frameworks.tensors import dtype_name
 from fd_fusion.layers.finish_op import finish
 from fd_fusion.layers.shapes import cannot_fit, told
 from fd_fusion.site import Site
@@ -59,7 +60,7 @@ class RMSNorm(nn.Layer):
 
     def stock_forward(self, x: paddle.Tensor, residual_input: paddle.Tensor | None = None):
         """The norm alone: x is already the whole sum."""
-        return formulas.rms_norm(
+        return paddle_ops.rms_norm(
             x, self.weight, eps=self.eps, weight_offset=self.weight_offset, residual=residual_input
         )
 
@@ -70,6 +71,6 @@ class RMSNorm(nn.Layer):
             return
         if cannot_fit(residual_input.shape, x.shape) or residual_input.dtype != x.dtype:
             raise ValueError(
-                f"RMSNorm: the residual is {told(residual_input.shape)} {formulas.dtype_name(residual_input)}, "
-                f"expected {told(x.shape)} {formulas.dtype_name(x)} like x"
+                f"RMSNorm: the residual is {told(residual_input.shape)} {dtype_name(residual_input)}, "
+                f"expected {told(x.shape)} {dtype_name(x)} like x"
             )

@@ -7,8 +7,8 @@ from typing import Any
 import paddle
 from paddle import nn
 
-from fd_fusion.backends import paddle as formulas
 from fd_fusion.config import FusionConfig
+from fd_fusion.frameworks import paddle_ops
 from fd_fusion.layers.finish_op import all_reduce, hand_over
 from fd_fusion.layers.shapes import cannot_fit, told
 from fd_fusion.site import Site
@@ -43,7 +43,7 @@ class RowParallelLinear(nn.Layer):
         fusion_config: FusionConfig | None = None,
     ):
         super().__init__()
-        ranks = formulas.group_of(group)
+        ranks = paddle_ops.group_of(group)
         if in_features % ranks.size:
             raise ValueError(
                 f"RowParallelLinear: in_features={in_features} is not a multiple of the {ranks.size} ranks; "
@@ -64,7 +64,7 @@ class RowParallelLinear(nn.Layer):
                 f"RowParallelLinear: x has shape {told(x.shape)}, expected a last dimension of {expected}"
             )
         bias = self.bias if self._adds_bias else None
-        return reduce_or_hand_over(self, formulas.linear(x, self.weight, bias))
+        return reduce_or_hand_over(self, paddle_ops.linear(x, self.weight, bias))
 
 
 def reduce_or_hand_over(layer: nn.Layer, partial: paddle.Tensor) -> paddle.Tensor:

@@ -1,45 +1,18 @@
-"""What a backend must know of a pair to say yes or no, and how many rows are worth fusing.
+"""How many rows are worth fusing.
 
 The limits built in here are the ones below which fusing won on the machines named in examples/results; a table
-measured on the machine itself (`python -m fd_fusion tune`, kept by `tuning_table`) takes their place.
+measured on the machine itself (`python -m fd_fusion tune`, kept by `table.py`) takes their place.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from fd_fusion.spec import OpSpec
 
 NEVER = 2**31 - 1  # as `two_shot_rows`: no call has so many rows
 
 
-@dataclass(frozen=True)
-class OpSpec:
-    """The facts of one workspace: a group, a hidden size and a dtype. Equal on all ranks, except `rank`."""
-
-    rank: int
-    size: int  # N
-    hidden_size: int  # H
-    dtype: str  # of the partial sum and the residual: "float32", "bfloat16" or "float16"
-    weight_dtype: str
-    weight_offset: float
-    eps: float
-    device: str  # "cpu" or "gpu"
-    arch: int | None  # 90 for sm_90, None on a CPU
-    deterministic: bool
-    max_token_num: int | None
-    workspace_bytes: int
-    timeout_s: float
-    tuned_rows: int | None = None  # the tuning table's limit for the backend that is asked, if it has one
-    two_shot_rows: int | None = None  # the tuning table's, NEVER for never; None leaves it to the backend
-    other_weight_dtypes: tuple[str, ...] = ()  # of the other pairs of the workspace; equal on all ranks too
-
-    @property
-    def weight_dtypes(self) -> tuple[str, ...]:
-        """All of them, each once, in one order on all ranks."""
-        return tuple(sorted({self.weight_dtype, *self.other_weight_dtypes}))
-
-
 def row_limit(spec: OpSpec) -> int | None:
-    """The most rows T that a call may have to be fused; None means any number.
+    """Return the most rows T that a fused call may have; None means any number.
 
     Deterministic mode fuses every T, so that no table chooses by T; then an explicit limit; then the tuning table's;
     then the built-in one.
@@ -54,7 +27,7 @@ def row_limit(spec: OpSpec) -> int | None:
 
 
 def limit_source(spec: OpSpec) -> str:
-    """Where `row_limit` comes from, for the report."""
+    """Return the name of what set `row_limit`, for the report."""
     if spec.deterministic:
         return "deterministic mode"
     if spec.max_token_num is not None:
@@ -63,12 +36,12 @@ def limit_source(spec: OpSpec) -> str:
 
 
 def built_in_limit(device: str, size: int, hidden_size: int) -> int:
-    """Rows up to which fusing is expected to win: a fixed number of bytes a rank sends, by group size, and no more
-    than 2048 rows of two ranks, 64 of more. Over NVLink no size below was slower than NCCL and a norm
+    """Return the rows up to which fusing is expected to win: a fixed number of bytes a rank sends, by group size, and
+    no more than 2048 rows of two ranks, 64 of more. Over NVLink no size below was slower than NCCL and a norm
     (examples/results/all_reduce_nvlink_n*.json; two ranks won at every size that was measured; four were measured
     with an earlier kernel, eight never).
 
-    On a CPU nothing is won in any case, and the number only bounds the memory of a gather.
+    On a CPU fusing never wins, and the number only bounds the memory of a gather.
     """
     if device == "cpu":
         return 512

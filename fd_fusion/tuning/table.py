@@ -1,7 +1,7 @@
 """The table of limits that `python -m fd_fusion tune` measured: JSON in the user's cache directory, read by `bind`.
 
-An entry counts for one fingerprint: GPU, ranks, exact hidden size, dtype, versions. What does not match, or cannot be
-trusted (another owner, writable by others, out of range), is left unused, with a reason.
+An entry counts for one fingerprint: GPU, ranks, exact hidden size, dtype, versions. An entry that does not match, or
+cannot be trusted (another owner, writable by others, out of range), is not used, and a reason says so.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from fd_fusion import __version__
 from fd_fusion.reasons import Reason, because
 
 _SCHEMA = 1
-_LARGEST = 1 << 20  # bytes of a file, and rows of a limit, that are believed
+_LARGEST = 1 << 20  # bytes of a file, and rows of a limit, that are accepted
 _BACKENDS = ("triton", "flashinfer")
 _KEYS = ("gpu", "size", "hidden_size", "dtype")
 
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What an entry was measured for. `versions` as `versions_here` gives them."""
+    """What an entry was measured for. `versions`: those that `versions_here` returned."""
 
     gpu: str
     size: int
@@ -52,7 +52,7 @@ class Limits:
     two_shot_rows: int | None = None
 
     def __post_init__(self) -> None:
-        """Raises ValueError for what cannot be a measurement."""
+        """Raise ValueError for numbers that cannot be a measurement."""
         numbers = [*self.rows.values(), 1 if self.two_shot_rows is None else self.two_shot_rows]
         if not all(isinstance(n, int) and not isinstance(n, bool) and 0 <= n <= _LARGEST for n in numbers):
             raise ValueError(f"limits {dict(self.rows)}, two-shot {self.two_shot_rows}: expected 0 to {_LARGEST}")
@@ -63,7 +63,7 @@ class Limits:
 
     @classmethod
     def from_dict(cls, data: Any) -> Limits:
-        """Raises ValueError."""
+        """Read the limits of an entry. Raises ValueError."""
         try:
             return cls(dict(data["rows"]), tuple(data["order"]), data["two_shot_rows"])
         except (KeyError, TypeError, AttributeError) as error:
@@ -74,7 +74,7 @@ class Limits:
 
 
 def versions_here() -> dict[str, str]:
-    """Of this package, the framework, Triton and FlashInfer: whatever changes a time."""
+    """Return the versions of this package, the framework, Triton and FlashInfer: of all that changes a time."""
     found = {"fd_fusion": __version__}
     for key, names in (
         ("framework", ("paddlepaddle-gpu", "paddlepaddle", "torch")),
@@ -88,7 +88,7 @@ def versions_here() -> dict[str, str]:
 
 
 def table_path(environ: Mapping[str, str] = os.environ) -> Path | None:
-    """limits.json in the user's cache directory; None for a user who has no home and named no other folder."""
+    """Return limits.json in the user's cache directory; None for a user with neither a home nor such a directory."""
     base = environ.get("XDG_CACHE_HOME") or ""
     try:
         root = Path(base) if os.path.isabs(base) else Path.home() / ".cache"
@@ -98,7 +98,7 @@ def table_path(environ: Mapping[str, str] = os.environ) -> Path | None:
 
 
 def read_limits(key: Fingerprint, path: Path | None) -> tuple[Limits | None, Reason | None]:
-    """The limits for this fingerprint, or why none are used. (None, None): nothing was measured for it."""
+    """Return the limits of a fingerprint, or the reason why none are used. (None, None): nothing was measured."""
     if path is None:
         return None, None
     try:
@@ -109,7 +109,7 @@ def read_limits(key: Fingerprint, path: Path | None) -> tuple[Limits | None, Rea
                 return Limits.from_dict(one["limits"]), None
         if not same:
             return None, None
-        return None, because("table_stale", got=_told(same[-1]["for"]["versions"]), need=_told(key.versions))
+        return None, because("table_stale", got=_text_of(same[-1]["for"]["versions"]), need=_text_of(key.versions))
     except FileNotFoundError:
         return None, None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -118,11 +118,11 @@ def read_limits(key: Fingerprint, path: Path | None) -> tuple[Limits | None, Rea
 
 
 def store_limits(key: Fingerprint, limits: Limits, path: Path) -> None:
-    """Put one entry into the table; for the holder of `table_lock`. Raises OSError."""
+    """Write an entry into the table; for the holder of `table_lock`. Raises OSError."""
     try:
         entries = [one for one in _read(path) if one["for"] != asdict(key)]
     except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
-        entries = []  # none yet, or one that nobody could use
+        entries = []  # no table yet, or one that cannot be read
     entry = {
         "for": asdict(key),
         "limits": limits.to_dict(),
@@ -143,7 +143,7 @@ def store_limits(key: Fingerprint, limits: Limits, path: Path) -> None:
 
 @contextlib.contextmanager
 def table_lock(path: Path) -> Iterator[None]:
-    """Hold the table for a measurement, and make its folder. A lock goes with its process, however that ends.
+    """Lock the table for a measurement, and make its folder. The lock ends with the process, however that ends.
 
     Raises: BlockingIOError: another process measures. OSError: the folder cannot be made or written.
     """
@@ -157,7 +157,7 @@ def table_lock(path: Path) -> Iterator[None]:
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
-    """The entries of the file. Raises OSError, and ValueError for what is not to be believed."""
+    """Read the entries of the file. Raises OSError, and ValueError for a file that cannot be trusted."""
     fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
     try:
         if not stat.S_ISREG(os.fstat(fd).st_mode):  # a folder in its place has no text
@@ -178,5 +178,5 @@ def _read(path: Path) -> list[dict[str, Any]]:
     return data["entries"]
 
 
-def _told(versions: Mapping[str, str]) -> str:
+def _text_of(versions: Mapping[str, str]) -> str:
     return ", ".join(f"{name} {version}" if name == "fd_fusion" else version for name, version in versions.items())

@@ -10,34 +10,28 @@ from types import SimpleNamespace
 import pytest
 
 from fd_fusion.backends import triton as backend
-from fd_fusion.frameworks import triton_launch as runtime_triton
-from fd_fusion.tuning.limits import OpSpec
+from fd_fusion.frameworks import triton_launch
+from fd_fusion.spec import OpSpec
 from tests.support.ranks import ROOT, run_ranks
 
 
 @pytest.mark.parametrize("shape", [list, tuple])
 def test_the_shape_of_a_weight_is_a_list_of_paddle_or_a_tuple_of_torch(shape):
-    opened = object.__new__(backend.Opened)
-    opened._spec = SimpleNamespace(hidden_size=8, weight_dtypes=("bfloat16",))
-    opened._of_weights = [("bf16", {(False, False): "a launch"})]
-    assert opened._launches_for(SimpleNamespace(shape=shape([8]), dtype="bf16")) == {(False, False): "a launch"}
+    op = object.__new__(backend.TritonOp)
+    op._spec = SimpleNamespace(hidden_size=8, weight_dtypes=("bfloat16",))
+    op._of_weights = [("bf16", {(False, False): "a launch"})]
+    assert op._launches_for(SimpleNamespace(shape=shape([8]), dtype="bf16")) == {(False, False): "a launch"}
     for wrong in ([7], [8, 1], [1, 8]):
         with pytest.raises(ValueError, match="opened for weights"):
-            opened._launches_for(SimpleNamespace(shape=shape(wrong), dtype="bf16"))
+            op._launches_for(SimpleNamespace(shape=shape(wrong), dtype="bf16"))
 
 
-FACTS = {
+PLAIN = {
     "rank": 0,
     "size": 2,
     "hidden_size": 64,
     "dtype": "bfloat16",
-    "weight_dtype": "float32",
-    "weight_offset": 0.0,
-    "eps": 1e-6,
-    "device": "cpu",
-    "arch": None,
-    "deterministic": False,
-    "max_token_num": None,
+    "weight_dtypes": ("float32",),
     "workspace_bytes": 1 << 20,
     "timeout_s": 1.0,
 }
@@ -91,8 +85,8 @@ def test_through_the_launcher_of_paddle(tmp_path):
         ({}, None),
         ({"size": 9}, "world_size"),
         ({"dtype": "float64"}, "dtype"),
-        ({"weight_dtype": "int8"}, "dtype"),
-        ({"other_weight_dtypes": ("bfloat16", "int8")}, "dtype"),
+        ({"weight_dtypes": ("int8",)}, "dtype"),
+        ({"weight_dtypes": ("bfloat16", "int8")}, "dtype"),
         ({"eps": 0.0}, "eps"),
         ({"eps": -1e-6}, "eps"),
         ({"eps": 1e-50}, "eps"),  # zero in float32
@@ -104,7 +98,7 @@ def test_through_the_launcher_of_paddle(tmp_path):
     ],
 )
 def test_supports(changes, code):
-    refusal = backend.supports(OpSpec(**{**FACTS, **changes}))
+    refusal = backend.supports(OpSpec(**{**PLAIN, **changes}))
     assert (refusal.code if refusal else None) == code
 
 
@@ -114,7 +108,7 @@ def test_supports(changes, code):
 )
 def test_programs_that_a_multiprocessor_holds(num_warps, registers, most):
     """An sm_86 takes 16 blocks, and warps of 136 registers three a quarter: more would never run at the same time."""
-    assert runtime_triton.programs_at_once(num_warps, registers) == most
+    assert triton_launch.programs_at_once(num_warps, registers) == most
 
 
 @pytest.mark.parametrize(
@@ -123,17 +117,17 @@ def test_programs_that_a_multiprocessor_holds(num_warps, registers, most):
 )
 def test_triton_is_left_our_driver_only_where_it_could_have_none(monkeypatch, torch_gpu, before, after):
     """Triton 3.8 asks for a driver at every launch, and raises beside a torch that sees no GPU."""
-    with runtime_triton.interpreting("gpu" if os.path.exists("/dev/nvidiactl") else "cpu"):  # for all later tests
+    with triton_launch.interpreting("gpu" if os.path.exists("/dev/nvidiactl") else "cpu"):  # for all later tests
         driver = importlib.import_module("triton.runtime.driver").driver
     monkeypatch.setattr(driver, "_active", before)
-    monkeypatch.setattr(runtime_triton, "_paddle_driver", lambda: "ours")
-    monkeypatch.setattr(runtime_triton, "framework", lambda: SimpleNamespace(__name__="paddle"))
+    monkeypatch.setattr(triton_launch, "_paddle_driver", lambda: "ours")
+    monkeypatch.setattr(triton_launch, "paddle_or_torch", lambda: SimpleNamespace(__name__="paddle"))
     torch = None if torch_gpu is None else SimpleNamespace(cuda=SimpleNamespace(is_available=lambda: torch_gpu))
     monkeypatch.setitem(sys.modules, "torch", torch)
-    with runtime_triton.triton_driver():
+    with triton_launch.triton_driver():
         assert driver.active == "ours"
     assert driver._active == after
-    with runtime_triton.triton_driver():
+    with triton_launch.triton_driver():
         assert driver.active == "ours"
     assert driver._active == after
 

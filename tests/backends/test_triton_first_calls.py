@@ -9,13 +9,13 @@ from fd_fusion.backends import triton_first_calls
 from fd_fusion.backends.triton_first_calls import run_all
 from fd_fusion.kernels.all_reduce import plan as plans
 from fd_fusion.reasons import FusionError
-from fd_fusion.tuning.limits import OpSpec
-from tests.backends.test_triton import FACTS
+from fd_fusion.spec import OpSpec
+from tests.backends.test_triton import PLAIN
 
 SIZE, HIDDEN = 2, 64
 
 
-class Opened:
+class FakeOp:
     """Stands for a workspace: the contract in NumPy, with one wrong variant."""
 
     def __init__(self, dtype, wrong=None, bug="nothing", weight_dtypes=("float32",)):
@@ -51,19 +51,19 @@ class Opened:
         )
 
 
-def facts_of(dtype, **changes):
-    return OpSpec(**{**FACTS, "dtype": dtype, "weight_dtype": "float32", "hidden_size": HIDDEN, **changes})
+def spec_of(dtype, **changes):
+    return OpSpec(**{**PLAIN, "dtype": dtype, "hidden_size": HIDDEN, **changes})
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_right_kernels_pass_and_each_is_launched(dtype):
-    opened = Opened(dtype)
-    run_all(opened, facts_of(dtype), paddle)
-    assert {seen[:3] for seen in opened.seen} == set(opened._launches)
-    assert {seen[3] for seen in opened.seen} == {1, 3, 5}, "one row, few rows, and more rows than programs"
+    op = FakeOp(dtype)
+    run_all(op, spec_of(dtype), paddle)
+    assert {seen[:3] for seen in op.seen} == set(op._launches)
+    assert {seen[3] for seen in op.seen} == {1, 3, 5}, "one row, few rows, and more rows than programs"
     for two_shot in (False, True):
-        assert {seen[4] for seen in opened.seen if seen[1] == two_shot} == {1, 2}, "and more rows than slots"
-    assert (opened._two_shot_rows, opened._slots) == (7, 100), "what chooses path and launches is as before"
+        assert {seen[4] for seen in op.seen if seen[1] == two_shot} == {1, 2}, "and more rows than slots"
+    assert (op._two_shot_rows, op._slots) == (7, 100), "what chooses path and launches is as before"
 
 
 @pytest.mark.parametrize("slots", [1, 2, 4, 5, 100])
@@ -78,18 +78,18 @@ def test_on_a_gpu_every_variant_runs_in_every_shape(slots):
 
 
 def test_each_weight_dtype_that_has_a_kernel_is_run():
-    opened = Opened("bfloat16", weight_dtypes=("float32", "bfloat16"))
-    run_all(opened, facts_of("bfloat16"), paddle)
-    assert {seen[:3] for seen in opened.seen} == set(opened._launches)
+    op = FakeOp("bfloat16", weight_dtypes=("float32", "bfloat16"))
+    run_all(op, spec_of("bfloat16"), paddle)
+    assert {seen[:3] for seen in op.seen} == set(op._launches)
 
 
 @pytest.mark.parametrize("bug", ["rank dropped", "offset forgotten", "wrong eps", "one column truncated"])
 @pytest.mark.parametrize("variant", [(False, False), (False, True), (True, False), (True, True)])
 def test_a_wrong_variant_is_named_after_all_were_launched(variant, bug):
-    opened = Opened("bfloat16", variant, bug)
+    op = FakeOp("bfloat16", variant, bug)
     with pytest.raises(FusionError) as error:
-        run_all(opened, facts_of("bfloat16"), paddle)
-    assert error.value.reason.code == "first_call_wrong" and len(opened.seen) == 6
+        run_all(op, spec_of("bfloat16"), paddle)
+    assert error.value.reason.code == "first_call_wrong" and len(op.seen) == 6
     two_shot, bare = variant
     text = str(error.value.reason)
     assert ("two-shot" in text) == two_shot and ("without a residual" in text) == bare
@@ -98,7 +98,7 @@ def test_a_wrong_variant_is_named_after_all_were_launched(variant, bug):
 
 @pytest.mark.parametrize("two_shot", [False, True])
 def test_a_call_of_several_launches_is_compared_too(two_shot):
-    opened = Opened("bfloat16", (two_shot, False), "later launches wrong")
+    op = FakeOp("bfloat16", (two_shot, False), "later launches wrong")
     with pytest.raises(FusionError, match=r"T=3 in 2 launches, .*row 2"):
-        run_all(opened, facts_of("bfloat16"), paddle)
-    assert (opened._two_shot_rows, opened._slots) == (7, 100), "also where it raises"
+        run_all(op, spec_of("bfloat16"), paddle)
+    assert (op._two_shot_rows, op._slots) == (7, 100), "also where it raises"

@@ -11,37 +11,36 @@ import paddle
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from fd_fusion.backends import triton as backend
-from fd_fusion.binding.backend_selection import Opening
+from fd_fusion.binding.backend_selection import SelectedBackend
 from fd_fusion.binding.bind import _site_of
 from fd_fusion.binding.pairs import Pair
 from fd_fusion.comm.group import Group
-from fd_fusion.frameworks import triton_launch as runtime_triton
+from fd_fusion.frameworks import triton_launch
 from fd_fusion.layers.rms_norm import RMSNorm
 from fd_fusion.site import ForwardCount
-from fd_fusion.tuning.limits import OpSpec
+from fd_fusion.spec import OpSpec
 
 SIZE, ROWS, H = 2, 16, 4096
 GROUP = Group("host", 0, SIZE, tuple(range(SIZE)), None)
 
 
-def opened_with(launch_of, weight_dtypes=("bfloat16",)):
+def op_with(launch_of, weight_dtypes=("bfloat16",)):
     """The triton backend as it is open on a GPU, but for its memory and its kernels: `launch_of(constants)`."""
 
     def prepare(kernel, like, constants, device):
-        return runtime_triton.Loaded(launch_of(constants), 2)
+        return triton_launch.Loaded(launch_of(constants), 2)
 
-    kind = 0, SIZE, H, "bfloat16", weight_dtypes[0], 0.0, 1e-6, "gpu", 90, False, None, 1 << 25, 1.0
-    spec = OpSpec(*kind, other_weight_dtypes=weight_dtypes)
+    spec = OpSpec(0, SIZE, H, "bfloat16", weight_dtypes=weight_dtypes, device="gpu", arch=90, timeout_s=1.0)
     with (
         mock.patch.object(backend, "CudaIpc", lambda: SimpleNamespace(multiprocessors=lambda: 132)),
-        mock.patch.object(runtime_triton, "require_mode"),
-        mock.patch.object(runtime_triton, "load_kernel"),
-        mock.patch.object(runtime_triton, "prepare", prepare),
-        mock.patch.object(runtime_triton, "uses_pdl", lambda: False),
+        mock.patch.object(triton_launch, "require_mode"),
+        mock.patch.object(triton_launch, "load_kernel"),
+        mock.patch.object(triton_launch, "prepare", prepare),
+        mock.patch.object(triton_launch, "uses_pdl", lambda: False),
     ):
-        opened = backend.Opened(spec, GROUP)
-    opened._own = 0, 0
-    return opened
+        op = backend.TritonOp(spec, GROUP)
+    op._own = 0, 0
+    return op
 
 
 def pair_of(norm, weight_dtype):
@@ -53,8 +52,8 @@ def pair_of(norm, weight_dtype):
 
 def pair_and_step():
     """A proven Site and one turn of it: hand over, finish."""
-    opened = opened_with(lambda constants: lambda *args: None)
-    site = _site_of(pair_of(RMSNorm(H, dtype="bfloat16"), "bfloat16"), Opening("triton", opened), ForwardCount())
+    op = op_with(lambda constants: lambda *args: None)
+    site = _site_of(pair_of(RMSNorm(H, dtype="bfloat16"), "bfloat16"), SelectedBackend("triton", op), ForwardCount())
     site.end_proof(True)
     partial, residual = (paddle.ones([ROWS, H], dtype="bfloat16") for _ in range(2))
 

@@ -12,10 +12,8 @@ from support.tiny import DemoDecoder, hidden
 
 import fd_fusion
 from fd_fusion import FusionConfig, exact
-from fd_fusion.backends import paddle as formulas
-from fd_fusion.binding import backend_selection as opening
+from fd_fusion.binding import backend_selection, joining, lifecycle
 from fd_fusion.binding import bind as binding
-from fd_fusion.binding import joining, lifecycle
 from fd_fusion.binding import proving_pass as settling
 from fd_fusion.binding.evidence import Contract
 from fd_fusion.binding.forwards import AGAIN, STOCK, Forwards, on_copies
@@ -26,6 +24,7 @@ from fd_fusion.binding.proving_pass import Bound
 from fd_fusion.binding.report import Report
 from fd_fusion.comm import group as group_module
 from fd_fusion.comm.group import Group, Verdict, agree
+from fd_fusion.frameworks import paddle_ops
 from fd_fusion.hosts import own_layers
 from fd_fusion.reasons import BindError, FusionError, because
 from fd_fusion.site import ForwardCount, Rejected, Site
@@ -96,12 +95,12 @@ WEIGHT = paddle.rand([32]) + 0.5
 
 
 def host(total, residual):
-    return formulas.rms_norm(total, WEIGHT, eps=1e-6, residual=residual)
+    return paddle_ops.rms_norm(total, WEIGHT, eps=1e-6, residual=residual)
 
 
 def right(x, residual):
     """Two ranks that hold the same: the sum is x + x."""
-    norm_out, total = formulas.rms_norm(x + x, WEIGHT, eps=1e-6, residual=residual)
+    norm_out, total = paddle_ops.rms_norm(x + x, WEIGHT, eps=1e-6, residual=residual)
     return norm_out, total
 
 
@@ -125,7 +124,7 @@ def make_proof(fused=right, names=("a -> b",)):
 
 
 def wrong_eps(x, residual):
-    return formulas.rms_norm(x + x, WEIGHT, eps=1e-5, residual=residual)
+    return paddle_ops.rms_norm(x + x, WEIGHT, eps=1e-5, residual=residual)
 
 
 @pytest.mark.parametrize(
@@ -237,8 +236,8 @@ def test_an_undo_that_raises_keeps_nothing_else_bound():
     state.sites.append((None, site))
     state.undo += [lambda: done.append("site"), lambda: fails("first")]
     state.undo_qk += [lambda: done.append("qk"), lambda: fails("qk first")]
-    opened = SimpleNamespace(bytes=0, close=lambda: done.append("close"))
-    state.openings.append(SimpleNamespace(opened=opened))
+    op = SimpleNamespace(bytes=0, close=lambda: done.append("close"))
+    state.selected.append(SimpleNamespace(op=op))
     with pytest.raises(AttributeError, match="qk first"):
         settling.undo_all(state)
     assert done == ["qk first", "qk", "first", "site", "close"]
@@ -426,10 +425,10 @@ def test_a_rank_that_opens_shows_progress_more_often_than_its_peers_limit(monkey
 
     monkeypatch.setattr(group_module, "threading", SimpleNamespace(Event=Stop, Thread=threading.Thread))
     backend = SimpleNamespace(open=lambda spec, group: None)
-    monkeypatch.setattr(opening, "agree", lambda *args, **kwargs: Verdict((None, None), ()))
-    monkeypatch.setattr(opening, "_load", lambda name, spec: (backend, None))
-    opening._try("triton", ["spec"], group, 0.1)
-    opening._try("triton", ["spec"], group, 30)
+    monkeypatch.setattr(backend_selection, "agree", lambda *args, **kwargs: Verdict((None, None), ()))
+    monkeypatch.setattr(backend_selection, "load_backend", lambda name, spec: (backend, None))
+    backend_selection._try("triton", ["spec"], group, 0.1)
+    backend_selection._try("triton", ["spec"], group, 30)
     assert pauses == [0.025, 1.0]
 
 
@@ -441,10 +440,10 @@ def test_what_was_opened_is_closed_if_the_vote_on_it_fails(monkeypatch):
     def agree_once(*args, **kwargs):
         return votes.pop() if votes else agree(*args, **kwargs)
 
-    monkeypatch.setattr(opening, "agree", agree_once)
-    monkeypatch.setattr(opening, "_load", lambda name, spec: (backend, None))
+    monkeypatch.setattr(backend_selection, "agree", agree_once)
+    monkeypatch.setattr(backend_selection, "load_backend", lambda name, spec: (backend, None))
     with pytest.raises(FusionError, match="it is gone"):
-        opening._try("triton", ["spec"], group, 1)
+        backend_selection._try("triton", ["spec"], group, 1)
     assert closed == ["spec"]
 
 
@@ -528,15 +527,15 @@ def test_numbers_of_a_norm_that_change_after_bind_count_as_they_do_in_stock():
     norm = pair.reader
 
     def finish(x, residual, weight, eps, weight_offset):
-        return formulas.rms_norm(x, weight, eps=eps, weight_offset=weight_offset, residual=residual)
+        return paddle_ops.rms_norm(x, weight, eps=eps, weight_offset=weight_offset, residual=residual)
 
-    opened = SimpleNamespace(finish=finish, limit=None)
-    site, x = binding._site_of(pair, SimpleNamespace(opened=opened), ForwardCount()), hidden(2)
+    op = SimpleNamespace(finish=finish, limit=None, in_rank_order=True)
+    site, x = binding._site_of(pair, SimpleNamespace(op=op), ForwardCount()), hidden(2)
     norm.eps, norm.weight_offset = 0.5, 0.25
     for rows in (x, x.reshape([1, *x.shape])):
         assert (site.fused(rows, None)[0] == norm.stock_forward(rows)[0]).all()
     state = Bound(Report(FusionConfig(), "a test", "Model"))
-    state.report.add_site(site, SimpleNamespace(opened=opened), pair.group)
+    state.report.add_site(site, SimpleNamespace(op=op), pair.group)
     contract = settling._subject(state, pair, site)[1]
     assert (contract.eps, contract.weight_offset) == (0.5, 0.25)
 
@@ -568,12 +567,12 @@ def test_workspace_mb_is_shared_by_the_workspaces_of_all_groups_and_models(monke
         other = [*same, spaces + 1, free - (2 << 20)] if group is groups[1] else vote.data
         return Verdict((vote.data, other), ())
 
-    def open_for(group, pairs, config, deterministic, workspace_bytes):
+    def select_backend(group, pairs, config, deterministic, workspace_bytes):
         given.append((group.name, pairs[0].hidden_size, workspace_bytes))
         return None, because("no_paddle", detail=""), ()
 
     monkeypatch.setattr(joining, "agree", agree)
-    monkeypatch.setattr(binding, "open_for", open_for)
+    monkeypatch.setattr(binding, "select_backend", select_backend)
     monkeypatch.setattr(lifecycle, "_held", ())
     for nbytes in (2 << 20, 1 << 19):
         lifecycle.hold(Group("another", 0, 2, (0, 1), None), SimpleNamespace(bytes=nbytes))

@@ -1,14 +1,16 @@
 """What the host does for one pair in an eager forward, its launch left out. See host_time.py."""
 
+import dataclasses
 import sys
 from types import SimpleNamespace
 
 import paddle
 import pytest
 
-from fd_fusion.binding import backend_selection as opening
+from fd_fusion.binding import backend_selection
+from fd_fusion.comm.group import Verdict
 from fd_fusion.config import FusionConfig
-from fd_fusion.frameworks import triton_launch as runtime_triton
+from fd_fusion.frameworks import tensors
 from tests.binding import host_time
 
 
@@ -54,32 +56,33 @@ def test_the_kernel_is_the_one_of_the_weight_s_dtype():
         kind = constants.get("WEIGHT_DTYPE"), constants.get("HAS_RESIDUAL")
         return lambda *args: launched.append(kind)
 
-    opened = host_time.opened_with(launch_of, ("bfloat16", "float32"))
+    op = host_time.op_with(launch_of, ("bfloat16", "float32"))
     x = paddle.ones([1, host_time.H], dtype="bfloat16")
     for dtype, residual in (("bfloat16", x), ("float32", None), ("bfloat16", None), ("float32", x)):
-        opened.finish(x, residual, paddle.ones([host_time.H], dtype=dtype), 1e-6, 0.0)
+        op.finish(x, residual, paddle.ones([host_time.H], dtype=dtype), 1e-6, 0.0)
         assert launched.pop() == (dtype, residual is not None)
     for shape, dtype in (([host_time.H], "float16"), ([host_time.H - 8], "float32"), ([1, host_time.H], "float32")):
         with pytest.raises(ValueError, match="opened for weights"):
-            opened.finish(x, x, paddle.ones(shape, dtype=dtype), 1e-6, 0.0)
+            op.finish(x, x, paddle.ones(shape, dtype=dtype), 1e-6, 0.0)
     assert not launched
 
 
-def test_a_backend_hears_of_the_weights_of_all_pairs(monkeypatch):
-    """And it is asked, with each, whether it can: the answers are voted on."""
-    heard = []
-    monkeypatch.setattr(opening, "_try", lambda name, spec, *rest: (heard.append(spec), "no", ()))
+def test_a_backend_is_asked_about_the_weights_of_all_pairs(monkeypatch):
+    """And it is asked once with each eps: the answers are voted on."""
+    asked = []
+    monkeypatch.setattr(backend_selection, "_try", lambda name, spec, *rest: (asked.append(spec), Verdict((), ())))
     pairs = [host_time.pair_of(None, dtype) for dtype in ("bfloat16", "float32", "bfloat16")]
-    opening.open_for(host_time.GROUP, pairs, FusionConfig(backend="triton"), False, 1 << 25)
-    assert [one.weight_dtype for one in heard[0]] == ["bfloat16", "float32", "bfloat16"]
-    assert {one.weight_dtypes for one in heard[0]} == {("bfloat16", "float32")}
+    pairs[2] = dataclasses.replace(pairs[2], eps=1e-5)
+    backend_selection.select_backend(host_time.GROUP, pairs, FusionConfig(backend="triton"), False, 1 << 25)
+    assert [one.eps for one in asked[0]] == [1e-6, 1e-5]
+    assert {one.weight_dtypes for one in asked[0]} == {("bfloat16", "float32")}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_new_tensors_are_those_of_the_framework(dtype):
     x = paddle.ones([3, 8], dtype=dtype)
     for own in (x, x[:, :4].contiguous(), x[:0]):
-        got, want = runtime_triton.empty_like()(own), paddle.empty_like(own)
+        got, want = tensors.empty_like()(own), paddle.empty_like(own)
         for name in ("shape", "dtype", "place", "stop_gradient", "strides"):
             assert getattr(got, name) == getattr(want, name), name
 
@@ -89,5 +92,5 @@ def test_without_a_fast_way_the_public_one_is_taken(monkeypatch):
         SimpleNamespace(__name__="torch", empty_like="torch's"),
         SimpleNamespace(__name__="paddle", empty_like="torch's"),
     ):
-        monkeypatch.setattr(runtime_triton, "framework", lambda module=module: module)
-        assert runtime_triton.empty_like() == "torch's"
+        monkeypatch.setattr(tensors, "paddle_or_torch", lambda module=module: module)
+        assert tensors.empty_like() == "torch's"

@@ -20,7 +20,7 @@ from fd_fusion.config import FusionConfig, Resolved
 from fd_fusion.reasons import FusionError, FusionTimeout, because, closed
 
 
-class Opened:
+class FakeOp:
     """A workspace of `nbytes`; `log` hears what is done to it."""
 
     def __init__(self, log, name="w", nbytes=10):
@@ -62,15 +62,15 @@ def empty(monkeypatch):
 def test_a_bind_in_another_thread_does_not_disturb_check():
     """It lies in between two workspaces here: the dictionary that was gone through changed its size."""
     log = []
-    opened = Opened(log)
+    op = FakeOp(log)
 
     def check():
-        lifecycle.hold(GROUP, Opened(log, "new"))
+        lifecycle.hold(GROUP, FakeOp(log, "new"))
         binding._bound[model] = Bound(None)
 
-    opened.check, model = check, Model()
-    lifecycle.hold(GROUP, opened)
-    lifecycle.hold(GROUP, Opened(log, "second"))
+    op.check, model = check, Model()
+    lifecycle.hold(GROUP, op)
+    lifecycle.hold(GROUP, FakeOp(log, "second"))
     try:
         binding.check()
     finally:
@@ -107,8 +107,8 @@ def test_a_bound_model_that_its_layers_know_is_noticed_as_dropped():
     assert binding._bound.pop(model) is state and set(model.__dict__) == before and not binding._bound
     binding._bound[model] = state
     log, alive = [], weakref.ref(model)
-    lifecycle.hold(GROUP, Opened(log))
-    lifecycle.watch_model(model, [lifecycle.held()[0].opened])
+    lifecycle.hold(GROUP, FakeOp(log))
+    lifecycle.watch_model(model, [lifecycle.held()[0].op])
     del model, state, other
     gc.collect()
     assert alive() is None and lifecycle.held()[0].dropped and not binding._bound
@@ -127,19 +127,19 @@ def test_a_bind_keeps_no_model_alive():
 
 def test_what_was_unbound_while_check_runs_is_no_error():
     log = []
-    gone = Opened(log, "gone")
+    gone = FakeOp(log, "gone")
     gone.check = closed
     lifecycle.hold(GROUP, gone)
-    lifecycle.hold(GROUP, Opened(log, "here"))
+    lifecycle.hold(GROUP, FakeOp(log, "here"))
     binding.check()
     assert log == [("check", "here")]
 
 
 def dropped_model(log, name="w", nbytes=10):
-    model, opened = Model(), Opened(log, name, nbytes)
-    lifecycle.hold(GROUP, opened)
-    lifecycle.watch_model(model, [opened])
-    return model, opened
+    model, op = Model(), FakeOp(log, name, nbytes)
+    lifecycle.hold(GROUP, op)
+    lifecycle.watch_model(model, [op])
+    return model, op
 
 
 def test_a_dropped_model_counts_until_all_ranks_have_dropped_it(monkeypatch, caplog):
@@ -171,8 +171,8 @@ def test_a_group_that_opened_nothing_holds_no_vote(monkeypatch):
 
 def test_an_unbound_model_that_goes_says_nothing(caplog):
     log = []
-    model, opened = dropped_model(log)
-    lifecycle.close(opened)
+    model, op = dropped_model(log)
+    lifecycle.close(op)
     reference = weakref.ref(model)
     del model
     gc.collect()
@@ -182,13 +182,13 @@ def test_an_unbound_model_that_goes_says_nothing(caplog):
 def test_reset_goes_through_all_workspaces_and_raises_the_first_error():
     """The other ranks wait for each of them; a dropped one takes part, since they may hold its model still."""
     log = []
-    opened = [Opened(log, name) for name in "abc"]
-    for one in opened:
+    ops = [FakeOp(log, name) for name in "abc"]
+    for one in ops:
         lifecycle.hold(GROUP, one)
-    opened[0].error = "aborted"
+    ops[0].error = "aborted"
     with pytest.raises(FusionError, match="another rank"):
         lifecycle.reset()
     assert log == [("reset", "a"), ("reset", "b"), ("reset", "c")]
-    opened[0].error = None
+    ops[0].error = None
     lifecycle.freeze()
     assert log[3:] == [("freeze", "a"), ("freeze", "b"), ("freeze", "c")]

@@ -14,7 +14,7 @@ import pytest
 
 from fd_fusion.binding import bind as binding
 from fd_fusion.binding import lifecycle, metrics
-from fd_fusion.binding.backend_selection import Opening
+from fd_fusion.binding.backend_selection import SelectedBackend
 from fd_fusion.binding.report import Report, SiteLine
 from fd_fusion.comm.group import Group
 from fd_fusion.config import FusionConfig
@@ -23,7 +23,7 @@ from fd_fusion.reasons import FusionTimeout, because
 ROOT = Path(__file__).parents[2]
 
 
-class Opened:
+class FakeOp:
     bytes = 32 << 20
 
     def __init__(self, rows=0, timeouts=0):
@@ -40,11 +40,11 @@ class Site:
         self.name, self.limit, self.calls = name, limit, Counter(calls)
 
 
-def report_of(opened, sites=3, **more):
-    opening = Opening("triton", opened, "tuning table", because("table_differs"))
+def report_of(op, sites=3, **more):
+    selected = SelectedBackend("triton", op, "tuning table", because("table_differs"))
     report = Report(FusionConfig(), "FD_FUSION_CONFIG", "Model")
     report.sites = [
-        SiteLine(Site(f"s{i}", fused=2, too_many_rows=1, **more), opening, (0, 1, 2, 3)) for i in range(sites)
+        SiteLine(Site(f"s{i}", fused=2, too_many_rows=1, **more), selected, (0, 1, 2, 3)) for i in range(sites)
     ]
     return report
 
@@ -58,7 +58,7 @@ def fresh(monkeypatch):
 
 
 def test_the_start_line_and_the_same_as_data():
-    report = report_of(Opened(rows=7))
+    report = report_of(FakeOp(rows=7))
     assert report.lines() == [
         "fd_fusion 0.1.0: 3 sites, triton one-shot <= 128 rows, two-shot <= 512 (tuning table), workspace 32 MB, "
         "group [0..3], config from FD_FUSION_CONFIG",
@@ -79,9 +79,9 @@ def test_the_start_line_and_the_same_as_data():
     ],
 )
 def test_the_limits_in_the_start_line(limit, two_shot, told, monkeypatch):
-    monkeypatch.setattr(Opened, "stats", lambda self: {"two_shot_rows": two_shot})
-    opening = Opening("triton", Opened())
-    report = Report(FusionConfig(), "x", "Model", sites=[SiteLine(Site("s", limit), opening, (0, 1))])
+    monkeypatch.setattr(FakeOp, "stats", lambda self: {"two_shot_rows": two_shot})
+    selected = SelectedBackend("triton", FakeOp())
+    report = Report(FusionConfig(), "x", "Model", sites=[SiteLine(Site("s", limit), selected, (0, 1))])
     assert told in report.lines()[0] and "(built in)" in report.lines()[0]
 
 
@@ -90,16 +90,16 @@ def test_the_limits_in_the_start_line(limit, two_shot, told, monkeypatch):
     [(32 << 20, "32 MB"), ((32 << 20) - 300, "32 MB"), (1 << 19, "0.5 MB"), (17153, "17 KB"), (0, "0 KB")],
 )
 def test_a_small_workspace_is_not_told_as_none(nbytes, told, monkeypatch):
-    monkeypatch.setattr(Opened, "bytes", nbytes)
-    assert f", workspace {told}, group" in report_of(Opened()).lines()[0]
+    monkeypatch.setattr(FakeOp, "bytes", nbytes)
+    assert f", workspace {told}, group" in report_of(FakeOp()).lines()[0]
 
 
 def test_totals(monkeypatch):
     monkeypatch.setattr(lifecycle, "_held", ())
-    opened = [Opened(rows=50, timeouts=1), Opened(rows=4)]
-    for one in (*opened, Opened()):
+    ops = [FakeOp(rows=50, timeouts=1), FakeOp(rows=4)]
+    for one in (*ops, FakeOp()):
         lifecycle.hold(Group("g", 0, 2, (0, 1), None), one)
-    counted, nbytes = metrics.totals([report_of(one) for one in opened])
+    counted, nbytes = metrics.totals([report_of(one) for one in ops])
     assert counted["finished", "fused", ""] == 12 and counted["finished", "stock", "too_many_rows"] == 6
     assert counted["device_rows", "triton"] == 54 and counted["timeouts",] == 1
     assert nbytes == 3 * (32 << 20), "each workspace once, and that of a dropped model, which no report has any more"
@@ -111,9 +111,9 @@ def test_a_report_tells_what_a_driver_refuses_to_read():
     def stats():
         raise RuntimeError("cuMemcpyDtoHAsync_v2: CUDA_ERROR_ILLEGAL_ADDRESS")
 
-    opened = Opened()
-    opened.stats = stats
-    report = report_of(opened)
+    op = FakeOp()
+    op.stats = stats
+    report = report_of(op)
     assert "3 sites" in report.lines()[0]
     (space,) = report.to_dict()["workspaces"]
     assert space["stats"] == {"error": "RuntimeError: cuMemcpyDtoHAsync_v2: CUDA_ERROR_ILLEGAL_ADDRESS"}
@@ -124,19 +124,19 @@ def test_one_line_of_json_a_minute(caplog, monkeypatch):
     now = [100.0]
     monkeypatch.setattr(metrics, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
     for _ in range(5):
-        metrics.tick(lambda: [report_of(Opened(rows=50))])
+        metrics.tick(lambda: [report_of(FakeOp(rows=50))])
     (record,) = caplog.records
     data = json.loads(record.getMessage().removeprefix("fd_fusion metrics "))
     assert data["finished"] == {"fused": 6, "stock/too_many_rows": 3} and data["device_rows"] == {"triton": 50}
     now[0] += metrics.EVERY_S
-    metrics.tick(lambda: [report_of(Opened())])
+    metrics.tick(lambda: [report_of(FakeOp())])
     assert len(caplog.records) == 2
 
 
-def bind(monkeypatch, opened):
-    monkeypatch.setattr(binding, "_bound", {"model": types.SimpleNamespace(report=report_of(opened))})
+def bind(monkeypatch, op):
+    monkeypatch.setattr(binding, "_bound", {"model": types.SimpleNamespace(report=report_of(op))})
     monkeypatch.setattr(lifecycle, "_held", ())
-    lifecycle.hold(Group("g", 0, 2, (0, 1), None), opened)
+    lifecycle.hold(Group("g", 0, 2, (0, 1), None), op)
 
 
 def test_a_failing_reader_hides_no_timeout_and_holds_no_token_up(caplog, monkeypatch):
@@ -148,12 +148,12 @@ def test_a_failing_reader_hides_no_timeout_and_holds_no_token_up(caplog, monkeyp
 
     now = [0.0]
     monkeypatch.setattr(metrics, "time", types.SimpleNamespace(monotonic=lambda: now.append(now[-1] + 61) or now[-1]))
-    opened = Opened()
-    opened.stats, opened.check = stats, lambda: None
-    bind(monkeypatch, opened)
+    op = FakeOp()
+    op.stats, op.check = stats, lambda: None
+    bind(monkeypatch, op)
     for _ in range(3):
         binding.check()
-    opened.check = lambda: (_ for _ in ()).throw(FusionTimeout(because("aborted")))
+    op.check = lambda: (_ for _ in ()).throw(FusionTimeout(because("aborted")))
     with pytest.raises(FusionTimeout):
         binding.check()
     (line,) = [record.getMessage() for record in caplog.records]
@@ -162,15 +162,15 @@ def test_a_failing_reader_hides_no_timeout_and_holds_no_token_up(caplog, monkeyp
 
 def test_a_timeout_is_told_at_once(caplog, monkeypatch):
     caplog.set_level(logging.INFO, "fd_fusion")
-    opened = Opened(timeouts=1)
-    bind(monkeypatch, opened)
-    opened.check = lambda: None
+    op = FakeOp(timeouts=1)
+    bind(monkeypatch, op)
+    op.check = lambda: None
     binding.check()
 
     def check():
         raise FusionTimeout(because("aborted"))
 
-    opened.check = check
+    op.check = check
     now = metrics.time.monotonic() + 1.5
     monkeypatch.setattr(metrics, "time", types.SimpleNamespace(monotonic=lambda: now))
     for _ in range(3):
@@ -207,10 +207,10 @@ def test_prometheus_client_that_was_imported_too_early(name, caplog, monkeypatch
 WORKER = """
 import sys, tests.binding.test_metrics as t
 from fd_fusion.binding import metrics
-opened = t.Opened(rows=10)
+op = t.FakeOp(rows=10)
 export = metrics.choose({"PROMETHEUS_MULTIPROC_DIR": sys.argv[1]})
 assert isinstance(export, metrics.Prometheus)
-export([t.report_of(opened)]); opened.rows = 25; export([t.report_of(opened)])
+export([t.report_of(op)]); op.rows = 25; export([t.report_of(op)])
 import os; os._exit(0)  # workers are ended, they do not end
 """
 SERVER = """

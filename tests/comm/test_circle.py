@@ -107,13 +107,13 @@ def bind_all(monkeypatch, family, size, *, fails=(), proof=(), qk=(), stops=(), 
         calls = dict.fromkeys(("reduce", "norm", "weight")) | {"attach": lambda site: lambda: None}
         return Pair(name=f"pair of {group.name}", group=group, **shape, **calls)
 
-    def open_for(group, pairs, config, deterministic, workspace_bytes):
+    def select_backend(group, pairs, config, deterministic, workspace_bytes):
         no = because("open_failed", error="no memory") if group.ranks[group.rank] in failures["fails"] else None
         verdict = agree(group, "open", Vote(no), timeout_s=LIMIT)
-        opened = SimpleNamespace(bytes=0, limit=4, finish=None, close=lambda: None, stats=dict)
-        opening = SimpleNamespace(opened=opened, backend="fake", note=None, limit_source="")
+        op = SimpleNamespace(bytes=0, limit=4, in_rank_order=True, finish=None, close=lambda: None, stats=dict)
+        selected = SimpleNamespace(op=op, backend="fake", note=None, limit_source="")
         ranks = tuple(rank for rank, _ in verdict.refusals)
-        return (opening, None, ()) if verdict.ok else (None, verdict.reason, ranks)
+        return (selected, None, ()) if verdict.ok else (None, verdict.reason, ranks)
 
     def choose_qk(state, norms):
         state.report.qk_fused = ["qk"] if qk else []
@@ -124,12 +124,12 @@ def bind_all(monkeypatch, family, size, *, fails=(), proof=(), qk=(), stops=(), 
         settling._vote(state, ballot := settling.Ballot(refusal), SimpleNamespace(raised=None))
         settling._switch_on_or_undo(state, ballot.refusal, ballot.ranks)
 
-    monkeypatch.setattr(binding, "open_for", open_for)
+    monkeypatch.setattr(binding, "select_backend", select_backend)
     monkeypatch.setattr(binding, "_choose_qk", choose_qk)
     monkeypatch.setattr(binding, "attach_and_prove", prove)
     monkeypatch.setattr(binding, "label_of", lambda model, pairs, *_: (f"{[one.name for one in pairs]}", 0))
     world = {rank: Group("world", rank, size, tuple(range(size)), store) for rank in range(size)}
-    monkeypatch.setattr(joining, "formulas", SimpleNamespace(group_of=lambda: world[here.rank]))
+    monkeypatch.setattr(joining, "paddle_ops", SimpleNamespace(group_of=lambda: world[here.rank]))
     kept = [groups_of(rank, family, store) for rank in range(size)]
 
     def run(rank):

@@ -29,7 +29,7 @@ from fd_fusion.comm.group import Vote, agree
 from fd_fusion.comm.symmetric_memory import as_refusal, open_symmetric_memory
 from fd_fusion.config import FusionConfig
 from fd_fusion.kernels.all_reduce import plan as plans
-from fd_fusion.tuning.limits import OpSpec
+from fd_fusion.spec import OpSpec
 from tests.support import tensors
 from tests.support.all_reduce_cases import Case, judge
 from tests.support.ranks import this_group, this_rank
@@ -51,16 +51,10 @@ def add_rms_norm(x, residual, weight, eps, H: tl.constexpr, BLOCK: tl.constexpr)
     tl.store(x + at, (total * scale * w).to(tl.bfloat16), mask=lanes < H)
 
 
-def facts_for(size, rank, hidden, workspace_mb):
-    weights = {"dtype": "bfloat16", "weight_dtype": "bfloat16", "weight_offset": 0.0, "eps": EPS}
-    limits = {
-        "deterministic": False,
-        "max_token_num": 1 << 20,
-        "workspace_bytes": workspace_mb << 20,
-        "timeout_s": 20,
-    }
+def spec_for(size, rank, hidden, workspace_mb):
+    limits = {"max_token_num": 1 << 20, "workspace_bytes": workspace_mb << 20, "timeout_s": 20}
     major, minor = torch.cuda.get_device_capability()
-    return OpSpec(rank=rank, size=size, hidden_size=hidden, device="gpu", arch=10 * major + minor, **weights, **limits)
+    return OpSpec(rank, size, hidden, "bfloat16", eps=EPS, device="gpu", arch=10 * major + minor, **limits)
 
 
 class Triton:
@@ -71,8 +65,8 @@ class Triton:
         self.one_shot = self.two_shot = backend.open(spec, group)
         if plans.plan_for(spec.size, spec.hidden_size, spec.dtype).two_shot_rows is None:
             self.two_shot = backend.open(dataclasses.replace(spec, two_shot_rows=1), group)
-        self.opened = list(dict.fromkeys((self.one_shot, self.two_shot)))
-        for one in self.opened:
+        self.ops = list(dict.fromkeys((self.one_shot, self.two_shot)))
+        for one in self.ops:
             one.freeze()
 
     def contenders(self, case, x, residual, weight):
@@ -88,14 +82,14 @@ class Triton:
 
     def counted(self):
         """The rows that the kernels have finished, as the device counts them."""
-        return sum(one.stats()["device"]["rows"] for one in self.opened)
+        return sum(one.stats()["device"]["rows"] for one in self.ops)
 
     def check(self):
-        for one in self.opened:
+        for one in self.ops:
             one.check()
 
     def close(self):
-        for one in self.opened:
+        for one in self.ops:
             one.close()
 
 
@@ -264,7 +258,7 @@ def main():
             nccl = None
     rows_of = {}
     for hidden in options.hidden:
-        libraries = [Triton(facts_for(group.size, group.rank, hidden, options.workspace_mb), group)]
+        libraries = [Triton(spec_for(group.size, group.rank, hidden, options.workspace_mb), group)]
         push = libraries[0].one_shot._push
         libraries.append(Push(group, hidden, max(options.rows), push))
         if options.flashinfer:

@@ -61,7 +61,7 @@ if size == 1:
     this.record(ok=True)
     sys.exit()
 assert len(report.sites) == 6 and report.proven and not report.rejected, report.lines()
-frozen = lambda: {line.opening.opened.stats().get("frozen") for line in report.sites} - {None}  # noqa: E731
+frozen = lambda: {line.selected.op.stats().get("frozen") for line in report.sites} - {None}  # noqa: E731
 assert frozen() in ({False}, set()), "the first fused forward may still compile"
 assert fd_fusion.bind(model, config) is report, "binding twice"
 assert fd_fusion.report() == [report]
@@ -82,7 +82,7 @@ assert frozen() in ({True}, set()), "a forward has run fused: from now on a rank
 fd_fusion.freeze()
 fd_fusion.reset()  # with nothing to mend it changes nothing
 assert (model(x[:LIMIT]) == fused[LIMIT]).all()
-assert {line.opening.opened.stats().get("generation", 1) for line in report.sites} == {1}
+assert {line.selected.op.stats().get("generation", 1) for line in report.sites} == {1}
 assert (fused[1] == fused[LIMIT][:1]).all(), "the same bits for every T"
 three_d = model(x[:4].reshape([2, 2, 32]))
 assert three_d.shape == [2, 2, 32] and (three_d.reshape([4, 32]) == fused[4]).all()

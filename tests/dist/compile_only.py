@@ -11,7 +11,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspa
 
 from fd_fusion.backends import triton as backend
 from fd_fusion.comm.group import Group
-from fd_fusion.tuning.limits import OpSpec
+from fd_fusion.spec import OpSpec
 
 
 def compile_all(kernels, *flags):
@@ -30,13 +30,12 @@ def main(kernels, two_shot_rows):
 
     torch.zeros(1, device="cuda")
     major, minor = torch.cuda.get_device_capability()
-    limits = {"deterministic": False, "max_token_num": None, "workspace_bytes": 1 << 25, "timeout_s": 1.0}
+    device = {"device": "gpu", "arch": 10 * major + minor}
     for kernel in kernels:
         size, hidden, dtype, weight_dtype = kernel.split(",")
         size = int(size)
-        kind = size, int(hidden), dtype, weight_dtype, 0.0, 1e-5, "gpu", 10 * major + minor
-        spec = OpSpec(0, *kind, **limits, two_shot_rows=two_shot_rows)
-        backend.Opened(spec, Group("compile", 0, size, tuple(range(size)), None))
+        spec = OpSpec(0, size, int(hidden), dtype, weight_dtypes=(weight_dtype,), two_shot_rows=two_shot_rows, **device)
+        backend.TritonOp(spec, Group("compile", 0, size, tuple(range(size)), None))
 
 
 if __name__ == "__main__":

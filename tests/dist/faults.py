@@ -33,21 +33,21 @@ def _faulty(group):
     return group.rank == group.size - 1
 
 
-def _patience(opened, seconds):
+def _patience(op, seconds):
     """From now on a call waits this long."""
-    opened._workspace.timeout_s = seconds
-    opened.freeze()
+    op._workspace.timeout_s = seconds
+    op.freeze()
 
 
-def _must_raise(opened, case, group, options):
+def _must_raise(op, case, group, options):
     """A call that must not return numbers: it raises, or it returns NaN and `check` raises. Returns the error."""
     try:
-        outputs = calls.call(opened, case, group.rank, options.device)
+        outputs = calls.call(op, case, group.rank, options.device)
         tensors.synchronize(options.device)
         for bits in outputs:
             values = tensors.from_bits(bits, case.dtype)
             assert (values != values).all(), "finite numbers after the error"
-        opened.check()
+        op.check()
     except FusionTimeout as error:
         return str(error)
     raise AssertionError("no FusionTimeout")
@@ -57,26 +57,26 @@ def late(group, options):
     """The last rank comes late to a call that the others gave up: all raise, reset together, and go on."""
     watched = threading.Semaphore(0)  # one up for each error that the watcher logs
     logging.getLogger("fd_fusion").addFilter(lambda r: r.levelno < logging.ERROR or watched.release() or True)
-    opened = calls.open_for(group, _case(group, options), options)
-    calls.check(opened, _case(group, options), group.rank, options.device)
+    op = calls.open_op(group, _case(group, options), options)
+    calls.check(op, _case(group, options), group.rank, options.device)
     for generation in (1, 2):
-        _patience(opened, SHORT_S)
+        _patience(op, SHORT_S)
         if _faulty(group):
             time.sleep(SHORT_S + 1.5)
         start = time.monotonic()
-        text = _must_raise(opened, _case(group, options, 1), group, options)
+        text = _must_raise(op, _case(group, options, 1), group, options)
         assert time.monotonic() - start < SHORT_S + 20, "the wait is not bounded"
         if not _faulty(group):
             assert f"missing rank {group.size - 1}" in text or "another rank" in text, text
         assert watched.acquire(timeout=20), "the watcher has not noticed"
-        print(_must_raise(opened, _case(group, options, 2), group, options))  # dead until the reset
-        _patience(opened, options.timeout_s)
-        opened.reset()
+        print(_must_raise(op, _case(group, options, 2), group, options))  # dead until the reset
+        _patience(op, options.timeout_s)
+        op.reset()
         for seed in range(3):
-            calls.check(opened, _case(group, options, seed), group.rank, options.device)
-        assert opened.stats()["generation"] == generation
-    opened.close()
-    opened.close()
+            calls.check(op, _case(group, options, seed), group.rank, options.device)
+        assert op.stats()["generation"] == generation
+    op.close()
+    op.close()
 
 
 def by_two_shot(group, options):
@@ -84,26 +84,26 @@ def by_two_shot(group, options):
     rank is the one to name, by both."""
     options.two_shot_rows = 1
     case = Case(group.size, 1, options.hidden)
-    opened = calls.open_for(group, case, options)
+    op = calls.open_op(group, case, options)
     limit_s = 4 * SHORT_S  # a quarter of it is what the owner may be later, and the machine may be busy
-    _patience(opened, limit_s)
+    _patience(op, limit_s)
     assert barrier(group, "ready", 60)
     if not _faulty(group):
         time.sleep(0 if group.rank else limit_s / 8)
-        text = _must_raise(opened, case, group, options)
+        text = _must_raise(op, case, group, options)
         assert f"missing rank {group.size - 1}" in text or "another rank" in text, text
         print(text)
     assert barrier(group, "given up", 60)
-    opened.close()
+    op.close()
 
 
 def paused(group, options):
     """The whole machine stops in the middle of a call, for longer than the limit, as when it is suspended. Nobody is
     missing: time in which the waiting process itself did not run is not counted. Interpreter only."""
-    opened = calls.open_for(group, _case(group, options), options)
+    op = calls.open_op(group, _case(group, options), options)
     limit_s = 2 * SHORT_S
-    _patience(opened, limit_s)
-    calls.check(opened, _case(group, options), group.rank, options.device)
+    _patience(op, limit_s)
+    calls.check(op, _case(group, options), group.rank, options.device)
     go_on = f"sleep {0.5 + limit_s + 2}; kill -CONT {os.getpid()}"
     threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGSTOP)).start()
     with subprocess.Popen(["sh", "-c", go_on]):
@@ -111,37 +111,37 @@ def paused(group, options):
             time.sleep(0.7)  # ends while all are stopped
             time.sleep(0.7)  # what the others still wait for
         start = time.monotonic()
-        calls.check(opened, _case(group, options, 1), group.rank, options.device)
+        calls.check(op, _case(group, options, 1), group.rank, options.device)
         assert _faulty(group) or time.monotonic() - start > limit_s, "nobody was stopped"
-    opened.close()
+    op.close()
 
 
 def early(group, options):
     """A rank that only checks, and calls nothing, learns of the others' error too."""
-    opened = calls.open_for(group, _case(group, options), options)
-    _patience(opened, SHORT_S)
+    op = calls.open_op(group, _case(group, options), options)
+    _patience(op, SHORT_S)
     if not _faulty(group):
-        _must_raise(opened, _case(group, options), group, options)
+        _must_raise(op, _case(group, options), group, options)
     assert barrier(group, "given up", 30)
     try:
-        opened.check()
+        op.check()
     except FusionTimeout as error:
         assert not _faulty(group) or "another rank" in str(error), error
     else:
         raise AssertionError("check said nothing")
-    opened.close()
+    op.close()
 
 
 def _killed(group, options, *, after):
-    opened = calls.open_for(group, _case(group, options), options)
+    op = calls.open_op(group, _case(group, options), options)
     if after:
-        calls.check(opened, _case(group, options), group.rank, options.device)
-    _patience(opened, SHORT_S)
+        calls.check(op, _case(group, options), group.rank, options.device)
+    _patience(op, SHORT_S)
     if _faulty(group):
         os.kill(os.getpid(), signal.SIGKILL)
-    print(_must_raise(opened, _case(group, options, 1), group, options))
+    print(_must_raise(op, _case(group, options, 1), group, options))
     start = time.monotonic()
-    opened.close()
+    op.close()
     assert time.monotonic() - start < 20, "close waits for a dead rank"
 
 
@@ -156,27 +156,27 @@ def killed_after(group, options):
 def killed_in(group, options):
     """Killed while it waits inside a call. What it had pushed arrives; what it had not is missed, in this call or
     in the next."""
-    opened = calls.open_for(group, _case(group, options), options)
-    opened.freeze()
+    op = calls.open_op(group, _case(group, options), options)
+    op.freeze()
     if _faulty(group):
         group.store.set("to be killed", str(os.getpid()))
         assert barrier(group, "victim named", 60)
         threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGKILL)).start()
-        calls.call(opened, _case(group, options), group.rank, options.device)
+        calls.call(op, _case(group, options), group.rank, options.device)
         tensors.synchronize(options.device)
         raise AssertionError("nobody else called, yet it returned")
     assert barrier(group, "victim named", 60)
     victim = int(group.store.get("to be killed"))
     while _alive(victim):
         time.sleep(0.05)
-    _patience(opened, SHORT_S)
+    _patience(op, SHORT_S)
     try:
-        calls.check(opened, _case(group, options), group.rank, options.device)
+        calls.check(op, _case(group, options), group.rank, options.device)
     except FusionTimeout as error:
         print(error)
     else:
-        print(_must_raise(opened, _case(group, options), group, options))
-    opened.close()
+        print(_must_raise(op, _case(group, options), group, options))
+    op.close()
 
 
 def no_triton(group, options):
@@ -210,7 +210,7 @@ def imported_before(group, options):
 
 def _refused(group, options, expected):
     try:
-        calls.open_for(group, _case(group, options), options)
+        calls.open_op(group, _case(group, options), options)
     except FusionError as error:
         assert expected in str(error) and f"rank {group.size - 1}" in str(error), error
     else:
@@ -221,12 +221,12 @@ def _refused(group, options, expected):
 
 def exit_in_step(group, options):
     """The last rank ends, in order, while the others wait for it."""
-    opened = calls.open_for(group, _case(group, options), options)
-    calls.check(opened, _case(group, options), group.rank, options.device)
+    op = calls.open_op(group, _case(group, options), options)
+    calls.check(op, _case(group, options), group.rank, options.device)
     if _faulty(group):
         sys.exit(0)
-    _patience(opened, SHORT_S)
-    print(_must_raise(opened, _case(group, options, 1), group, options))
+    _patience(op, SHORT_S)
+    print(_must_raise(op, _case(group, options, 1), group, options))
 
 
 if __name__ == "__main__":

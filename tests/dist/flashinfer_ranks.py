@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import paddle
 
-from fd_fusion.backends.flashinfer import loader as runtime_flashinfer
+from fd_fusion.backends.flashinfer import loader
 from fd_fusion.backends.flashinfer import backend as flashinfer, workspace as flashinfer_workspace
 from fd_fusion.comm.group import working
 from fd_fusion.comm.posix_shm import PosixShm
@@ -48,18 +48,18 @@ def pretend(**release):
 
 
 def open_backend(group, **changed):
-    given = {"hidden_size": H, "dtype": "float32", "weight_dtype": "float32", "max_token_num": 5, "timeout_s": 20.0}
+    given = {"hidden_size": H, "dtype": "float32", "max_token_num": 5, "timeout_s": 20.0}
     with working(group):
         return flashinfer.open(spec(**{**given, "rank": group.rank, "size": group.size, **changed}), group)
 
 
-def call_and_compare(opened, group, rows, offset):
+def call_and_compare(op, group, rows, offset):
     rng = np.random.default_rng(rows)
     parts = rng.standard_normal((group.size, rows, H)).astype(np.float32)
     parts[:, :1, :5] = [-0.0, 0.0, -1e-40, 1e-40, -3.0]
     residual, weight = rng.standard_normal((rows, H)), rng.standard_normal(H)
     tensors = [paddle.to_tensor(a.astype(np.float32)) for a in (parts[group.rank], residual, weight)]
-    norm_out, residual_out = opened.finish(*tensors, EPS, offset)
+    norm_out, residual_out = op.finish(*tensors, EPS, offset)
     total = parts.astype(np.float64).sum(0) + residual
     norm = total / np.sqrt((total**2).mean(-1, keepdims=True) + EPS) * (weight + offset)
     for name, got, want in (("residual_out", residual_out, total), ("norm_out", norm_out, norm)):
@@ -74,24 +74,24 @@ def kernel():
 def plain():
     pretend(version="0.7.2", extra=NOW, build_s=0.5)
     group = this_group("tp")
-    opened = open_backend(group)
-    assert opened.limit == 5 and opened.stats()["version"] == "0.7.2"
+    op = open_backend(group)
+    assert op.limit == 5 and op.stats()["version"] == "0.7.2"
     warm = kernel().CALLS[0]  # with a residual, and then without
     assert warm["token_num"] == 1 and warm["weight_bias"] == 0.0
     for index, rows in enumerate((1, 5, 2, 0, 4, 3, 5, 1)):
-        call_and_compare(opened, group, rows, offset=index % 2)
+        call_and_compare(op, group, rows, offset=index % 2)
         if index == 3:
-            opened.freeze()
-            assert opened.stats()["limit_s"] == 20.0
+            op.freeze()
+            assert op.stats()["limit_s"] == 20.0
     biases = [call["weight_bias"] for call in kernel().CALLS[2:]]
     assert biases == [0, 1, 0, 0, 1, 0, 1] and len(kernel().BUILDS) == 1
-    opened.check()
-    opened.reset()
-    kept = opened.finish
-    opened.close()
-    opened.close()
+    op.check()
+    op.reset()
+    kept = op.finish
+    op.close()
+    op.close()
     x = paddle.ones([1, H])
-    for use in (lambda: kept(x, x, x[0], EPS, 0.0), opened.finish, opened.check, opened.freeze, opened.reset):
+    for use in (lambda: kept(x, x, x[0], EPS, 0.0), op.finish, op.check, op.freeze, op.reset):
         try:
             use()
             raise AssertionError("a closed workspace was used")
@@ -105,12 +105,12 @@ def sub_groups():
     pretend(version="0.4.1.1")
     ranks = (0, 2) if this_rank() % 2 == 0 else (1, 3)
     group = this_group("-".join(map(str, ranks)), ranks)
-    opened = open_backend(group)
+    op = open_backend(group)
     for rows in (3, 1, 5):
-        call_and_compare(opened, group, rows, offset=0.0)
+        call_and_compare(op, group, rows, offset=0.0)
     assert {call["world_rank"] for call in kernel().CALLS} == {group.rank}
     assert {call["world_size"] for call in kernel().CALLS} == {2}
-    opened.close()
+    op.close()
 
 
 def refused():
@@ -138,16 +138,16 @@ def hang():
     """Rank 1 does not come to the third call; the watchdog of rank 0 ends its process."""
     pretend(version="0.7.2", extra=NOW)
     group = this_group("tp")
-    opened = open_backend(group, timeout_s=1.0)
-    call_and_compare(opened, group, 2, 0.0)
-    opened.freeze()
+    op = open_backend(group, timeout_s=1.0)
+    call_and_compare(op, group, 2, 0.0)
+    op.freeze()
     if group.rank == 0:
-        call_and_compare(opened, group, 2, 0.0)
+        call_and_compare(op, group, 2, 0.0)
         raise AssertionError("a call without its peer ended")
     time.sleep(4)
 
 
 CASES = {"plain": plain, "sub_groups": sub_groups, "refused": refused, "hang": hang}
-runtime_flashinfer.DISTRIBUTIONS = ()  # whatever is installed here is none of the test's business
+loader.DISTRIBUTIONS = ()  # whatever is installed here is none of the test's business
 CASES[CASE.partition(":")[0]]()
 print("ended")

@@ -21,7 +21,7 @@ sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 import bench_rank as bench
 import torch
 
-from fd_fusion.frameworks import triton_launch as runtime_triton
+from fd_fusion.frameworks import triton_launch
 from fd_fusion.backends import triton as backend
 from fd_fusion.comm.group import Group, Vote, agree
 from fd_fusion.kernels.all_reduce import plan as plans
@@ -110,30 +110,30 @@ def hash_of(name):
 def variant(name):
     """Inside, what is opened is this variant."""
     changes = changes_of(name)
-    saved = plans.poll, dict(plans._MEASURED), runtime_triton.load_kernel
-    load = runtime_triton.load_kernel
+    saved = plans.poll, dict(plans._MEASURED), triton_launch.load_kernel
+    load = triton_launch.load_kernel
     os.environ["FD_ENABLE_PDL"] = changes.get("pdl", "0")
     plans.poll = changes.get("poll", plans.poll)
     if "warps" in changes:
         plans._MEASURED.update({key: (split, changes["warps"]) for key, (split, _) in plans._MEASURED.items()})
     if {"kernel", "wait"} & set(changes):
         kernel = patched_kernel(name, changes)
-        runtime_triton.load_kernel = lambda module, what: kernel if what == kernel.__name__ else load(module, what)
+        triton_launch.load_kernel = lambda module, what: kernel if what == kernel.__name__ else load(module, what)
     try:
         yield
     finally:
-        plans.poll, measured, runtime_triton.load_kernel = saved
+        plans.poll, measured, triton_launch.load_kernel = saved
         plans._MEASURED.clear()
         plans._MEASURED.update(measured)
 
 
-class Variant(backend.Opened):
+class Variant(backend.TritonOp):
     """With a residual and one-shot or two-shot alone: half of the compiling."""
 
     two_shot = False
 
     def _compile(self):
-        kernel = runtime_triton.load_kernel("all_reduce.kernel", "all_reduce_rms_norm")
+        kernel = triton_launch.load_kernel("all_reduce.kernel", "all_reduce_rms_norm")
         constants = plans.constants(
             self._plan,
             weight_dtype="bfloat16",
@@ -143,7 +143,7 @@ class Variant(backend.Opened):
             residual_stays=self.stays,
         )
         like = (*(1 << 40,) * 7, 2, 0, 0, 1e-5, 0.0)
-        prepared = runtime_triton.prepare(kernel, like, constants, "gpu")
+        prepared = triton_launch.prepare(kernel, like, constants, "gpu")
         return {("bfloat16", self.two_shot, False): prepared}
 
 
@@ -152,21 +152,21 @@ def open_variant(name, spec, group, collective=True):
     chosen = {"two_shot": spec.two_shot_rows == 1, "pdl": "pdl" in changes, "stays": "stays" in changes}
     kind = type("Variant", (Variant,), chosen)
     with variant(name):
-        opened = kind(spec, group)
-        opened.programs = max(1, min(opened._slots, int(opened.programs * changes.get("share", 1))))
+        op = kind(spec, group)
+        op.programs = max(1, min(op._slots, int(op.programs * changes.get("share", 1))))
         if collective:
-            opened._open()
-            opened.freeze()
-    return opened
+            op._open()
+            op.freeze()
+    return op
 
 
-def cell(group, opened, yardstick, hidden, rows, options):
+def cell(group, ops, yardstick, hidden, rows, options):
     case = Case(group.size, rows, hidden)
     residual, weight = bench.common(case)
     x = bench.partial(case, group.rank)
     truth = bench.exact(case, residual, weight)
     contenders, errors = {}, {}
-    for name, one in opened.items():
+    for name, one in ops.items():
         def call(one=one):
             return one.finish(x, residual, weight, bench.EPS, 0.0)
 
@@ -227,18 +227,18 @@ def main():
     group = Group("compile", 0, options.size, tuple(range(options.size)), None) if options.size else this_group()
     two_shot = 1 if options.two_shot else None
     for hidden in options.hidden:
-        spec = bench.facts_for(group.size, group.rank, hidden, options.workspace_mb)
+        spec = bench.spec_for(group.size, group.rank, hidden, options.workspace_mb)
         spec = dataclasses.replace(spec, two_shot_rows=two_shot or NEVER, timeout_s=3)
-        opened = {name: open_variant(name, spec, group, not options.size) for name in options.variants}
+        ops = {name: open_variant(name, spec, group, not options.size) for name in options.variants}
         if options.size:
             continue
-        yardstick = bench.Push(group, hidden, max(options.rows), opened[options.variants[0]]._push)
-        results = [row for rows in options.rows for row in cell(group, opened, yardstick, hidden, rows, options)]
+        yardstick = bench.Push(group, hidden, max(options.rows), ops[options.variants[0]]._push)
+        results = [row for rows in options.rows for row in cell(group, ops, yardstick, hidden, rows, options)]
         if group.rank == 0:
             print("RESULT", json.dumps(results), flush=True)
             print(f"H={hidden} done at {time.monotonic() - began:.0f} s", flush=True)
         torch.cuda.synchronize()
-        for one in opened.values():
+        for one in ops.values():
             one.close()
         yardstick.memory.close()
     if not options.size:

@@ -12,19 +12,20 @@ from support import rank as this
 from support.values import check, wide
 
 from fd_fusion import RMSNorm, RowParallelLinear, reference
-from fd_fusion.backends import paddle as formulas
+from fd_fusion.backends import paddle as backend
+from fd_fusion.frameworks import paddle_ops
 from fd_fusion.comm.group import Group
 from fd_fusion.reasons import FusionError
 from fd_fusion.reference import round_to
 from fd_fusion.site import Site
-from fd_fusion.tuning.limits import OpSpec
+from fd_fusion.spec import OpSpec
 
 EPS, K = 1e-5, 16
 rank, size = this.start()
 
 
 def spec(hidden_size, dtype):
-    return OpSpec(rank, size, hidden_size, dtype, dtype, 0.0, EPS, "cpu", None, False, 1000, 0, 10.0)
+    return OpSpec(rank, size, hidden_size, dtype, eps=EPS, max_token_num=1000, timeout_s=10.0)
 
 
 def pair_of(hidden_size, dtype, offset, weight_dtype):
@@ -47,27 +48,27 @@ def partials(linear, rows, hidden_size, dtype):
     return out
 
 
-def site_of(norm, opened):
+def site_of(norm, op):
     def fused(partial, residual):
-        return opened.finish(partial, residual, norm.weight, norm.eps, norm.weight_offset)
+        return op.finish(partial, residual, norm.weight, norm.eps, norm.weight_offset)
 
-    site = Site("pair", fused=fused, reduce=formulas.all_reduce, norm=norm.stock_forward, limit=opened.limit)
+    site = Site("pair", fused=fused, reduce=paddle_ops.all_reduce, norm=norm.stock_forward, limit=op.limit)
     return site
 
 
 worst = 0.0
-group = formulas.group_of()
+group = paddle_ops.group_of()
 assert isinstance(group, Group) and (group.rank, group.size) == (rank, size)
 cases = itertools.product(("float32", "bfloat16", "float16"), (0, 1, size + 1, 17), (True, False), (0.0, 1.0))
 for dtype, rows, with_residual, offset in cases:
     hidden_size = 40
     weight_dtype = "float32" if offset else dtype
     linear, norm = pair_of(hidden_size, dtype, offset, weight_dtype)
-    opened = formulas.open(spec(hidden_size, dtype), group)
+    op = backend.open(spec(hidden_size, dtype), group)
     x = this.rank_values([rows, K], rank, 4, dtype)
     residual = this.rank_values([rows, hidden_size], 0, 5, dtype) if with_residual else None
     unbound = norm(linear(x), residual)
-    site = site_of(norm, opened)
+    site = site_of(norm, op)
     linear.site = norm.site = site
     results = {}
     for proven in (False, True):  # stock, then fused
@@ -88,8 +89,8 @@ for dtype, rows, with_residual, offset in cases:
     for i, name in enumerate(("norm_out", "residual_out")):
         worst = max(worst, check(results[True][i], truth[i], results[False][i], dtype, (name, dtype, rows, offset)))
 
-opened.close()
-for use in (lambda: opened.finish(x, None, norm.weight, EPS, 0.0), opened.check, opened.freeze, opened.reset):
+op.close()
+for use in (lambda: op.finish(x, None, norm.weight, EPS, 0.0), op.check, op.freeze, op.reset):
     try:
         use()
         raise AssertionError("a closed backend was used")
@@ -101,7 +102,7 @@ half = paddle.full([4, 8], 1.0 + rank, dtype="float16")
 raw = half.clone()
 dist.all_reduce(raw)
 assert np.isinf(raw.numpy()).all(), "gloo has learnt to add float16: the float32 detour may go"
-assert (formulas.all_reduce(half).numpy() == size * (size + 1) / 2).all()
+assert (paddle_ops.all_reduce(half).numpy() == size * (size + 1) / 2).all()
 
 # A non-contiguous x, and the sentences for wrong shapes.
 linear, norm = pair_of(40, "float32", 0.0, "float32")

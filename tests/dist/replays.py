@@ -14,7 +14,7 @@ sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
 import triton_calls as calls
 
-from fd_fusion.frameworks import triton_launch as runtime_triton
+from fd_fusion.frameworks import triton_launch
 from fd_fusion.kernels.all_reduce import plan as plans
 from tests.support import tensors
 from tests.support.all_reduce_cases import Case
@@ -25,8 +25,8 @@ _ROWS = (1, 8, 3, 16, 2, 5, 1, 33, 4, 1)
 class Chain:
     """Steps of changing T over one state: x_{i+1} = norm_i * (rank + 1) / N, residual_{i+1} = residual_i / 2."""
 
-    def __init__(self, group, case, opened, options):
-        self.group, self.case, self.opened = group, case, opened
+    def __init__(self, group, case, op, options):
+        self.group, self.case, self.op = group, case, op
         residual, weight = case.common()
         self.x = tensors.tensor(case.partial(group.rank), case.dtype, options.device)
         self.residual = tensors.tensor(residual, case.dtype, options.device)
@@ -34,7 +34,7 @@ class Chain:
 
     def round(self):
         for T in _ROWS:
-            norm, summed = self.opened.finish(self.x[:T], self.residual[:T], self.weight, self.case.eps, 0.0)
+            norm, summed = self.op.finish(self.x[:T], self.residual[:T], self.weight, self.case.eps, 0.0)
             self.x[:T] = norm * ((self.group.rank + 1) / self.group.size)
             self.residual[:T] = summed * 0.5
 
@@ -48,13 +48,13 @@ def replays(group, options):
     import torch
 
     case = Case(group.size, max(_ROWS), options.hidden)
-    opened = calls.open_for(group, case, options)
-    eager = Chain(group, case, opened, options)
+    op = calls.open_op(group, case, options)
+    eager = Chain(group, case, op, options)
     for _ in range(3):
         eager.round()
-    graphed = Chain(group, case, opened, options)
+    graphed = Chain(group, case, op, options)
     torch.cuda.synchronize()
-    opened.freeze()
+    op.freeze()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         graphed.round()
@@ -67,14 +67,14 @@ def replays(group, options):
             assert graphed.digest() == eager.digest(), "three replays differ from three eager rounds"
         if number % 500 == 0:
             torch.cuda.synchronize()
-            opened.check()
+            op.check()
     torch.cuda.synchronize()
-    opened.check()
+    op.check()
     us = (time.monotonic() - start) / (rounds * len(_ROWS)) * 1e6
     print(f"{rounds * len(_ROWS)} calls by replay, {us:.1f} us a call with the work between them")
     calls.digest.update(graphed.digest().encode())
     del graph
-    opened.close()
+    op.close()
 
 
 def dependent_launch(group, options):
@@ -90,12 +90,12 @@ def dependent_launch(group, options):
     for pdl in ("0", "1"):
         os.environ["FD_ENABLE_PDL"] = pdl
         qk_norm._launcher.cache_clear()
-        opened = calls.open_for(group, case, options)
-        chain = Chain(group, case, opened, options)
+        op = calls.open_op(group, case, options)
+        chain = Chain(group, case, op, options)
 
-        def step(T, opened=opened, chain=chain):
-            norm, summed = opened.finish(chain.x[:T], chain.residual[:T], chain.weight, case.eps, 0.0)
-            norm, summed = opened.finish(norm @ mixing, summed, chain.weight, case.eps, 0.0)
+        def step(T, op=op, chain=chain):
+            norm, summed = op.finish(chain.x[:T], chain.residual[:T], chain.weight, case.eps, 0.0)
+            norm, summed = op.finish(norm @ mixing, summed, chain.weight, case.eps, 0.0)
             count = options.hidden // 256
             qk_norm.qk_rms_norm(norm, heads, heads, q_heads=count, kv_heads=count, head_dim=128, eps=case.eps)
             chain.x[:T] = norm * ((group.rank + 1) / group.size)
@@ -112,12 +112,12 @@ def dependent_launch(group, options):
             graphs[number % len(graphs)].replay()
             if number % 500 == 0:
                 torch.cuda.synchronize()
-                opened.check()
+                op.check()
         torch.cuda.synchronize()
-        opened.check()
+        op.check()
         ends[pdl] = chain.digest()
         del graphs
-        opened.close()
+        op.close()
     assert ends["0"] == ends["1"], "dependent launch changes the bits"
     calls.digest.update(ends["1"].encode())
 
@@ -127,19 +127,19 @@ def host_time(group, options):
     import torch
 
     case = Case(group.size, 1, options.hidden)
-    opened = calls.open_for(group, case, options)
+    op = calls.open_op(group, case, options)
     residual, weight = (tensors.tensor(bits, case.dtype, options.device) for bits in case.common())
     x = tensors.tensor(case.partial(group.rank), case.dtype, options.device)
     out = torch.empty_like(x), torch.empty_like(x)
     addresses = [t.data_ptr() for t in (x, residual, weight, *out)]
-    run, kernel = opened._launches[case.weight_dtype, False, False], runtime_triton.load_kernel("all_reduce.kernel", "all_reduce_rms_norm")
-    constants = plans.constants(opened._plan, weight_dtype=case.dtype, has_residual=True, two_shot=False)
-    args = (*addresses, *opened._own, 1, group.rank, 0, case.eps, 0.0)
+    run, kernel = op._launches[case.weight_dtype, False, False], triton_launch.load_kernel("all_reduce.kernel", "all_reduce_rms_norm")
+    constants = plans.constants(op._plan, weight_dtype=case.dtype, has_residual=True, two_shot=False)
+    args = (*addresses, *op._own, 1, group.rank, 0, case.eps, 0.0)
     parts = {
-        "finish": lambda: opened.finish(x, residual, weight, case.eps, 0.0),
+        "finish": lambda: op.finish(x, residual, weight, case.eps, 0.0),
         "two empty_like": lambda: (torch.empty_like(x), torch.empty_like(x)),
-        "prepared launch": lambda: run(opened._plan.split, *args),
-        "triton's own launch": lambda: kernel[(opened._plan.split,)](*args, **constants),
+        "prepared launch": lambda: run(op._plan.split, *args),
+        "triton's own launch": lambda: kernel[(op._plan.split,)](*args, **constants),
     }
     for name, part in parts.items():
         times = []
@@ -152,8 +152,8 @@ def host_time(group, options):
             times.append((time.perf_counter() - start) / 50 * 1e6)
             torch.cuda.synchronize()
         print(f"host time, {name}: {sorted(times)[6]:.2f} us")
-    opened.check()
-    opened.close()
+    op.check()
+    op.close()
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import paddle
 from support import rank as this
 
 from fd_fusion import FusionConfig, bind, unbind
-from fd_fusion.backends.paddle import all_reduce, linear
+from fd_fusion.frameworks.paddle_ops import all_reduce, linear
 from fd_fusion.cli.demo.checkpoint import Checkpoint, write_checkpoint
 from fd_fusion.cli.demo.config import DecoderConfig
 from fd_fusion.cli.demo.model import KVCache, load_model

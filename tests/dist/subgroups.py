@@ -9,7 +9,7 @@ from support import rank as this
 from support.tiny import DemoDecoder, hidden
 
 import fd_fusion
-from fd_fusion.backends.paddle import group_of
+from fd_fusion.frameworks.paddle_ops import group_of
 from fd_fusion.comm.group import Vote, agree
 from fd_fusion.reasons import because
 

@@ -18,7 +18,7 @@ from fd_fusion.backends import triton as backend
 from fd_fusion.comm.group import working
 from fd_fusion.kernels.all_reduce import plan as plans
 from fd_fusion.reasons import FusionError
-from fd_fusion.tuning.limits import OpSpec
+from fd_fusion.spec import OpSpec
 from tests.support import tensors
 from tests.support.all_reduce_cases import Case, judge
 from tests.support.ranks import this_group, this_rank
@@ -26,19 +26,14 @@ from tests.support.ranks import this_group, this_rank
 digest = hashlib.sha256()
 
 
-def facts_for(group, case, options, **changes):
+def spec_for(group, case, options, **changes):
     made = OpSpec(
-        rank=group.rank,
-        size=group.size,
-        hidden_size=case.hidden,
-        dtype=case.dtype,
-        weight_dtype=case.weight_dtype,
+        *(group.rank, group.size, case.hidden, case.dtype),
+        weight_dtypes=(case.weight_dtype,),
         weight_offset=case.weight_offset,
         eps=case.eps,
         device=options.device,
         arch=90 if options.device == "gpu" else None,
-        deterministic=False,
-        max_token_num=None,
         workspace_bytes=options.workspace_mb << 20,
         timeout_s=options.timeout_s,
     )
@@ -48,28 +43,28 @@ def facts_for(group, case, options, **changes):
     return made
 
 
-def open_for(group, case, options, **changes):
+def open_op(group, case, options, **changes):
     with working(group):
-        opened = backend.open(facts_for(group, case, options, **changes), group)
+        op = backend.open(spec_for(group, case, options, **changes), group)
     if options.two_shot_rows and options.device == "cpu":  # on a GPU the plan decides
-        opened._two_shot_rows = options.two_shot_rows
-    return opened
+        op._two_shot_rows = options.two_shot_rows
+    return op
 
 
-def call(opened, case, rank, device):
+def call(op, case, rank, device):
     """One call; the bits of both outputs."""
     residual, weight = case.common()
     x = tensors.tensor(case.partial(rank), case.dtype, device)
     residual = None if residual is None else tensors.tensor(residual, case.dtype, device)
     weight = tensors.tensor(weight, case.weight_dtype, device)
-    outputs = opened.finish(x, residual, weight, case.eps, case.weight_offset)
+    outputs = op.finish(x, residual, weight, case.eps, case.weight_offset)
     return tuple(tensors.bits_of(out, case.dtype) for out in outputs)
 
 
-def check(opened, case, rank, device):
+def check(op, case, rank, device):
     """One call, judged and added to the digest."""
-    norm, summed = call(opened, case, rank, device)
-    opened.check()
+    norm, summed = call(op, case, rank, device)
+    op.check()
     worst = judge(case, norm, summed)
     assert worst <= 1, f"{case}: error {worst:.2f} times the budget"
     digest.update(norm.tobytes())
@@ -87,40 +82,40 @@ def numbers(group, options):
     ]
     for dtype, weight_dtype, residual, offset in kinds:
         case = Case(group.size, 1, options.hidden, dtype, weight_dtype, residual, offset)
-        opened = open_for(group, case, options)
+        op = open_op(group, case, options)
         rows = {}
         for step, T in enumerate(options.rows):
-            norm, summed = check(opened, dataclasses.replace(case, rows=T), group.rank, options.device)
+            norm, summed = check(op, dataclasses.replace(case, rows=T), group.rank, options.device)
             for t in range(T):
                 bits = norm[t].tobytes() + summed[t].tobytes()
                 assert rows.setdefault(t, bits) == bits, f"row {t} differs at T={T}, step {step}"
             if step == len(options.rows) // 2:
-                opened.freeze()
-        print(opened.stats())
-        opened.close()
+                op.freeze()
+        print(op.stats())
+        op.close()
 
 
 def payload(group, options):
     """-0.0, subnormals, Inf, NaN and the patterns that the words themselves use: all arrive, nobody waits."""
     for dtype in ("bfloat16", "float16", "float32"):
         case = Case(group.size, 1, options.hidden, dtype, dtype, False, payload="special")
-        opened = open_for(group, case, options)
+        op = open_op(group, case, options)
         for T in options.rows:
             if T:
-                _, summed = check(opened, dataclasses.replace(case, rows=T), group.rank, options.device)
+                _, summed = check(op, dataclasses.replace(case, rows=T), group.rank, options.device)
                 assert (summed[-1] == -(1 << (8 * summed.itemsize - 1))).all(), "a sum of -0.0 is -0.0"
-        opened.close()
+        op.close()
 
 
 def delayed(group, options):
     """Ranks that take turns in being late change nothing."""
     case = Case(group.size, 3, options.hidden)
-    opened = open_for(group, case, options)
+    op = open_op(group, case, options)
     for step in range(2 * group.size):
         if step % group.size == group.rank:
             time.sleep(0.3)
-        check(opened, dataclasses.replace(case, rows=1 + step % 4, seed=step), group.rank, options.device)
-    opened.close()
+        check(op, dataclasses.replace(case, rows=1 + step % 4, seed=step), group.rank, options.device)
+    op.close()
 
 
 def together(group, options):
@@ -130,13 +125,13 @@ def together(group, options):
         Case(group.size, 2, 2 * options.hidden),
         Case(group.size, 2, options.hidden, "float32", "float32"),
     ]
-    opened = [open_for(group, case, options) for case in cases]
+    ops = [open_op(group, case, options) for case in cases]
     for seed in range(3):
         for number, case in enumerate(cases):
-            check(opened[number], dataclasses.replace(case, seed=seed), group.rank, options.device)
-        opened[seed].close()
-        opened[seed] = open_for(group, cases[seed], options)
-    for one in opened:
+            check(ops[number], dataclasses.replace(case, seed=seed), group.rank, options.device)
+        ops[seed].close()
+        ops[seed] = open_op(group, cases[seed], options)
+    for one in ops:
         one.close()
 
 
@@ -145,7 +140,7 @@ def subgroups(group, options):
     pair = this_rank() // 2
     half = this_group(f"pair{pair}", (2 * pair, 2 * pair + 1))
     case, small = Case(group.size, 3, options.hidden, seed=1), Case(2, 3, options.hidden, seed=10 + pair)
-    inner, outer = open_for(half, small, options), open_for(group, case, options)
+    inner, outer = open_op(half, small, options), open_op(group, case, options)
     for _ in range(3):
         check(inner, small, half.rank, options.device)
         check(outer, case, group.rank, options.device)
@@ -158,29 +153,29 @@ def subgroups(group, options):
 def strange_inputs(group, options):
     """Inputs that are not contiguous, or not on a 16-byte boundary; wrong shapes are refused."""
     case = Case(group.size, 2, options.hidden)
-    opened = open_for(group, case, options)
+    op = open_op(group, case, options)
     residual, weight = case.common()
     wide = tensors.tensor(case.partial(group.rank).repeat(2, axis=1), case.dtype, options.device)
     weight = tensors.tensor(weight, case.weight_dtype, options.device)
     residual = tensors.tensor(residual, case.dtype, options.device)
     x = wide[:, ::2]
     for strange in (x, x.t().contiguous().t()):
-        outputs = opened.finish(strange, residual, weight, case.eps, 0.0)
+        outputs = op.finish(strange, residual, weight, case.eps, 0.0)
         assert judge(case, *(tensors.bits_of(out, case.dtype) for out in outputs)) <= 1
     longer = tensors.tensor(case.partial(group.rank).astype("int32"), "float32", options.device)
     for partial, wrong in ((residual, wide), (residual, residual[:1]), (residual, longer), (longer, None)):
         try:
-            opened.finish(partial, wrong, weight, case.eps, 0.0)
+            op.finish(partial, wrong, weight, case.eps, 0.0)
         except ValueError as error:
             assert str(options.hidden) in str(error)
         else:
             raise AssertionError("a wrong shape was taken")
-    kept = opened.finish
-    opened.close()
-    calls = [lambda run=run: run(x, residual, weight, case.eps, 0.0) for run in (kept, opened.finish)]
-    for use in (*calls, opened.check, opened.freeze, opened.reset):
+    kept = op.finish
+    op.close()
+    calls = [lambda run=run: run(x, residual, weight, case.eps, 0.0) for run in (kept, op.finish)]
+    for use in (*calls, op.check, op.freeze, op.reset):
         assert _is_closed(use), use
-    assert opened.stats()["device"] is None
+    assert op.stats()["device"] is None
 
 
 def _is_closed(use):
@@ -195,66 +190,66 @@ def weights(group, options):
     """Weights of several dtypes in one workspace, in turn; another dtype or length is refused, and nothing is read."""
     kinds = ("bfloat16", "float32", "float16")
     case = Case(group.size, 2, options.hidden)
-    opened = open_for(group, case, options, other_weight_dtypes=kinds[1:2])
-    opened.freeze()
+    op = open_op(group, case, options, weight_dtypes=kinds[:2])
+    op.freeze()
     for seed in range(2):
         for kind in kinds[:2]:
-            check(opened, dataclasses.replace(case, weight_dtype=kind, seed=seed), group.rank, options.device)
+            check(op, dataclasses.replace(case, weight_dtype=kind, seed=seed), group.rank, options.device)
     x = tensors.tensor(case.partial(group.rank), case.dtype, options.device)
     weight = case.common()[1]
     for wrong, dtype in ((weight, "float16"), (weight[:-8], case.dtype), (weight[None], case.dtype)):
         try:
-            opened.finish(x, None, tensors.tensor(wrong, dtype, options.device), case.eps, 0.0)
+            op.finish(x, None, tensors.tensor(wrong, dtype, options.device), case.eps, 0.0)
         except ValueError as error:
             assert "weights" in str(error), error
         else:
             raise AssertionError("a wrong weight was taken")
-    check(opened, case, group.rank, options.device)
-    opened.close()
+    check(op, case, group.rank, options.device)
+    op.close()
 
 
 def few_slots(group, options):
     """Calls of more rows than there are slots are several launches, the first calls too, and count as such."""
     case = Case(group.size, 7, options.hidden)
     plan = plans.plan_for(group.size, case.hidden, case.dtype, interpreted=options.device == "cpu")
-    opened = open_for(group, case, options, workspace_bytes=plans.total_bytes(plan, 3))
-    assert opened._slots == 3, opened._slots
-    before = opened.stats()["device"]
+    op = open_op(group, case, options, workspace_bytes=plans.total_bytes(plan, 3))
+    assert op._slots == 3, op._slots
+    before = op.stats()["device"]
     for rows, two_shot_rows in ((7, 1 << 62), (2, 1), (7, 1), (1, 1 << 62), (4, 1 << 62)):
         if options.device == "cpu":
-            opened._two_shot_rows = two_shot_rows
-        check(opened, dataclasses.replace(case, rows=rows, seed=rows), group.rank, options.device)
-    after = opened.stats()["device"]
+            op._two_shot_rows = two_shot_rows
+        check(op, dataclasses.replace(case, rows=rows, seed=rows), group.rank, options.device)
+    after = op.stats()["device"]
     assert (after["rows"] - before["rows"], after["calls"] - before["calls"]) == (21, 10), (before, after)
-    opened.close()
+    op.close()
 
 
 def wrap(group, options):
     """The count of rows goes on where a counter of 32 bits would wrap, and through a reset, whatever was last seen."""
     case = Case(group.size, 3, options.hidden)
-    opened = open_for(group, case, options)
+    op = open_op(group, case, options)
 
     def rows():
-        return opened.stats()["device"]["rows"]
+        return op.stats()["device"]["rows"]
 
-    place = opened._workspace.local + 8 * plans.COUNTER
-    opened._provider.write(place, ((2**32 - 2) * plans.TURN).to_bytes(8, "little"))
+    place = op._workspace.local + 8 * plans.COUNTER
+    op._provider.write(place, ((2**32 - 2) * plans.TURN).to_bytes(8, "little"))
     before = rows()
     for number in range(1, 6):
-        check(opened, dataclasses.replace(case, seed=number), group.rank, options.device)
+        check(op, dataclasses.replace(case, seed=number), group.rank, options.device)
         if number != 3:
             assert rows() == before + 3 * number, (number, rows(), before)
-    check(opened, case, group.rank, options.device)
-    opened.reset()
+    check(op, case, group.rank, options.device)
+    op.reset()
     assert rows() == before + 18
-    check(opened, case, group.rank, options.device)
-    assert rows() == before + 21 and opened.stats()["device"]["calls"] > 2**32
-    opened.reset()  # and through another, at once after a count and with none since
-    opened.reset()
+    check(op, case, group.rank, options.device)
+    assert rows() == before + 21 and op.stats()["device"]["calls"] > 2**32
+    op.reset()  # and through another, at once after a count and with none since
+    op.reset()
     assert rows() == before + 21
-    check(opened, case, group.rank, options.device)
+    check(op, case, group.rank, options.device)
     assert rows() == before + 24
-    opened.close()
+    op.close()
 
 
 def main():

@@ -35,15 +35,15 @@ def without_torch(group, options):
     paddle.empty_like, paddle.bfloat16 = torch.empty_like, torch.bfloat16
     hidden = {name: sys.modules[name] for name in sys.modules if name.partition(".")[0] == "torch"}
     sys.modules.update(dict.fromkeys(hidden), torch=None, paddle=paddle)
-    opened = calls.open_for(group, case, options)
-    outputs = opened.finish(*inputs, case.eps, 0.0)
-    opened.check()
+    op = calls.open_op(group, case, options)
+    outputs = op.finish(*inputs, case.eps, 0.0)
+    op.check()
     assert sys.modules["torch"] is None
     sys.modules.update(hidden)
     bits = [tensors.bits_of(out, case.dtype) for out in outputs]
     assert judge(case, *bits) <= 1
     calls.digest.update(bits[0].tobytes())
-    opened.close()
+    op.close()
 
 
 if __name__ == "__main__":

@@ -14,18 +14,20 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 
 from fd_fusion.backends.flashinfer import backend as flashinfer
-from fd_fusion.backends.flashinfer import loader as runtime_flashinfer
-from fd_fusion.backends.flashinfer import op as flashinfer_opened
+from fd_fusion.backends.flashinfer import loader
+from fd_fusion.backends.flashinfer import op as flashinfer_op
 from fd_fusion.backends.flashinfer.calls import Fixed, compiled_call, python_call
-from fd_fusion.backends.flashinfer.op import Opened, device_table
+from fd_fusion.backends.flashinfer.op import FlashInferOp
 from fd_fusion.backends.flashinfer.releases import block_threads, rules
 from fd_fusion.backends.flashinfer.watchdog import ControlReader
 from fd_fusion.backends.flashinfer.workspace import Layout, fill
 from fd_fusion.comm.cuda_ipc import CudaIpc
 from fd_fusion.comm.group import Group, working
+from fd_fusion.frameworks.tensors import tensor
 from tests.support.flashinfer_spec import spec
 
 EPS = 1e-6
@@ -97,17 +99,18 @@ def make_call(library, entry, fixed):
 
 
 def virtual_ranks(library, entry, size, hidden, dtype, rows, timeout_s=30.0):
-    """`Opened` for each of N ranks of this process, over memory that is laid out and filled as `open` does it."""
+    """A `FlashInferOp` for each of N ranks of this process, over memory laid out and filled as `open` does it."""
     provider, name = CudaIpc(), str(dtype).removeprefix("torch.")
     layout = Layout(size, rows, hidden, dtype.itemsize)
     addresses = tuple(provider.allocate(layout.nbytes)[0] for _ in range(size))
-    opened = []
+    ops = []
     for rank in range(size):
         provider.fill(addresses[rank], layout.nbytes)
         memory = SimpleNamespace(addresses=addresses, own=addresses[rank], provider=provider)
         fill(layout, memory)
-        fixed = Fixed(size, rank, hidden, rows, dtype == torch.float32, device_table(torch, layout.pointers(memory)))
-        known = spec(rank=rank, size=size, hidden_size=hidden, dtype=name, weight_dtype=name, timeout_s=timeout_s)
+        table = tensor(torch, np.array(layout.pointers(memory)), "int64", "gpu")
+        fixed = Fixed(size, rank, hidden, rows, dtype == torch.float32, table)
+        known = spec(rank=rank, size=size, hidden_size=hidden, dtype=name, timeout_s=timeout_s)
         group = Group("virtual", rank, size, tuple(range(size)), None)
         read = ControlReader(addresses[rank] + layout.control)
 
@@ -116,21 +119,21 @@ def virtual_ranks(library, entry, size, hidden, dtype, rows, timeout_s=30.0):
             return True
 
         call, adds = make_call(library, entry, fixed)
-        opened.append(Opened(known, group, library, call, adds, rows, layout.nbytes, read, release))
+        ops.append(FlashInferOp(known, group, library, call, adds, rows, layout.nbytes, read, release))
     provider.synchronize()
-    return opened
+    return ops
 
 
-def fill_allocator(opened, streams, hidden, dtype):
+def fill_allocator(ops, streams, hidden, dtype):
     """Let the allocator of each stream have what the calls take, before anybody waits for a peer."""
-    for one, stream in zip(opened, streams):
+    for one, stream in zip(ops, streams):
         with torch.cuda.stream(stream):
             kept = [torch.empty(one.limit, hidden, dtype=dtype, device="cuda") for _ in range(6)]
             del kept
     torch.cuda.synchronize()
 
 
-def run_calls(opened, streams, steps):
+def run_calls(ops, streams, steps):
     """Every rank's calls on its own stream, interleaved; outputs by step and rank."""
     main = torch.cuda.current_stream()
     for stream in streams:
@@ -138,7 +141,7 @@ def run_calls(opened, streams, steps):
     outputs = []
     for x, residual, weight, offset in steps:
         outputs.append([])
-        for rank, (one, stream) in enumerate(zip(opened, streams)):
+        for rank, (one, stream) in enumerate(zip(ops, streams)):
             with torch.cuda.stream(stream):
                 outputs[-1].append(one.finish(x[rank], residual, weight, EPS, offset))
     for stream in streams:
@@ -146,15 +149,15 @@ def run_calls(opened, streams, steps):
     return outputs
 
 
-def check_steps(opened, streams, steps, rounds=3):
+def check_steps(ops, streams, steps, rounds=3):
     """The calls eagerly, then as one graph replayed: right each time, and the same bits each time."""
-    outputs = run_calls(opened, streams, steps)
+    outputs = run_calls(ops, streams, steps)
     torch.cuda.synchronize()
     worst = [compare(out, *step) for out, step in zip(outputs, steps)]
     kept = [pair[0].clone() for out in outputs for pair in out[:1]]
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = run_calls(opened, streams, steps)
+        captured = run_calls(ops, streams, steps)
     for _ in range(rounds):
         graph.replay()
         torch.cuda.synchronize()
@@ -164,11 +167,11 @@ def check_steps(opened, streams, steps, rounds=3):
     return [max(one[which] for one in worst) for which in (0, 1)]
 
 
-def close_all(opened):
+def close_all(ops):
     """Together, since each waits to see its kernel idle."""
-    with ThreadPoolExecutor(len(opened)) as pool:
-        list(pool.map(Opened.close, opened))
-    assert not any(one._watchdog._threads[0].is_alive() for one in opened), "a call was taken for running"
+    with ThreadPoolExecutor(len(ops)) as pool:
+        list(pool.map(FlashInferOp.close, ops))
+    assert not any(one._watchdog._threads[0].is_alive() for one in ops), "a call was taken for running"
 
 
 def virtual(size, library, entry):
@@ -185,8 +188,8 @@ def virtual(size, library, entry):
             refusal = flashinfer._version_refusal(spec(hidden_size=hidden, size=size), library.version)
             report(case="virtual", N=size, H=hidden, refused=str(refusal))
             continue
-        opened = virtual_ranks(library, entry, size, hidden, dtype, most)
-        fill_allocator(opened, streams, hidden, dtype)
+        ops = virtual_ranks(library, entry, size, hidden, dtype, most)
+        fill_allocator(ops, streams, hidden, dtype)
         rows = [1, most, 2, 3, 1, most, most - 1, 2]
         steps = []
         for index, count in enumerate(rows):
@@ -194,11 +197,11 @@ def virtual(size, library, entry):
             if index == 3:
                 residual = torch.zeros_like(residual)
             steps.append((x, residual, weight, float(index % 2) if rule.weight_bias else 0.0))
-        worst = check_steps(opened, streams, steps)
+        worst = check_steps(ops, streams, steps)
         report(
             case="virtual", N=size, H=hidden, dtype=str(dtype), T=str(rows), norm_and_residual_error_of_bound=worst
         )
-        close_all(opened)
+        close_all(ops)
 
 
 def two_shot(size, library, entry):
@@ -206,28 +209,28 @@ def two_shot(size, library, entry):
     if not rules(library.version).two_shot:
         report(case="two_shot", N=size, refused="below 0.7.2")
         return
-    flashinfer_opened._ONE_SHOT_BYTES = dict.fromkeys(flashinfer_opened._ONE_SHOT_BYTES, 0)
+    flashinfer_op._ONE_SHOT_BYTES = dict.fromkeys(flashinfer_op._ONE_SHOT_BYTES, 0)
     streams, hidden, dtype = [torch.cuda.Stream() for _ in range(size)], 4096, torch.bfloat16
-    opened = virtual_ranks(library, entry, size, hidden, dtype, 16)
-    fill_allocator(opened, streams, hidden, dtype)
+    ops = virtual_ranks(library, entry, size, hidden, dtype, 16)
+    fill_allocator(ops, streams, hidden, dtype)
     rows = [size + 1, 1, 12, size + 2, 12, 2]
     steps = [(*inputs(size, count, hidden, dtype, index), 1.0) for index, count in enumerate(rows)]
-    assert [opened[0].one_shot(count) for count in rows] == [False, True, False, False, False, True]
-    report(case="two_shot", N=size, T=str(rows), norm_and_residual_error_of_bound=check_steps(opened, streams, steps))
+    assert [ops[0].one_shot(count) for count in rows] == [False, True, False, False, False, True]
+    report(case="two_shot", N=size, T=str(rows), norm_and_residual_error_of_bound=check_steps(ops, streams, steps))
 
 
 def hang(library, entry):
     """Only rank 0 replays its graph; the watchdog must end this process, and nothing else may."""
-    opened = virtual_ranks(library, entry, 2, 4096, torch.bfloat16, 4, timeout_s=2.0)
+    ops = virtual_ranks(library, entry, 2, 4096, torch.bfloat16, 4, timeout_s=2.0)
     streams = [torch.cuda.Stream() for _ in range(2)]
-    fill_allocator(opened, streams, 4096, torch.bfloat16)
+    fill_allocator(ops, streams, 4096, torch.bfloat16)
     step = (*inputs(2, 2, 4096, torch.bfloat16, 0), 0.0)
-    run_calls(opened, streams, [step])
+    run_calls(ops, streams, [step])
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        opened[0].finish(step[0][0], step[1], step[2], EPS, 0.0)
-    opened[0].freeze()
+        ops[0].finish(step[0][0], step[1], step[2], EPS, 0.0)
+    ops[0].freeze()
     print("replaying alone", flush=True)
     graph.replay()
     torch.cuda.synchronize()
@@ -241,7 +244,7 @@ def process():
     torch.cuda.set_device(this_rank() % torch.cuda.device_count())
     torch.zeros(1, device="cuda")
     group, dtype = this_group("tp"), torch.bfloat16
-    runtime_flashinfer.load()
+    loader.load()
     for hidden in (4096, 4608):
         known = spec(rank=group.rank, size=group.size, hidden_size=hidden, max_token_num=64)
         if refusal := flashinfer.supports(known):
@@ -249,20 +252,20 @@ def process():
             continue
         start = time.monotonic()
         with working(group):
-            opened = flashinfer.open(known, group)
+            op = flashinfer.open(known, group)
         seconds = time.monotonic() - start
         rows, steps = [1, 64, 7, 33, 2, 64, 1, 5], []
         for index, count in enumerate(rows):
             x, residual, weight = inputs(group.size, count, hidden, dtype, index)
-            steps.append((x, residual, weight, float(index % 2) if opened._adds_bias else 0.0))
-        opened.freeze()
+            steps.append((x, residual, weight, float(index % 2) if op._adds_bias else 0.0))
+        op.freeze()
         own = [(step[0][group.rank], *step[1:3], EPS, step[3]) for step in steps]
-        eager = [opened.finish(*one) for one in own]
+        eager = [op.finish(*one) for one in own]
         torch.cuda.synchronize()
         worst = [compare([out], *step) for out, step in zip(eager, steps)]
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            captured = [opened.finish(*one) for one in own]
+            captured = [op.finish(*one) for one in own]
         for _ in range(3):
             graph.replay()
             torch.cuda.synchronize()
@@ -273,11 +276,11 @@ def process():
         digest = sum(int(out.view(torch.int16).long().sum()) for pair in eager for out in pair)
         digests = flashinfer.agree_or_raise(group, "digest", None, digest, 30.0)
         assert len(set(digests)) == 1, f"ranks differ: {digests}"
-        opened.check()
-        opened.close()
+        op.check()
+        op.close()
         worst = [max(one[which] for one in worst) for which in (0, 1)]
         report(case="process", rank=group.rank, N=group.size, H=hidden, T=str(rows), open_s=round(seconds, 1),
-               stats=opened.stats(), norm_and_residual_error_of_bound=worst)  # fmt: skip
+               stats=op.stats(), norm_and_residual_error_of_bound=worst)  # fmt: skip
 
 
 def versus_triton(known, group, own, eager, steps):
@@ -285,17 +288,17 @@ def versus_triton(known, group, own, eager, steps):
     from fd_fusion.backends import triton
 
     with working(group):  # few programs, so that those of both processes fit on one GPU
-        opened = triton.open(dataclasses.replace(known, workspace_bytes=1 << 20), group)
+        op = triton.open(dataclasses.replace(known, workspace_bytes=1 << 20), group)
     worst = []
     for one, out, step in zip(own, eager, steps):
-        ours = opened.finish(*one)
+        ours = op.finish(*one)
         torch.cuda.synchronize()
         compare([ours], *step)
         for theirs, mine, (_, bound) in zip(out, ours, truth_and_bound(*step)):
             worst.append(((theirs.double() - mine.double()).abs() / bound).max().item())
     assert max(worst) <= 2.0, worst
-    opened.check()
-    opened.close()
+    op.check()
+    op.close()
     report(case="flashinfer and triton", difference_of_bound=max(worst))
 
 
@@ -303,7 +306,7 @@ def main():
     if sys.argv[1] == "process":
         return process()
     torch.zeros(1, device="cuda")
-    library = runtime_flashinfer.load()
+    library = loader.load()
     entry = library.build()
     report(version=library.version, entry="python" if entry is None else "compiled", note=library.note)
     if sys.argv[1] == "hang":

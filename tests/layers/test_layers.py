@@ -11,10 +11,10 @@ from support.tiny import DemoDecoder, hidden
 from support.values import check, wide
 
 from fd_fusion import FusionConfig, QKRMSNorm, RMSNorm, RowParallelLinear, reference
-from fd_fusion.backends import paddle as formulas
 from fd_fusion.binding import proving_pass as settling
 from fd_fusion.binding.qk_norms import Kernel
 from fd_fusion.binding.report import Report
+from fd_fusion.frameworks import paddle_ops
 from fd_fusion.hosts import own_layers
 from fd_fusion.reasons import FusionError
 from fd_fusion.reference import round_to
@@ -185,10 +185,10 @@ def test_traced_with_sizes_that_are_not_known(how, bound):
 @pytest.mark.parametrize("full_graph", [True, False], ids=["ast", "sot"])
 def test_a_traced_sum_leaves_its_input_alone(full_graph, bound, monkeypatch):
     """A graph holds one value for two equal products: an all-reduce in place would sum it twice."""
-    monkeypatch.setattr(formulas, "all_reduce", lambda x, group=None: x.add_(x))  # two ranks of equal shares
+    monkeypatch.setattr(paddle_ops, "all_reduce", lambda x, group=None: x.add_(x))  # two ranks of equal shares
     norm, linear, _ = layers_of_one_rank(False)
     if bound:
-        site = Site("linear -> norm", fused=None, reduce=formulas.all_reduce, norm=norm.stock_forward, limit=0)
+        site = Site("linear -> norm", fused=None, reduce=paddle_ops.all_reduce, norm=norm.stock_forward, limit=0)
         norm.__dict__["site"] = linear.__dict__["site"] = site
 
     def forward(x, residual):

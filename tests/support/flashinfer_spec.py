@@ -1,22 +1,8 @@
-"""Facts that the FlashInfer backend says yes to, unless a test changes one."""
+"""A spec that the FlashInfer backend says yes to, unless a test changes it."""
 
-from fd_fusion.tuning.limits import OpSpec
+from fd_fusion.spec import OpSpec
 
 
 def spec(**changed):
-    plain = {
-        "rank": 0,
-        "size": 2,
-        "hidden_size": 4096,
-        "dtype": "bfloat16",
-        "weight_dtype": "bfloat16",
-        "weight_offset": 0.0,
-        "eps": 1e-6,
-        "device": "gpu",
-        "arch": 90,
-        "deterministic": False,
-        "max_token_num": None,
-        "workspace_bytes": 32 << 20,
-        "timeout_s": 30.0,
-    }
+    plain = {"rank": 0, "size": 2, "hidden_size": 4096, "dtype": "bfloat16", "device": "gpu", "arch": 90}
     return OpSpec(**{**plain, **changed})

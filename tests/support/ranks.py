@@ -90,7 +90,7 @@ def _launched():
     os.environ.setdefault("PADDLE_DISTRI_BACKEND", "gloo")
     import paddle.distributed as dist
 
-    from fd_fusion.frameworks import paddle_runtime as runtime
+    from fd_fusion.frameworks import paddle_runtime
 
     dist.init_parallel_env()
-    return dist.get_rank(), dist.get_world_size(), runtime.tcp_store()
+    return dist.get_rank(), dist.get_world_size(), paddle_runtime.tcp_store()

@@ -6,14 +6,16 @@ import stat
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 
 import pytest
 
-from fd_fusion.binding import backend_selection as opening
+from fd_fusion.binding import backend_selection
 from fd_fusion.comm.group import Group
 from fd_fusion.config import FusionConfig
+from fd_fusion.spec import OpSpec
 from fd_fusion.tuning import table as tuning_table
-from fd_fusion.tuning.limits import NEVER, OpSpec, limit_source, row_limit
+from fd_fusion.tuning.limits import NEVER, limit_source, row_limit
 from fd_fusion.tuning.table import Fingerprint, Limits, read_limits, store_limits, table_lock, table_path
 
 KEY = Fingerprint("GPU X", 2, 4096, "bfloat16", {"fd_fusion": "0.1.0", "triton": "triton 3.6.0"})
@@ -96,11 +98,10 @@ def test_a_failure_on_the_way_to_the_table_does_not_part_the_ranks(monkeypatch):
     def broken():
         raise RuntimeError("no such metadata")
 
-    monkeypatch.setattr(opening.tuning_table, "versions_here", broken)
+    monkeypatch.setattr(backend_selection.tuning_table, "versions_here", broken)
     cuda = type("Cuda", (), {"get_device_name": staticmethod(lambda: "GPU X")})
-    monkeypatch.setattr(opening.runtime_triton, "framework", lambda: type("Paddle", (), {"cuda": cuda}))
-    pair = type("Pair", (), {"hidden_size": 4096, "dtype": "bfloat16"})
-    limits, note = opening._tuned(Group("g", 0, 1, (0,), None), pair, 1.0)
+    monkeypatch.setattr(backend_selection, "paddle_or_torch", lambda: type("Paddle", (), {"cuda": cuda}))
+    limits, note = backend_selection._tuned(Group("g", 0, 1, (0,), None), SPEC)
     assert limits is None and note.code == "table_unusable" and "no such metadata" in str(note)
 
 
@@ -183,16 +184,16 @@ def test_the_cache_directory(monkeypatch, tmp_path):
     assert table_path({"XDG_CACHE_HOME": "relative"}) == table_path({}), "a relative one is to be ignored"
 
 
-FACTS = OpSpec(0, 2, 4096, "bfloat16", "bfloat16", 0.0, 1e-6, "gpu", 90, False, None, 32 << 20, 1.0)
+SPEC = OpSpec(0, 2, 4096, "bfloat16", device="gpu", arch=90)
 
 
 def test_the_order_of_limits():
-    tuned = {**vars(FACTS), "tuned_rows": 77}
-    assert row_limit(FACTS) == 2048 and limit_source(FACTS) == "built in"
-    assert row_limit(OpSpec(**tuned)) == 77 and limit_source(OpSpec(**tuned)) == "tuning table"
-    asked = OpSpec(**{**tuned, "max_token_num": 5})
+    tuned = replace(SPEC, tuned_rows=77)
+    assert row_limit(SPEC) == 2048 and limit_source(SPEC) == "built in"
+    assert row_limit(tuned) == 77 and limit_source(tuned) == "tuning table"
+    asked = replace(tuned, max_token_num=5)
     assert row_limit(asked) == 5 and limit_source(asked) == "max_token_num"
-    assert row_limit(OpSpec(**{**tuned, "deterministic": True})) is None
+    assert row_limit(replace(tuned, deterministic=True)) is None
 
 
 class Store(dict):
@@ -209,23 +210,25 @@ class Pair:
 
 
 def open_on_two(monkeypatch, tables, **config):
-    """`open_for` on two ranks, threads here, each with its own table; the backends only tell their facts."""
+    """`select_backend` on two ranks, threads here, each with its own table; the backends only record their specs."""
     asked, read = [[], []], threading.local()
-    monkeypatch.setattr(opening.runtime, "device_of", lambda: ("gpu", 90))
-    monkeypatch.setattr(opening.runtime_triton, "framework", lambda: _Framework)
+    monkeypatch.setattr(backend_selection.paddle_runtime, "device_of", lambda: ("gpu", 90))
+    monkeypatch.setattr(backend_selection, "paddle_or_torch", lambda: _Framework)
     monkeypatch.setattr(tuning_table, "read_limits", lambda key, path: tables[read.rank])
 
     def try_it(name, spec, group, timeout_s):
         asked[group.rank].append((name, spec[0]))
-        return object(), None, ()
+        return object(), None
 
-    monkeypatch.setattr(opening, "_try", try_it)
+    monkeypatch.setattr(backend_selection, "_try", try_it)
     store, ended = Store(), [None, None]
 
     def rank(number):
         read.rank = number
         group = Group("g", number, 2, (0, 1), store)
-        ended[number] = opening.open_for(group, [Pair], FusionConfig(timeout_s=5.0, **config), False, 1)
+        ended[number] = backend_selection.select_backend(
+            group, [Pair], FusionConfig(timeout_s=5.0, **config), False, 1
+        )
 
     threads = [threading.Thread(target=rank, args=(number,)) for number in range(2)]
     for thread in threads:

@@ -11,18 +11,22 @@ import shutil
 import sys
 import time
 
-from fd_fusion.backends.flashinfer import loader as runtime_flashinfer
+import numpy as np
+
+from fd_fusion.backends.flashinfer import loader
 from fd_fusion.backends.flashinfer.calls import Call, Fixed, compiled_call, python_call
-from fd_fusion.backends.flashinfer.op import ALIGNMENT, Opened, device_table
+from fd_fusion.backends.flashinfer.op import ALIGNMENT, FlashInferOp
 from fd_fusion.backends.flashinfer.releases import block_threads, rules
 from fd_fusion.backends.flashinfer.watchdog import ControlReader
 from fd_fusion.backends.flashinfer.workspace import Layout, open_memory, rows_that_fit
 from fd_fusion.comm.cuda_ipc import CudaIpc
 from fd_fusion.comm.group import Group
 from fd_fusion.comm.symmetric_memory import agree_or_raise, as_refusal
+from fd_fusion.frameworks.tensors import tensor
 from fd_fusion.reasons import FusionError, Reason, because
 from fd_fusion.reference import DTYPE_BYTES
-from fd_fusion.tuning.limits import OpSpec, row_limit
+from fd_fusion.spec import OpSpec
+from fd_fusion.tuning.limits import row_limit
 
 SIZES = (2, 4, 8, 16)
 BUILD_TIMEOUT_S = 120.0  # a silent rank; one that shows progress is waited for ten times as long
@@ -41,12 +45,12 @@ def supports(spec: OpSpec) -> Reason | None:
         return because("world_size", got=spec.size, allowed=", ".join(map(str, SIZES)))
     if spec.dtype not in DTYPE_BYTES:
         return because("dtype", got=spec.dtype, allowed=", ".join(DTYPE_BYTES))
-    if spec.weight_dtype != spec.dtype:
-        return because("flashinfer_weight_dtype", need=spec.dtype, got=spec.weight_dtype)
+    if other := next((dtype for dtype in spec.weight_dtypes if dtype != spec.dtype), None):
+        return because("flashinfer_weight_dtype", need=spec.dtype, got=other)
     need = ALIGNMENT // DTYPE_BYTES[spec.dtype]
     if spec.hidden_size % need:
         return because("hidden_size", got=spec.hidden_size, need=f"a multiple of {need}")
-    version = runtime_flashinfer.installed_version()
+    version = loader.installed_version()
     if version is None:
         return because("flashinfer_missing")
     return _version_refusal(spec, version) or _room_refusal(spec) or _compiler_refusal(version)
@@ -76,7 +80,7 @@ def _room_refusal(spec: OpSpec) -> Reason | None:
 
 def _compiler_refusal(version: str) -> Reason | None:
     """FlashInfer compiles its kernel at first use, unless it was compiled before."""
-    if runtime_flashinfer.compiled_module(version):
+    if loader.compiled_module(version):
         return None
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
     if not (shutil.which("nvcc") or os.access(f"{home}/bin/nvcc", os.X_OK)):
@@ -86,7 +90,7 @@ def _compiler_refusal(version: str) -> Reason | None:
     return None
 
 
-def open(spec: OpSpec, group: Group) -> Opened:
+def open(spec: OpSpec, group: Group) -> FlashInferOp:
     """Collective: load and build, allocate and exchange, call once. Raises FusionError on all ranks alike."""
     library, entry = _load_and_build(spec, group)
     fit = rows_that_fit(spec.workspace_bytes, spec.size, spec.hidden_size, DTYPE_BYTES[spec.dtype])
@@ -96,8 +100,8 @@ def open(spec: OpSpec, group: Group) -> Opened:
     agree_or_raise(group, "flashinfer_device", refusal, None, spec.timeout_s)
     memory = open_memory(group, layout, provider, timeout_s=spec.timeout_s)
 
-    def make() -> Opened:
-        table = device_table(library.framework, layout.pointers(memory))
+    def make() -> FlashInferOp:
+        table = tensor(library.framework, np.array(layout.pointers(memory)), "int64", "gpu")
         fixed = Fixed(spec.size, spec.rank, spec.hidden_size, rows, spec.dtype == "float32", table)
         if entry is None:
             call, adds_bias = python_call(library.function, fixed, library.version)
@@ -107,23 +111,23 @@ def open(spec: OpSpec, group: Group) -> Opened:
             offset = spec.weight_offset
             raise FusionError(because("flashinfer_weight_offset", version=library.version, offset=offset))
         read = ControlReader(memory.own + layout.control)
-        return Opened(spec, group, library, call, adds_bias, rows, layout.nbytes, read, memory.close)
+        return FlashInferOp(spec, group, library, call, adds_bias, rows, layout.nbytes, read, memory.close)
 
-    opened, refusal = as_refusal(make)
+    op, refusal = as_refusal(make)
     try:
         agree_or_raise(group, "flashinfer_made", refusal, None, spec.timeout_s)
     except FusionError:
-        (opened or memory).close()
+        (op or memory).close()
         raise
-    opened.warm_up()
-    return opened
+    op.warm_up()
+    return op
 
 
-def _load_and_build(spec: OpSpec, group: Group) -> tuple[runtime_flashinfer.FlashInfer, Call | None]:
+def _load_and_build(spec: OpSpec, group: Group) -> tuple[loader.FlashInfer, Call | None]:
     """Load on every rank; compile on the first one, then let the others take what it compiled."""
 
-    def load() -> tuple[runtime_flashinfer.FlashInfer, Call | None]:
-        library = runtime_flashinfer.load()
+    def load() -> tuple[loader.FlashInfer, Call | None]:
+        library = loader.load()
         if refusal := _version_refusal(spec, library.version):
             raise FusionError(refusal)
         return library, _build(library) if group.rank == 0 else None
@@ -140,9 +144,9 @@ def _load_and_build(spec: OpSpec, group: Group) -> tuple[runtime_flashinfer.Flas
     return library, entry
 
 
-def _build(library: runtime_flashinfer.FlashInfer) -> Call | None:
+def _build(library: loader.FlashInfer) -> Call | None:
     """Compile and load the kernel, with a line that says so where it takes minutes."""
-    start, slow = time.monotonic(), runtime_flashinfer.compiled_module(library.version) is None
+    start, slow = time.monotonic(), loader.compiled_module(library.version) is None
     if slow:
         _say(f"compiling the kernel of FlashInfer {library.version}: some minutes, once on this machine")
     try:

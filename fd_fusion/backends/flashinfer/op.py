@@ -15,18 +15,20 @@ from fd_fusion.backends.flashinfer.watchdog import Watchdog
 from fd_fusion.comm.group import Group
 from fd_fusion.comm.symmetric_memory import CLOSE_TIMEOUT_S, agree_or_raise, as_refusal
 from fd_fusion.comm.workspace import WARM_UP
-from fd_fusion.reasons import FusionError, Reason, because, closed
+from fd_fusion.frameworks.tensors import dtype_name, numbers, tensor
+from fd_fusion.reasons import FusionError, Reason, closed
 from fd_fusion.reference import DTYPE_BYTES
-from fd_fusion.tuning.limits import OpSpec
+from fd_fusion.spec import OpSpec
 
 ALIGNMENT = 16
 _ONE_SHOT_BYTES = {2: 512 << 20, 4: 64 << 20, 8: 42 << 20, 16: 42 << 20}  # 2*N*T*H*e up to which one-shot is taken
 
 
-class Opened:
+class FlashInferOp:
     """FlashInfer's kernel over one workspace, for one group, hidden size and dtype."""
 
     in_rank_order = False  # its tree changes with T, and the sum is rounded before the residual is added
+    error_page = None  # its watchdog names the rank itself
 
     def __init__(
         self,
@@ -44,8 +46,8 @@ class Opened:
         self._spec, self._group, self._library = spec, group, library
         self._call, self._adds_bias, self._read, self._release = call, adds_bias, read, release
         self._two_shot = rules(library.version).two_shot
-        op = f"flashinfer all_reduce_rms_norm (H={spec.hidden_size}, {spec.dtype})"
-        what = f"{op} of group {group.name!r}, rank {group.rank} of {group.size},"
+        name = f"flashinfer all_reduce_rms_norm (H={spec.hidden_size}, {spec.dtype})"
+        what = f"{name} of group {group.name!r}, rank {group.rank} of {group.size},"
         self._watchdog = Watchdog(read, what, WARM_UP * spec.timeout_s)
         self._closed = False
         atexit.register(self.close)
@@ -70,22 +72,21 @@ class Opened:
         return norm_out, residual_out
 
     def one_shot(self, rows: int) -> bool:
-        """Two-shot for big messages, where the version's two-shot is sound; it wants more rows than ranks."""
+        """Return whether a call is one-shot: T <= N, few bytes, or a version whose two-shot is not sound."""
         spec = self._spec
         nbytes = 2 * spec.size * rows * spec.hidden_size * DTYPE_BYTES[spec.dtype]
         return not self._two_shot or rows <= spec.size or nbytes <= _ONE_SHOT_BYTES[spec.size]
 
     def check(self) -> None:
-        """Nothing to raise but `closed`: a call that runs out of time ends the process."""
-        self._need_open()
+        """Raise nothing but `closed`: a call that runs out of time ends the process, so there is nothing to reset."""
+        if self._closed:
+            closed()
 
-    def reset(self) -> None:
-        """Nothing to reset, since a call that runs out of time ends the process."""
-        self._need_open()
+    reset = check
 
     def freeze(self) -> None:
-        """From now on a call may wait `timeout_s`. Nothing allocates but the outputs."""
-        self._need_open()
+        """End the warm-up: from now on a call may wait `timeout_s`."""
+        self.check()
         self._watchdog.limit_s = self._spec.timeout_s
 
     def stats(self) -> dict[str, Any]:
@@ -119,10 +120,6 @@ class Opened:
             self.close()
             raise
 
-    def _need_open(self) -> None:
-        if self._closed:
-            closed()
-
     def _require(self, partial: Tensor, residual: Tensor, weight: Tensor, weight_offset: float) -> None:
         """The kernel checks none of this: it would read past the end, or one dtype as another."""
         spec, rows = self._spec, partial.shape[0]
@@ -131,17 +128,17 @@ class Opened:
         if weight_offset and not self._adds_bias:
             raise ValueError(f"flashinfer {self._library.version}: weight_offset {weight_offset}; it adds none")
         row = [rows, spec.hidden_size]
-        for name, tensor, shape in (("x", partial, row), ("residual", residual, row), ("weight", weight, row[1:])):
-            dtype = str(tensor.dtype).rpartition(".")[2]
-            if [*tensor.shape] != shape or dtype != spec.dtype:
-                raise ValueError(f"flashinfer: {name} is {[*tensor.shape]} {dtype}; expected {shape} {spec.dtype}")
-            if not tensor.is_contiguous() or tensor.data_ptr() % ALIGNMENT:
+        for name, one, shape in (("x", partial, row), ("residual", residual, row), ("weight", weight, row[1:])):
+            dtype = dtype_name(one)
+            if [*one.shape] != shape or dtype != spec.dtype:
+                raise ValueError(f"flashinfer: {name} is {[*one.shape]} {dtype}; expected {shape} {spec.dtype}")
+            if not one.is_contiguous() or one.data_ptr() % ALIGNMENT:
                 raise ValueError(
                     f"flashinfer: {name} is not contiguous, or not aligned to {ALIGNMENT} bytes; copy it"
                 )
 
 
-def _compare(opened: Opened, spec: OpSpec, framework: Any, rows: int, bare: bool) -> Reason | None:
+def _compare(op: FlashInferOp, spec: OpSpec, framework: Any, rows: int, bare: bool) -> Reason | None:
     """One call on integers that add up exactly in every dtype and order; its norm rounds once."""
     known = [
         np.resize(exact.probe_partial(r, spec.size, spec.hidden_size, 1.0, spec.dtype), (rows, spec.hidden_size))
@@ -149,32 +146,10 @@ def _compare(opened: Opened, spec: OpSpec, framework: Any, rows: int, bare: bool
     ]
     residual, weight = None if bare else known[-1], exact.known_weight(spec.hidden_size, spec.dtype)
     offset, eps = spec.weight_offset, 1.0
-    tensors = [None if x is None else _tensor(framework, x, spec.dtype) for x in (known[spec.rank], residual, weight)]
-    norm_out, total = (_numbers(out) for out in opened.finish(*tensors, eps, offset))
+    arrays = known[spec.rank], residual, weight
+    tensors = [None if values is None else tensor(framework, values, spec.dtype, "gpu") for values in arrays]
+    norm_out, total = (numbers(out) for out in op.finish(*tensors, eps, offset))
     need = exact.rank_order_sum(known[:-1], residual)
     limits = {"eps": eps, "weight_offset": offset, "dtype": spec.dtype, "rounded": True}
     wrong = {"residual_out": total != need, "norm_out": exact.norm_excess(norm_out, need, weight, **limits) > 1}
-    for output, where in wrong.items():
-        if where.any():
-            row, column = np.argwhere(where)[0]
-            at = {"wrong": int(where.sum()), "words": where.size, "where": f"row {row}, column {column}"}
-            variant = f"FlashInfer's kernel {'without' if bare else 'with'} a residual, T={rows},"
-            return because("first_call_wrong", variant=variant, output=output, **at)
-    return None
-
-
-def _tensor(framework: Any, values: np.ndarray, dtype: str) -> Tensor:
-    if framework.__name__ == "paddle":
-        return framework.to_tensor(values).astype(dtype)
-    return framework.from_numpy(values.copy()).to(getattr(framework, dtype)).cuda()
-
-
-def _numbers(tensor: Tensor) -> np.ndarray:
-    return (tensor.float().cpu() if hasattr(tensor, "float") else tensor.astype("float32")).numpy()
-
-
-def device_table(framework: Any, addresses: list[int]) -> Tensor:
-    """The addresses as an int64 tensor on the GPU."""
-    if framework.__name__ == "paddle":
-        return framework.to_tensor(addresses, dtype="int64")
-    return framework.tensor(addresses, dtype=framework.int64, device="cuda")
+    return exact.first_wrong_word(f"FlashInfer's kernel {'without' if bare else 'with'} a residual, T={rows},", wrong)

@@ -1,7 +1,7 @@
 """The workspace of FlashInfer's kernel, laid out, filled and given back by us.
 
 FlashInfer's own creation leaves barrier flags uncleared, does not synchronise the device before its barrier, never
-frees the control block, or needs torch, each in some of its releases. The kernel only wants addresses:
+frees the control block, or needs torch, each in some of its releases. The kernel only needs addresses:
 
     comm_buf   N*T*H*e bytes        any content; two-shot copies through it
     flags      N*256 int32          zero

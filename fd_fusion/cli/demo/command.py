@@ -28,7 +28,7 @@ from fd_fusion.cli.processes.ranks import write_whole
 from fd_fusion.cli.processes.run_folder import run_folder
 from fd_fusion.cli.processes.signals import ending_well, held_back, undisturbed
 from fd_fusion.config import BACKENDS, FusionConfig
-from fd_fusion.frameworks.paddle_runtime import MIN_PADDLE
+from fd_fusion.frameworks.paddle_runtime import too_old
 from fd_fusion.reasons import FusionError, because
 
 # option -> (key of config.json, help). The defaults are those of DecoderConfig.
@@ -124,10 +124,8 @@ def _check_packages(backend: str) -> None:
         raise FusionError(because("no_triton", detail="no module named 'triton'"))
     for name in ("paddlepaddle", "paddlepaddle-gpu"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            got = importlib.metadata.version(name)
-            version = tuple(int(part) for part in got.split(".")[:2] if part.isdigit())
-            if (0, 0) != version < MIN_PADDLE:
-                raise FusionError(because("old_paddle", got=got, need=".".join(map(str, MIN_PADDLE))))
+            if refusal := too_old(importlib.metadata.version(name)):
+                raise FusionError(refusal)
 
 
 def _run(folder: Path, checkpoint: Checkpoint, fusion: FusionConfig, args) -> tuple[Truth, list[dict]]:

@@ -12,9 +12,9 @@ import paddle
 from paddle import nn
 from paddle.nn import functional as F
 
-from fd_fusion.backends.paddle import group_of
 from fd_fusion.cli.demo.checkpoint import Checkpoint
 from fd_fusion.cli.demo.config import DecoderConfig
+from fd_fusion.frameworks.paddle_ops import group_of
 from fd_fusion.layers.qk_rms_norm import QKRMSNorm
 from fd_fusion.layers.rms_norm import RMSNorm
 from fd_fusion.layers.row_parallel_linear import RowParallelLinear, reduce_or_hand_over

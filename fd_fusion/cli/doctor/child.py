@@ -12,14 +12,16 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from fd_fusion.binding.backend_selection import load_backend
 from fd_fusion.cli.doctor.findings import Finding, guarded, of_reason
 from fd_fusion.cli.doctor.machine import tool
 from fd_fusion.cli.processes.signals import held_back
 from fd_fusion.cli.processes.tied import child_environment, end_with_parent
-from fd_fusion.config import BACKENDS, FusionConfig
+from fd_fusion.config import BACKENDS
+from fd_fusion.frameworks.tensors import devices, paddle_or_torch
 from fd_fusion.reasons import FusionError, because
+from fd_fusion.spec import OpSpec
 from fd_fusion.tuning import table as tuning_table
-from fd_fusion.tuning.limits import OpSpec
 
 _MARK = "fd_fusion doctor: "
 _FUSING = {"cpu": ("triton",), "gpu": ("triton", "flashinfer")}  # those with a kernel
@@ -62,78 +64,52 @@ def _failed(what: str) -> str:
     return "broken" if what == "framework" else "warn"
 
 
-def facts_for(size: int, device: str, arch: int | None, rank: int = 0) -> OpSpec:
+def spec_for(size: int, device: str, arch: int | None, rank: int = 0) -> OpSpec:
     """The pair that `doctor` asks about and launches: bfloat16, H=4096 on a GPU, 256 under the interpreter."""
-    return OpSpec(
-        rank=rank,
-        size=size,
-        hidden_size=4096 if device == "gpu" else 256,
-        dtype="bfloat16",
-        weight_dtype="bfloat16",
-        weight_offset=0.0,
-        eps=1e-6,
-        device=device,
-        arch=arch,
-        deterministic=False,
-        max_token_num=None,
-        workspace_bytes=FusionConfig.workspace_mb << 20,
-        timeout_s=30.0,
-    )
+    hidden_size = 4096 if device == "gpu" else 256
+    return OpSpec(rank, size, hidden_size, "bfloat16", device=device, arch=arch)
 
 
 def framework(size: str) -> Iterator[Finding]:
     """Paddle, or torch where there is no Paddle: its devices, and which backends say yes."""
-    from fd_fusion.frameworks import triton_launch as runtime_triton
-
     try:
-        here = runtime_triton.framework()
+        module = paddle_or_torch()
     except ImportError as error:
         detail = str(error) if importlib.util.find_spec("paddle") else "neither Paddle nor torch is installed"
         yield of_reason("framework", "import", "broken", because("no_paddle", detail=detail))
         return
-    device, arch, count = devices(here)
-    name = f"{here.__name__} {here.__version__}"
+    device, arch, count = devices(module)
+    name = f"{module.__name__} {module.__version__}"
     where = f"{count} GPU{'s' * (count > 1)}, sm_{arch}" if count else "CPU only"
-    data = {"name": here.__name__, "version": here.__version__, "device": device, "arch": arch, "gpus": count}
+    data = {"name": module.__name__, "version": module.__version__, "device": device, "arch": arch, "gpus": count}
     yield Finding("framework", "import", "ok", f"{name} imports: {where}", data=data)
     listed = [] if count else (tool("nvidia-smi", "-L") or "").splitlines()
     if seen := sum(line.startswith("GPU ") for line in listed):
         remedy = "install a build for GPUs, with a CUDA that the driver knows, and look at CUDA_VISIBLE_DEVICES"
         yield Finding("framework", "gpus", "off", f"{name} sees none of this machine's GPUs ({seen})", remedy)
-    spec = facts_for(int(size), device, arch)
-    yield from guarded("framework", lambda: _memory(here, spec))
-    yield from guarded("framework", lambda: _table(here, spec))
+    spec = spec_for(int(size), device, arch)
+    yield from guarded("framework", lambda: _memory(module, spec))
+    yield from guarded("framework", lambda: _table(module, spec))
     yield from _backends(spec)
 
 
-def devices(here: Any) -> tuple[str, int | None, int]:
-    """("gpu", 90, number of GPUs), or ("cpu", None, 0), of Paddle or torch."""
-    on_paddle = here.__name__ == "paddle"
-    count = here.device.cuda.device_count() if on_paddle and here.is_compiled_with_cuda() else 0
-    count = here.cuda.device_count() if not on_paddle else count
-    if not count:
-        return "cpu", None, 0
-    major, minor = here.cuda.get_device_capability()
-    return "gpu", 10 * major + minor, count
-
-
-def _memory(here: Any, spec: OpSpec) -> Iterator[Finding]:
+def _memory(framework: Any, spec: OpSpec) -> Iterator[Finding]:
     """The room that is left on the GPU, against what a workspace takes."""
     if spec.device == "cpu":
         return
-    free, total = (part >> 20 for part in here.cuda.mem_get_info())
+    free, total = (part >> 20 for part in framework.cuda.mem_get_info())
     need = spec.workspace_bytes >> 20
     text = f"GPU memory: {free} of {total} MiB free; the workspaces of a process take up to {need} MiB (workspace_mb)"
     state = "ok" if free > need else "off"
     yield Finding("framework", "memory", state, text, "" if state == "ok" else "free GPU memory", {"free_mib": free})
 
 
-def _table(here: Any, spec: OpSpec) -> Iterator[Finding]:
+def _table(framework: Any, spec: OpSpec) -> Iterator[Finding]:
     """Whether `bind` would find a measurement of this machine."""
     if spec.device == "cpu":
         return
     path = tuning_table.table_path()
-    key = (here.cuda.get_device_name(), spec.size, spec.hidden_size, spec.dtype, tuning_table.versions_here())
+    key = (framework.cuda.get_device_name(), spec.size, spec.hidden_size, spec.dtype, tuning_table.versions_here())
     limits, reason = tuning_table.read_limits(tuning_table.Fingerprint(*key), path)
     shape = f"{spec.size} ranks, H={spec.hidden_size}, {spec.dtype}"
     if reason:
@@ -152,12 +128,7 @@ def _backends(spec: OpSpec) -> Iterator[Finding]:
     """Each backend's own answer. Fusion is off where none of those that count here says yes."""
     refused = {}
     for name in BACKENDS[1:]:
-        try:
-            reason = importlib.import_module(f"fd_fusion.backends.{name}").supports(spec)
-        except FusionError as error:
-            reason = error.reason
-        except Exception as error:  # a backend whose package is broken: its reason
-            reason = because("backend_failed", backend=name, error=f"{type(error).__name__}: {error}")
+        _, reason = load_backend(name, [spec])
         if reason is None:
             yield Finding("backends", name, "ok", f"{name}: yes, on {spec.device}")
         else:
@@ -170,16 +141,15 @@ def _backends(spec: OpSpec) -> Iterator[Finding]:
 
 def flashinfer() -> Iterator[Finding]:
     """Whether FlashInfer imports under the framework that runs here, and has its kernel."""
-    from fd_fusion.backends.flashinfer import loader as runtime_flashinfer
-    from fd_fusion.frameworks import triton_launch as runtime_triton
+    from fd_fusion.backends.flashinfer import loader
 
-    runtime_triton.framework()
+    paddle_or_torch()
     try:
-        library = runtime_flashinfer.load()
+        library = loader.load()
     except FusionError as error:
         yield of_reason("flashinfer", "import", "warn", error.reason)
         return
-    path = runtime_flashinfer.compiled_module(library.version)
+    path = loader.compiled_module(library.version)
     data = {"version": library.version, "compiled": bool(path)}
     text = f"FlashInfer {library.version} imports; its kernel {'is compiled' if path else 'is not compiled yet'}"
     yield Finding("flashinfer", "import", "ok", text + (f" ({library.note})" if library.note else ""), data=data)

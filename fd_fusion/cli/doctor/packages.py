@@ -10,7 +10,7 @@ from pathlib import Path
 
 from fd_fusion import __version__
 from fd_fusion.cli.doctor.findings import Finding, of_reason
-from fd_fusion.frameworks.paddle_runtime import MIN_PADDLE
+from fd_fusion.frameworks.paddle_runtime import too_old
 from fd_fusion.reasons import because
 
 TOPIC = "packages"
@@ -73,10 +73,8 @@ def _paddle(versions: dict[str, str | None], torch: str | None) -> Finding:
         state = "warn" if torch else "broken"  # on torch the kernels, bench and tune run, but no model
         return of_reason(TOPIC, "paddle", state, because("no_paddle", detail="it is not installed"), versions={})
     name, version = next(iter(found.items()))
-    numbers = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
-    if (0, 0) != numbers < MIN_PADDLE:
-        need = ".".join(map(str, MIN_PADDLE))
-        return of_reason(TOPIC, "paddle", "broken", because("old_paddle", got=version, need=need), versions=found)
+    if refusal := too_old(version):
+        return of_reason(TOPIC, "paddle", "broken", refusal, versions=found)
     return Finding(TOPIC, "paddle", "ok", f"{name} {version}", data={"versions": found})
 
 

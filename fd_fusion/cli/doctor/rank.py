@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 from fd_fusion import reference
-from fd_fusion.cli.doctor.child import devices, facts_for
+from fd_fusion.cli.doctor.child import spec_for
 from fd_fusion.cli.processes.ranks import rank_main
 from fd_fusion.comm.group import Group, working
-from fd_fusion.frameworks import triton_launch as runtime_triton
-from fd_fusion.tuning.limits import OpSpec
+from fd_fusion.frameworks.tensors import numbers, place, tensor
+from fd_fusion.spec import FusedOp, OpSpec
 
 _ROWS = {"cpu": (1, 3), "gpu": (1, 5, 64)}
 
@@ -25,65 +25,37 @@ def run(job: dict[str, Any], group: Group) -> dict[str, Any]:
     """
     from fd_fusion.backends import triton as backend
 
-    here, device, arch = place(group.rank)
-    spec = facts_for(group.size, device, arch, group.rank)
+    framework, device, arch = place(group.rank)
+    spec = spec_for(group.size, device, arch, group.rank)
     start = time.monotonic()
     with working(group):
-        opened = backend.open(spec, group)
+        op = backend.open(spec, group)
     try:
         opened_s = time.monotonic() - start
-        worst, digest, before = 0.0, hashlib.sha256(), opened.stats()["device"]["rows"]
+        worst, digest, before = 0.0, hashlib.sha256(), op.stats()["device"]["rows"]
         for rows in _ROWS[device]:
-            error, bits = one_call(here, opened, spec, rows)
+            error, bits = one_call(framework, op, spec, rows)
             worst = max(worst, error)
             digest.update(bits)
-        opened.check()
-        counted = opened.stats()["device"]["rows"] - before
+        op.check()
+        counted = op.stats()["device"]["rows"] - before
         right = {"worst": worst, "digest": digest.hexdigest(), "counted": counted == sum(_ROWS[device])}
-        return {**right, "bytes": opened.bytes, "opened_s": opened_s}
+        return {**right, "bytes": op.bytes, "opened_s": opened_s}
     finally:
-        opened.close()
+        op.close()
 
 
-def place(rank: int) -> tuple[Any, str, int | None]:
-    """Put this process on its device. Returns (paddle or torch, "cpu" or "gpu", arch)."""
-    here = runtime_triton.framework()
-    device, arch, count = devices(here)
-    if here.__name__ == "paddle":
-        here.set_device(f"gpu:{rank % count}" if count else "cpu")
-        here.set_grad_enabled(False)
-    elif count:
-        here.cuda.set_device(rank % count)
-    if count:
-        tensor(here, np.zeros(1, np.float32), "float32")  # makes the context current
-    return here, device, arch
-
-
-def tensor(here: Any, values: np.ndarray, dtype: str) -> Any:
-    """A tensor of Paddle or torch on this rank's device, of values that `dtype` holds exactly."""
-    if here.__name__ == "paddle":
-        return here.to_tensor(values).astype(dtype)
-    made = here.from_numpy(values).to(getattr(here, dtype))
-    return made.cuda() if here.cuda.is_available() else made
-
-
-def numbers(here: Any, made: Any) -> np.ndarray:
-    """The values of a tensor, float32."""
-    return made.astype("float32").numpy() if here.__name__ == "paddle" else made.float().cpu().numpy()
-
-
-def one_call(here: Any, opened: Any, spec: OpSpec, rows: int) -> tuple[float, bytes]:
+def one_call(framework: Any, op: FusedOp, spec: OpSpec, rows: int) -> tuple[float, bytes]:
     """One fused call on known numbers: (error over budget, the bits of both outputs)."""
     partials, residual, weight = _values(spec, rows)
-    got = opened.finish(
-        *(tensor(here, x, spec.dtype) for x in (partials[spec.rank], residual, weight)), spec.eps, 0.0
-    )
+    arrays = partials[spec.rank], residual, weight
+    got = op.finish(*(tensor(framework, x, spec.dtype, spec.device) for x in arrays), spec.eps, 0.0)
     with np.errstate(all="ignore"):
         truth = reference.all_reduce_rms_norm(partials, residual, weight, eps=spec.eps)
     plain = _plain(partials, residual, weight, spec)
     worst, bits = 0.0, b""
     for ours, true, rough in zip(got, truth, plain):
-        values = numbers(here, ours)
+        values = numbers(ours)
         allowed = reference.budget(float(np.abs(rough - true).max()), spec.dtype, float(np.abs(true).max()))
         error = float(np.abs(values - true).max())
         worst = max(worst, error / allowed if np.isfinite(error) else float("inf"))

@@ -14,11 +14,14 @@ from typing import Any
 
 import numpy as np
 
-from fd_fusion.cli.doctor.rank import one_call, place, tensor
+from fd_fusion.binding.backend_selection import load_backend
+from fd_fusion.cli.doctor.rank import one_call
 from fd_fusion.cli.processes.ranks import rank_main
 from fd_fusion.comm.group import Group, Vote, agree, working
+from fd_fusion.frameworks.tensors import place, synchronize, tensor
 from fd_fusion.reasons import FusionError, Reason, because
-from fd_fusion.tuning.limits import NEVER, OpSpec
+from fd_fusion.spec import OpSpec
+from fd_fusion.tuning.limits import NEVER
 
 _CHECKED_ROWS = 64  # calls of more rows are not compared with the reference: that takes longer than timing them
 _CALLS = 20  # of a graph
@@ -28,92 +31,76 @@ _COLUMNS = {"one_shot": ("triton", NEVER), "two_shot": ("triton", 1), "flashinfe
 
 def run(job: dict[str, Any], group: Group) -> dict[str, Any]:
     """Returns {"times": {column: {rows: us}}, "skipped": {column: why}, "gpu": name}."""
-    here, device, arch = place(group.rank)
-    spec = _spec(job, group, device, arch)
+    framework, device, arch = place(group.rank)
+    limits = {"max_token_num": max(job["rows"]), "timeout_s": job["timeout_s"]}
+    limits["workspace_bytes"] = job["workspace_mb"] << 20
+    spec = OpSpec(group.rank, group.size, job["hidden_size"], job["dtype"], device=device, arch=arch, **limits)
     times: dict[str, dict[int, float]] = {}
     skipped: dict[str, str] = {}
     for column, (backend, switch) in _COLUMNS.items():
         try:
-            times[column] = _column(here, group, dataclasses.replace(spec, two_shot_rows=switch), backend, job)
+            times[column] = _column(framework, group, dataclasses.replace(spec, two_shot_rows=switch), backend, job)
         except FusionError as error:  # told by all ranks alike, since opening is collective
             skipped[column] = str(error.reason)
     try:
-        call = _unfused(here, spec, job)
-        times["unfused"] = {rows: _time(here, spec, partial(call, rows), job["rounds"]) for rows in job["rows"]}
+        call = _unfused(framework, spec, job)
+        times["unfused"] = {rows: _time(framework, spec, partial(call, rows), job["rounds"]) for rows in job["rows"]}
     except (RuntimeError, ImportError) as error:
         skipped["unfused"] = f"{type(error).__name__}: {error}".splitlines()[0]
     agree(group, "end", Vote(), timeout_s=job["timeout_s"])  # the framework's store lives on rank 0
-    gpu = here.cuda.get_device_name() if device == "gpu" else None
-    return {"times": times, "skipped": skipped, "gpu": gpu, "framework": here.__name__}
+    gpu = framework.cuda.get_device_name() if device == "gpu" else None
+    return {"times": times, "skipped": skipped, "gpu": gpu, "framework": framework.__name__}
 
 
-def _spec(job: dict[str, Any], group: Group, device: str, arch: int | None) -> OpSpec:
-    return OpSpec(
-        rank=group.rank,
-        size=group.size,
-        hidden_size=job["hidden_size"],
-        dtype=job["dtype"],
-        weight_dtype=job["dtype"],
-        weight_offset=0.0,
-        eps=1e-6,
-        device=device,
-        arch=arch,
-        deterministic=False,
-        max_token_num=max(job["rows"]),
-        workspace_bytes=job["workspace_mb"] << 20,
-        timeout_s=job["timeout_s"],
-    )
-
-
-def _column(here: Any, group: Group, spec: OpSpec, backend: str, job: dict[str, Any]) -> dict[int, float]:
+def _column(framework: Any, group: Group, spec: OpSpec, backend: str, job: dict[str, Any]) -> dict[int, float]:
     """Open, compare with the reference, time. Nothing that is wrong is timed."""
-    module = importlib.import_module(f"fd_fusion.backends.{backend}")
-    if (refusal := module.supports(spec)) is not None:
+    module, refusal = load_backend(backend, [spec])
+    if refusal is not None:
         raise FusionError(refusal)
     with working(group):
-        opened = module.open(spec, group)
+        op = module.open(spec, group)
     try:
-        rows = [t for t in job["rows"] if opened.limit is None or t <= opened.limit]
+        rows = [t for t in job["rows"] if op.limit is None or t <= op.limit]
         for t in [t for t in rows if t <= _CHECKED_ROWS][:3]:
-            error, _ = one_call(here, opened, spec, t)
+            error, _ = one_call(framework, op, spec, t)
             if not error <= 1:
                 raise FusionError(_wrong(backend, t, error))
         times = {}
         for t in rows:
-            x, residual, weight = _tensors(here, spec, t)
-            call = partial(opened.finish, x, residual, weight, spec.eps, 0.0)
-            times[t] = _time(here, spec, call, job["rounds"])
-            opened.check()
+            x, residual, weight = _tensors(framework, spec, t)
+            call = partial(op.finish, x, residual, weight, spec.eps, 0.0)
+            times[t] = _time(framework, spec, call, job["rounds"])
+            op.check()
         return times
     finally:
-        opened.close()
+        op.close()
 
 
 def _wrong(backend: str, rows: int, error: float) -> Reason:
     return because("backend_failed", backend=backend, error=f"wrong numbers at T={rows}: {error:.2f} of the budget")
 
 
-def _tensors(here: Any, spec: OpSpec, rows: int) -> tuple[Any, Any, Any]:
+def _tensors(framework: Any, spec: OpSpec, rows: int) -> tuple[Any, Any, Any]:
     random = np.random.default_rng(rows)
     shapes = ((rows, spec.hidden_size), (rows, spec.hidden_size), (spec.hidden_size,))
-    return tuple(tensor(here, random.standard_normal(shape, np.float32), spec.dtype) for shape in shapes)
+    arrays = [random.standard_normal(shape, np.float32) for shape in shapes]
+    return tuple(tensor(framework, values, spec.dtype, spec.device) for values in arrays)
 
 
-def _time(here: Any, spec: OpSpec, call: Callable[[], Any], rounds: int) -> float:
+def _time(framework: Any, spec: OpSpec, call: Callable[[], Any], rounds: int) -> float:
     """Median time of a call in microseconds: of graph replays on a GPU, of plain calls under the interpreter."""
     if spec.device == "cpu":
         call()
         return statistics.median(_clock_us(call) for _ in range(rounds))
     for _ in range(3):
         call()
-    synchronize = here.device.synchronize if here.__name__ == "paddle" else here.cuda.synchronize
-    synchronize()
-    replay = _graph(here, call)
+    synchronize(framework)
+    replay = _graph(framework, call)
 
     def replays() -> None:
         for _ in range(_REPLAYS):
             replay()
-        synchronize()
+        synchronize(framework)
 
     replays()
     return statistics.median(_clock_us(replays) for _ in range(rounds)) / (_CALLS * _REPLAYS)
@@ -125,17 +112,17 @@ def _clock_us(work: Callable[[], Any]) -> float:
     return 1e6 * (time.perf_counter() - start)
 
 
-def _graph(here: Any, call: Callable[[], Any]) -> Callable[[], Any]:
+def _graph(framework: Any, call: Callable[[], Any]) -> Callable[[], Any]:
     """A CUDA graph of a few calls, one after another. Returns what replays it."""
-    if here.__name__ == "paddle":
+    if framework.__name__ == "paddle":
         graph = importlib.import_module("paddle.device.cuda.graphs").CUDAGraph()
         graph.capture_begin()
         kept = [call() for _ in range(_CALLS)]
         graph.capture_end()
     else:
-        graph = here.cuda.CUDAGraph()
+        graph = framework.cuda.CUDAGraph()
         # Other threads may do as they like meanwhile: NCCL has one that looks at events.
-        with here.cuda.graph(graph, capture_error_mode="thread_local"):
+        with framework.cuda.graph(graph, capture_error_mode="thread_local"):
             kept = [call() for _ in range(_CALLS)]
 
     def replay(_kept: Any = kept) -> None:  # the graph writes into these outputs
@@ -144,13 +131,13 @@ def _graph(here: Any, call: Callable[[], Any]) -> Callable[[], Any]:
     return replay
 
 
-def _unfused(here: Any, spec: OpSpec, job: dict[str, Any]) -> Callable[[int], Any]:
+def _unfused(framework: Any, spec: OpSpec, job: dict[str, Any]) -> Callable[[int], Any]:
     """The rival: the framework's all-reduce, then add and norm. Returns a function of the number of rows."""
-    tensors = {rows: _tensors(here, spec, rows) for rows in job["rows"]}
-    if here.__name__ == "paddle":
+    tensors = {rows: _tensors(framework, spec, rows) for rows in job["rows"]}
+    if framework.__name__ == "paddle":
         reduce, norm = _paddle_ops(spec, job["ports"])
     else:
-        reduce, norm = _torch_ops(here, spec, job["ports"][0])
+        reduce, norm = _torch_ops(framework, spec, job["ports"][0])
 
     def call(rows: int) -> Any:
         x, residual, weight = tensors[rows]
@@ -175,9 +162,9 @@ def _paddle_ops(spec: OpSpec, ports: list[int]) -> tuple[Callable, Callable]:
     )
     dist.init_parallel_env()
     if spec.device == "cpu":
-        from fd_fusion.backends import paddle as plain
+        from fd_fusion.frameworks import paddle_ops
 
-        return plain.all_reduce, lambda x, r, w: plain.rms_norm(x, w, eps=spec.eps, residual=r)
+        return paddle_ops.all_reduce, lambda x, r, w: paddle_ops.rms_norm(x, w, eps=spec.eps, residual=r)
 
     def reduce(x: Any) -> Any:
         dist.stream.all_reduce(x, sync_op=True, use_calc_stream=True)  # on the stream that is captured

@@ -8,11 +8,12 @@ from typing import Any, NoReturn
 
 import paddle
 
-from fd_fusion.backends import paddle as formulas
 from fd_fusion.binding.pairs import Pair
 from fd_fusion.binding.qk_norms import QKNorm
-from fd_fusion.hosts.fastdeploy.pairs import HostPair, dtype_name
-from fd_fusion.layers.finish_op import finish, hand_over, is_eager, run_on_copy
+from fd_fusion.frameworks import paddle_ops
+from fd_fusion.frameworks.tensors import dtype_name
+from fd_fusion.hosts.fastdeploy.pairs import HostPair, norm_dtype
+from fd_fusion.layers.finish_op import finish, hand_over, run_on_copy
 from fd_fusion.site import Site
 
 _ABSENT = object()
@@ -27,10 +28,10 @@ def pair_of(found: HostPair, fd_config: Any) -> Pair:
     stock_norm = norm.forward
     return Pair(
         name=found.name,
-        group=formulas.group_of(tp_group),
+        group=paddle_ops.group_of(tp_group),
         hidden_size=norm.weight.shape[-1],
         dtype=activation_dtype(fd_config),
-        weight_dtype=dtype_name(norm),
+        weight_dtype=norm_dtype(norm),
         eps=norm.eps,
         weight_offset=0.0,  # the host adds Gemma's offset to the weight when it loads it
         reduce=lambda partial: tensor_model_parallel_all_reduce(partial, tp_group),
@@ -82,7 +83,7 @@ def _qk_forward(stock: Callable, kernel: Callable) -> Callable:
     def forward(qkv_out, forward_meta=None, proxy_rmsnorm=None):
         if proxy_rmsnorm is not None:
             return stock(qkv_out, forward_meta, proxy_rmsnorm)
-        return kernel(qkv_out) if is_eager() else run_on_copy(qkv_out, kernel)
+        return kernel(qkv_out) if paddle_ops.is_eager() else run_on_copy(qkv_out, kernel)
 
     forward.__wrapped__ = stock
     return forward
@@ -210,4 +211,4 @@ def _set(layer: Any, attribute: str, value: Any) -> Callable[[], None]:
 
 def activation_dtype(fd_config: Any) -> str:
     """ "bfloat16", of the tensors between the layers; a quantised layer's weight does not tell it."""
-    return str(getattr(fd_config.model_config, "dtype", None) or paddle.get_default_dtype()).rpartition(".")[2]
+    return dtype_name(getattr(fd_config.model_config, "dtype", None) or paddle.get_default_dtype())

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from fd_fusion.frameworks.tensors import dtype_name
 from fd_fusion.hosts.fastdeploy.source import read_block, reads_between_layers
 from fd_fusion.reasons import Reason, because
 from fd_fusion.site import Rejected
@@ -116,7 +117,7 @@ def _stack_reason(stack: Any, dtype: str) -> Reason | None:
     if hasattr(sys.modules.get(type(stack).__module__), "split_batch_decoder_layers"):
         return because("two_batch_overlap", model=type(stack).__name__)
     # A norm computes in the dtype of its weight, and the first one gives its cast input on as the residual.
-    first = dtype_name(getattr(stack.layers[0], "input_layernorm", None))
+    first = norm_dtype(getattr(stack.layers[0], "input_layernorm", None))
     if first not in (None, dtype):
         return because("wide_residual", got=first, dtype=dtype)
     line = reads_between_layers(type(stack).forward)
@@ -186,10 +187,10 @@ def _norm_reason(norm: Any) -> Reason | None:
     return None
 
 
-def dtype_name(norm: Any) -> str | None:
+def norm_dtype(norm: Any) -> str | None:
     """ "bfloat16", of a norm's weight."""
     weight = getattr(norm, "weight", None)
-    return None if weight is None else str(weight.dtype).rpartition(".")[2]
+    return None if weight is None else dtype_name(weight)
 
 
 def _follow(layer: Any, path: str) -> Any:

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fd_fusion.config import ENV_CONFIG, ENV_DISABLE, Resolved, resolve
-from fd_fusion.hosts.fastdeploy import worker as worker
+from fd_fusion.hosts.fastdeploy import worker
 from fd_fusion.hosts.fastdeploy.log import log_to_host, logger, say_off, unreadable
 from fd_fusion.reasons import BindError, Reason, because
 
@@ -97,7 +97,7 @@ def _after_load(model: Any, fd_config: Any) -> None:
     if resolved.config is None:
         return _off(model, resolved, resolved.reason)
     try:
-        from fd_fusion.hosts.fastdeploy import pairs as pairs
+        from fd_fusion.hosts.fastdeploy import pairs
 
         reason = pairs.whole_model_reason(model, fd_config) or worker.patch()
         if not reason:
@@ -133,7 +133,8 @@ def _bind_in_first_forward(model: Any, fd_config: Any, resolved: Resolved) -> No
     outputs.
     """
     from fd_fusion.binding.outputs import NOT_COMPARED
-    from fd_fusion.hosts.fastdeploy.adapters import is_eager, without_upstream_fusion
+    from fd_fusion.frameworks.paddle_ops import is_eager
+    from fd_fusion.hosts.fastdeploy.adapters import without_upstream_fusion
     from fd_fusion.hosts.fastdeploy.pairs import has_state
 
     stateful = has_state(model)
@@ -162,10 +163,10 @@ def _bind_in_first_forward(model: Any, fd_config: Any, resolved: Resolved) -> No
 
 def _bind(model: Any, fd_config: Any, resolved: Resolved, example_of: Callable) -> None:
     """Collective. Raises: BindError: strict, or a named backend, and something failed; on all ranks."""
-    from fd_fusion.backends.paddle import group_of
     from fd_fusion.binding.bind import bind
     from fd_fusion.binding.pairs import Pair
-    from fd_fusion.hosts.fastdeploy import adapters as adapters
+    from fd_fusion.frameworks.paddle_ops import group_of
+    from fd_fusion.hosts.fastdeploy import adapters
     from fd_fusion.hosts.fastdeploy.pairs import find_pairs
 
     pairs, qk_norms, refusal = [], [], None

@@ -24,13 +24,14 @@ from typing import Any
 from fd_fusion.comm import sentinel, watcher
 from fd_fusion.comm.group import Group
 from fd_fusion.comm.presence import Meeting, open_presence
+from fd_fusion.frameworks.tensors import paddle_or_torch, synchronize
 from fd_fusion.hosts.fastdeploy.log import log_file
 from fd_fusion.reasons import FusionError, Reason, because
 
 logger = logging.getLogger("fd_fusion")
 # From the sentence to the end of the process: in this time the host may end by itself, with a traceback.
 GRACE_S = 2.0
-_READER = "fd_fusion.backends.triton:read_error"
+_READER = "fd_fusion.backends.triton_setup:read_error"
 
 _RUNNER = "fastdeploy.worker.gpu_model_runner"
 _WORKER = "fastdeploy.worker.gpu_worker"
@@ -152,7 +153,7 @@ def _checked_once_done(stock: Callable, pooled_alone: bool) -> Callable:
         if pooled_alone and not _is_pooled(args[0] if args else kwargs.get("sampler_or_pooler_output")):
             return stock(*args, **kwargs)
         if lifecycle.held():
-            _wait_for_device()
+            synchronize(paddle_or_torch())
         return checked(*args, **kwargs)
 
     return publish
@@ -202,10 +203,3 @@ def _eagerly(run: Callable[[], Any]) -> None:
         run()
     else:
         profile_run_guard(True)(run)()
-
-
-def _wait_for_device() -> None:
-    import paddle
-
-    if paddle.is_compiled_with_cuda():
-        paddle.device.synchronize()

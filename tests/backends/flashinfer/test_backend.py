@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fd_fusion.backends.flashinfer import backend as flashinfer
-from fd_fusion.backends.flashinfer import loader as runtime_flashinfer
+from fd_fusion.backends.flashinfer import loader
 from fd_fusion.backends.flashinfer.watchdog import ControlReader, Watchdog
 from fd_fusion.backends.flashinfer.workspace import Layout, rows_that_fit
 from fd_fusion.comm.watcher import EXIT_STATUS
@@ -25,8 +25,8 @@ def installed(monkeypatch):
     """Pretend that a version is installed and compiled. Call it with another one to change it."""
 
     def install(version, compiled=True):
-        monkeypatch.setattr(runtime_flashinfer, "installed_version", lambda: version)
-        monkeypatch.setattr(runtime_flashinfer, "compiled_module", lambda _: Path("so") if compiled else None)
+        monkeypatch.setattr(loader, "installed_version", lambda: version)
+        monkeypatch.setattr(loader, "compiled_module", lambda _: Path("so") if compiled else None)
 
     install("0.7.2.post1")
     return install
@@ -39,7 +39,12 @@ def installed(monkeypatch):
         ({"deterministic": True}, "0.7.2", "deterministic", "the flashinfer backend is not batch invariant"),
         ({"size": 3}, "0.7.2", "world_size", "3 ranks; this backend takes 2, 4, 8, 16"),
         ({"dtype": "float64"}, "0.7.2", "dtype", "float64"),
-        ({"weight_dtype": "float32"}, "0.7.2", "flashinfer_weight_dtype", "weight as bfloat16, and it is float32"),
+        (
+            {"weight_dtypes": ("float32",)},
+            "0.7.2",
+            "flashinfer_weight_dtype",
+            "as bfloat16, and it is float32",
+        ),
         ({"hidden_size": 4100}, "0.7.2", "hidden_size", "4100 is not a multiple of 8"),
         ({"hidden_size": 8200}, "0.7.2", "hidden_size", None),
         ({}, None, "flashinfer_missing", "not installed"),
@@ -69,7 +74,7 @@ def test_why_not(installed, changed, version, code, text):
         ({"arch": 120}, "0.6.17"),
         ({"hidden_size": 2880}, "0.6.15"),
         ({"weight_offset": 1.0}, "0.6.12"),
-        ({"dtype": "float32", "weight_dtype": "float32"}, "0.7.2"),
+        ({"dtype": "float32"}, "0.7.2"),
     ],
 )
 def test_why_yes(installed, changed, version):
@@ -114,9 +119,9 @@ def test_the_layout_of_the_workspace():
     assert all(address % 16 == 0 for address in layout.pointers(memory))
 
 
-def opened(version="0.7.2", **changed):
-    """An `Opened` that is only asked, never called."""
-    one = object.__new__(flashinfer.Opened)
+def op(version="0.7.2", **changed):
+    """A `FlashInferOp` that is only asked, never called."""
+    one = object.__new__(flashinfer.FlashInferOp)
     one._spec, one._adds_bias, one.limit = spec(**changed), version >= "0.6.12", 16
     one._library = type("Library", (), {"version": version})
     one._two_shot = version >= "0.7.2"
@@ -125,10 +130,10 @@ def opened(version="0.7.2", **changed):
 
 def test_two_shot_only_where_it_is_sound_and_pays():
     big = 1 << 20
-    assert all(opened("0.6.17", size=4).one_shot(rows) for rows in (1, 5, big))
-    new = opened(size=4, hidden_size=8192)
+    assert all(op("0.6.17", size=4).one_shot(rows) for rows in (1, 5, big))
+    new = op(size=4, hidden_size=8192)
     assert new.one_shot(1) and new.one_shot(512) and not new.one_shot(513)
-    assert opened(size=4, hidden_size=1 << 27).one_shot(4), "two-shot wants more rows than ranks"
+    assert op(size=4, hidden_size=1 << 27).one_shot(4), "two-shot wants more rows than ranks"
 
 
 class Tensor:
@@ -158,10 +163,10 @@ GOOD = {"partial": Tensor(4, 4096), "residual": Tensor(4, 4096), "weight": Tenso
 )
 def test_what_the_kernel_would_misread_is_an_error_before_the_launch(changed, offset, text):
     with pytest.raises(ValueError, match=text):
-        opened()._require(**{**GOOD, **changed}, weight_offset=offset)
-    opened()._require(**GOOD, weight_offset=1.0)
+        op()._require(**{**GOOD, **changed}, weight_offset=offset)
+    op()._require(**GOOD, weight_offset=1.0)
     with pytest.raises(ValueError, match="it adds none"):
-        opened("0.4.1")._require(**GOOD, weight_offset=1.0)
+        op("0.4.1")._require(**GOOD, weight_offset=1.0)
 
 
 def watch(code):

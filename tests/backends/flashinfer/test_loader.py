@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[3]
 HOST = """
     import builtins, sys, threading, time
     import paddle
-    from fd_fusion.backends.flashinfer import loader as runtime
+    from fd_fusion.backends.flashinfer import loader
     from fd_fusion.reasons import FusionError
 
     seen, stop = [], threading.Event()
@@ -52,7 +52,7 @@ HOST = """
 
     def load():
         try:
-            return runtime.load()
+            return loader.load()
         except FusionError as error:
             return error.reason
 """
@@ -74,7 +74,7 @@ def run(code, *paths, then=""):
 
 
 BOUND = """
-    assert isinstance(library, runtime.FlashInfer), library
+    assert isinstance(library, loader.FlashInfer), library
     import flashinfer
     assert library.function is flashinfer.comm.trtllm_allreduce_fusion
     assert flashinfer.utils.torch.Tensor is paddle.Tensor
@@ -162,7 +162,7 @@ def test_an_import_that_fails_is_a_reason_and_leaves_nothing(tmp_path):
             OSError("libcudart.so.13"),
             RuntimeError("no CUDA"),
         ):
-            builtins.ERROR, runtime._state = error, None
+            builtins.ERROR, loader._state = error, None
             reason = load()
             assert reason.code == "flashinfer_import", reason
             assert str(reason).endswith(f"does not import under paddle: {type(error).__name__}: {error}"), reason

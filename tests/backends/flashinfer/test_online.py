@@ -85,10 +85,10 @@ def test_the_import_under_paddle_is_as_the_readme_says(installed, tmp_path):
     assert done.returncode == 0, done.stderr
     code = """if True:
         import paddle
-        from fd_fusion.backends.flashinfer import loader as runtime_flashinfer
+        from fd_fusion.backends.flashinfer import loader
         from fd_fusion.reasons import FusionError
         try:
-            print("imported", runtime_flashinfer.load().version)
+            print("imported", loader.load().version)
         except FusionError as error:
             print(error.reason)
     """

@@ -204,7 +204,7 @@ def test_a_build_for_cpus_among_gpus(on_path, monkeypatch):
 
 def test_without_triton_nothing_fuses_on_a_cpu(monkeypatch):
     monkeypatch.setattr(doctor_child.importlib.util, "find_spec", lambda name: None)
-    found = of(list(doctor_child._backends(doctor_child.facts_for(2, "cpu", None))), "any")
+    found = of(list(doctor_child._backends(doctor_child.spec_for(2, "cpu", None))), "any")
     assert found.state == "off" and found.remedy == 'pip install "triton>=3.3"'
 
 

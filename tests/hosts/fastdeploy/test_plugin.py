@@ -292,7 +292,7 @@ def test_what_a_pooling_model_gives_waits_for_the_device(monkeypatch, host_worke
     order = []
     monkeypatch.setattr(lifecycle, "held", lambda: ("a workspace",))
     monkeypatch.setattr(binding, "check", lambda: order.append("check"))
-    monkeypatch.setattr(worker, "_wait_for_device", lambda: order.append("wait"))
+    monkeypatch.setattr(worker, "synchronize", lambda framework: order.append("wait"))
     monkeypatch.setattr(host_worker.runner, "_publish", lambda rank, tokens: order.append("publish"))
     assert worker.patch() is None
     host_worker.runner.post_process([1], {"rank": 0}, skip_save_output=True)
@@ -485,7 +485,7 @@ def test_the_q_and_k_norm_takes_a_kernel_in_every_call_form():
     from fastdeploy.config import FDConfig, ModelConfig, ParallelConfig
     from fastdeploy.model_executor.layers.normalization import QKRMSNorm
 
-    from fd_fusion.backends import paddle as formulas
+    from fd_fusion.frameworks import paddle_ops
     from fd_fusion.hosts.fastdeploy.adapters import qk_norms_of
 
     paddle.seed(0)
@@ -507,7 +507,7 @@ def test_the_q_and_k_norm_takes_a_kernel_in_every_call_form():
         q_weight, k_weight = norm.weights()
         for start, heads, weight in ((0, 2, q_weight), (16, 1, k_weight)):
             part = qkv[:, start : start + 8 * heads].reshape([-1, heads, 8])
-            out, _ = formulas.rms_norm(part, weight, eps=norm.eps)
+            out, _ = paddle_ops.rms_norm(part, weight, eps=norm.eps)
             qkv[:, start : start + 8 * heads] = out.reshape([-1, 8 * heads])
         calls.append(len(qkv))
         return qkv

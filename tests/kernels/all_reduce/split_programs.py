@@ -19,7 +19,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 import numpy as np
 from triton.runtime import interpreter
 
-from fd_fusion.frameworks import triton_launch as runtime_triton
+from fd_fusion.frameworks import triton_launch
 from fd_fusion.kernels.all_reduce import plan as plans
 from tests.kernels.all_reduce.kernel_rank import fill, inputs
 
@@ -105,7 +105,7 @@ def wait(processes):
 
 
 def main(folder):
-    kernel, forks = runtime_triton.load_kernel("all_reduce.kernel", "all_reduce_rms_norm"), get_context("fork")
+    kernel, forks = triton_launch.load_kernel("all_reduce.kernel", "all_reduce_rms_norm"), get_context("fork")
     results = {}
     for number, case in enumerate(json.loads((folder / "cases.json").read_text())):
         processes, ranks = start(kernel, case, forks)

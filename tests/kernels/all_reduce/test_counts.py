@@ -33,7 +33,7 @@ def test_it_does_not_matter_when_it_is_looked_at():
             device[number], done[number] = device[number] + grown, done[number] + grown
         if rng.random() < 0.4:
             assert seen(counts, *device) == done
-        if rng.random() < 0.1:  # as `Opened.reset` does
+        if rng.random() < 0.1:  # as `TritonOp.reset` does
             seen(counts, *device)
             counts.pause()
             device = [0, 0, 0]

@@ -1,0 +1,94 @@
+"""What the triton backend fixes before its workspace is open: whether it can run, the plan, kernels and memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+
+from fd_fusion.comm.workspace import Layout
+from fd_fusion.frameworks import triton_launch
+from fd_fusion.kernels.all_reduce import plan as plans
+from fd_fusion.reasons import Reason, because
+from fd_fusion.reference import DTYPE_BYTES
+from fd_fusion.spec import OpSpec
+from fd_fusion.tuning.limits import NEVER
+
+ANY_ADDRESS = 1 << 40  # what a kernel is compiled for: an int64; nothing is specialized on its value
+
+
+def supports(spec: OpSpec) -> Reason | None:
+    """Return why this rank cannot run the kernel, or None. Imports nothing and allocates nothing."""
+    if importlib.util.find_spec("triton") is None:
+        return because("no_triton", detail="it is not installed")
+    if spec.size not in plans.SIZES:
+        return because("world_size", got=spec.size, allowed=f"{plans.SIZES[0]} to {plans.SIZES[-1]}")
+    for dtype in (spec.dtype, *spec.weight_dtypes):
+        if dtype not in DTYPE_BYTES:
+            return because("dtype", got=dtype, allowed=", ".join(DTYPE_BYTES))
+    if spec.hidden_size * DTYPE_BYTES[spec.dtype] % 16:
+        return because("hidden_size", got=spec.hidden_size, need="a whole number of 16-byte units")
+    if not plans.SMALLEST <= spec.eps < float("inf"):
+        return because("eps", got=spec.eps)
+    if spec.device == "gpu" and (spec.arch or 0) < 80:
+        return because("old_gpu", got=spec.arch, need=80)
+    plan = plan_of(spec)
+    if (need := plans.total_bytes(plan, 1)) > spec.workspace_bytes:
+        return because("workspace_small", need=need, got=spec.workspace_bytes)
+    return None
+
+
+def plan_of(spec: OpSpec) -> plans.Plan:
+    """Return the kernel's plan, with the tuning table's limit of one-shot where there is one."""
+    plan = plans.plan_for(spec.size, spec.hidden_size, spec.dtype, interpreted=spec.device == "cpu")
+    if spec.two_shot_rows is None:
+        return plan
+    return dataclasses.replace(plan, two_shot_rows=None if spec.two_shot_rows == NEVER else spec.two_shot_rows)
+
+
+def compile_kernels(spec: OpSpec, plan: plans.Plan) -> dict[tuple[str, bool, bool], triton_launch.Loaded]:
+    """Compile every kernel that a call may need, by (weight dtype, two-shot, without residual): none compiles later.
+
+    No kernel is specialized on the value of an argument, so that each is right for all calls.
+    """
+    kernel = triton_launch.load_kernel("all_reduce.kernel", "all_reduce_rms_norm")
+    like = (*(ANY_ADDRESS,) * 7, 2, 0, 0, 1e-5, 0.0)
+    pdl = spec.device == "gpu" and triton_launch.uses_pdl()
+    return {
+        (name, two_shot, bare): triton_launch.prepare(
+            kernel,
+            like,
+            plans.constants(plan, weight_dtype=name, has_residual=not bare, two_shot=two_shot, pdl=pdl),
+            spec.device,
+        )
+        for name in spec.weight_dtypes
+        for two_shot in {False, plan.two_shot_rows is not None or spec.device == "cpu"}
+        for bare in (False, True)
+    }
+
+
+def layout_of(plan: plans.Plan, slots: int) -> Layout:
+    """Return the memory of a workspace: what is symmetric, what is local, and how the error page is read."""
+    return Layout(
+        control_bytes=plans.CONTROL_BYTES,
+        symmetric_bytes=plans.symmetric_bytes(plan, slots),
+        fill=plans.SLOT_FILL,
+        local_bytes=plans.local_bytes(plan, slots),
+        local_words=lambda limit, page, addresses: plans.local_words(
+            plan, slots, limit=limit, error_page=page, addresses=addresses
+        ),
+        page_bytes=plans.ERROR_PAGE_BYTES,
+        read_error=read_error,
+    )
+
+
+def read_error(words: list[int]) -> Reason | None:
+    """Return the reason that the words of an error page give, or None for a page without an error."""
+    error = plans.read_error_page(words)
+    if error is None:
+        return None
+    where = {name: error[name] for name in ("op", "row", "launch")}
+    if error["code"] == plans.TWO_STREAMS:
+        return because("two_streams", **where)
+    if error["code"] == plans.TOLD:
+        return because("aborted")
+    return because("dead_group", **where, missing=", ".join(map(str, error["missing"])) or "unknown")

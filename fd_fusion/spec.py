@@ -1,0 +1,91 @@
+"""What a backend must bring: the description of an op that it gets, and the protocols of its module and of its op."""
+
+from __future__ import annotations
+
+from dataclasses import KW_ONLY, dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from fd_fusion.config import FusionConfig
+from fd_fusion.reasons import Reason
+
+if TYPE_CHECKING:
+    from fd_fusion.comm.group import Group
+
+
+@dataclass(frozen=True)
+class OpSpec:
+    """The fused op of one workspace: its group, its shape and its limits. Equal on all ranks, except `rank`."""
+
+    rank: int
+    size: int  # N
+    hidden_size: int  # H
+    dtype: str  # of the partial sum and the residual: "float32", "bfloat16" or "float16"
+    _: KW_ONLY
+    weight_dtypes: tuple[str, ...] = ()  # of all pairs of the workspace, each once and sorted; () for `dtype` alone
+    weight_offset: float = 0.0
+    eps: float = 1e-6
+    device: str = "cpu"  # or "gpu"
+    arch: int | None = None  # 90 for sm_90, None on a CPU
+    deterministic: bool = False
+    max_token_num: int | None = None
+    workspace_bytes: int = FusionConfig.workspace_mb << 20
+    timeout_s: float = FusionConfig.timeout_s
+    tuned_rows: int | None = None  # the tuning table's limit for the backend that is asked, if it has one
+    two_shot_rows: int | None = None  # the tuning table's, NEVER for never; None leaves it to the backend
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "weight_dtypes", tuple(sorted({*self.weight_dtypes} or {self.dtype})))
+
+
+class Backend(Protocol):
+    """A module of `backends/`. The one that a config names is imported, and nothing else of it is used."""
+
+    def supports(self, spec: OpSpec) -> Reason | None:
+        """Return why this rank cannot run `spec`, or None. Local: allocates and compiles nothing."""
+
+    def open(self, spec: OpSpec, group: Group) -> FusedOp:
+        """Collective: compile, allocate, and call once on numbers with a known answer.
+
+        Raises: FusionError: on all ranks alike, with the reason of the first rank that refused.
+        """
+
+
+class FusedOp(Protocol):
+    """All-reduce, residual and RMSNorm as one operation, over a workspace that is open on all ranks of a group."""
+
+    @property
+    def limit(self) -> int | None:
+        """The most rows T of a call; None for any number."""
+
+    @property
+    def in_rank_order(self) -> bool:
+        """Whether `residual_out` is the contract's sum, bit for bit."""
+
+    @property
+    def error_page(self) -> int | None:
+        """The file descriptor of the page that a kernel writes its errors to, if there is one."""
+
+    @property
+    def bytes(self) -> int:
+        """The size of the workspace."""
+
+    def finish(self, partial: Any, residual: Any, weight: Any, eps: float, weight_offset: float) -> tuple[Any, Any]:
+        """Compute `reference.all_reduce_rms_norm`: [T, H], [T, H] or None, [H] -> (norm_out, residual_out), [T, H].
+
+        Raises: ValueError: another shape or dtype than the op was opened for, before anything is launched.
+        """
+
+    def check(self) -> None:
+        """Raise FusionTimeout if a call ran out of time, on this rank or on another one."""
+
+    def freeze(self) -> None:
+        """End the warm-up: from now on nothing is allocated but the outputs, and a call waits `timeout_s` at most."""
+
+    def reset(self) -> None:
+        """Collective: make the op usable again after a FusionTimeout, on all ranks or on none. Raises FusionError."""
+
+    def stats(self) -> dict[str, Any]:
+        """Return what the report shows: settings, and counts of the device. May be called after `close`."""
+
+    def close(self) -> None:
+        """Free the workspace, in bounded time. May be repeated; a later call of the op raises `closed`."""
