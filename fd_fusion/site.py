@@ -99,7 +99,7 @@ class Site:
         reduce: partial -> its sum over the group: the host's own all-reduce.
         norm: (sum, residual or None) -> (norm_out, residual_out): the host's own norm.
         limit: the most rows that are fused; None means any number.
-        user: who runs now, for example (thread, stream); two users at once are an error.
+        caller: () -> who calls now, (thread, stream) for example; two callers at once are an error.
         hooks: the hooks of the layers at both ends that would read a partial sum; empty ones cost nothing.
         forwards: of the model, shared by its Sites; without it a forward that raised costs the next one an error.
     """
@@ -112,7 +112,7 @@ class Site:
         reduce: Callable[[Tensor], Tensor],
         norm: Norm,
         limit: int | None,
-        user: Callable[[], Hashable] = threading.get_ident,
+        caller: Callable[[], Hashable] = threading.get_ident,
         hooks: tuple[Sized, ...] = (),
         forwards: ForwardCount | None = None,
     ):
@@ -125,11 +125,11 @@ class Site:
         self.refuses_gradients = True  # off where the host only infers, whether it records gradients or not
         self.handed = 0  # partial sums handed over since the proving pass began
         self.whole: Tensor | None = None  # in the proving pass, the host's own sum where it adds in another order
-        self._fused, self._reduce, self._norm, self._user, self._hooks = fused, reduce, norm, user, hooks
+        self._fused, self._reduce, self._norm, self._caller, self._hooks = fused, reduce, norm, caller, hooks
         self._proven = False
         self._prover: Prover | None = None
         self._forwards = forwards or ForwardCount()
-        # (the tensor, its user, the number of the forward, its in-place version, what the proving pass finishes)
+        # (the tensor, its caller, the number of the forward, its in-place version, what the proving pass finishes)
         self._pending: tuple[Tensor, Hashable, int, int, Tensor] | None = None
 
     @property
@@ -164,21 +164,21 @@ class Site:
             return partial
         if not self.checked and self._prover is None:
             return partial
-        user, pending, forward = self._user(), self._pending, self._forwards.number
+        caller, pending, forward = self._caller(), self._pending, self._forwards.number
         if pending is not None and pending[2] == forward:
-            if pending[1] != user:
-                self._wrong("two_users", first=str(pending[1]), second=str(user))
+            if pending[1] != caller:
+                self._wrong("two_callers", first=str(pending[1]), second=str(caller))
             self._pending = None
             self._wrong("double_hand_over")
         kept = partial if self._prover is None else self._prover.keep(self, partial)
-        self._pending = (partial, user, forward, getattr(partial, "inplace_version", 0), kept)
+        self._pending = (partial, caller, forward, getattr(partial, "inplace_version", 0), kept)
         self.handed += 1
         return partial
 
     def finish(self, partial: Tensor, residual: Tensor | None, norm: Norm | None = None) -> Finished:
         """The norm's end, eager: check that this is what was handed over, then `complete` it.
 
-        Raises: HandOverError: nothing, or another tensor, was handed over, or by another user, or it was changed in
+        Raises: HandOverError: nothing, or another tensor, was handed over, or by another caller, or it was changed in
             place since.
         """
         return self.complete(self._take(partial), residual, norm)
@@ -196,8 +196,8 @@ class Site:
             self._wrong("nothing_handed_over")
             return partial
         tensor, first, _, version, kept = pending
-        if first != (second := self._user()):  # before the tensor, which is another one if two forwards run at once
-            self._wrong("two_users", first=str(first), second=str(second))
+        if first != (second := self._caller()):  # before the tensor, which is another one if two forwards run at once
+            self._wrong("two_callers", first=str(first), second=str(second))
         elif tensor is not partial:
             self._wrong("other_tensor")
         elif getattr(partial, "inplace_version", 0) != version:
@@ -262,7 +262,7 @@ class Site:
         """Every later use raises `closed`, from a layer that was kept or a graph that was traced."""
         self.end_proof(False)
         self._fused = self._reduce = self._norm = closed
-        self._user = self._wrong = closed  # whoever kept `hand_over` or `finish` comes to one of these
+        self._caller = self._wrong = closed  # whoever kept `hand_over` or `finish` comes to one of these
         for entry in ("hand_over", "finish", "finish_stock", "complete", "stock", "fused"):
             setattr(self, entry, closed)
 

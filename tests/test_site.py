@@ -169,17 +169,17 @@ def test_two_threads_on_a_site_are_an_error():
     thread = threading.Thread(target=other)
     thread.start()
     thread.join()
-    assert errors == ["two_users", "two_users"]
+    assert errors == ["two_callers", "two_callers"]
 
 
 def test_two_streams_on_a_site_are_an_error():
     stream = [1]
-    site, _ = make(user=lambda: stream[0])
+    site, _ = make(caller=lambda: stream[0])
     partial = site.hand_over(Fake(1, 8))
     stream[0] = 2
     with pytest.raises(HandOverError) as error:
         site.finish(partial, None)
-    assert error.value.reason.code == "two_users"
+    assert error.value.reason.code == "two_callers"
 
 
 def test_a_norm_given_with_the_call_takes_the_place_of_the_bound_one():
@@ -256,17 +256,17 @@ def test_a_forward_that_raised_costs_the_next_one_nothing():
 
 def test_two_forwards_at_once_are_an_error_of_one_of_them():
     forwards = ForwardCount()
-    user = [1]
-    site, _ = make(forwards=forwards, user=lambda: user[0])
+    caller = [1]
+    site, _ = make(forwards=forwards, caller=lambda: caller[0])
     forwards.start()
     first = site.hand_over(Fake(1, 8))
     forwards.start()
-    user[0] = 2
+    caller[0] = 2
     site.hand_over(Fake(1, 8))
-    user[0] = 1
+    caller[0] = 1
     with pytest.raises(HandOverError) as error:
         site.finish(first, None)
-    assert error.value.reason.code == "two_users"
+    assert error.value.reason.code == "two_callers"
 
 
 def test_what_is_to_be_done_at_the_second_forward_is_done_once_and_waits_until_it_may():

@@ -303,6 +303,6 @@ def _site_of(pair: Pair, opening: Opening, forwards: ForwardCount) -> Site:
         norm_out, residual_out = run(partial.reshape(flat), residual, weight(), *numbers())
         return norm_out.reshape(shape), residual_out.reshape(shape)
 
-    limit, user = opening.opened.limit, runtime.how_to_tell_users()
+    limit, caller = opening.opened.limit, runtime.caller_function()
     ends = {"reduce": pair.reduce, "norm": pair.norm, "hooks": pair.hooks}
-    return Site(pair.name, fused=fused, **ends, limit=limit, user=user, forwards=forwards)
+    return Site(pair.name, fused=fused, **ends, limit=limit, caller=caller, forwards=forwards)

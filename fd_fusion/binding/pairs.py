@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fd_fusion.binding.attributes import follow
 from fd_fusion.comm.group import Group
 from fd_fusion.reasons import because
 from fd_fusion.site import Rejected, Site
@@ -129,12 +130,3 @@ def _add(links: list[Link], here: str, layer: Any, producers: tuple[str, ...], n
         if producer is not None and norm is not None:
             links.append(Link(f"{here}{path} -> {norm_path}", producer, norm))
             return
-
-
-def follow(start: Any, path: str) -> Any:
-    """The attribute at a dotted path, or None where the path ends early."""
-    for name in path.split("."):
-        start = getattr(start, name, None)
-        if start is None:
-            return None
-    return start

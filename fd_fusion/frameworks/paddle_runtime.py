@@ -1,4 +1,4 @@
-"""What the frameworks give us, behind plain functions: Paddle's store, its device, its present user.
+"""What the frameworks give us, behind plain functions: Paddle's store, its device, its present caller.
 
 Nothing here is imported before it is used: `import fd_fusion` must load neither Paddle nor Triton.
 """
@@ -102,8 +102,8 @@ def _connect(host: str, port: int, world_size: int) -> TcpStore:
     return TcpStore(host, port, world_size, 30)
 
 
-def how_to_tell_users() -> Callable[[], Hashable]:
-    """A function that says who runs now: the thread, and on a GPU its stream. Made once, since it is called twice a
+def caller_function() -> Callable[[], Hashable]:
+    """A function that says who calls now: the thread, and on a GPU its stream. Made once, since it is called twice a
     pair in every eager forward."""
     if device_of()[0] == "cpu":
         return threading.get_ident

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 from fd_fusion.backends import paddle as formulas
+from fd_fusion.binding.attributes import set_attribute, undo_in_turn
 from fd_fusion.binding.pairs import Link, Pair, find_links
 from fd_fusion.binding.qk_norms import QKNorm
 from fd_fusion.layers.qk_rms_norm import QKRMSNorm
@@ -72,16 +74,8 @@ def _partial_dtype(producer: Any) -> str:
 
 def _attach(link: Link, site: Site) -> Callable[[], None]:
     """Give both ends the same Site, as a plain attribute of the instance. Returns the undo."""
-    ends = (link.producer, link.norm)
-    for end in ends:
-        end.__dict__["site"] = site
-
-    def detach() -> None:
-        for end in ends:
-            if end.__dict__.get("site") is site:
-                del end.__dict__["site"]
-
-    return detach
+    undo = [set_attribute(end, "site", site) for end in (link.producer, link.norm)]
+    return functools.partial(undo_in_turn, undo)
 
 
 def find_qk_norms(model: Any) -> list[QKNorm]:
@@ -91,10 +85,6 @@ def find_qk_norms(model: Any) -> list[QKNorm]:
 
 
 def _qk_norm(name: str, layer: QKRMSNorm) -> QKNorm:
-    def attach(kernel: Callable[[Any], Any]) -> Callable[[], None]:
-        layer.__dict__["kernel"] = kernel
-        return lambda: layer.__dict__.pop("kernel", None)
-
     return QKNorm(
         name=name,
         q_heads=layer.q_heads,
@@ -105,6 +95,6 @@ def _qk_norm(name: str, layer: QKRMSNorm) -> QKNorm:
         weight_offset=layer.q_norm.weight_offset,
         weights=lambda: (layer.q_norm.weight, layer.k_norm.weight),
         stock=layer.stock_forward,
-        attach=attach,
+        attach=lambda kernel: set_attribute(layer, "kernel", kernel),
         numbers=lambda: (layer.eps, layer.q_norm.weight_offset),
     )

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 import paddle
 
 from fd_fusion.backends import paddle as formulas
+from fd_fusion.binding.attributes import set_attribute, undo_in_turn
 from fd_fusion.binding.pairs import Pair
 from fd_fusion.binding.qk_norms import QKNorm
 from fd_fusion.hosts.fastdeploy.pairs import HostPair, dtype_name
 from fd_fusion.layers.finish_op import finish, hand_over, is_eager, run_on_copy
 from fd_fusion.site import Site
 
-_ABSENT = object()
 _UPSTREAM = "enable_all_reduce_fusion"  # the attribute by which a layer of the host takes part in the host's fusion
 
 
@@ -96,31 +97,22 @@ def _attach(found: HostPair, site: Site) -> Callable[[], None]:
     """
     site.refuses_gradients = False  # the worker runs under no_grad; a host that does not reads no gradient either
     on = [(switch.layer, switch.attribute, getattr(switch.layer, switch.attribute)) for switch in found.switches]
-    undo = [_set(switch.layer, switch.attribute, switch.off) for switch in found.switches]
+    undo = [set_attribute(switch.layer, switch.attribute, switch.off) for switch in found.switches]
     for layer in {
         id(part): part for part in (found.producer, found.norm, *(s.layer for s in found.switches))
     }.values():
         if getattr(layer, _UPSTREAM, False):
-            undo.append(_set(layer, _UPSTREAM, False))
+            undo.append(set_attribute(layer, _UPSTREAM, False))
     stock = found.producer.forward
     once = _producer_forward(stock, site) if len(on) < 2 else _regrouping_forward(stock, site, on)
     undo.append(_set_forward(found.producer, once))
     undo.append(_set_forward(found.norm, _norm_forward(found.norm.forward, site)))
-    return _all(undo)
-
-
-def _all(undo: list[Callable[[], None]]) -> Callable[[], None]:
-    """All of them as one, the last first."""
-
-    def run() -> None:
-        while undo:
-            undo.pop()()
-
-    return run
+    return functools.partial(undo_in_turn, undo)
 
 
 def _set_forward(layer: Any, forward: Callable) -> Callable[[], None]:
-    return _all([_set(layer, "forward", forward), _set(layer, "_fd_fusion_bound", _NoCopy())])
+    undo = [set_attribute(layer, "forward", forward), set_attribute(layer, "_fd_fusion_bound", _NoCopy())]
+    return functools.partial(undo_in_turn, undo)
 
 
 class _NoCopy:
@@ -138,12 +130,11 @@ def without_upstream_fusion(model: Any) -> Iterator[None]:
     that was reduced before: neither is what our results are to be compared with.
     """
     layers = model.sublayers(include_self=True)
-    undo = [_set(part, _UPSTREAM, False) for part in layers if getattr(part, _UPSTREAM, False)]
+    undo = [set_attribute(part, _UPSTREAM, False) for part in layers if getattr(part, _UPSTREAM, False)]
     try:
         yield
     finally:
-        for one in undo:
-            one()
+        undo_in_turn(undo)
 
 
 def _producer_forward(stock: Callable, site: Site) -> Callable:
@@ -170,11 +161,11 @@ def _regrouping_forward(stock: Callable, site: Site, on: list[tuple[Any, str, An
 
 
 def _with_own_reductions(stock: Callable, on: list[tuple[Any, str, Any]], args: tuple, kwargs: dict) -> Any:
-    undo = [_set(layer, attribute, value) for layer, attribute, value in on]
+    undo = [set_attribute(layer, attribute, value) for layer, attribute, value in on]
     try:
         return stock(*args, **kwargs)
     finally:
-        _all(undo)()
+        undo_in_turn(undo)
 
 
 def _norm_forward(stock: Callable, site: Site) -> Callable:
@@ -192,20 +183,6 @@ def _norm_forward(stock: Callable, site: Site) -> Callable:
 def _finish_by_proxy(site: Site, stock: Callable, x, residual, forward_meta, proxy_rmsnorm):
     """The host's all-reduce, then its own forward with the norm that it asked for. (SOT wants no closure above.)"""
     return site.finish_stock(x, residual, lambda total, r: stock(total, r, forward_meta, proxy_rmsnorm))
-
-
-def _set(layer: Any, attribute: str, value: Any) -> Callable[[], None]:
-    """Set an attribute of one instance. Returns the undo, which leaves no trace."""
-    before = layer.__dict__.get(attribute, _ABSENT)
-    layer.__dict__[attribute] = value
-
-    def undo() -> None:
-        if before is _ABSENT:
-            del layer.__dict__[attribute]
-        else:
-            layer.__dict__[attribute] = before
-
-    return undo
 
 
 def activation_dtype(fd_config: Any) -> str:
