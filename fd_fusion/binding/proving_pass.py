@@ -164,8 +164,8 @@ def _subject(state: Bound, pair: Pair, site: Site) -> tuple[Site, Contract, Call
     """What the proof has to know of a Site: what its kernel promises, its weight, and this rank's number."""
     (opened,) = (line.opening.opened for line in state.report.sites if line.site is site)
     in_order = getattr(opened, "in_rank_order", False)
-    contract = Contract(pair.name, pair.group.size, pair.dtype, *pair.live_numbers(), in_order)
-    return site, contract, pair.weight, pair.group.rank
+    contract = Contract(pair.name, pair.group.size, pair.dtype, *pair.stock.numbers(), in_order)
+    return site, contract, pair.stock.weight, pair.group.rank
 
 
 def meet_again(state: Bound) -> Reason | None:
@@ -273,7 +273,7 @@ def _switch_on_or_undo(state: Bound, refusal: Reason | None, ranks: tuple[int, .
     for _, site in state.sites:
         site.end_proof(refusal is None)
     if refusal is None:
-        state.undo += [pair.attach(site) for pair, site in state.sites]
+        state.undo += [pair.stock.attach(site) for pair, site in state.sites]
         state.undo_qk += [norm.attach(Kernel(norm)) for norm in state.qk_norms]
         if state.freezes_itself:
             state.forwards.at_second(lambda: _freeze(state))

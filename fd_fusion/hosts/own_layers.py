@@ -38,23 +38,38 @@ def _pair(link: Link) -> Pair | Rejected:
     if reducing:
         spec = {"inner": reducing[0], "producer": link.name.partition(" -> ")[0]}
         return Rejected(link.name, because("reduced_inside", **spec))
-    norm, handle = link.norm, link.producer.group
+    norm = link.norm
     return Pair(
         name=link.name,
-        group=formulas.group_of(handle),
+        group=formulas.group_of(link.producer.group),
         hidden_size=norm.hidden_size,
         dtype=_partial_dtype(link.producer),
         weight_dtype=formulas.dtype_name(norm.weight),
-        eps=norm.eps,
-        weight_offset=norm.weight_offset,
-        reduce=lambda partial: formulas.all_reduce(partial, handle),
-        norm=norm.stock_forward,
-        weight=lambda: norm.weight,
-        attach=lambda site: _attach(link, site),
+        stock=OwnStock(link.producer, norm),
         producer=link.producer,
         reader=norm,
-        numbers=lambda: (norm.eps, norm.weight_offset),
     )
+
+
+class OwnStock:
+    """What this package's layers do without a Site; `site.Stock` says what is asked of it."""
+
+    def __init__(self, producer: Any, norm: RMSNorm):
+        self._producer, self._norm, self.norm = producer, norm, norm.stock_forward
+
+    def reduce(self, partial: Any) -> Any:
+        return formulas.all_reduce(partial, self._producer.group)
+
+    def weight(self) -> Any:
+        return self._norm.weight
+
+    def numbers(self) -> tuple[float, float]:
+        return self._norm.eps, self._norm.weight_offset
+
+    def attach(self, site: Site) -> Callable[[], None]:
+        """As a plain attribute of the instance."""
+        undo = [set_attribute(end, "site", site) for end in (self._producer, self._norm)]
+        return functools.partial(undo_in_turn, undo)
 
 
 def _partial_dtype(producer: Any) -> str:
@@ -70,12 +85,6 @@ def _partial_dtype(producer: Any) -> str:
         for parameter in producer.parameters():
             elements[formulas.dtype_name(parameter)] += math.prod(parameter.shape)
     return elements.most_common(1)[0][0]
-
-
-def _attach(link: Link, site: Site) -> Callable[[], None]:
-    """Give both ends the same Site, as a plain attribute of the instance. Returns the undo."""
-    undo = [set_attribute(end, "site", site) for end in (link.producer, link.norm)]
-    return functools.partial(undo_in_turn, undo)
 
 
 def find_qk_norms(model: Any) -> list[QKNorm]:

@@ -69,7 +69,8 @@ def test_a_backend_hears_of_the_weights_of_all_pairs(monkeypatch):
     """And it is asked, with each, whether it can: the answers are voted on."""
     heard = []
     monkeypatch.setattr(opening, "_try", lambda name, spec, *rest: (heard.append(spec), "no", ()))
-    pairs = [host_time.pair_of(None, dtype) for dtype in ("bfloat16", "float32", "bfloat16")]
+    norm = SimpleNamespace(eps=1e-6, weight_offset=0.0, stock_forward=None)
+    pairs = [host_time.pair_of(norm, dtype) for dtype in ("bfloat16", "float32", "bfloat16")]
     opening.open_for(host_time.GROUP, pairs, FusionConfig(backend="triton"), False, 1 << 25)
     assert [one.weight_dtype for one in heard[0]] == ["bfloat16", "float32", "bfloat16"]
     assert {one.weight_dtypes for one in heard[0]} == {("bfloat16", "float32")}

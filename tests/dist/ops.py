@@ -14,6 +14,7 @@ from support.values import check, wide
 from fd_fusion import RMSNorm, RowParallelLinear, reference
 from fd_fusion.backends import paddle as formulas
 from fd_fusion.comm.group import Group
+from fd_fusion.hosts.own_layers import OwnStock
 from fd_fusion.reasons import FusionError
 from fd_fusion.reference import round_to
 from fd_fusion.site import Site
@@ -47,14 +48,6 @@ def partials(linear, rows, hidden_size, dtype):
     return out
 
 
-def site_of(norm, opened):
-    def fused(partial, residual):
-        return opened.finish(partial, residual, norm.weight, norm.eps, norm.weight_offset)
-
-    site = Site("pair", fused=fused, reduce=formulas.all_reduce, norm=norm.stock_forward, limit=opened.limit)
-    return site
-
-
 worst = 0.0
 group = formulas.group_of()
 assert isinstance(group, Group) and (group.rank, group.size) == (rank, size)
@@ -67,7 +60,7 @@ for dtype, rows, with_residual, offset in cases:
     x = this.rank_values([rows, K], rank, 4, dtype)
     residual = this.rank_values([rows, hidden_size], 0, 5, dtype) if with_residual else None
     unbound = norm(linear(x), residual)
-    site = site_of(norm, opened)
+    site = Site("pair", opened, OwnStock(linear, norm))
     linear.site = norm.site = site
     results = {}
     for proven in (False, True):  # stock, then fused

@@ -21,27 +21,58 @@ _UPSTREAM = "enable_all_reduce_fusion"  # the attribute by which a layer of the 
 
 
 def pair_of(found: HostPair, fd_config: Any) -> Pair:
-    """The pair with all that a Site needs of this host: its all-reduce, its norm, its group."""
-    from fastdeploy.distributed.communication import tensor_model_parallel_all_reduce
-
-    norm, tp_group = found.norm, fd_config.parallel_config.tp_group
-    stock_norm = norm.forward
+    """The pair with all that a Site needs of this host."""
+    tp_group = fd_config.parallel_config.tp_group
     return Pair(
         name=found.name,
         group=formulas.group_of(tp_group),
-        hidden_size=norm.weight.shape[-1],
+        hidden_size=found.norm.weight.shape[-1],
         dtype=activation_dtype(fd_config),
-        weight_dtype=dtype_name(norm),
-        eps=norm.eps,
-        weight_offset=0.0,  # the host adds Gemma's offset to the weight when it loads it
-        reduce=lambda partial: tensor_model_parallel_all_reduce(partial, tp_group),
-        norm=stock_norm,
-        weight=lambda: norm.weight,
-        attach=lambda site: _attach(found, site),
+        weight_dtype=dtype_name(found.norm),
+        stock=HostStock(found, tp_group),
         producer=found.producer,
-        reader=norm,
-        numbers=lambda: (norm.eps, 0.0),
+        reader=found.norm,
     )
+
+
+class HostStock:
+    """The host's own all-reduce and norm at a pair; `site.Stock` says what is asked of it."""
+
+    def __init__(self, found: HostPair, tp_group: Any):
+        from fastdeploy.distributed.communication import tensor_model_parallel_all_reduce
+
+        self.norm = found.norm.forward
+        self._found, self._tp_group, self._all_reduce = found, tp_group, tensor_model_parallel_all_reduce
+
+    def reduce(self, partial: Any) -> Any:
+        return self._all_reduce(partial, self._tp_group)
+
+    def weight(self) -> Any:
+        return self._found.norm.weight
+
+    def numbers(self) -> tuple[float, float]:
+        """The host adds Gemma's offset to the weight when it loads it."""
+        return self._found.norm.eps, 0.0
+
+    def attach(self, site: Site) -> Callable[[], None]:
+        """Switch the producer's reduction and upstream's own fusion off and give both ends the Site.
+
+        The constructors are long past: a bias was divided by the number of ranks when it was loaded, so the sum of
+        the partial sums still holds it once.
+        """
+        found = self._found
+        site.refuses_gradients = False  # the worker runs under no_grad; a host that does not reads no gradient either
+        on = [(switch.layer, switch.attribute, getattr(switch.layer, switch.attribute)) for switch in found.switches]
+        undo = [set_attribute(switch.layer, switch.attribute, switch.off) for switch in found.switches]
+        ends = (found.producer, found.norm, *(switch.layer for switch in found.switches))
+        for layer in {id(part): part for part in ends}.values():
+            if getattr(layer, _UPSTREAM, False):
+                undo.append(set_attribute(layer, _UPSTREAM, False))
+        stock = found.producer.forward
+        once = _producer_forward(stock, site) if len(on) < 2 else _regrouping_forward(stock, site, on)
+        undo.append(_set_forward(found.producer, once))
+        undo.append(_set_forward(found.norm, _norm_forward(found.norm.forward, site)))
+        return functools.partial(undo_in_turn, undo)
 
 
 def qk_norms_of(model: Any, fd_config: Any) -> list[QKNorm]:
@@ -87,27 +118,6 @@ def _qk_forward(stock: Callable, kernel: Callable) -> Callable:
 
     forward.__wrapped__ = stock
     return forward
-
-
-def _attach(found: HostPair, site: Site) -> Callable[[], None]:
-    """Switch the producer's reduction and upstream's own fusion off and give both ends the Site. Returns the undo.
-
-    The constructors are long past: a bias was divided by the number of ranks when it was loaded, so the sum of the
-    partial sums still holds it once.
-    """
-    site.refuses_gradients = False  # the worker runs under no_grad; a host that does not reads no gradient either
-    on = [(switch.layer, switch.attribute, getattr(switch.layer, switch.attribute)) for switch in found.switches]
-    undo = [set_attribute(switch.layer, switch.attribute, switch.off) for switch in found.switches]
-    for layer in {
-        id(part): part for part in (found.producer, found.norm, *(s.layer for s in found.switches))
-    }.values():
-        if getattr(layer, _UPSTREAM, False):
-            undo.append(set_attribute(layer, _UPSTREAM, False))
-    stock = found.producer.forward
-    once = _producer_forward(stock, site) if len(on) < 2 else _regrouping_forward(stock, site, on)
-    undo.append(_set_forward(found.producer, once))
-    undo.append(_set_forward(found.norm, _norm_forward(found.norm.forward, site)))
-    return functools.partial(undo_in_turn, undo)
 
 
 def _set_forward(layer: Any, forward: Callable) -> Callable[[], None]:
