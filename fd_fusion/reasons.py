@@ -167,7 +167,7 @@ TABLE: dict[str, Entry] = {
     "nothing_handed_over": Entry(
         "{site}: finish() was called with nothing handed over", "run the pair's linear before its norm"
     ),
-    "two_users": Entry(
+    "two_callers": Entry(
         "{site}: used by {second} while {first} had not finished",
         "run a bound model from one thread and one stream at a time",
     ),

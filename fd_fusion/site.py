@@ -4,7 +4,8 @@ The producer hands its partial sum over; the norm always finishes it, in one ker
 stock norm. So there is nothing for the two to agree on, and the fallback is right by construction: it starts from
 the partial sum. The only decision at run time is `fuses(T)`, pure and equal on all ranks.
 
-This module knows no framework: tensors are opaque to it, and what it calls is given to it at bind.
+This module knows no framework: tensors are opaque to it, and what it calls is given to it at bind, the `Op` of an
+open backend and the `Stock` of the host.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from fd_fusion.reasons import HandOverError, Reason, because, closed
 
 Tensor = Any
 Finished = tuple[Tensor, Tensor]  # (norm_out, residual_out)
-Norm = Callable[[Tensor, Tensor], Finished]
+Norm = Callable[[Tensor, Tensor | None], Finished]
 
 logger = logging.getLogger("fd_fusion")
 
@@ -47,6 +48,34 @@ class Rejected:
     ranks: tuple[int, ...] = ()
 
 
+class Op(Protocol):
+    """An open backend: one fused call. `limit` is the most rows that are fused; None means any number."""
+
+    limit: int | None
+
+    def finish(
+        self, partial: Tensor, residual: Tensor | None, weight: Tensor, eps: float, weight_offset: float
+    ) -> Finished: ...
+
+
+class Stock(Protocol):
+    """What a host does at a pair without us, so that the fallback is bit-equal to it, and how its layers take a Site.
+
+    `weight()` and `numbers()`, which are eps and weight_offset, are read at each call, as the host reads them.
+    """
+
+    norm: Norm  # (sum, residual or None) -> (norm_out, residual_out)
+
+    def reduce(self, partial: Tensor) -> Tensor:
+        """The all-reduce; it may work in place."""
+
+    def weight(self) -> Tensor: ...
+    def numbers(self) -> tuple[float, float]: ...
+
+    def attach(self, site: Site) -> Callable[[], None]:
+        """Give both layers the Site. Returns the undo, which restores the instances exactly."""
+
+
 class Prover(Protocol):
     """The proving pass, as a Site sees it. While it runs a misuse is recorded there instead of raised."""
 
@@ -56,7 +85,7 @@ class Prover(Protocol):
     def take(self, site: Site, partial: Tensor, kept: Tensor) -> Tensor:
         """What to finish, in place of the very tensor that was handed over."""
 
-    def prove(self, site: Site, partial: Tensor, residual: Tensor | None, norm: Norm) -> Finished: ...
+    def prove(self, site: Site, partial: Tensor, residual: Tensor | None) -> Finished: ...
     def miss(self, reason: Reason) -> None: ...
 
 
@@ -95,11 +124,8 @@ class Site:
 
     Args:
         name: the pair, "layers.3.self_attn.o_proj -> layers.3.post_attention_layernorm".
-        fused: (partial, residual or None) -> (norm_out, residual_out), one kernel.
-        reduce: partial -> its sum over the group: the host's own all-reduce.
-        norm: (sum, residual or None) -> (norm_out, residual_out): the host's own norm.
-        limit: the most rows that are fused; None means any number.
-        user: who runs now, for example (thread, stream); two users at once are an error.
+        op, stock: the fused way to finish a partial sum, and the host's own.
+        caller: () -> who calls now, (thread, stream) for example; two callers at once are an error.
         hooks: the hooks of the layers at both ends that would read a partial sum; empty ones cost nothing.
         forwards: of the model, shared by its Sites; without it a forward that raised costs the next one an error.
     """
@@ -107,17 +133,15 @@ class Site:
     def __init__(
         self,
         name: str,
+        op: Op,
+        stock: Stock,
         *,
-        fused: Norm,
-        reduce: Callable[[Tensor], Tensor],
-        norm: Norm,
-        limit: int | None,
-        user: Callable[[], Hashable] = threading.get_ident,
+        caller: Callable[[], Hashable] = threading.get_ident,
         hooks: tuple[Sized, ...] = (),
         forwards: ForwardCount | None = None,
     ):
-        self.name = name
-        self.limit = limit
+        self.name, self.stock, self._op = name, stock, op
+        self.limit = op.limit
         self.number = str(next(_numbers))  # text, since SOT makes a tensor of an int that varies
         by_number[self.number] = self
         self.calls: Counter[str] = Counter()  # by "fused", or the code of the reason why not
@@ -125,11 +149,11 @@ class Site:
         self.refuses_gradients = True  # off where the host only infers, whether it records gradients or not
         self.handed = 0  # partial sums handed over since the proving pass began
         self.whole: Tensor | None = None  # in the proving pass, the host's own sum where it adds in another order
-        self._fused, self._reduce, self._norm, self._user, self._hooks = fused, reduce, norm, user, hooks
+        self._caller, self._hooks = caller, hooks
         self._proven = False
         self._prover: Prover | None = None
         self._forwards = forwards or ForwardCount()
-        # (the tensor, its user, the number of the forward, its in-place version, what the proving pass finishes)
+        # (the tensor, its caller, the number of the forward, its in-place version, what the proving pass finishes)
         self._pending: tuple[Tensor, Hashable, int, int, Tensor] | None = None
 
     @property
@@ -164,28 +188,28 @@ class Site:
             return partial
         if not self.checked and self._prover is None:
             return partial
-        user, pending, forward = self._user(), self._pending, self._forwards.number
+        caller, pending, forward = self._caller(), self._pending, self._forwards.number
         if pending is not None and pending[2] == forward:
-            if pending[1] != user:
-                self._wrong("two_users", first=str(pending[1]), second=str(user))
+            if pending[1] != caller:
+                self._wrong("two_callers", first=str(pending[1]), second=str(caller))
             self._pending = None
             self._wrong("double_hand_over")
         kept = partial if self._prover is None else self._prover.keep(self, partial)
-        self._pending = (partial, user, forward, getattr(partial, "inplace_version", 0), kept)
+        self._pending = (partial, caller, forward, getattr(partial, "inplace_version", 0), kept)
         self.handed += 1
         return partial
 
     def finish(self, partial: Tensor, residual: Tensor | None) -> Finished:
         """The norm's end, eager: check that this is what was handed over, then `complete` it.
 
-        Raises: HandOverError: nothing, or another tensor, was handed over, or by another user, or it was changed in
+        Raises: HandOverError: nothing, or another tensor, was handed over, or by another caller, or it was changed in
             place since.
         """
         return self.complete(self._take(partial), residual)
 
     def finish_stock(self, partial: Tensor, residual: Tensor | None, norm: Norm) -> Finished:
         """The norm's end where the host asks for another norm in this call: never fused. Raises as `finish` does."""
-        return self.stock(self._take(partial), residual, norm)
+        return norm(self.total(self._take(partial)), residual)
 
     def _take(self, partial: Tensor) -> Tensor:
         """What is to be finished: the tensor itself, once it is known to be what was handed over."""
@@ -196,8 +220,8 @@ class Site:
             self._wrong("nothing_handed_over")
             return partial
         tensor, first, _, version, kept = pending
-        if first != (second := self._user()):  # before the tensor, which is another one if two forwards run at once
-            self._wrong("two_users", first=str(first), second=str(second))
+        if first != (second := self._caller()):  # before the tensor, which is another one if two forwards run at once
+            self._wrong("two_callers", first=str(first), second=str(second))
         elif tensor is not partial:
             self._wrong("other_tensor")
         elif getattr(partial, "inplace_version", 0) != version:
@@ -225,19 +249,29 @@ class Site:
         rows = _rows(partial)
         if self.fuses(rows):
             self.calls["fused"] += 1
-            return self._fused(partial, residual)
+            return self.fused(partial, residual)
         self.calls[self.why_not(rows).code] += 1
         if self._prover is not None and rows:
-            return self._prover.prove(self, partial, residual, self._norm)
-        return self.stock(partial, residual, self._norm)
+            return self._prover.prove(self, partial, residual)
+        return self.run_stock(partial, residual)
 
-    def stock(self, partial: Tensor, residual: Tensor | None, norm: Norm) -> Finished:
+    def fused(self, partial: Tensor, residual: Tensor | None) -> Finished:
+        """The fused call by itself, on [..., H]."""
+        shape, stock = partial.shape, self.stock
+        if len(shape) == 2:
+            return self._op.finish(partial, residual, stock.weight(), *stock.numbers())
+        flat = [-1, shape[-1]]
+        residual = None if residual is None else residual.reshape(flat)
+        outputs = self._op.finish(partial.reshape(flat), residual, stock.weight(), *stock.numbers())
+        return outputs[0].reshape(shape), outputs[1].reshape(shape)
+
+    def run_stock(self, partial: Tensor, residual: Tensor | None) -> Finished:
         """All-reduce, then the host's norm: what the host does without us, bit for bit."""
-        return norm(self.total(partial), residual)
+        return self.stock.norm(self.total(partial), residual)
 
     def total(self, partial: Tensor) -> Tensor:
         """The host's own all-reduce."""
-        return self._reduce(partial) if _rows(partial) else partial
+        return self.stock.reduce(partial) if _rows(partial) else partial
 
     @property
     def proving(self) -> bool:
@@ -261,14 +295,10 @@ class Site:
     def close(self) -> None:
         """Every later use raises `closed`, from a layer that was kept or a graph that was traced."""
         self.end_proof(False)
-        self._fused = self._reduce = self._norm = closed
-        self._user = self._wrong = closed  # whoever kept `hand_over` or `finish` comes to one of these
-        for entry in ("hand_over", "finish", "finish_stock", "complete", "stock", "fused"):
+        self._op = self.stock = None
+        self._caller = self._wrong = closed  # whoever kept `hand_over` or `finish` comes to one of these
+        for entry in ("hand_over", "finish", "finish_stock", "complete", "fused", "run_stock", "total"):
             setattr(self, entry, closed)
-
-    def fused(self, partial: Tensor, residual: Tensor | None) -> Finished:
-        """The fused call by itself, for the proving pass."""
-        return self._fused(partial, residual)
 
 
 def _rows(tensor: Tensor) -> int:

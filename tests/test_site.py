@@ -1,12 +1,14 @@
 """A Site by itself, with strings for tensors: who may hand over what, when it fuses, and what it counts."""
 
 import gc
+import math
 import threading
 
 import pytest
 
 from fd_fusion.reasons import FusionError, HandOverError
-from fd_fusion.site import ForwardCount, Site, site_of
+from fd_fusion.site import ForwardCount, site_of
+from tests.support.sites import make_site
 
 
 class Fake:
@@ -17,12 +19,14 @@ class Fake:
     def __init__(self, *shape):
         self.shape = shape
 
+    def reshape(self, shape):
+        return Fake(math.prod(self.shape[:-1]), *shape[1:]) if shape[0] == -1 else Fake(*shape)
+
 
 def make(limit=4, proven=True, **kwargs):
     calls = []
-    site = Site(
-        "a -> b",
-        fused=lambda partial, residual: calls.append("fused") or ("out", "sum"),
+    site = make_site(
+        fused=lambda partial, residual: calls.append("fused") or (Fake(*partial.shape), Fake(*partial.shape)),
         reduce=lambda partial: calls.append("reduce") or partial,
         norm=lambda total, residual: calls.append("norm") or ("out", "sum"),
         limit=limit,
@@ -55,7 +59,7 @@ def test_the_path_is_chosen_by_rows_alone(limit, rows, path, code):
 
 def test_rows_of_more_than_two_dimensions_are_counted_together():
     site, calls = make(4)
-    site.complete(Fake(2, 2, 8), None)
+    assert [one.shape for one in site.complete(Fake(2, 2, 8), None)] == [(2, 2, 8)] * 2
     site.complete(Fake(2, 3, 8), None)
     assert calls == ["fused", "reduce", "norm"]
 
@@ -133,7 +137,7 @@ def test_a_hook_that_came_after_bind_is_told_once(caplog):
 
 def test_a_failure_in_the_fused_call_is_raised_and_never_falls_back():
     site, calls = make()
-    site._fused = lambda *_: 1 / 0
+    site._op.finish = lambda *_: 1 / 0
     with pytest.raises(ZeroDivisionError):
         finish(site, 1)
     assert calls == []
@@ -169,17 +173,17 @@ def test_two_threads_on_a_site_are_an_error():
     thread = threading.Thread(target=other)
     thread.start()
     thread.join()
-    assert errors == ["two_users", "two_users"]
+    assert errors == ["two_callers", "two_callers"]
 
 
 def test_two_streams_on_a_site_are_an_error():
     stream = [1]
-    site, _ = make(user=lambda: stream[0])
+    site, _ = make(caller=lambda: stream[0])
     partial = site.hand_over(Fake(1, 8))
     stream[0] = 2
     with pytest.raises(HandOverError) as error:
         site.finish(partial, None)
-    assert error.value.reason.code == "two_users"
+    assert error.value.reason.code == "two_callers"
 
 
 def test_a_norm_given_with_the_call_takes_the_place_of_the_bound_one():
@@ -256,17 +260,17 @@ def test_a_forward_that_raised_costs_the_next_one_nothing():
 
 def test_two_forwards_at_once_are_an_error_of_one_of_them():
     forwards = ForwardCount()
-    user = [1]
-    site, _ = make(forwards=forwards, user=lambda: user[0])
+    caller = [1]
+    site, _ = make(forwards=forwards, caller=lambda: caller[0])
     forwards.start()
     first = site.hand_over(Fake(1, 8))
     forwards.start()
-    user[0] = 2
+    caller[0] = 2
     site.hand_over(Fake(1, 8))
-    user[0] = 1
+    caller[0] = 1
     with pytest.raises(HandOverError) as error:
         site.finish(first, None)
-    assert error.value.reason.code == "two_users"
+    assert error.value.reason.code == "two_callers"
 
 
 def test_what_is_to_be_done_at_the_second_forward_is_done_once_and_waits_until_it_may():
@@ -290,7 +294,7 @@ def test_what_waits_for_the_second_forward_runs_in_a_later_one_too():
 
 def test_the_hosts_own_sum_does_not_outlive_the_proving_pass():
     """A tensor of all rows of a profile run."""
-    site = Site("a -> b", fused=None, reduce=None, norm=None, limit=1)
+    site = make_site()
     site.whole = object()
     site.end_proof(True)
     assert site.whole is None

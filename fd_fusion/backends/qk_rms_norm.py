@@ -64,7 +64,7 @@ def qk_rms_norm(
         bits = 0
         for number in (*addresses, *strides):
             bits |= number
-        launch = _launcher(
+        launch = launcher(
             *(qkv.is_cuda, dtype, weight_dtype, q_heads, kv_heads, head_dim),
             *(float(eps), float(weight_offset), out is None, not bits & 15),
         )
@@ -86,7 +86,7 @@ def _rows(tensor: Any, name: str, width: int, rows: int | None = None, dtype: An
 
 
 @functools.cache
-def _launcher(
+def launcher(
     on_gpu: bool,
     dtype: Any,
     weight_dtype: Any,

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from fd_fusion.binding import lifecycle, metrics
-from fd_fusion.binding.backend_selection import SelectedBackend, select_backend
+from fd_fusion.binding.backend_selection import select_backend
 from fd_fusion.binding.book import Book
 from fd_fusion.binding.forwards import ExampleOf
 from fd_fusion.binding.joining import (
@@ -32,7 +32,7 @@ from fd_fusion.config import FusionConfig, Resolved, resolve
 from fd_fusion.frameworks import paddle_runtime
 from fd_fusion.hosts import own_layers
 from fd_fusion.reasons import BindError, FusionTimeout, Reason, because
-from fd_fusion.site import ForwardCount, Rejected, Site
+from fd_fusion.site import Rejected, Site
 
 _bound = Book()
 _reports: weakref.WeakKeyDictionary[Any, Report] = weakref.WeakKeyDictionary()  # of models that hold no state
@@ -282,26 +282,10 @@ def _open_group(
             continue
         state.selected.append(selected)
         lifecycle.hold(group, selected.op)
+        shared = {"caller": paddle_runtime.caller_function(), "forwards": state.forwards}
         for pair in spaces[key]:
-            site = _site_of(pair, selected, state.forwards)
+            site = Site(pair.name, selected.op, pair.stock, hooks=pair.hooks, **shared)
             state.sites.append((pair, site))
             state.report.add_site(site, selected, group)
     if any(pair.group == group for pair, _ in state.sites):
         state.groups.append(group)
-
-
-def _site_of(pair: Pair, selected: SelectedBackend, forwards: ForwardCount) -> Site:
-    run, weight, numbers = selected.op.finish, pair.weight, pair.live_numbers
-
-    def fused(partial, residual):
-        shape = partial.shape
-        if len(shape) == 2:
-            return run(partial, residual, weight(), *numbers())
-        flat = [-1, shape[-1]]
-        residual = None if residual is None else residual.reshape(flat)
-        norm_out, residual_out = run(partial.reshape(flat), residual, weight(), *numbers())
-        return norm_out.reshape(shape), residual_out.reshape(shape)
-
-    limit, user = selected.op.limit, paddle_runtime.how_to_tell_users()
-    ends = {"reduce": pair.reduce, "norm": pair.norm, "hooks": pair.hooks}
-    return Site(pair.name, fused=fused, **ends, limit=limit, user=user, forwards=forwards)

@@ -68,7 +68,7 @@ class Forwards:
         """The proving forward, with the Sites attached."""
         with contextlib.ExitStack() as undo:
             for pair, site in self._pairs:
-                undo.callback(pair.attach(site))
+                undo.callback(pair.stock.attach(site))
                 site.start_proof(self._proof)
                 undo.callback(site.end_proof, False)
             for norm in qk_norms:

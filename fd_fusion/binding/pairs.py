@@ -5,13 +5,14 @@ Nothing is guessed from prefixes or weight names. A decoder class that is not in
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fd_fusion.binding.attributes import follow
 from fd_fusion.comm.group import Group
 from fd_fusion.reasons import because
-from fd_fusion.site import Rejected, Site
+from fd_fusion.site import Rejected, Stock
 
 
 @dataclass(frozen=True)
@@ -41,12 +42,9 @@ class Link:
 
 @dataclass(frozen=True)
 class Pair:
-    """A (producer, norm) pair of a built model, with all that a Site needs of its host.
+    """A (producer, norm) pair of a built model. `group` owns the reduction of the producer.
 
-    `reduce` and `norm` are the host's own, so that the fallback is bit-equal to stock; `weight()` reads the norm's
-    weight at each call, since weights may be reloaded, and `numbers()` its eps and weight_offset; `attach(site)`
-    installs the Site in both ends and returns the undo, which restores the instances exactly. `group` owns the
-    reduction of the producer. `producer` and `reader` are the layers at the two ends.
+    `stock` is the host's own way; `producer` and `reader` are the layers at the two ends.
     """
 
     name: str
@@ -54,21 +52,17 @@ class Pair:
     hidden_size: int
     dtype: str
     weight_dtype: str
-    eps: float
-    weight_offset: float
-    reduce: Callable[[Any], Any]
-    norm: Callable[[Any, Any], tuple[Any, Any]]
-    weight: Callable[[], Any]
-    attach: Callable[[Site], Callable[[], None]]
+    stock: Stock
     producer: Any = None
     reader: Any = None
-    numbers: Callable[[], tuple[float, float]] | None = None  # None: those of the bind stay
 
     @property
-    def live_numbers(self) -> Callable[[], tuple[float, float]]:
-        """() -> (eps, weight_offset) of now: the stock norm reads its own at each call."""
-        fixed = self.eps, self.weight_offset
-        return self.numbers or (lambda: fixed)
+    def eps(self) -> float:
+        return self.stock.numbers()[0]
+
+    @property
+    def weight_offset(self) -> float:
+        return self.stock.numbers()[1]
 
     @property
     def hooks(self) -> tuple[Any, ...]:
@@ -129,12 +123,3 @@ def _add(links: list[Link], here: str, layer: Any, producers: tuple[str, ...], n
         if producer is not None and norm is not None:
             links.append(Link(f"{here}{path} -> {norm_path}", producer, norm))
             return
-
-
-def follow(start: Any, path: str) -> Any:
-    """The attribute at a dotted path, or None where the path ends early."""
-    for name in path.split("."):
-        start = getattr(start, name, None)
-        if start is None:
-            return None
-    return start

@@ -61,16 +61,16 @@ class Proof:
     def miss(self, reason: Reason) -> None:
         self.failure = self.failure or reason
 
-    def prove(self, site: Site, partial: Any, residual: Any, norm: Any) -> Any:
+    def prove(self, site: Site, partial: Any, residual: Any) -> Any:
         """In place of a finish: the host's own result; beside it the kernel is tried on some rows."""
         self.finished[site.name] += 1
         tried = self.finished[site.name] == 1  # a second one is a miss, whatever the kernel says
         few = _some_rows(partial, site.limit), None if residual is None else _some_rows(residual, site.limit)
         try:
-            stock = norm(self._total(site, partial), residual)
+            stock = site.stock.norm(self._total(site, partial), residual)
         finally:
             if tried:
-                self._try(site, *few, norm)
+                self._try(site, *few)
         return stock
 
     def _total(self, site: Site, partial: Any) -> Any:
@@ -88,7 +88,7 @@ class Proof:
             self.miss(because("sum_differs", site=site.name))
         return whole
 
-    def _try(self, site: Site, partial: Any, residual: Any, norm: Any) -> None:
+    def _try(self, site: Site, partial: Any, residual: Any) -> None:
         """Every launch of the kernel and of the host's all-reduce comes before anything is judged: the other ranks
         make theirs, and wait in them for this one."""
         contract, weight, rank = self._of[site.name]
@@ -96,7 +96,7 @@ class Proof:
         fused = calls.run(site.fused, partial, residual)
         known = [calls.make(lambda of=of: _known(of, contract, partial, site.limit)) for of in (rank, contract.size)]
         probe = calls.run(site.fused, *known)
-        host = calls.run(lambda x, residual: site.stock(x, residual, norm), *known)
+        host = calls.run(site.run_stock, *known)
         try:
             if calls.error is not None:
                 raise calls.error

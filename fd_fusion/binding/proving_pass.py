@@ -163,8 +163,8 @@ def _vote(
 def _subject(state: Bound, pair: Pair, site: Site) -> tuple[Site, Contract, Callable[[], Any], int]:
     """What the proof has to know of a Site: what its kernel promises, its weight, and this rank's number."""
     (op,) = (line.selected.op for line in state.report.sites if line.site is site)
-    contract = Contract(pair.name, pair.group.size, pair.dtype, *pair.live_numbers(), op.in_rank_order)
-    return site, contract, pair.weight, pair.group.rank
+    contract = Contract(pair.name, pair.group.size, pair.dtype, *pair.stock.numbers(), op.in_rank_order)
+    return site, contract, pair.stock.weight, pair.group.rank
 
 
 def meet_again(state: Bound) -> Reason | None:
@@ -272,7 +272,7 @@ def _switch_on_or_undo(state: Bound, refusal: Reason | None, ranks: tuple[int, .
     for _, site in state.sites:
         site.end_proof(refusal is None)
     if refusal is None:
-        state.undo += [pair.attach(site) for pair, site in state.sites]
+        state.undo += [pair.stock.attach(site) for pair, site in state.sites]
         state.undo_qk += [norm.attach(Kernel(norm)) for norm in state.qk_norms]
         if state.freezes_itself:
             state.forwards.at_second(lambda: _freeze(state))

@@ -107,7 +107,7 @@ def _connect(host: str, port: int, world_size: int) -> TcpStore:
     return TcpStore(host, port, world_size, 30)
 
 
-def how_to_tell_users() -> Callable[[], Hashable]:
+def caller_function() -> Callable[[], Hashable]:
     """Return a function that returns the caller: the thread, and on a GPU the current stream.
 
     The function is made once, since every eager forward calls it twice a pair.

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+from fd_fusion.binding.attributes import set_attribute, undo_in_turn
 from fd_fusion.binding.pairs import Link, Pair, find_links
 from fd_fusion.binding.qk_norms import QKNorm
 from fd_fusion.frameworks import paddle_ops
@@ -37,23 +39,38 @@ def _pair(link: Link) -> Pair | Rejected:
     if reducing:
         spec = {"inner": reducing[0], "producer": link.name.partition(" -> ")[0]}
         return Rejected(link.name, because("reduced_inside", **spec))
-    norm, handle = link.norm, link.producer.group
+    norm = link.norm
     return Pair(
         name=link.name,
-        group=paddle_ops.group_of(handle),
+        group=paddle_ops.group_of(link.producer.group),
         hidden_size=norm.hidden_size,
         dtype=_partial_dtype(link.producer),
         weight_dtype=dtype_name(norm.weight),
-        eps=norm.eps,
-        weight_offset=norm.weight_offset,
-        reduce=lambda partial: paddle_ops.all_reduce(partial, handle),
-        norm=norm.stock_forward,
-        weight=lambda: norm.weight,
-        attach=lambda site: _attach(link, site),
+        stock=OwnStock(link.producer, norm),
         producer=link.producer,
         reader=norm,
-        numbers=lambda: (norm.eps, norm.weight_offset),
     )
+
+
+class OwnStock:
+    """What this package's layers do without a Site; `site.Stock` says what is asked of it."""
+
+    def __init__(self, producer: Any, norm: RMSNorm):
+        self._producer, self._norm, self.norm = producer, norm, norm.stock_forward
+
+    def reduce(self, partial: Any) -> Any:
+        return paddle_ops.all_reduce(partial, self._producer.group)
+
+    def weight(self) -> Any:
+        return self._norm.weight
+
+    def numbers(self) -> tuple[float, float]:
+        return self._norm.eps, self._norm.weight_offset
+
+    def attach(self, site: Site) -> Callable[[], None]:
+        """As a plain attribute of the instance."""
+        undo = [set_attribute(end, "site", site) for end in (self._producer, self._norm)]
+        return functools.partial(undo_in_turn, undo)
 
 
 def _partial_dtype(producer: Any) -> str:
@@ -71,20 +88,6 @@ def _partial_dtype(producer: Any) -> str:
     return elements.most_common(1)[0][0]
 
 
-def _attach(link: Link, site: Site) -> Callable[[], None]:
-    """Give both ends the same Site, as a plain attribute of the instance. Returns the undo."""
-    ends = (link.producer, link.norm)
-    for end in ends:
-        end.__dict__["site"] = site
-
-    def detach() -> None:
-        for end in ends:
-            if end.__dict__.get("site") is site:
-                del end.__dict__["site"]
-
-    return detach
-
-
 def find_qk_norms(model: Any) -> list[QKNorm]:
     """Every `QKRMSNorm` of `model`."""
     layers = model.named_sublayers(include_self=True)
@@ -92,10 +95,6 @@ def find_qk_norms(model: Any) -> list[QKNorm]:
 
 
 def _qk_norm(name: str, layer: QKRMSNorm) -> QKNorm:
-    def attach(kernel: Callable[[Any], Any]) -> Callable[[], None]:
-        layer.__dict__["kernel"] = kernel
-        return lambda: layer.__dict__.pop("kernel", None)
-
     return QKNorm(
         name=name,
         q_heads=layer.q_heads,
@@ -106,6 +105,6 @@ def _qk_norm(name: str, layer: QKRMSNorm) -> QKNorm:
         weight_offset=layer.q_norm.weight_offset,
         weights=lambda: (layer.q_norm.weight, layer.k_norm.weight),
         stock=layer.stock_forward,
-        attach=attach,
+        attach=lambda kernel: set_attribute(layer, "kernel", kernel),
         numbers=lambda: (layer.eps, layer.q_norm.weight_offset),
     )

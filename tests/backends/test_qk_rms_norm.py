@@ -32,12 +32,12 @@ def test_a_kernel_on_a_gpu_gets_its_arguments_in_the_order_of_its_signature(monk
     monkeypatch.setattr(backend, "interpreting", lambda device: interpreting("cpu"))
     monkeypatch.setattr(backend, "require_mode", lambda device: None)
     monkeypatch.setattr(backend, "uses_pdl", lambda: pdl)
-    backend._launcher.cache_clear()
+    backend.launcher.cache_clear()
     try:
         qkv, weight = fake((5, 4 * D), address), fake((D,), 8192, "float32")
         backend.qk_rms_norm(qkv, weight, weight, q_heads=2, kv_heads=1, head_dim=D, eps=1e-6)
     finally:
-        backend._launcher.cache_clear()
+        backend.launcher.cache_clear()
     ((kernel, like, constants, device),) = made
     names = list(inspect.signature(kernel.fn).parameters)
     assert device == "gpu" and constants["PDL"] == pdl and constants.get("launch_pdl", False) == pdl

@@ -11,13 +11,12 @@ import paddle
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from fd_fusion.backends import triton as backend
-from fd_fusion.binding.backend_selection import SelectedBackend
-from fd_fusion.binding.bind import _site_of
 from fd_fusion.binding.pairs import Pair
 from fd_fusion.comm.group import Group
 from fd_fusion.frameworks import triton_launch
+from fd_fusion.hosts.own_layers import OwnStock
 from fd_fusion.layers.rms_norm import RMSNorm
-from fd_fusion.site import ForwardCount
+from fd_fusion.site import ForwardCount, Site
 from fd_fusion.spec import OpSpec
 
 SIZE, ROWS, H = 2, 16, 4096
@@ -44,16 +43,14 @@ def op_with(launch_of, weight_dtypes=("bfloat16",)):
 
 
 def pair_of(norm, weight_dtype):
-    fixed = {"group": GROUP, "hidden_size": H, "dtype": "bfloat16", "eps": 1e-6, "weight_offset": 0.0}
-    weight = {"weight": lambda: norm.weight, "weight_dtype": weight_dtype}
-    numbers = lambda: (norm.eps, norm.weight_offset)  # noqa: E731
-    return Pair("o_proj -> norm", **fixed, **weight, reduce=None, norm=None, attach=None, numbers=numbers)
+    return Pair("o_proj -> norm", GROUP, H, "bfloat16", weight_dtype, OwnStock(None, norm))
 
 
 def pair_and_step():
     """A proven Site and one turn of it: hand over, finish."""
     op = op_with(lambda constants: lambda *args: None)
-    site = _site_of(pair_of(RMSNorm(H, dtype="bfloat16"), "bfloat16"), SelectedBackend("triton", op), ForwardCount())
+    pair = pair_of(RMSNorm(H, dtype="bfloat16"), "bfloat16")
+    site = Site(pair.name, op, pair.stock, hooks=pair.hooks, forwards=ForwardCount())
     site.end_proof(True)
     partial, residual = (paddle.ones([ROWS, H], dtype="bfloat16") for _ in range(2))
 

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import paddle
 import pytest
+from support.sites import make_site
 from support.tiny import DemoDecoder, hidden
 
 import fd_fusion
@@ -27,7 +28,7 @@ from fd_fusion.comm.group import Group, Verdict, agree
 from fd_fusion.frameworks import paddle_ops
 from fd_fusion.hosts import own_layers
 from fd_fusion.reasons import BindError, FusionError, because
-from fd_fusion.site import ForwardCount, Rejected, Site
+from fd_fusion.site import Rejected, Site
 
 
 def test_pairs_are_read_off_the_structure():
@@ -115,7 +116,7 @@ def make_proof(fused=right, names=("a -> b",)):
     def run(x, residual):
         return fused(both(x) / 2, residual)
 
-    sites = [Site(name, fused=run, reduce=both, norm=host, limit=4) for name in names]
+    sites = [make_site(name, fused=run, reduce=both, norm=host, limit=4) for name in names]
     contracts = [Contract(name, 2, "float32", 1e-6, 0.0, True) for name in names]
     proof = Proof([(site, contract, lambda: WEIGHT, 0) for site, contract in zip(sites, contracts)])
     for site in sites:
@@ -167,8 +168,8 @@ def test_every_launch_is_made_before_anything_is_judged(fault, residual):
             return tuple(one.astype("float16") for one in out) if what == "dtype" else out
 
         proof, site = make_proof(fused)
-        reduce = site._reduce
-        site._reduce = lambda x, reduce=reduce, calls=calls: calls.append(("host", x.shape[0])) or reduce(x)
+        reduce = site.stock.reduce
+        site.stock.reduce = lambda x, reduce=reduce, calls=calls: calls.append(("host", x.shape[0])) or reduce(x)
         if what == "weight":
             contract, _, number = proof._of[site.name]
             proof._of[site.name] = contract, lambda: 1 / 0, number
@@ -232,7 +233,7 @@ def test_an_undo_that_raises_keeps_nothing_else_bound():
         done.append(name)
         raise AttributeError(name)
 
-    site = Site("a -> b", fused=None, reduce=lambda x: x, norm=lambda x, r: (x, x), limit=1)
+    site = make_site()
     state.sites.append((None, site))
     state.undo += [lambda: done.append("site"), lambda: fails("first")]
     state.undo_qk += [lambda: done.append("qk"), lambda: fails("qk first")]
@@ -530,7 +531,7 @@ def test_numbers_of_a_norm_that_change_after_bind_count_as_they_do_in_stock():
         return paddle_ops.rms_norm(x, weight, eps=eps, weight_offset=weight_offset, residual=residual)
 
     op = SimpleNamespace(finish=finish, limit=None, in_rank_order=True)
-    site, x = binding._site_of(pair, SimpleNamespace(op=op), ForwardCount()), hidden(2)
+    site, x = Site(pair.name, op, pair.stock), hidden(2)
     norm.eps, norm.weight_offset = 0.5, 0.25
     for rows in (x, x.reshape([1, *x.shape])):
         assert (site.fused(rows, None)[0] == norm.stock_forward(rows)[0]).all()

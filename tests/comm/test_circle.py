@@ -103,9 +103,8 @@ def bind_all(monkeypatch, family, size, *, fails=(), proof=(), qk=(), stops=(), 
     failures = {"fails": set(fails)}
 
     def pair(group):
-        shape = {"hidden_size": 8, "dtype": "float32", "weight_dtype": "float32", "eps": 1e-5, "weight_offset": 0.0}
-        calls = dict.fromkeys(("reduce", "norm", "weight")) | {"attach": lambda site: lambda: None}
-        return Pair(name=f"pair of {group.name}", group=group, **shape, **calls)
+        stock = SimpleNamespace(numbers=lambda: (1e-5, 0.0), attach=lambda site: lambda: None)
+        return Pair(f"pair of {group.name}", group, 8, "float32", "float32", stock)
 
     def select_backend(group, pairs, config, deterministic, workspace_bytes):
         no = because("open_failed", error="no memory") if group.ranks[group.rank] in failures["fails"] else None

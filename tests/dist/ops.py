@@ -15,6 +15,7 @@ from fd_fusion import RMSNorm, RowParallelLinear, reference
 from fd_fusion.backends import paddle as backend
 from fd_fusion.frameworks import paddle_ops
 from fd_fusion.comm.group import Group
+from fd_fusion.hosts.own_layers import OwnStock
 from fd_fusion.reasons import FusionError
 from fd_fusion.reference import round_to
 from fd_fusion.site import Site
@@ -48,14 +49,6 @@ def partials(linear, rows, hidden_size, dtype):
     return out
 
 
-def site_of(norm, op):
-    def fused(partial, residual):
-        return op.finish(partial, residual, norm.weight, norm.eps, norm.weight_offset)
-
-    site = Site("pair", fused=fused, reduce=paddle_ops.all_reduce, norm=norm.stock_forward, limit=op.limit)
-    return site
-
-
 worst = 0.0
 group = paddle_ops.group_of()
 assert isinstance(group, Group) and (group.rank, group.size) == (rank, size)
@@ -68,7 +61,7 @@ for dtype, rows, with_residual, offset in cases:
     x = this.rank_values([rows, K], rank, 4, dtype)
     residual = this.rank_values([rows, hidden_size], 0, 5, dtype) if with_residual else None
     unbound = norm(linear(x), residual)
-    site = site_of(norm, op)
+    site = Site("pair", op, OwnStock(linear, norm))
     linear.site = norm.site = site
     results = {}
     for proven in (False, True):  # stock, then fused

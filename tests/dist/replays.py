@@ -89,7 +89,7 @@ def dependent_launch(group, options):
     heads = torch.ones(128, device="cuda", dtype=torch.bfloat16)
     for pdl in ("0", "1"):
         os.environ["FD_ENABLE_PDL"] = pdl
-        qk_norm._launcher.cache_clear()
+        qk_norm.launcher.cache_clear()
         op = calls.open_op(group, case, options)
         chain = Chain(group, case, op, options)
 

@@ -7,6 +7,7 @@ import numpy as np
 import paddle
 import pytest
 from paddle.static import InputSpec
+from support.sites import make_site
 from support.tiny import DemoDecoder, hidden
 from support.values import check, wide
 
@@ -18,7 +19,6 @@ from fd_fusion.frameworks import paddle_ops
 from fd_fusion.hosts import own_layers
 from fd_fusion.reasons import FusionError
 from fd_fusion.reference import round_to
-from fd_fusion.site import Site
 
 DTYPES = ("float32", "bfloat16", "float16")
 HEADS = {"q_heads": 3, "kv_heads": 5}  # more kv heads than q heads, on purpose
@@ -155,7 +155,7 @@ def layers_of_one_rank(bound):
     for layer in (norm, linear, qk):
         layer.eval()
     if bound:
-        site = Site("linear -> norm", fused=None, reduce=lambda x: x, norm=norm.stock_forward, limit=0)
+        site = make_site(reduce=lambda x: x, norm=norm.stock_forward, limit=0)
         norm.__dict__["site"] = linear.__dict__["site"] = site
         qk.__dict__["kernel"] = InPlace(qk)
     return norm, linear, qk
@@ -188,7 +188,7 @@ def test_a_traced_sum_leaves_its_input_alone(full_graph, bound, monkeypatch):
     monkeypatch.setattr(paddle_ops, "all_reduce", lambda x, group=None: x.add_(x))  # two ranks of equal shares
     norm, linear, _ = layers_of_one_rank(False)
     if bound:
-        site = Site("linear -> norm", fused=None, reduce=paddle_ops.all_reduce, norm=norm.stock_forward, limit=0)
+        site = make_site(reduce=paddle_ops.all_reduce, norm=norm.stock_forward, limit=0)
         norm.__dict__["site"] = linear.__dict__["site"] = site
 
     def forward(x, residual):
@@ -241,7 +241,7 @@ def test_layers_keep_their_config_and_their_names():
 
 def test_a_copy_of_a_bound_layer_is_not_bound():
     """What it was bound to belongs to the other one, and reads the other one's weights."""
-    site = Site("a -> b", fused=None, reduce=lambda x: x, norm=lambda x, r: (x, x), limit=1)
+    site = make_site()
     layers = [RMSNorm(8), RowParallelLinear(8, 8)]
     for layer in layers:
         layer.__dict__["site"] = site
@@ -269,7 +269,7 @@ def test_a_bound_model_can_be_copied_and_pickled(copied):
 def bound_pair():
     """A linear, and a norm with a Site whose fused op has no gradient, as a kernel has none."""
     linear, norm = RowParallelLinear(8, 8), RMSNorm(8)
-    site = Site("a -> b", fused=lambda x, r: (x.detach(), x.detach()), reduce=None, norm=None, limit=None)
+    site = make_site(fused=lambda x, r: (x.detach(), x.detach()), limit=None)
     site.end_proof(True)
     site.checked = False
     norm.__dict__["site"] = site

@@ -162,7 +162,7 @@ def fastdeploy() -> Iterator[Finding]:
     yield Finding("fastdeploy", "import", "ok", f"FastDeploy {version} imports", data={"version": version})
     importlib.import_module("fastdeploy.plugins").load_model_register_plugins()
     ours = sys.modules.get("fd_fusion.hosts.fastdeploy.plugin")
-    if ours is None or not ours._undo:
+    if ours is None or not ours.is_registered():
         remedy = (
             "pip install --no-deps fd_fusion beside FastDeploy, unset FD_FUSION_DISABLE, and set FD_PLUGINS=fd_fusion"
         )

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 import paddle
 
+from fd_fusion.binding.attributes import set_attribute, undo_in_turn
 from fd_fusion.binding.pairs import Pair
 from fd_fusion.binding.qk_norms import QKNorm
 from fd_fusion.frameworks import paddle_ops
@@ -16,32 +18,62 @@ from fd_fusion.hosts.fastdeploy.pairs import HostPair, norm_dtype
 from fd_fusion.layers.finish_op import finish, hand_over, run_on_copy
 from fd_fusion.site import Site
 
-_ABSENT = object()
 _UPSTREAM = "enable_all_reduce_fusion"  # the attribute by which a layer of the host takes part in the host's fusion
 
 
 def pair_of(found: HostPair, fd_config: Any) -> Pair:
-    """The pair with all that a Site needs of this host: its all-reduce, its norm, its group."""
-    from fastdeploy.distributed.communication import tensor_model_parallel_all_reduce
-
-    norm, tp_group = found.norm, fd_config.parallel_config.tp_group
-    stock_norm = norm.forward
+    """The pair with all that a Site needs of this host."""
+    tp_group = fd_config.parallel_config.tp_group
     return Pair(
         name=found.name,
         group=paddle_ops.group_of(tp_group),
-        hidden_size=norm.weight.shape[-1],
+        hidden_size=found.norm.weight.shape[-1],
         dtype=activation_dtype(fd_config),
-        weight_dtype=norm_dtype(norm),
-        eps=norm.eps,
-        weight_offset=0.0,  # the host adds Gemma's offset to the weight when it loads it
-        reduce=lambda partial: tensor_model_parallel_all_reduce(partial, tp_group),
-        norm=stock_norm,
-        weight=lambda: norm.weight,
-        attach=lambda site: _attach(found, site),
+        weight_dtype=norm_dtype(found.norm),
+        stock=HostStock(found, tp_group),
         producer=found.producer,
-        reader=norm,
-        numbers=lambda: (norm.eps, 0.0),
+        reader=found.norm,
     )
+
+
+class HostStock:
+    """The host's own all-reduce and norm at a pair; `site.Stock` says what is asked of it."""
+
+    def __init__(self, found: HostPair, tp_group: Any):
+        from fastdeploy.distributed.communication import tensor_model_parallel_all_reduce
+
+        self.norm = found.norm.forward
+        self._found, self._tp_group, self._all_reduce = found, tp_group, tensor_model_parallel_all_reduce
+
+    def reduce(self, partial: Any) -> Any:
+        return self._all_reduce(partial, self._tp_group)
+
+    def weight(self) -> Any:
+        return self._found.norm.weight
+
+    def numbers(self) -> tuple[float, float]:
+        """The host adds Gemma's offset to the weight when it loads it."""
+        return self._found.norm.eps, 0.0
+
+    def attach(self, site: Site) -> Callable[[], None]:
+        """Switch the producer's reduction and upstream's own fusion off and give both ends the Site.
+
+        The constructors are long past: a bias was divided by the number of ranks when it was loaded, so the sum of
+        the partial sums still holds it once.
+        """
+        found = self._found
+        site.refuses_gradients = False  # the worker runs under no_grad; a host that does not reads no gradient either
+        on = [(switch.layer, switch.attribute, getattr(switch.layer, switch.attribute)) for switch in found.switches]
+        undo = [set_attribute(switch.layer, switch.attribute, switch.off) for switch in found.switches]
+        ends = (found.producer, found.norm, *(switch.layer for switch in found.switches))
+        for layer in {id(part): part for part in ends}.values():
+            if getattr(layer, _UPSTREAM, False):
+                undo.append(set_attribute(layer, _UPSTREAM, False))
+        stock = found.producer.forward
+        once = _producer_forward(stock, site) if len(on) < 2 else _regrouping_forward(stock, site, on)
+        undo.append(_set_forward(found.producer, once))
+        undo.append(_set_forward(found.norm, _norm_forward(found.norm.forward, site)))
+        return functools.partial(undo_in_turn, undo)
 
 
 def qk_norms_of(model: Any, fd_config: Any) -> list[QKNorm]:
@@ -89,39 +121,9 @@ def _qk_forward(stock: Callable, kernel: Callable) -> Callable:
     return forward
 
 
-def _attach(found: HostPair, site: Site) -> Callable[[], None]:
-    """Switch the producer's reduction and upstream's own fusion off and give both ends the Site. Returns the undo.
-
-    The constructors are long past: a bias was divided by the number of ranks when it was loaded, so the sum of the
-    partial sums still holds it once.
-    """
-    site.refuses_gradients = False  # the worker runs under no_grad; a host that does not reads no gradient either
-    on = [(switch.layer, switch.attribute, getattr(switch.layer, switch.attribute)) for switch in found.switches]
-    undo = [_set(switch.layer, switch.attribute, switch.off) for switch in found.switches]
-    for layer in {
-        id(part): part for part in (found.producer, found.norm, *(s.layer for s in found.switches))
-    }.values():
-        if getattr(layer, _UPSTREAM, False):
-            undo.append(_set(layer, _UPSTREAM, False))
-    stock = found.producer.forward
-    once = _producer_forward(stock, site) if len(on) < 2 else _regrouping_forward(stock, site, on)
-    undo.append(_set_forward(found.producer, once))
-    undo.append(_set_forward(found.norm, _norm_forward(found.norm.forward, site)))
-    return _all(undo)
-
-
-def _all(undo: list[Callable[[], None]]) -> Callable[[], None]:
-    """All of them as one, the last first."""
-
-    def run() -> None:
-        while undo:
-            undo.pop()()
-
-    return run
-
-
 def _set_forward(layer: Any, forward: Callable) -> Callable[[], None]:
-    return _all([_set(layer, "forward", forward), _set(layer, "_fd_fusion_bound", _NoCopy())])
+    undo = [set_attribute(layer, "forward", forward), set_attribute(layer, "_fd_fusion_bound", _NoCopy())]
+    return functools.partial(undo_in_turn, undo)
 
 
 class _NoCopy:
@@ -139,12 +141,11 @@ def without_upstream_fusion(model: Any) -> Iterator[None]:
     that was reduced before: neither is what our results are to be compared with.
     """
     layers = model.sublayers(include_self=True)
-    undo = [_set(part, _UPSTREAM, False) for part in layers if getattr(part, _UPSTREAM, False)]
+    undo = [set_attribute(part, _UPSTREAM, False) for part in layers if getattr(part, _UPSTREAM, False)]
     try:
         yield
     finally:
-        for one in undo:
-            one()
+        undo_in_turn(undo)
 
 
 def _producer_forward(stock: Callable, site: Site) -> Callable:
@@ -171,11 +172,11 @@ def _regrouping_forward(stock: Callable, site: Site, on: list[tuple[Any, str, An
 
 
 def _with_own_reductions(stock: Callable, on: list[tuple[Any, str, Any]], args: tuple, kwargs: dict) -> Any:
-    undo = [_set(layer, attribute, value) for layer, attribute, value in on]
+    undo = [set_attribute(layer, attribute, value) for layer, attribute, value in on]
     try:
         return stock(*args, **kwargs)
     finally:
-        _all(undo)()
+        undo_in_turn(undo)
 
 
 def _norm_forward(stock: Callable, site: Site) -> Callable:
@@ -193,20 +194,6 @@ def _norm_forward(stock: Callable, site: Site) -> Callable:
 def _finish_by_proxy(site: Site, stock: Callable, x, residual, forward_meta, proxy_rmsnorm):
     """The host's all-reduce, then its own forward with the norm that it asked for. (SOT wants no closure above.)"""
     return site.finish_stock(x, residual, lambda total, r: stock(total, r, forward_meta, proxy_rmsnorm))
-
-
-def _set(layer: Any, attribute: str, value: Any) -> Callable[[], None]:
-    """Set an attribute of one instance. Returns the undo, which leaves no trace."""
-    before = layer.__dict__.get(attribute, _ABSENT)
-    layer.__dict__[attribute] = value
-
-    def undo() -> None:
-        if before is _ABSENT:
-            del layer.__dict__[attribute]
-        else:
-            layer.__dict__[attribute] = before
-
-    return undo
 
 
 def activation_dtype(fd_config: Any) -> str:

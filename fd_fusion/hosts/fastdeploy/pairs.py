@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from fd_fusion.binding.attributes import follow
 from fd_fusion.frameworks.tensors import dtype_name
 from fd_fusion.hosts.fastdeploy.source import read_block, reads_between_layers
 from fd_fusion.reasons import Reason, because
@@ -132,7 +133,7 @@ def _candidates(path: str, stack: Any) -> Iterator[tuple[str, Any, Any, tuple[Sw
         if type(layer).__name__ not in DECODERS:
             continue  # another rank's layer in a pipeline, or an identity in its place
         for where in DECODERS[type(layer).__name__]:
-            linear = _follow(layer, where)
+            linear = follow(layer, where)
             if linear is not None:
                 name = f"{here}layers.{i}.{where} -> {here}layers.{i}.post_attention_layernorm"
                 yield name, linear, layer.post_attention_layernorm, _linear_switches(linear)
@@ -163,7 +164,7 @@ def _block(mlp: Any) -> tuple[Any, tuple[Switch, ...] | Reason, str]:
         return mlp, because("unknown_block", block=type(mlp).__name__), ""
     if known == ("down_proj",):
         return mlp.down_proj, _linear_switches(mlp.down_proj), ".down_proj"
-    inner = [part for part in (_follow(mlp, where) for where in known) if part is not None]
+    inner = [part for part in (follow(mlp, where) for where in known) if part is not None]
     reducing = [part for part in inner if getattr(part, "reduce_results", False)]
     source = read_block(type(mlp).forward)
     if source is not None and source.flag is None and len(reducing) == len(inner):
@@ -191,9 +192,3 @@ def norm_dtype(norm: Any) -> str | None:
     """ "bfloat16", of a norm's weight."""
     weight = getattr(norm, "weight", None)
     return None if weight is None else dtype_name(weight)
-
-
-def _follow(layer: Any, path: str) -> Any:
-    for name in path.split("."):
-        layer = getattr(layer, name, None)
-    return layer

@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+from fd_fusion.binding.attributes import set_attribute, undo_in_turn
 from fd_fusion.config import ENV_CONFIG, ENV_DISABLE, Resolved, resolve
 from fd_fusion.hosts.fastdeploy import worker
 from fd_fusion.hosts.fastdeploy.log import log_to_host, logger, say_off, unreadable
@@ -38,10 +39,14 @@ def register() -> None:
         logger.warning("fd_fusion: off: %s", because("symbol_moved", path=path))
 
 
+def is_registered() -> bool:
+    """Whether the host's model loaders are patched in this process."""
+    return bool(_undo)
+
+
 def unregister() -> None:
     """Undo `register` and the patches of the worker. Models that are bound stay bound: `unbind` them first."""
-    while _undo:
-        _undo.pop()()
+    undo_in_turn(_undo)
     worker.unpatch()
 
 
@@ -55,8 +60,7 @@ def _patch_loaders() -> None:
         (own.__get__(None, cls) if own else super(base, cls).__init_subclass__)(**kwargs)
         _patch_loader(cls)
 
-    base.__init_subclass__ = classmethod(patch_new_class)
-    _undo.append(lambda: setattr(base, "__init_subclass__", own) if own else delattr(base, "__init_subclass__"))
+    _undo.append(set_attribute(base, "__init_subclass__", classmethod(patch_new_class)))
     classes = [base]
     for cls in classes:
         classes += cls.__subclasses__()
@@ -80,8 +84,7 @@ def _patch_loader(cls: type) -> None:
             _after_load(model, fd_config)
         return model
 
-    cls.load_model = load_model
-    _undo.append(lambda: setattr(cls, "load_model", stock))
+    _undo.append(set_attribute(cls, "load_model", load_model))
 
 
 def _after_load(model: Any, fd_config: Any) -> None:
@@ -150,15 +153,14 @@ def _bind_in_first_forward(model: Any, fd_config: Any, resolved: Resolved) -> No
     def forward(*args, **kwargs):
         if not is_eager():
             return stock(*args, **kwargs)
-        del model.__dict__["forward"]
-
+        undo()
         _bind(model, fd_config, resolved, example_of)
         return model.forward(*args, **kwargs)
 
     stock = model.forward
     forward.__wrapped__ = stock
     forward.binds_at_first_call = True  # `worker` looks for it before graph capture
-    model.__dict__["forward"] = forward
+    undo = set_attribute(model, "forward", forward)
 
 
 def _bind(model: Any, fd_config: Any, resolved: Resolved, example_of: Callable) -> None:

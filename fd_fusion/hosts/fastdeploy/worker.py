@@ -21,6 +21,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from fd_fusion.binding.attributes import set_attribute, undo_in_turn
 from fd_fusion.comm import sentinel, watcher
 from fd_fusion.comm.group import Group
 from fd_fusion.comm.presence import Meeting, open_presence
@@ -67,8 +68,7 @@ def patch() -> Reason | None:
 
 def unpatch() -> None:
     global _up
-    while _undo:
-        _undo.pop()()
+    undo_in_turn(_undo)
     watcher.end_process_on_error(None)
     _leave(os.getpid())
     _up = False
@@ -122,9 +122,8 @@ def _leave(pid: int) -> None:
 
 
 def _replace(owner: Any, name: str, wrap: Callable[[Callable], Callable]) -> None:
-    stock, inherited = getattr(owner, name), name not in vars(owner)
-    setattr(owner, name, functools.wraps(stock)(wrap(stock)))
-    _undo.append(lambda: delattr(owner, name) if inherited else setattr(owner, name, stock))
+    stock = getattr(owner, name)
+    _undo.append(set_attribute(owner, name, functools.wraps(stock)(wrap(stock))))
 
 
 def _checked(stock: Callable) -> Callable:
@@ -186,13 +185,11 @@ def _never_in_a_graph(model: Any) -> Iterator[None]:
     votes while a graph is captured. It is tried again afterwards."""
     forward = model.__dict__.get("forward")
     waits = getattr(forward, "binds_at_first_call", False)
-    if waits:
-        model.__dict__["forward"] = forward.__wrapped__
+    undo = [set_attribute(model, "forward", forward.__wrapped__)] if waits else []
     try:
         yield
     finally:
-        if waits:
-            model.__dict__["forward"] = forward
+        undo_in_turn(undo)
 
 
 def _eagerly(run: Callable[[], Any]) -> None:

@@ -5,7 +5,7 @@ import pytest
 from fd_fusion.backends.flashinfer.calls import Fixed, compiled_call, parameters, python_call
 from fd_fusion.backends.flashinfer.releases import BASE, RELEASES, block_threads, parse, rules
 from fd_fusion.reasons import FusionError
-from fd_fusion.site import Site
+from tests.support.sites import make_site
 
 FIXED = Fixed(size=4, rank=1, hidden_size=64, rows=8, is_fp32=False, pointers="table")
 BEFORE_0_2_9 = ("use_oneshot" if n == "trigger_completion_at_end" else n for n in BASE if n != "use_oneshot")
@@ -133,7 +133,7 @@ def test_every_gemma_site_passes_its_offset():
             call(partial, residual, "norm_out", "residual_out", "weight", 1e-6, offset, True)
             return partial, residual
 
-        site = Site(name, fused=fused, reduce=lambda x: x, norm=lambda x, r: (x, r), limit=8)
+        site = make_site(name, fused=fused, limit=8)
         site.end_proof(True)
         site.finish(site.hand_over(Rows()), Rows())
     assert [one["weight_bias"] for one in calls] == list(offsets.values())

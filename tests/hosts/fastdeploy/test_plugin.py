@@ -475,7 +475,7 @@ def test_the_eps_of_a_hosts_norm_is_read_at_each_call():
     pair, (norm,) = pair_of(HostPair("a -> b", holder, holder.norm, ()), fd_config), qk_norms_of(holder, fd_config)
     for layer in (holder.norm, holder.qk_norm.q_norm):
         layer.eps = 0.5
-    assert pair.live_numbers() == norm.numbers() == (0.5, 0.0)
+    assert pair.stock.numbers() == norm.numbers() == (0.5, 0.0)
 
 
 def test_the_q_and_k_norm_takes_a_kernel_in_every_call_form():
