@@ -24,9 +24,9 @@ from fd_fusion.cli.demo.launch import RunFailed, launch, read_results, stop, wat
 from fd_fusion.cli.demo.rank import units
 from fd_fusion.cli.demo.reference import Truth, make_truth
 from fd_fusion.cli.plain_json import to_json
-from fd_fusion.cli.processes.ranks import write_whole
 from fd_fusion.cli.processes.run_folder import run_folder
 from fd_fusion.cli.processes.signals import ending_well, held_back, undisturbed
+from fd_fusion.comm.folder_store import write_whole
 from fd_fusion.config import BACKENDS, FusionConfig
 from fd_fusion.frameworks.paddle_runtime import MIN_PADDLE
 from fd_fusion.reasons import FusionError, because

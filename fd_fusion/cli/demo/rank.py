@@ -15,8 +15,8 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from fd_fusion.cli.processes.ranks import write_whole
 from fd_fusion.cli.processes.tied import end_with_parent
+from fd_fusion.comm.folder_store import write_whole
 
 
 def units(steps: int) -> int:

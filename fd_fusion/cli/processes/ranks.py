@@ -6,9 +6,7 @@ with its parent, whatever ends that one.
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -17,11 +15,11 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 from fd_fusion.cli.processes.run_folder import run_folder
 from fd_fusion.cli.processes.signals import held_back, undisturbed
 from fd_fusion.cli.processes.tied import child_environment, end_with_parent
+from fd_fusion.comm.folder_store import FolderStore, write_whole
 from fd_fusion.comm.group import Group
 from fd_fusion.comm.posix_shm import remove_left
 
@@ -34,30 +32,6 @@ class RanksFailed(RuntimeError):
     def __init__(self, sentence: str, log: str = ""):
         super().__init__(sentence)
         self.log = log
-
-
-class FolderStore:
-    """`set`, `get` and an atomic `add` on files of one folder, as a vote needs them."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
-
-    def set(self, key: str, value: str) -> None:
-        write_whole(self.folder / quote(key, safe=""), value)
-
-    def get(self, key: str) -> str:
-        return (self.folder / quote(key, safe="")).read_text()
-
-    def add(self, key: str, amount: int) -> int:
-        with open(self.folder / f"{quote(key, safe='')}.count", "a+") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            file.seek(0)
-            total = int(file.read() or 0) + amount
-            if amount:
-                file.truncate(0)
-                file.write(str(total))
-        return total
 
 
 def run_ranks(
@@ -101,13 +75,6 @@ def rank_main(run: Callable[[dict[str, Any], Group], dict[str, Any]]) -> int:
         return 1
     write_whole(folder / f"result.{rank}", json.dumps(result))
     return 0
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write so that a reader finds either nothing or all of it."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    part.write_text(text)
-    part.replace(path)
 
 
 def _start(module: str, folder: Path, rank: int, env: dict[str, str]) -> subprocess.Popen:
