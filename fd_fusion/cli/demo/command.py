@@ -20,12 +20,12 @@ import numpy as np
 from fd_fusion.cli.demo import report as demo_report
 from fd_fusion.cli.demo.checkpoint import Checkpoint, write_checkpoint
 from fd_fusion.cli.demo.config import DecoderConfig
-from fd_fusion.cli.demo.launch import RunFailed, launch, read_results, stop, watch
-from fd_fusion.cli.demo.rank import units
+from fd_fusion.cli.demo.rank import count_steps
 from fd_fusion.cli.demo.reference import Truth, make_truth
 from fd_fusion.cli.plain_json import to_json
+from fd_fusion.cli.processes.ranks import RanksFailed, free_ports, run_ranks
 from fd_fusion.cli.processes.run_folder import run_folder
-from fd_fusion.cli.processes.signals import ending_well, held_back, undisturbed
+from fd_fusion.cli.processes.signals import ending_well
 from fd_fusion.comm.folder_store import write_whole
 from fd_fusion.config import BACKENDS, FusionConfig
 from fd_fusion.frameworks.paddle_runtime import MIN_PADDLE
@@ -56,8 +56,10 @@ def main(argv: list[str]) -> int:
         return _fail(error, 2)
     except BrokenPipeError:  # nobody reads our output: the caller's business
         raise
-    except (FusionError, RunFailed) as error:
+    except FusionError as error:
         return _fail(error, 1)
+    except RanksFailed as error:
+        return _fail(error.with_log(), 1)
     except OSError as error:
         return _fail(error, 2)
 
@@ -132,36 +134,37 @@ def _check_packages(backend: str) -> None:
 
 def _run(folder: Path, checkpoint: Checkpoint, fusion: FusionConfig, args) -> tuple[Truth, list[dict]]:
     """Start the ranks; while they load, compute the truth and give them the tokens to feed in."""
-    job = {"checkpoint": str(checkpoint.folder.resolve()), "nproc": args.nproc, "prompt_len": args.prompt_len}
-    write_whole(folder / "run.json", to_json({**job, "config": fusion.to_dict()}))
+    tokens = folder / "tokens.json"
     prompt = np.random.default_rng(args.seed).integers(checkpoint.config.vocab_size, size=args.prompt_len).tolist()
     found: list[Truth | Exception] = []
 
     def find_truth() -> None:
         try:
             truth = make_truth(checkpoint, prompt, args.steps)
-            write_whole(folder / "tokens.json", to_json(truth.tokens))
+            write_whole(tokens, to_json(truth.tokens))
             found.append(truth)
-        except Exception as error:  # raised in the main thread, which looks for it
+        except Exception as error:  # raised in the main thread
             found.append(error)
 
-    launcher = None
-    try:
-        with held_back():
-            launcher = launch(folder, args.nproc, interpret=args.backend == "triton")
-        threading.Thread(target=find_truth, daemon=True).start()
-        with _progress_bar(units(args.steps)) as show:
+    threading.Thread(target=find_truth, daemon=True).start()
+    job = {
+        "checkpoint": str(checkpoint.folder.resolve()),
+        "tokens": str(tokens),
+        "prompt_len": args.prompt_len,
+        "config": fusion.to_dict(),
+        "ports": free_ports(1 + args.nproc),
+    }
+    env = {"TRITON_INTERPRET": "1"} if args.backend == "triton" else {}  # no GPU takes part
+    with _progress_bar(count_steps(args.steps)) as show:
 
-            def look(done: int) -> None:
-                if found and isinstance(found[0], Exception):
-                    raise found[0]
-                show(done)
+        def watch(done: list[int]) -> bool:
+            if found and isinstance(found[0], Exception):
+                raise found[0]
+            show(min(done))
+            return not found  # the ranks may wait for the tokens
 
-            watch(launcher, folder, args.nproc, 10 * args.timeout_s, look)
-        return found[0], read_results(folder, args.nproc)
-    finally:
-        with undisturbed():
-            stop(launcher, folder)
+        results = run_ranks("demo.rank", args.nproc, job, timeout_s=10 * args.timeout_s, env=env, watch=watch)
+    return found[0], results
 
 
 @contextlib.contextmanager

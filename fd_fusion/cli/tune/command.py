@@ -10,7 +10,6 @@ import argparse
 import contextlib
 import errno
 import importlib.util
-import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from typing import Any
 from fd_fusion import __version__
 from fd_fusion.cli.doctor import child as doctor_child
 from fd_fusion.cli.plain_json import to_json
-from fd_fusion.cli.processes.ranks import RanksFailed, run_ranks
+from fd_fusion.cli.processes.ranks import RanksFailed, free_ports, run_ranks
 from fd_fusion.cli.processes.signals import ending_well
 from fd_fusion.cli.tune import limits as tune_limits
 from fd_fusion.cli.tune.virtual import MOST_ROWS
@@ -51,7 +50,7 @@ def main(argv: list[str]) -> int:
             f"the table cannot be kept in {folder} ({error.strerror}): set XDG_CACHE_HOME to a folder of yours"
         )
     except RanksFailed as error:
-        return _fail(f"{error}; nothing was stored" + (f"; its log ends with\n{error.log}" if error.log else ""))
+        return _fail(f"nothing was stored: {error.with_log()}")
     except KeyboardInterrupt:
         return _fail("interrupted; nothing was stored", 130)
     print(to_json(outcome, 2) if args.json else "\n".join(lines(outcome)))
@@ -142,7 +141,7 @@ def _measure(args: argparse.Namespace, mode: str, rows: list[int]) -> list[dict[
         "rounds": args.rounds or _ROUNDS[mode],
         "workspace_mb": args.workspace_mb,
         "timeout_s": args.timeout_s,
-        "ports": _free_ports(1 + args.nproc),
+        "ports": free_ports(1 + args.nproc),
     }
     limit_s = (120 if mode == "cpu" else 900) + 10 * args.timeout_s  # FlashInfer may have to compile
     if mode == "cpu":
@@ -172,17 +171,6 @@ def _rows(text: str) -> list[int]:
 def _numbered(times: dict[str, dict[str, float]]) -> dict[str, dict[int, float]]:
     """JSON has made the rows text."""
     return {column: {int(rows): time for rows, time in mine.items()} for column, mine in times.items()}
-
-
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
-    finally:
-        for one in sockets:
-            one.close()
 
 
 def lines(outcome: dict[str, Any]) -> list[str]:

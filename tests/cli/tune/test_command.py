@@ -256,7 +256,7 @@ def test_a_rank_that_dies_in_the_middle(cache, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(tune, "_framework", lambda: {"device": "cpu", "arch": None, "gpus": 0})
     before = left()
     assert tune.main(["--hidden-size", "64", "--rows", "1", "--rounds", "1"]) == 1
-    assert capsys.readouterr().err.startswith("fd_fusion tune: rank 1 died of SIGKILL; nothing was stored")
+    assert capsys.readouterr().err.startswith("fd_fusion tune: nothing was stored: rank 1 died of SIGKILL")
     assert none_left(before) and not table_path().exists()
 
 
