@@ -70,7 +70,7 @@ def config() -> Iterator[Finding]:
     try:
         resolved = resolve()
     except ValueError as error:
-        yield Finding("config", "source", "broken", str(error), "mend the variable, or unset it")
+        yield Finding("config", "source", "broken", str(error), "fix the variable, or unset it")
         return
     if resolved.config is not None:
         data = {"source": resolved.source, "config": resolved.config.to_dict()}
@@ -97,7 +97,7 @@ def _launch(size: int, found: list[Finding]) -> Iterator[Finding]:
     try:
         results = run_ranks("doctor.rank", size, {}, timeout_s=300, env=env)
     except RanksFailed as error:
-        remedy = "mend what the sentence names; with `--no-run` this step is left out"
+        remedy = "fix what the sentence names; with `--no-run` this step is left out"
         yield Finding("launch", "triton", "broken", f"{size} ranks {where}: {error}", remedy, {"log": error.log})
         return
     worst, digests = max(one["worst"] for one in results), {one["digest"] for one in results}

@@ -395,7 +395,6 @@ def test_a_closed_stdout():
 @pytest.mark.parametrize(
     ("args", "code", "says"),
     [
-        (["reasons", "--write", "{tmp}/none"], 1, "No such file"),
         (["demo", "--json", "{tmp}"], 2, "this is a folder; give the name of a file"),
         (["demo"], 1, "in sys.modules; install it, for example"),
     ],
