@@ -17,6 +17,7 @@ COMMANDS = {
     "demo": ("fd_fusion.cli.demo.command", "run a small tensor-parallel decoder, stock and fused, and compare"),
     "doctor": ("fd_fusion.cli.doctor.command", "whether fusion works on this machine, and what to do if it does not"),
     "tune": ("fd_fusion.cli.tune.command", "measure up to how many rows fusing wins here, and keep it for `bind`"),
+    "patch": ("fd_fusion.cli.patch", "the patches of FastDeploy, and whether one applies to a source tree"),
     "reasons": ("fd_fusion.cli.list_reasons", "every reason why something is off, and what to do about it"),
 }
 

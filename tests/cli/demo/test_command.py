@@ -343,7 +343,7 @@ def test_the_command_line(args, code, says):
     assert run.returncode == code and says in run.stdout + run.stderr and "Traceback" not in run.stderr
 
 
-COMMANDS = ["demo", "doctor", "tune --hidden-size 256", "bench all-reduce", "serve", "reasons"]
+COMMANDS = ["patch", "demo", "doctor", "tune --hidden-size 256", "bench all-reduce", "serve", "reasons"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
