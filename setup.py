@@ -1,9 +1,11 @@
 """Package metadata of fd_fusion. Tool settings are in pyproject.toml."""
 
 import re
+import shutil
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 HERE = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "fd_fusion/__init__.py").read_text(), re.M).group(1)
@@ -11,8 +13,18 @@ README = HERE / "README.md"
 
 # No extra names paddlepaddle-gpu: the newest one on PyPI is 2.6.2, which would overwrite the 3.x build that
 # FastDeploy runs on. Next to FastDeploy the command is `pip install --no-deps .`.
-CPU = ["paddlepaddle>=3.3", "triton>=3.3", "numpy", "safetensors", "tqdm"]
+CPU = ["paddlepaddle>=3.3", "triton>=3.3", "numpy", "safetensors"]
 BUILD = ["setuptools", "wheel"]  # a test builds the wheel
+
+
+class BuildWithPatches(build_py):
+    """A wheel holds a copy of patches/ for `python -m fd_fusion patch`; a clone has the folder itself."""
+
+    def run(self):
+        super().run()
+        if not self.editable_mode:
+            shutil.copytree(HERE / "patches", Path(self.build_lib, "fd_fusion/patches"), dirs_exist_ok=True)
+
 
 setup(
     name="fd_fusion",
@@ -21,11 +33,22 @@ setup(
     long_description=README.read_text(encoding="utf-8") if README.exists() else "",
     long_description_content_type="text/markdown",
     license="Apache-2.0",
+    url="https://github.com/PaddlePaddle/FastDeploy",  # the host that this package stands beside
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Environment :: GPU :: NVIDIA CUDA",
+        "Intended Audience :: Developers",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
     python_requires=">=3.10",
     packages=find_packages(include=["fd_fusion", "fd_fusion.*"]),
     # Said outright, an editable install puts this folder on the path. By default it hooks the import of the name,
     # and beside a clone that is called fd_fusion too, Python finds that folder first.
     package_dir={"": "."},
+    cmdclass={"build_py": BuildWithPatches},
     package_data={"fd_fusion": ["py.typed"]},
     install_requires=[],
     extras_require={

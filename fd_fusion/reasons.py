@@ -1,7 +1,7 @@
 """Every reason why something is off, and every error, of the package: one table, in one place.
 
-A reason is a code, the facts that fill its sentence, and a remedy. `Report`, the command line and the README
-all read this table, so a reason cannot be told in two ways, and none can be missing from the documents.
+A reason is a code, the facts that fill its sentence, and a remedy. `Report` and the commands
+read this table, so a reason cannot be told in two ways, and none can be missing from the documents.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ class Entry:
     rule: bool = False
 
 
+_OTHER_FLASHINFER = "install FlashInfer 0.6.12, 0.6.17 or 0.7.2.post1, or name the triton backend"
+
 TABLE: dict[str, Entry] = {
     # Whether fusion was asked for at all.
     "not_asked": Entry(
@@ -39,7 +41,7 @@ TABLE: dict[str, Entry] = {
     # Whether a pair can have a Site.
     "one_rank": Entry("one rank: there is nothing to reduce", "nothing to do", rule=True),
     "no_pairs": Entry(
-        "no known (row-parallel linear, norm) pair in {model}", "see the README for the supported decoders"
+        "no known (row-parallel linear, norm) pair in {model}", "name them: `help(fd_fusion.bind)` says how"
     ),
     "groups_differ": Entry(
         "producers of one norm reduce over different groups: {groups}",
@@ -58,7 +60,7 @@ TABLE: dict[str, Entry] = {
         "start with paddle.distributed.launch and init_parallel_env()",
     ),
     # The vote.
-    "refused": Entry("rank {rank} refused: {why}", "mend the cause on that rank"),
+    "refused": Entry("rank {rank} refused: {why}", "fix the cause on that rank"),
     "never_voted": Entry("rank {rank} never voted within {seconds} s", "see the log of rank {rank}"),
     "gave_up": Entry(
         "rank {rank} gathered the votes too late: other ranks had given up waiting",
@@ -206,7 +208,7 @@ TABLE: dict[str, Entry] = {
     "old_paddle": Entry("Paddle {got} is older than {need}", "install Paddle {need} or newer"),
     "no_triton": Entry("Triton cannot be imported: {detail}", 'pip install "triton>=3.3"'),
     "backend_failed": Entry(
-        "the {backend} backend cannot be used: {error}", "mend its package, or name another backend"
+        "the {backend} backend cannot be used: {error}", "fix its package, or name another backend"
     ),
     "dtype": Entry("dtype {got} is not one of {allowed}", "use one of {allowed}"),
     "eps": Entry("eps {got} is not a positive float32 number", "give the norm an eps, 1e-6 for example"),
@@ -297,7 +299,7 @@ TABLE: dict[str, Entry] = {
         "rank {rank} has given no sign of life for {seconds} s", "see the log of that rank: it was stopped or killed"
     ),
     "no_presence": Entry(
-        "a rank that is missing outside of a fused call will not be named: {why}", "mend the cause on that rank"
+        "a rank that is missing outside of a fused call will not be named: {why}", "fix the cause on that rank"
     ),
     # flashinfer: the FlashInfer backend and its loader.
     "flashinfer_missing": Entry("FlashInfer is not installed", "install FlashInfer, or name the triton backend"),
@@ -311,10 +313,12 @@ TABLE: dict[str, Entry] = {
     ),
     "no_torch_proxy": Entry("this Paddle has no torch proxy: {error}", "install Paddle 3.3 or newer"),
     "flashinfer_no_kernel": Entry(
-        "FlashInfer {version} has no trtllm_allreduce_fusion", "install a version that the README names"
+        "FlashInfer {version} has no trtllm_allreduce_fusion",
+        _OTHER_FLASHINFER,
     ),
     "flashinfer_signature": Entry(
-        "FlashInfer {version} wants {names}, which is unknown here", "install a version that the README names"
+        "FlashInfer {version} wants {names}, which is unknown here",
+        _OTHER_FLASHINFER,
     ),
     "flashinfer_build": Entry("FlashInfer {version} did not build its kernel: {error}", "see the log of this rank"),
     "flashinfer_no_compiler": Entry(

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from importlib import metadata
 from pathlib import Path
@@ -51,15 +52,17 @@ def test_entry_points(built):
 def clone(tmp_path_factory):
     """The sources as a clone has them, in a folder of the package's own name."""
     folder = tmp_path_factory.mktemp("where") / "fd_fusion"
-    skip = shutil.ignore_patterns("__pycache__")
-    shutil.copytree(ROOT / "fd_fusion", folder / "fd_fusion", ignore=skip)
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, folder)
+    skip = shutil.ignore_patterns("__pycache__", "*_cache")
+    for name in ("fd_fusion", "patches", "examples", "tests", ".ci"):
+        shutil.copytree(ROOT / name, folder / name, ignore=skip)
+    for path in ROOT.iterdir():
+        if path.suffix in (".md", ".py", ".toml", ".in") or path.name == "LICENSE":
+            shutil.copy(path, folder)
     return folder
 
 
 def built_wheel(clone, into, hook):
-    """What `pip install` asks setuptools for, without pip: nothing is fetched."""
+    """What `pip install` and `python -m build` ask setuptools for, without them: nothing is fetched."""
     code = f"import sys; from setuptools import build_meta as b; print(b.{hook}(sys.argv[1]))"
     pytest.importorskip("wheel", reason="setuptools and wheel are not installed: pip install -e .[test] brings them")
     run = subprocess.run([sys.executable, "-c", code, into], cwd=clone, capture_output=True, text=True)
@@ -67,12 +70,30 @@ def built_wheel(clone, into, hook):
     return Path(into, run.stdout.splitlines()[-1])
 
 
-def test_the_wheel_says_that_it_has_types(clone, tmp_path):
-    with zipfile.ZipFile(built_wheel(clone, tmp_path, "build_wheel")) as wheel:
+def files_of(*folders):
+    found = (path for folder in folders for path in (ROOT / folder).rglob("*") if path.is_file())
+    return {str(path.relative_to(ROOT)) for path in found if "__pycache__" not in path.parts}
+
+
+def test_the_sdist_holds_everything_and_its_wheel_types_and_patches(clone, tmp_path):
+    """The wheel is built from the unpacked sdist, as a registry's user does, and its `patch` finds the patches."""
+    with tarfile.open(built_wheel(clone, tmp_path, "build_sdist")) as sdist:
+        sdist.extractall(tmp_path, filter="data")
+    (unpacked,) = (path for path in tmp_path.iterdir() if path.is_dir())
+    names = {str(path.relative_to(unpacked)) for path in unpacked.rglob("*")}
+    documents = {path.name for path in ROOT.glob("*.md")} | {"LICENSE", "setup.py", "pyproject.toml"}
+    assert files_of("fd_fusion", "patches", "examples", "tests", ".ci") | documents <= names
+    with zipfile.ZipFile(built_wheel(unpacked, tmp_path, "build_wheel")) as wheel:
         names = set(wheel.namelist())
-    assert "fd_fusion/py.typed" in names
-    sources = {str(path.relative_to(ROOT)) for path in (ROOT / "fd_fusion").rglob("*.py")}
-    assert sources == {name for name in names if name.endswith(".py")}
+        wheel.extractall(tmp_path / "site")
+    sources = {name for name in files_of("fd_fusion") if name.endswith(".py")}
+    patches = {f"fd_fusion/{name}" for name in files_of("patches")}
+    assert {"fd_fusion/py.typed"} | sources | patches <= names
+    assert {name.split("/")[0] for name in names} == {"fd_fusion", f"fd_fusion-{fd_fusion.__version__}.dist-info"}
+    argv = [sys.executable, "-m", "fd_fusion", "patch"]
+    env = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
+    run = subprocess.run(argv, cwd=tmp_path / "site", env=env, capture_output=True, text=True)
+    assert run.returncode == 0 and run.stdout.startswith(f"{tmp_path}/site/fd_fusion/patches/fastdeploy-"), run.stderr
 
 
 def test_the_folder_above_an_editable_clone(clone, tmp_path):

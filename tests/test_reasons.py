@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from fd_fusion.backends.flashinfer.releases import RELEASES
 from fd_fusion.reasons import TABLE, FusionError, Reason, because, refused_by
 
 SOURCES = sorted((Path(__file__).parents[1] / "fd_fusion").rglob("*.py"))
@@ -23,6 +24,18 @@ def test_every_reason_is_a_sentence_with_a_remedy(code):
     assert str(reason) and reason.remedy and "{" not in str(reason).replace("{}", "")
     assert Reason.from_dict(reason.to_dict()) == reason
     assert str(FusionError(reason)).startswith("fd_fusion: ") and str(FusionError(reason)).endswith(".")
+
+
+@pytest.mark.parametrize("code", TABLE)
+def test_a_remedy_says_what_to_do(code):
+    """And sends nobody to look for it elsewhere."""
+    assert "README" not in TABLE[code].remedy and "mend" not in TABLE[code].remedy
+
+
+def test_the_versions_of_flashinfer_that_remedies_name_are_known():
+    listed = re.search(r"FlashInfer (.*), or name", TABLE["flashinfer_signature"].remedy)[1]
+    named = set(re.split(", | or ", listed))
+    assert len(named) == 3 and named <= {release.version for release in RELEASES}
 
 
 def test_unknown_codes_and_missing_facts_are_our_mistakes():

@@ -1,56 +1,33 @@
-"""`python -m fd_fusion reasons`: every reason why something is off, and what to do about it."""
+"""`python -m fd_fusion reasons [CODE]`: every reason why something is off, and what to do about it."""
 
 from __future__ import annotations
 
-import argparse
+import difflib
 import re
-import sys
-from pathlib import Path
 
+from fd_fusion.cli.messages import Parser, say
+from fd_fusion.cli.plain_json import to_json
 from fd_fusion.reasons import TABLE
-
-BEGIN, END = "<!-- reasons: begin -->", "<!-- reasons: end -->"
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="fd-fusion reasons", description=__doc__.partition(": ")[2])
-    parser.add_argument("--markdown", action="store_true", help="as the table of the README")
-    parser.add_argument("--write", nargs="+", type=Path, metavar="FILE", help="put the table between its marks")
+    """Print the reason of a code, or all. Exit code 2: there is no such code."""
+    parser = Parser(prog="fd-fusion reasons", description=__doc__.partition(": ")[2])
+    parser.add_argument("code", nargs="?", metavar="CODE", help="one reason, by its code (default: all)")
+    parser.add_json()
     args = parser.parse_args(argv)
-    if args.write:
-        try:
-            return max(map(_write, args.write))
-        except (OSError, UnicodeDecodeError) as error:
-            print(f"fd_fusion reasons: {error}", file=sys.stderr)
-            return 1
-    print(markdown() if args.markdown else text())
+    code = args.code
+    if code is not None and code not in TABLE:
+        near = [one for one in TABLE if code in one] or difflib.get_close_matches(code, TABLE, 5)
+        hint = f"near ones: {', '.join(near)}" if near else "`python -m fd_fusion reasons` lists all"
+        return say(f"no reason has the code {code!r}; {hint}", 2)
+    found = {
+        one: {"sentence": _plain(TABLE[one].sentence), "remedy": _plain(TABLE[one].remedy)}
+        for one in (TABLE if code is None else [code])
+    }
+    lines = [f"{one}\n    {entry['sentence']}\n    -> {entry['remedy']}" for one, entry in found.items()]
+    print(to_json(found, 2) if args.json else "\n".join(lines))
     return 0
-
-
-def _write(path: Path) -> int:
-    before, begin, rest = path.read_text(encoding="utf-8").partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        print(f"fd_fusion reasons: {path} has no lines {BEGIN} and {END}", file=sys.stderr)
-        return 1
-    path.write_text(before + markdown() + after, encoding="utf-8")
-    return 0
-
-
-def markdown() -> str:
-    """The troubleshooting table of the README, between its marks."""
-    rows = [f"| `{code}` | {_cell(entry.sentence)} | {_cell(entry.remedy)} |" for code, entry in TABLE.items()]
-    return "\n".join([BEGIN, "| code | you read | what to do |", "|---|---|---|", *rows, END])
-
-
-def text() -> str:
-    return "\n".join(
-        f"{code}\n    {_plain(entry.sentence)}\n    -> {_plain(entry.remedy)}" for code, entry in TABLE.items()
-    )
-
-
-def _cell(sentence: str) -> str:
-    return _plain(sentence).replace("|", "\\|").replace("<", "&lt;")
 
 
 def _plain(sentence: str) -> str:

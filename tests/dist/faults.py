@@ -15,12 +15,12 @@ sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
 import triton_calls as calls
 
-from fd_fusion.cli.demo.launch import _alive
 from fd_fusion.comm import cuda_ipc, posix_shm, workspace
 from fd_fusion.comm.symmetric_memory import barrier
 from fd_fusion.reasons import FusionError, FusionTimeout
 from tests.support import tensors
 from tests.support.all_reduce_cases import Case
+from tests.support.processes import alive
 
 SHORT_S = 2  # the limit of a call that must run out of time; the others have the long one of `triton_calls`
 
@@ -167,7 +167,7 @@ def killed_in(group, options):
         raise AssertionError("nobody else called, yet it returned")
     assert barrier(group, "victim named", 60)
     victim = int(group.store.get("to be killed"))
-    while _alive(victim):
+    while alive(victim):
         time.sleep(0.05)
     _patience(op, SHORT_S)
     try:

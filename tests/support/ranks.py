@@ -69,8 +69,8 @@ def run_ranks(script, size, *args, timeout_s=60, env=None, shm=None):
 
 def this_group(name="test", ranks=None):
     """The group of this script: of `run_ranks`, or of paddle.distributed.launch. `ranks`: a sub-group."""
-    from fd_fusion.cli.processes.ranks import FolderStore
     from fd_fusion.comm import posix_shm
+    from fd_fusion.comm.folder_store import FolderStore
     from fd_fusion.comm.group import Group
 
     if _RANK in os.environ:

@@ -1,7 +1,6 @@
-"""What one rank of the demo runs: `rank.py RUN_DIR`, under paddle.distributed.launch.
+"""One rank of the demo: the decoder stock, bound, and unbound.
 
-It talks with the parent through files in RUN_DIR alone, each written whole: its pid, its progress, and at the end
-its result or the sentence of its error. Both read `run.json` (what to do) and `tokens.json` (what to feed in).
+The parent writes the file of tokens while the ranks load, and reads how many steps each rank has done.
 """
 
 from __future__ import annotations
@@ -11,47 +10,20 @@ import json
 import os
 import sys
 import time
-import traceback
 from pathlib import Path
 from typing import Any
 
-from fd_fusion.cli.processes.ranks import write_whole
-from fd_fusion.cli.processes.tied import end_with_parent
+from fd_fusion.cli.processes.ranks import Progress, join_paddle, rank_main
+from fd_fusion.comm.group import Group
 
 
-def units(steps: int) -> int:
-    """How many units of progress a rank reports: start, load, two runs of 1 + steps forwards, bind."""
-    return 3 + 2 * (1 + steps)
+def count_steps(decode_steps: int) -> int:
+    """How many steps of progress a rank reports: start, load, two runs of 1 + decode_steps forwards, bind."""
+    return 3 + 2 * (1 + decode_steps)
 
 
-class Progress:
-    """The number of units done, in a file of this rank."""
-
-    def __init__(self, folder: Path, rank: int):
-        self._path, self._done = folder / f"progress.{rank}", 0
-
-    def step(self) -> None:
-        self._done += 1
-        write_whole(self._path, str(self._done))
-
-
-def main(folder: Path) -> int:
-    end_with_parent()  # the launcher
-    rank = int(os.environ.get("PADDLE_TRAINER_ID", "0"))
-    write_whole(folder / f"pid.{rank}", str(os.getpid()))
-    if (folder / "stop").exists():  # the parent ended the run before it could see our pid
-        return 1
-    try:
-        _run(folder, rank)
-    except Exception as error:  # told to the parent in one sentence; the trace stays in the log
-        traceback.print_exc()
-        text = str(error) if isinstance(error, (ValueError, RuntimeError)) else repr(error)
-        write_whole(folder / f"error.{rank}", (text.strip().splitlines() or [repr(error)])[-1])
-        return 1
-    return 0
-
-
-def _run(folder: Path, rank: int) -> None:
+def run(job: dict[str, Any], group: Group) -> dict[str, Any]:
+    """Returns the logits and times of both runs, bind's report, and whether the weights stayed the same."""
     from fd_fusion.frameworks.paddle_runtime import require_paddle
 
     paddle = require_paddle()
@@ -60,29 +32,28 @@ def _run(folder: Path, rank: int) -> None:
     from fd_fusion.cli.demo.checkpoint import Checkpoint
     from fd_fusion.cli.demo.model import load_model
 
-    job, progress = json.loads((folder / "run.json").read_text()), Progress(folder, rank)
+    progress = Progress()
     paddle.set_device("cpu")
-    if job["nproc"] > 1:
-        dist.init_parallel_env()
+    if group.size > 1:
+        join_paddle(group.rank, group.size, job["ports"], "gloo")
     progress.step()
     model = load_model(Checkpoint(Path(job["checkpoint"])))
     progress.step()
     with paddle.no_grad():
-        result = _compare_runs(model, job, _wait_for_tokens(folder), progress)
-    if job["nproc"] > 1:
+        result = _compare_runs(model, job, _wait_for_tokens(Path(job["tokens"])), progress)
+    if group.size > 1:
         dist.barrier()  # the store lives on rank 0: no rank may leave while another one needs it
-    write_whole(folder / f"result.{rank}", json.dumps(result))
+    return result
 
 
-def _wait_for_tokens(folder: Path) -> list[int]:
-    path = folder / "tokens.json"
+def _wait_for_tokens(path: Path) -> list[int]:
     while not path.exists():
         time.sleep(0.02)
     return json.loads(path.read_text())
 
 
 def _compare_runs(model: Any, job: dict, tokens: list[int], progress: Progress) -> dict[str, Any]:
-    """Stock run, bind, bound run, unbind; the weights are looked at all along."""
+    """Run the decoder stock, bind it, run it bound, unbind it; compare its weights all along."""
     from fd_fusion.binding.bind import bind, check, unbind
     from fd_fusion.config import FusionConfig
 
@@ -142,4 +113,7 @@ def fingerprint(model: Any) -> dict[str, list[Any]]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    # At once: a framework that takes its process group apart while another rank is gone may abort.
+    code = rank_main(run)
+    sys.stdout.flush()
+    os._exit(code)

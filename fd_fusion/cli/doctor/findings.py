@@ -42,6 +42,6 @@ def guarded(topic: str, probe: Callable[[], Iterable[Finding]], state: str = "wa
         found.extend(probe())
     except Exception as error:  # becomes a sentence of the report
         text = f"{topic} could not be looked at: {type(error).__name__}: {error}"
-        remedy = "mend what the sentence names" if state == "broken" else ""
+        remedy = "fix what the sentence names" if state == "broken" else ""
         found.append(Finding(topic, probe.__name__.strip("_<>"), state, text, remedy))
     return found

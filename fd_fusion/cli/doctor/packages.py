@@ -23,7 +23,6 @@ _OPTIONAL = {
     "apache-tvm-ffi": "needed only to load a FlashInfer kernel that was compiled beforehand",
     "torch": "needed only on machines without Paddle",
     "prometheus_client": "metrics go to the log as JSON lines",
-    "tqdm": "no progress bars",
 }
 
 VersionOf = Callable[[str], "str | None"]

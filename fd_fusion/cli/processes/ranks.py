@@ -1,15 +1,16 @@
-"""Ranks as plain processes of this machine, for `doctor` and `tune`: start them, hear them, leave nothing behind.
+"""Start ranks as processes of this machine, for `doctor`, `tune` and `demo`, and name the one that fails.
 
-No launcher and no port: the ranks vote through a folder of files, and tell their parent the same way. A rank ends
-with its parent, whatever ends that one.
+No launcher: the ranks vote through a folder of files, and write progress, error and result there. The kernel ends a
+rank with its parent, whatever ends that one.
 """
 
 from __future__ import annotations
 
-import fcntl
+import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -17,11 +18,11 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 from fd_fusion.cli.processes.run_folder import run_folder
 from fd_fusion.cli.processes.signals import held_back, undisturbed
 from fd_fusion.cli.processes.tied import child_environment, end_with_parent
+from fd_fusion.comm.folder_store import FolderStore, write_whole
 from fd_fusion.comm.group import Group
 from fd_fusion.comm.posix_shm import remove_left
 
@@ -35,37 +36,24 @@ class RanksFailed(RuntimeError):
         super().__init__(sentence)
         self.log = log
 
-
-class FolderStore:
-    """`set`, `get` and an atomic `add` on files of one folder, as a vote needs them."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
-
-    def set(self, key: str, value: str) -> None:
-        write_whole(self.folder / quote(key, safe=""), value)
-
-    def get(self, key: str) -> str:
-        return (self.folder / quote(key, safe="")).read_text()
-
-    def add(self, key: str, amount: int) -> int:
-        with open(self.folder / f"{quote(key, safe='')}.count", "a+") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            file.seek(0)
-            total = int(file.read() or 0) + amount
-            if amount:
-                file.truncate(0)
-                file.write(str(total))
-        return total
+    def with_log(self) -> str:
+        lines = [f"    {line}" for line in self.log.splitlines()]
+        return "\n".join([f"{self}; its log ends with", *lines]) if lines else str(self)
 
 
 def run_ranks(
-    module: str, size: int, job: dict[str, Any], *, timeout_s: float, env: dict[str, str] | None = None
+    module: str,
+    size: int,
+    job: dict[str, Any],
+    *,
+    timeout_s: float,
+    env: dict[str, str] | None = None,
+    watch: Callable[[list[int]], bool] = lambda done: False,
 ) -> list[dict[str, Any]]:
     """Run `main` of `fd_fusion.cli.<module>` on `size` ranks. Returns what each gave to `rank_main`, in rank order.
 
-    Raises: RanksFailed: a rank died, failed, or was not done after `timeout_s`. No process and no file is left.
+    `watch` is called with the steps that each rank has done; it returns whether the ranks wait for this process.
+    Raises: RanksFailed: a rank died, failed, or none made a step for `timeout_s`. No process and no file is left.
     """
     processes: list[subprocess.Popen] = []
     with run_folder() as folder:
@@ -75,7 +63,7 @@ def run_ranks(
             for rank in range(size):
                 with held_back():
                     processes.append(_start(module, folder, rank, env or {}))
-            _watch(processes, folder, timeout_s)
+            _wait(processes, folder, timeout_s, watch)
             return [json.loads((folder / f"result.{rank}").read_text()) for rank in range(size)]
         finally:
             with undisturbed():
@@ -87,27 +75,59 @@ def run_ranks(
 
 
 def rank_main(run: Callable[[dict[str, Any], Group], dict[str, Any]]) -> int:
-    """The rank's side: read the job, run it, tell the result or one sentence of error. Returns the exit code."""
+    """Read this rank's job, run it, write the result or one sentence of error. Returns the exit code."""
     folder, rank = Path(sys.argv[1]), int(sys.argv[2])
     end_with_parent()
     job = json.loads((folder / "job.json").read_text())
     group = Group("cli", rank, job["size"], tuple(range(job["size"])), FolderStore(folder / "store"))
     try:
         result = run(job, group)
-    except Exception as error:  # told to the parent in one sentence; the trace stays in the log
+    except Exception as error:  # the parent reads one sentence; the trace stays in the log
         traceback.print_exc()
-        text = str(error) or type(error).__name__
-        write_whole(folder / f"error.{rank}", text.strip().splitlines()[0])
+        text = str(error).strip() if isinstance(error, (ValueError, RuntimeError)) else ""
+        write_whole(folder / f"error.{rank}", (text or repr(error)).splitlines()[0])
         return 1
     write_whole(folder / f"result.{rank}", json.dumps(result))
     return 0
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write so that a reader finds either nothing or all of it."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    part.write_text(text)
-    part.replace(path)
+class Progress:
+    """The number of steps that this rank has done, in a file that the parent reads."""
+
+    def __init__(self) -> None:
+        self._path, self._done = Path(sys.argv[1], f"progress.{sys.argv[2]}"), 0
+
+    def step(self) -> None:
+        self._done += 1
+        write_whole(self._path, str(self._done))
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+    finally:
+        for one in sockets:
+            one.close()
+
+
+def join_paddle(rank: int, size: int, ports: list[int], backend: str) -> None:
+    """Set what Paddle's launcher would set for this rank, and open Paddle's process group. `ports`: 1 + size."""
+    import paddle.distributed as dist
+
+    ends = [f"127.0.0.1:{port}" for port in ports[1 : 1 + size]]
+    os.environ.update(
+        PADDLE_TRAINER_ID=str(rank),
+        PADDLE_TRAINERS_NUM=str(size),
+        PADDLE_TRAINER_ENDPOINTS=",".join(ends),
+        PADDLE_CURRENT_ENDPOINT=ends[rank],
+        PADDLE_MASTER=f"127.0.0.1:{ports[0]}",
+        PADDLE_DISTRI_BACKEND=backend,
+        FLAGS_selected_gpus=str(rank),
+    )
+    dist.init_parallel_env()
 
 
 def _start(module: str, folder: Path, rank: int, env: dict[str, str]) -> subprocess.Popen:
@@ -121,26 +141,48 @@ def _command(module: str, folder: Path, rank: int) -> list[Any]:
     return [sys.executable, "-W", "ignore", "-m", f"fd_fusion.cli.{module}", folder, str(rank)]
 
 
-def _watch(processes: list[subprocess.Popen], folder: Path, timeout_s: float) -> None:
-    """Wait for all to end well. A rank that died without a word is named before those that told an error."""
-    deadline = time.monotonic() + timeout_s
+def _wait(
+    processes: list[subprocess.Popen], folder: Path, timeout_s: float, watch: Callable[[list[int]], bool]
+) -> None:
+    """Wait for all to end well. A rank that died without an error is named before those that wrote one."""
+    ranks, moved, last = range(len(processes)), time.monotonic(), [0]
     while True:
         codes = [process.poll() for process in processes]
-        told = {r: p for r in range(len(codes)) if (p := folder / f"error.{r}").exists()}
+        errors = {r: path for r in ranks if (path := folder / f"error.{r}").exists()}
         for rank, code in enumerate(codes):
-            if code and rank not in told:
+            if code and rank not in errors:
                 raise RanksFailed(f"rank {rank} died {_cause(code)}", _tail(folder, rank))
-        if told:
-            rank = min(told, key=lambda r: told[r].stat().st_mtime_ns)
-            text = told[rank].read_text().removeprefix("fd_fusion: ")
+        if errors:
+            rank = min(errors, key=lambda r: errors[r].stat().st_mtime_ns)
+            text = errors[rank].read_text().removeprefix("fd_fusion: ")
             raise RanksFailed(f"rank {rank} failed: {text}", _tail(folder, rank))
         if all(code == 0 for code in codes):
             return
-        if time.monotonic() > deadline:
-            left = [rank for rank, code in enumerate(codes) if code is None]  # one of them holds the others up
-            who = f"rank {left[0]} was" if len(left) == 1 else f"ranks {', '.join(map(str, left))} were"
-            raise RanksFailed(f"{who} not done within {timeout_s:g} s", _tail(folder, left[0]))
+        done = [int(path.read_text()) if (path := folder / f"progress.{r}").exists() else 0 for r in ranks]
+        if watch(done) or done != last:
+            moved, last = time.monotonic(), done
+        if time.monotonic() - moved > timeout_s:
+            running = [rank for rank in ranks if codes[rank] is None]
+            stopped = [rank for rank in running if _is_stopped(processes[rank])]
+            raise _no_progress(stopped, running, done, timeout_s, folder)
         time.sleep(_POLL_S)
+
+
+def _no_progress(
+    stopped: list[int], running: list[int], done: list[int], timeout_s: float, folder: Path
+) -> RanksFailed:
+    """One of those that are furthest behind holds the others up."""
+    named = stopped or [rank for rank in running if done[rank] == min(done[r] for r in running)]
+    who = f"rank {named[0]} was" if len(named) == 1 else f"ranks {', '.join(map(str, named))} were"
+    how = "stopped" if stopped else "not done"
+    return RanksFailed(f"{who} {how}: no rank made a step for {timeout_s:g} s", _tail(folder, named[0]))
+
+
+def _is_stopped(process: subprocess.Popen) -> bool:
+    """Whether a signal stopped the process, as SIGSTOP does. The process's end stays for `poll` to read."""
+    with contextlib.suppress(ChildProcessError):  # it has ended meanwhile
+        return os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOHANG | os.WNOWAIT) is not None
+    return False
 
 
 def _cause(code: int) -> str:

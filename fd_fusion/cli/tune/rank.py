@@ -16,7 +16,7 @@ import numpy as np
 
 from fd_fusion.binding.backend_selection import load_backend
 from fd_fusion.cli.doctor.rank import one_call
-from fd_fusion.cli.processes.ranks import rank_main
+from fd_fusion.cli.processes.ranks import join_paddle, rank_main
 from fd_fusion.comm.group import Group, Vote, agree, working
 from fd_fusion.frameworks.tensors import place, synchronize, tensor
 from fd_fusion.reasons import FusionError, Reason, because
@@ -150,17 +150,7 @@ def _paddle_ops(spec: OpSpec, ports: list[int]) -> tuple[Callable, Callable]:
     import paddle
     import paddle.distributed as dist
 
-    ends = [f"127.0.0.1:{port}" for port in ports[1 : 1 + spec.size]]
-    os.environ.update(
-        PADDLE_TRAINER_ID=str(spec.rank),
-        PADDLE_TRAINERS_NUM=str(spec.size),
-        PADDLE_TRAINER_ENDPOINTS=",".join(ends),
-        PADDLE_CURRENT_ENDPOINT=ends[spec.rank],
-        PADDLE_MASTER=f"127.0.0.1:{ports[0]}",
-        PADDLE_DISTRI_BACKEND="gloo" if spec.device == "cpu" else "nccl",
-        FLAGS_selected_gpus=str(spec.rank),
-    )
-    dist.init_parallel_env()
+    join_paddle(spec.rank, spec.size, ports, "gloo" if spec.device == "cpu" else "nccl")
     if spec.device == "cpu":
         from fd_fusion.frameworks import paddle_ops
 

@@ -17,10 +17,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support.launch import launch
+from support.processes import alive, rank_pid, state
 
 from fd_fusion import __main__
 from fd_fusion.cli.demo import command as demo
-from fd_fusion.cli.demo import launch as demo_launch
 from fd_fusion.cli.demo import report as demo_report
 from fd_fusion.cli.demo.config import DecoderConfig
 from fd_fusion.cli.demo.reference import Truth
@@ -40,9 +40,9 @@ def start(tmp_path, *args, **variables):
 
 def left_behind(tmp_path):
     """Run folders, and processes that have one on their command line."""
-    folders = list(tmp_path.glob("fd_fusion_demo_*"))
+    folders = list(tmp_path.glob("fd_fusion_*"))
     lines = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if os.access(path, os.R_OK)]
-    return folders + [line for line in lines if f"{tmp_path}/fd_fusion_demo_".encode() in line]
+    return folders + [line for line in lines if f"{tmp_path}/fd_fusion_".encode() in line]
 
 
 # --- the main job ---------------------------------------------------------------------------------------------------
@@ -52,12 +52,12 @@ def left_behind(tmp_path):
 @pytest.mark.parametrize(("nproc", "extra"), [(1, []), (2, ["--max-token-num", "4"]), (4, ["--steps", "2"])])
 def test_the_runs_agree(nproc, extra, tmp_path):
     job = {"PADDLE_NNODES": "2", "PADDLE_MASTER": "10.0.0.1:9", "PADDLE_TRAINER_ID": "1"}  # of a job around us
-    process = start(tmp_path, "--nproc", str(nproc), "--json", "out.json", *extra, **job)
+    process = start(tmp_path, "--nproc", str(nproc), "--json", *extra, **job)
     out, err = process.communicate(timeout=280)
     assert process.returncode == 0, out + err
-    assert err == "" and out.endswith("verdict: the numbers agree\n")
-    assert len(re.findall(r"^site  ", out, re.M)) == 6
-    data = json.loads((tmp_path / "out.json").read_text())
+    data = json.loads(out)
+    assert err == "" and data["agree"]
+    assert len(re.findall(r"^site  ", "\n".join(demo_report.lines(data)), re.M)) == 6
     assert max(data["difference"].values()) <= data["budget"] < 1e-4
     assert data["ranks_bit_equal"] == {"stock": True, "bound": True}
     assert data["weights_unchanged"] == {"bound": True, "unbound": True}
@@ -153,16 +153,16 @@ def test_a_truth_that_is_no_number_agrees_with_nothing(number):
         (["--steps", "0"], "--steps 0"),
         (["--max-token-num", "0"], "max_token_num = 0"),
         (["--timeout-s", "0"], "timeout_s = 0"),
-        (["--json", "/no/such/folder/x.json"], "there is no folder /no/such/folder"),
+        (["--backend", "triton", "--hidden-size", "34", "--heads", "2", "--kv-heads", "2"], "H=34 of float32"),
         (["--checkpoint", "/no/such/folder"], "config.json cannot be read"),
         (["--checkpoint", "/no/such/folder", "--heads", "4"], "--checkpoint brings its own sizes"),
     ],
 )
 def test_a_bad_argument_gets_one_sentence(args, says, capsys, monkeypatch):
-    monkeypatch.setattr(demo, "launch", None)  # nothing is started
+    monkeypatch.setattr(demo, "run_ranks", None)  # nothing is started
     assert demo.main(args) == 2
     out, err = capsys.readouterr()
-    assert says in err and err.startswith("fd-fusion demo: ") and err.count("\n") == 1 and not out
+    assert says in err and err.startswith("fd_fusion: ") and err.count("\n") == 1 and not out
 
 
 GOOD = DecoderConfig().to_json()
@@ -184,12 +184,12 @@ GOOD = DecoderConfig().to_json()
     ids=lambda value: value[:40] if isinstance(value, str) else "",
 )
 def test_a_checkpoint_that_is_none_gets_one_sentence(config, says, capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(demo, "launch", None)
+    monkeypatch.setattr(demo, "run_ranks", None)
     text = config if isinstance(config, str) else json.dumps(config)
     (tmp_path / "config.json").write_text(text)
     assert demo.main(["--checkpoint", str(tmp_path)]) == 2
     out, err = capsys.readouterr()
-    assert says in err and err.startswith("fd-fusion demo: ") and err.count("\n") == 1 and not out
+    assert says in err and err.startswith("fd_fusion: ") and err.count("\n") == 1 and not out
 
 
 def test_a_full_temporary_folder_gets_one_sentence(capsys, monkeypatch, tmp_path):
@@ -199,7 +199,7 @@ def test_a_full_temporary_folder_gets_one_sentence(capsys, monkeypatch, tmp_path
     def save_file(*_, **__):
         raise safetensors.SafetensorError("I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr(demo, "launch", None)
+    monkeypatch.setattr(demo, "run_ranks", None)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(safetensors.numpy, "save_file", save_file)
     assert demo.main(["--hidden-size", "32"]) == 2
@@ -209,7 +209,7 @@ def test_a_full_temporary_folder_gets_one_sentence(capsys, monkeypatch, tmp_path
 
 
 def test_a_missing_or_old_package_gets_one_sentence(capsys, monkeypatch):
-    monkeypatch.setattr(demo, "launch", None)
+    monkeypatch.setattr(demo, "run_ranks", None)
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "3.2.2")
     assert demo.main([]) == 1
     assert "Paddle 3.2.2 is older than 3.3. Remedy: install Paddle 3.3 or newer" in capsys.readouterr().err
@@ -222,10 +222,10 @@ def test_a_missing_or_old_package_gets_one_sentence(capsys, monkeypatch):
 
 
 def begun(process, tmp_path, steps=4):
-    """Wait until every rank has run some forwards; returns the run folder."""
+    """Wait until every rank has run some forwards; returns the folder of the ranks' files."""
     end = time.monotonic() + 150
     while time.monotonic() < end and process.poll() is None:
-        files = list(tmp_path.glob("fd_fusion_demo_*/progress.?"))
+        files = list(tmp_path.glob("fd_fusion_*/progress.?"))
         if len(files) == 2 and all(int(file.read_text()) >= steps for file in files):
             return files[0].parent
         time.sleep(0.02)
@@ -236,20 +236,29 @@ def begun(process, tmp_path, steps=4):
 @pytest.mark.timeout(300)
 def test_a_killed_rank_is_named(tmp_path):
     process = start(tmp_path, "--steps", "40", "--hidden-size", "64", "--timeout-s", "10")
-    os.kill(int((begun(process, tmp_path) / "pid.1").read_text()), signal.SIGKILL)
-    out, err = process.communicate(timeout=60)  # that no rank got on would be told after 100 s
-    assert process.returncode == 1 and "rank 1 died" in err and "Traceback" not in err and not out
+    os.kill(rank_pid(begun(process, tmp_path), 1), signal.SIGKILL)
+    out, err = process.communicate(timeout=60)  # that no rank made a step would be said after 100 s
+    assert process.returncode == 1 and "rank 1 died of SIGKILL" in err and "Traceback" not in err and not out
+    assert not left_behind(tmp_path)
+
+
+@pytest.mark.timeout(300)
+def test_a_stopped_rank_is_named(tmp_path):
+    process = start(tmp_path, "--steps", "200", "--hidden-size", "64", "--timeout-s", "0.8")
+    os.kill(rank_pid(begun(process, tmp_path), 0), signal.SIGSTOP)
+    out, err = process.communicate(timeout=100)
+    assert process.returncode == 1 and "rank 0 was stopped: no rank made a step for 8 s" in err and not out
     assert not left_behind(tmp_path)
 
 
 @pytest.mark.timeout(300)
 def test_ctrl_c_leaves_nothing(tmp_path):
     process = start(tmp_path, "--steps", "40", "--hidden-size", "64")
-    while not list(tmp_path.glob("fd_fusion_demo_*/launcher.log")):
+    while not list(tmp_path.glob("fd_fusion_*/log.1")):
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
-    assert (process.returncode, out, err) == (130, "", "fd-fusion demo: interrupted\n")
+    assert (process.returncode, out, err) == (130, "", "fd_fusion: interrupted\n")
     assert not left_behind(tmp_path)
 
 
@@ -267,11 +276,11 @@ def test_a_terminal_that_closes_leaves_nothing(tmp_path):
 def test_ranks_do_not_outlive_a_demo_that_is_killed(tmp_path, monkeypatch):
     """Out of memory: nothing of ours runs on, so the folder stays until the next run starts."""
     process = start(tmp_path, "--steps", "40", "--hidden-size", "64")
-    folder = begun(process, tmp_path)
+    begun(process, tmp_path)
     process.kill()
     process.wait()
     deadline = time.monotonic() + 10
-    while left_behind(tmp_path) != [folder]:
+    while len(left_behind(tmp_path)) > 2:  # this folder, and that of the checkpoint
         assert time.monotonic() < deadline, left_behind(tmp_path)
         time.sleep(0.02)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
@@ -290,12 +299,12 @@ def test_a_process_lives_until_its_last_thread_has_gone():
     """Its locks are held until then, so a look at its segments before would leave them."""
     process = subprocess.Popen([sys.executable, "-c", DYING])
     try:
-        while demo_launch._state(process.pid) != "Z":
+        while state(process.pid) != "Z":
             assert process.poll() is None
             time.sleep(0.02)
-        assert demo_launch._alive(process.pid)
+        assert alive(process.pid)
         process.kill()
-        while demo_launch._alive(process.pid):
+        while alive(process.pid):
             time.sleep(0.02)
     finally:
         process.kill()
@@ -335,7 +344,7 @@ def test_the_command_line(args, code, says):
     assert run.returncode == code and says in run.stdout + run.stderr and "Traceback" not in run.stderr
 
 
-COMMANDS = ["demo", "doctor", "tune --hidden-size 256", "serve", "reasons"]
+COMMANDS = ["patch", "demo", "doctor", "tune --hidden-size 256", "serve", "reasons"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -344,9 +353,7 @@ def test_a_working_folder_that_was_deleted(command, capsys, monkeypatch, tmp_pat
     monkeypatch.chdir(gone)
     gone.rmdir()
     assert __main__.main(command.split()) == 2
-    assert capsys.readouterr().err == (
-        f"fd-fusion {command.split()[0]}: the working folder is not there any more; change to one that is\n"
-    )
+    assert capsys.readouterr().err == ("fd_fusion: the working folder is not there any more; change to one that is\n")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -358,15 +365,14 @@ def test_what_the_system_refuses_is_one_sentence(command, capsys, monkeypatch):
 
     monkeypatch.setattr(__main__, "_module", lambda command: types.SimpleNamespace(main=main))
     assert __main__.main(command.split()) == 2
-    name = command.split()[0]
-    assert capsys.readouterr().err == f"fd-fusion {name}: [Errno 28] No space left on device: '/some/file'\n"
+    assert capsys.readouterr().err == "fd_fusion: [Errno 28] No space left on device: '/some/file'\n"
 
 
 def test_a_full_place_for_the_output():
     with open("/dev/full", "wb") as full:
         argv = [sys.executable, "-m", "fd_fusion", "reasons"]
         run = subprocess.run(argv, stdout=full, stderr=subprocess.PIPE, text=True, cwd=ROOT)
-    assert (run.returncode, run.stderr) == (2, "fd-fusion reasons: [Errno 28] No space left on device\n")
+    assert (run.returncode, run.stderr) == (2, "fd_fusion: [Errno 28] No space left on device\n")
 
 
 def test_nobody_reads_the_output():
@@ -387,8 +393,9 @@ def test_a_closed_stdout():
 @pytest.mark.parametrize(
     ("args", "code", "says"),
     [
-        (["reasons", "--write", "{tmp}/none"], 1, "No such file"),
-        (["demo", "--json", "{tmp}"], 2, "this is a folder; give the name of a file"),
+        (["demo", "--json", "file"], 2, "unrecognized arguments: file; `fd-fusion demo --help` lists"),
+        (["tune", "--hidden-size", "257"], 2, "H=257 of bfloat16 is not a whole number of 16-byte units"),
+        (["tune", "--hidden-size", "256", "--nproc", "9"], 2, "give 2 to 8 ranks"),
         (["demo"], 1, "in sys.modules; install it, for example"),
     ],
     ids=str,

@@ -10,9 +10,9 @@ import time
 from pathlib import Path
 
 import pytest
+from support.processes import alive
 from support.segments import left, none_left
 
-from fd_fusion.cli.demo import launch as demo_launch
 from fd_fusion.cli.doctor import child as doctor_child
 from fd_fusion.cli.doctor import command as doctor
 from fd_fusion.cli.doctor.findings import Finding, guarded
@@ -126,11 +126,16 @@ def test_a_probe_that_fails_is_a_sentence():
 
 @pytest.mark.parametrize("states, code", [(["ok", "warn"], 0), (["ok", "off"], 1), (["off", "broken"], 2)], ids=str)
 def test_verdicts(states, code):
-    outcome = doctor.judge([Finding("t", str(i), state, f"is {state}", "mend it") for i, state in enumerate(states)])
+    outcome = doctor.judge(
+        [
+            Finding("t", str(i), state, f"is {state}", f"fix {i}" if state != "ok" else "")
+            for i, state in enumerate(states)
+        ]
+    )
     assert outcome["exit_code"] == code
     assert outcome["verdict"] == ["works", "unfused", "broken"][code]
-    assert outcome["todo"] == (["mend it"] if code else [])
-    assert "\n".join(doctor.lines(outcome)).endswith("what to do: mend it" if code else "what to do: nothing")
+    assert outcome["todo"] == ["fix 1"] if states[0] == "ok" else ["fix 1", "fix 0"], "the worst first"
+    assert doctor.lines(outcome)[-1] == f"what to do: {outcome['todo'][-1]}"
 
 
 @pytest.mark.parametrize(
@@ -300,6 +305,22 @@ def test_a_rank_that_dies_is_named(faulty, fault, sentence):
     assert str(caught.value) == sentence, "and not that rank 0, which goes on, was not done in time"
 
 
+def test_a_stopped_rank_is_named(faulty):
+    with pytest.raises(ranks.RanksFailed, match=r"^rank 1 was stopped: no rank made a step for 3 s$"):
+        faulty("os.kill(os.getpid(), signal.SIGSTOP)", timeout_s=3)
+
+
+STEPS = "progress = __import__('fd_fusion.cli.processes.ranks').cli.processes.ranks.Progress(); "
+STEPS += "[(progress.step(), time.sleep(0.4)) for _ in range(20)]"
+
+
+def test_the_time_limit_is_of_a_step_and_the_rank_behind_is_named(faulty):
+    started = time.monotonic()
+    with pytest.raises(ranks.RanksFailed, match=r"^rank 0 was not done: no rank made a step for 3 s$"):
+        faulty(STEPS, timeout_s=3)
+    assert time.monotonic() - started > 8 + 3, "the steps of rank 1 count"
+
+
 SEGMENT = (
     "from fd_fusion.comm import posix_shm; handle = posix_shm.PosixShm().allocate(4096)[1]; "
     "pathlib.Path(job['segment']).write_text(str(posix_shm._path(handle))); os._exit(3)"
@@ -314,7 +335,7 @@ def test_the_shared_memory_of_a_rank_that_dies_is_removed(faulty, tmp_path):
 
 
 def test_ranks_that_are_not_done_in_time(faulty):
-    with pytest.raises(ranks.RanksFailed, match=r"ranks 0, 1 were not done within 1.5 s"):
+    with pytest.raises(ranks.RanksFailed, match=r"ranks 0, 1 were not done: no rank made a step for 1.5 s"):
         faulty("pass", timeout_s=1.5)
 
 
@@ -340,7 +361,7 @@ def test_ranks_end_with_a_killed_parent(tmp_path):
 def _runs(file):
     """Whether the rank that wrote its id there runs. It may have been killed before it wrote it."""
     pid = file.read_text()
-    return bool(pid) and demo_launch._alive(int(pid))
+    return bool(pid) and alive(int(pid))
 
 
 def _until(condition, timeout_s=150):

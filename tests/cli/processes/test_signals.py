@@ -79,7 +79,7 @@ def ended(pid):
     return not Path(f"/proc/{pid}").exists()
 
 
-def test_the_demo_s_launcher_is_ended(interrupted, tmp_path, monkeypatch):
+def test_a_rank_of_the_demo_is_ended(interrupted, tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     with pytest.raises(KeyboardInterrupt):
         demo.main(["--hidden-size", "32", "--steps", "1"])

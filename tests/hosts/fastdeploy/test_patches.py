@@ -9,10 +9,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from support.patched import PATCHES, build
 
 ROOT = Path(__file__).parents[3]
-SHAPES = Path(__file__).parents[2] / "host/patched"
-PATCHES = sorted((ROOT / "patches").glob("*.patch"))
 CONFIGS = [
     '{"backend": "triton", "max_token_num": 64}',
     """{"backend": "it's \\"quoted\\""}""",
@@ -20,31 +19,6 @@ CONFIGS = [
     '{"backend": "a\\\\nb & | > pwned #"}',
     "{}",
 ]
-
-
-def hunks(patch):
-    """{file: [the lines before the patch, of each hunk]}."""
-    found = {}
-    for line in patch.read_text().splitlines():
-        if line.startswith("--- a/"):
-            current = found.setdefault(line[6:], [])
-        elif line.startswith("@@"):
-            current.append([])
-        elif found and current and line[:1] in (" ", "-"):
-            current[-1].append(line[1:])
-    return found
-
-
-def build(patch, folder):
-    """The tree before the patch: our own shapes, with the host's lines out of the patch's context."""
-    for file, blocks in hunks(patch).items():
-        lines = []
-        for line in (SHAPES / f"{Path(file).name}.txt").read_text().splitlines():
-            mark = re.match(r"\s*# hunk (\d)$", line)
-            lines += blocks[int(mark[1]) - 1] if mark else [line]
-        path = folder / file
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("\n".join(lines) + "\n")
 
 
 def apply(patch, folder, *options):
