@@ -83,8 +83,7 @@ def _wait_for_tokens(folder: Path) -> list[int]:
 
 def _compare_runs(model: Any, job: dict, tokens: list[int], progress: Progress) -> dict[str, Any]:
     """Stock run, bind, bound run, unbind; the weights are looked at all along."""
-    from fd_fusion.binding.bind import bind, check, unbind
-    from fd_fusion.config import FusionConfig
+    from fd_fusion import FusionConfig, bind, check, unbind
 
     before = fingerprint(model)
     stock = decode(model, tokens, job["prompt_len"], progress)
