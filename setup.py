@@ -55,7 +55,7 @@ setup(
         "cpu": CPU,
         "test": [
             *("pytest>=8", "pytest-timeout", "pytest-cov", "pytest-xdist"),
-            *("ruff", "prometheus_client", "ml_dtypes", *BUILD),
+            *("ruff", "mypy", "prometheus_client", "ml_dtypes", *BUILD),
         ],
         "bench": ["matplotlib"],
     },

@@ -7,13 +7,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # what runs is __getattr__
-    from fd_fusion.binding.bind import bind as bind
     from fd_fusion.binding.bind import check as check
     from fd_fusion.binding.bind import freeze as freeze
     from fd_fusion.binding.bind import report as report
     from fd_fusion.binding.bind import reset as reset
     from fd_fusion.binding.bind import unbind as unbind
     from fd_fusion.config import FusionConfig as FusionConfig
+    from fd_fusion.hosts.decoder import Decoder as Decoder
+    from fd_fusion.hosts.own_layers import bind as bind
     from fd_fusion.layers.qk_rms_norm import QKRMSNorm as QKRMSNorm
     from fd_fusion.layers.rms_norm import RMSNorm as RMSNorm
     from fd_fusion.layers.row_parallel_linear import RowParallelLinear as RowParallelLinear
@@ -30,7 +31,8 @@ _HOME = {
     "FusionTimeout": "reasons",
     "BindError": "reasons",
     "HandOverError": "reasons",
-    "bind": "binding.bind",
+    "Decoder": "hosts.decoder",
+    "bind": "hosts.own_layers",
     "unbind": "binding.bind",
     "report": "binding.bind",
     "check": "binding.bind",
@@ -42,6 +44,7 @@ _HOME = {
 }
 __all__ = [
     "BindError",
+    "Decoder",
     "FusionConfig",
     "FusionError",
     "FusionTimeout",

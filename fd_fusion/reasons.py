@@ -41,7 +41,13 @@ TABLE: dict[str, Entry] = {
     # Whether a pair can have a Site.
     "one_rank": Entry("one rank: there is nothing to reduce", "nothing to do", rule=True),
     "no_pairs": Entry(
-        "no known (row-parallel linear, norm) pair in {model}", "name them: `help(fd_fusion.bind)` says how"
+        "no known (row-parallel linear, norm) pair in {model}",
+        "name them, bind(model, pairs=...), as help(fd_fusion.bind) shows; for FastDeploy see its supported decoders",
+    ),
+    "unclear_pairs": Entry(
+        "{model} has {producers} layers that all-reduce and {norms} RMSNorms of their width, where one more than the "
+        "layers would show which feeds which",
+        "name the pairs, bind(model, pairs=...), as help(fd_fusion.bind) shows",
     ),
     "groups_differ": Entry(
         "producers of one norm reduce over different groups: {groups}",

@@ -82,8 +82,8 @@ class Prover(Protocol):
     def keep(self, site: Site, partial: Tensor) -> Tensor:
         """What was handed over, for the finish; `partial` itself may be spoilt after this. It may have no rows."""
 
-    def take(self, site: Site, partial: Tensor, kept: Tensor) -> Tensor:
-        """What to finish, in place of the very tensor that was handed over."""
+    def take(self, site: Site, partial: Tensor, kept: Tensor | None) -> Tensor:
+        """What to finish, in place of the very tensor that was handed over; `kept` None: it was not handed over."""
 
     def prove(self, site: Site, partial: Tensor, residual: Tensor | None) -> Finished: ...
     def miss(self, reason: Reason) -> None: ...
@@ -218,7 +218,7 @@ class Site:
         pending, self._pending = self._pending, None
         if pending is None or pending[2] != self._forwards.number:
             self._wrong("nothing_handed_over")
-            return partial
+            return self._prover.take(self, partial, None)
         tensor, first, _, version, kept = pending
         if first != (second := self._caller()):  # before the tensor, which is another one if two forwards run at once
             self._wrong("two_callers", first=str(first), second=str(second))

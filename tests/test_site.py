@@ -80,7 +80,7 @@ class Prover:
         return ("kept", partial)
 
     def take(self, site, partial, kept):
-        return kept[1]
+        return partial if kept is None else kept[1]
 
     def prove(self, *args):
         self.seen.append(args)

@@ -28,9 +28,8 @@ from fd_fusion.binding.qk_norms import QKNorm, choose_qk_norms
 from fd_fusion.binding.report import Report
 from fd_fusion.comm.circle import in_order
 from fd_fusion.comm.group import Group
-from fd_fusion.config import FusionConfig, Resolved, resolve
+from fd_fusion.config import FusionConfig, Resolved
 from fd_fusion.frameworks import paddle_runtime
-from fd_fusion.hosts import own_layers
 from fd_fusion.reasons import BindError, FusionTimeout, Reason, because
 from fd_fusion.site import Rejected, Site
 
@@ -40,55 +39,29 @@ _reports: weakref.WeakKeyDictionary[Any, Report] = weakref.WeakKeyDictionary()  
 
 def bind(
     model: Any,
-    config: FusionConfig | Mapping[str, Any] | str | None = None,
+    pairs: Sequence[Pair | Rejected],
+    qk_norms: Sequence[QKNorm],
+    resolved: Resolved,
     *,
-    pairs: Sequence[Pair | Rejected] | None = None,
-    qk_norms: Sequence[QKNorm] | None = None,
     example: Callable[[], Any] | None = None,
     example_of: ExampleOf | None = None,
     deterministic: bool = False,
-    source: str = "an argument",
-    resolved: Resolved | None = None,
     group: Group | None = None,
     refusal: Reason | None = None,
+    freezes_itself: bool = False,
 ) -> Report:
-    """Collective: give the pairs of `model` their Sites. Every rank of every group calls it with the same arguments.
-
-    Nothing is fused before a proving pass, in eager mode, has shown on all ranks:
-    1. Data flow: with the hand-overs in place, nothing fused, and NaN in every tensor that was handed over, the
-       model's outputs are the bits of a stock forward. Where two stock forwards differ from each other they are
-       within twice that, and the report's `spread` says so. What does not reach an output is not seen.
-    2. Kernel: every variant that can be launched gave known answers at open (`paddle` has no kernel of its own). At
-       each Site, with and without the residual, the fused call gives the same sums as the host on exact integers, and
-       norms within roundings of the host's; and on up to four rows of the real partial sums, at sixteen columns, the
-       contract's bits (FlashInfer: within six standard deviations of independent roundings), and norms within a
-       rounding of their own sums.
-    It shows that for the inputs and weights of that forward. Zero sums, no rows, no finite row, or no output tensor
-    show nothing: the model stays stock, and the 1st, 2nd, 4th, 8th ... eager forward after it is tried (under strict
-    the fourth pass in vain is an error). So it is, up to three times in all, where the first forward raises or a rank
-    misses the vote before it.
+    """Collective: give the pairs of `model` their Sites. `fd_fusion.bind` says what that means.
 
     Args:
-        model: a built `paddle.nn.Layer`, its weights loaded.
-        config: asks for fusion; without it the config that the layers carry, or the environment's, counts.
-        pairs, qk_norms: the host's; this package's own layers are looked for when None.
-        example: runs a forward of two rows and returns the model's outputs, the same input on all ranks; it is run
-            twice, and a third time if the outputs are not the same bits. Without it the model's first eager forward
-            is run so before itself, on copies of its arguments: give an example where they hold large caches, or
-            where a forward changes the model.
-        example_of: a host's (forward, args, kwargs) -> example, in place of those copies.
+        pairs, qk_norms: what the host has found.
+        resolved: the config that won, or why there is none.
+        example: runs a forward for the proving pass.
+        example_of: (forward, args, kwargs) -> example, in place of copies of the first forward's arguments.
         deterministic: the host is in its deterministic or batch-invariant mode.
-        source: where `config` comes from, for the log.
-        resolved: the outcome of a host's own `resolve`, in place of config and source.
         group: ranks that vote in any case, also for a model in which this rank finds no pair.
-        refusal: why this rank cannot bind; the others hear of it in the vote.
-    Returns: the report. Binding twice with one config returns the first report, unless something failed: then it is
-        tried again.
-    Raises: ValueError: a malformed config. BindError: something is off that `strict`, or a named backend, insists on;
-        on all ranks alike. FusionError (`out_of_step`): a rank left a forward of the pass where others went on; on
-        all of them, and it is the first forward that raises it where there is no example. Restart the ranks.
+        refusal: why this rank cannot bind; the others receive it in the vote.
+        freezes_itself: no host calls `freeze` after its graphs were captured.
     """
-    resolved = resolved or _resolve(model, config, source)
     with lifecycle.lock:
         before = _bound.get(model)
     if before is not None:
@@ -101,7 +74,7 @@ def bind(
     if resolved.config is None:
         report.off = resolved.reason
         return report
-    found = without_hooked(own_layers.find_pairs(model) if pairs is None else pairs)
+    found = without_hooked(pairs)
     report.rejected += [pair for pair in found if isinstance(pair, Rejected)]
     found = [pair for pair in found if isinstance(pair, Pair)]
     if refusal is not None:
@@ -110,9 +83,9 @@ def bind(
         report.off = because("disabled", flag="enable_all_reduce_rms_norm")
     elif not found and not report.rejected:
         report.off = because("no_pairs", model=type(model).__name__)
-    state = Bound(report, freezes_itself=pairs is None)
+    state = Bound(report, freezes_itself=freezes_itself)
     try:
-        failure = refusal or _choose_qk(state, own_layers.find_qk_norms(model) if qk_norms is None else qk_norms)
+        failure = refusal or _choose_qk(state, qk_norms)
         state.failures += [failure] if failure is not None else []
         pairs_of = by_group(found, group or group_of_last_resort(report, found))
         labels = {one: label_of(model, of, resolved.config, deterministic) for one, of in pairs_of.items()}
@@ -210,21 +183,6 @@ def reset() -> None:
         the others were reset all the same. Restart the ranks then.
     """
     lifecycle.reset()
-
-
-def _resolve(model: Any, config: Any, source: str) -> Resolved:
-    """The config that wins; the layers' own one where none is given."""
-    if config is None:
-        carried = {
-            layer.fusion_config: None
-            for layer in model.sublayers(include_self=True)
-            if getattr(layer, "fusion_config", None) is not None
-        }
-        if len(carried) > 1:
-            first, second = list(carried)[:2]
-            raise ValueError(str(because("two_configs", first=first, second=second)))
-        config, source = next(iter(carried), None), "the model's layers"
-    return resolve(config, explicit_source=source)
 
 
 def _choose_qk(state: Bound, norms: Sequence[QKNorm]) -> Reason | None:

@@ -1,6 +1,5 @@
 """What the host does for one pair in an eager forward, its launch left out. See host_time.py."""
 
-import dataclasses
 import sys
 from types import SimpleNamespace
 
@@ -71,9 +70,8 @@ def test_a_backend_is_asked_about_the_weights_of_all_pairs(monkeypatch):
     """And it is asked once with each eps: the answers are voted on."""
     asked = []
     monkeypatch.setattr(backend_selection, "_try", lambda name, spec, *rest: (asked.append(spec), Verdict((), ())))
-    norm = SimpleNamespace(eps=1e-6, weight_offset=0.0, stock_forward=None)
-    pairs = [host_time.pair_of(norm, dtype) for dtype in ("bfloat16", "float32", "bfloat16")]
-    pairs[2] = dataclasses.replace(pairs[2], eps=1e-5)
+    norms = [SimpleNamespace(eps=eps, weight_offset=0.0, stock_forward=None) for eps in (1e-6, 1e-6, 1e-5)]
+    pairs = [host_time.pair_of(*ends) for ends in zip(norms, ("bfloat16", "float32", "bfloat16"))]
     backend_selection.select_backend(host_time.GROUP, pairs, FusionConfig(backend="triton"), False, 1 << 25)
     assert [one.eps for one in asked[0]] == [1e-6, 1e-5]
     assert {one.weight_dtypes for one in asked[0]} == {("bfloat16", "float32")}

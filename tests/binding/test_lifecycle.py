@@ -11,6 +11,7 @@ import paddle
 import pytest
 from support.tiny import DemoDecoder
 
+import fd_fusion
 from fd_fusion.binding import bind as binding
 from fd_fusion.binding import lifecycle
 from fd_fusion.binding.book import Book
@@ -83,7 +84,7 @@ def test_bind_enters_a_report_under_the_lock_that_report_holds():
     model, done = Model(), threading.Event()
 
     def bind():
-        binding.bind(model, resolved=Resolved(None, "a test", because("not_asked")))
+        binding.bind(model, [], [], Resolved(None, "a test", because("not_asked")))
         done.set()
 
     with lifecycle.lock:
@@ -118,7 +119,7 @@ def test_a_bind_keeps_no_model_alive():
     """With its report in the user's hands: a report of nothing that fuses holds no layer."""
     model = DemoDecoder(0, 1)
     model.norm.__dict__["parent"], alive = [model], weakref.ref(model)
-    binding.bind(model, FusionConfig())
+    fd_fusion.bind(model, FusionConfig())
     assert [one.model for one in binding.report()].count("DemoDecoder") == 1
     del model
     gc.collect()

@@ -140,9 +140,9 @@ def bind_all(monkeypatch, family, size, *, fails=(), proof=(), qk=(), stops=(), 
             try:
                 report = binding.bind(
                     models[rank],
-                    pairs=pairs,
-                    qk_norms=[],
-                    resolved=Resolved(config, "a test"),
+                    pairs,
+                    [],
+                    Resolved(config, "a test"),
                     group=group,
                     refusal=refusal,
                 )

@@ -54,8 +54,7 @@ def _wait_for_tokens(path: Path) -> list[int]:
 
 def _compare_runs(model: Any, job: dict, tokens: list[int], progress: Progress) -> dict[str, Any]:
     """Run the decoder stock, bind it, run it bound, unbind it; compare its weights all along."""
-    from fd_fusion.binding.bind import bind, check, unbind
-    from fd_fusion.config import FusionConfig
+    from fd_fusion import FusionConfig, bind, check, unbind
 
     before = fingerprint(model)
     stock = decode(model, tokens, job["prompt_len"], progress)

@@ -182,11 +182,11 @@ def _bind(model: Any, fd_config: Any, resolved: Resolved, example_of: Callable) 
     try:
         report = bind(
             model,
-            pairs=pairs,
-            qk_norms=qk_norms,
+            pairs,
+            qk_norms,
+            resolved,
             example_of=example_of,
             deterministic=_is_deterministic(),
-            resolved=resolved,
             group=group_of(fd_config.parallel_config.tp_group),
             refusal=refusal,
         )
