@@ -21,6 +21,12 @@ from fd_fusion.comm.workspace import Layout, Workspace, open_workspace
 from fd_fusion.frameworks import triton_launch as runtime_triton
 from fd_fusion.kernels.all_reduce import plan as plans
 from fd_fusion.kernels.all_reduce.counts import Counts
+from fd_fusion.kernels.all_reduce.error_page import (
+    ERROR_ABORTED,
+    ERROR_PAGE_BYTES,
+    ERROR_TWO_STREAMS,
+    read_error_page,
+)
 from fd_fusion.reasons import FusionTimeout, Reason, because, closed
 from fd_fusion.tuning.limits import NEVER, Facts, row_limit
 
@@ -279,20 +285,20 @@ def _layout(plan: plans.Plan, slots: int) -> Layout:
         local_words=lambda limit, page, addresses: plans.local_words(
             plan, slots, limit=limit, error_page=page, addresses=addresses
         ),
-        page_bytes=plans.ERROR_PAGE_BYTES,
+        page_bytes=ERROR_PAGE_BYTES,
         read_error=read_error,
     )
 
 
 def read_error(words: list[int]) -> Reason | None:
     """The error page as a reason."""
-    error = plans.read_error_page(words)
+    error = read_error_page(words)
     if error is None:
         return None
     where = {name: error[name] for name in ("op", "row", "launch")}
-    if error["code"] == plans.TWO_STREAMS:
+    if error["code"] == ERROR_TWO_STREAMS:
         return because("two_streams", **where)
-    if error["code"] == plans.TOLD:
+    if error["code"] == ERROR_ABORTED:
         return because("aborted")
     return because("dead_group", **where, missing=", ".join(map(str, error["missing"])) or "unknown")
 

@@ -54,9 +54,10 @@ from fd_fusion.kernels.all_reduce.wait import (
     COUNTER,
     HEAD,
     LINE,
-    MOVED,
-    TOLD,
     TURN,
+    WAIT_ABORTED,
+    WAIT_MISSING,
+    WAIT_TWO_STREAMS,
     clear,
     clear_sums,
     has_moved,
@@ -81,13 +82,13 @@ def _results(slot, own, words, mask, dead, local, home, turn, RESULTS: tl.conste
     """Two-shot, not the owner: wait for the finished row, or both, which lie where those of ranks 0 and 1 would for a
     last rank. Returns words of norm_out and residual_out, the state, and the counter as it stands now."""
     norm, summed = own, own
-    state = 1
+    state = WAIT_MISSING
     since = tl.full((), 0, tl.int64)
-    while state == 1:
+    while state == WAIT_MISSING:
         norm, summed, _, _, _, _, _, _, late = look(
             slot, own, RESULTS, words, mask, RESULTS + 1, SLICE, POLL, OPERANDS, UNITS)  # fmt: skip
         state = tl.max(late | dead, axis=0)  # one for all threads, each of which has looked by itself
-        if state == 1:
+        if state == WAIT_MISSING:
             dead, since = look_up(local, home, turn, since, True, INTERPRETED)
     clear(slot, words, both(mask, state == 0), RESULTS, SLICE)
     return norm, summed, state, tl.load(local + COUNTER, volatile=True)
@@ -111,9 +112,9 @@ def _finish(slot, own, residual, weight, words, mask, dead, local, home, sums, c
     a = tl.zeros(words.shape, tl.float32)
     b = a
     total = 0.0
-    state = 1
+    state = WAIT_MISSING
     since = tl.full((), 0, tl.int64)
-    while state == 1:
+    while state == WAIT_MISSING:
         x0, x1, x2, x3, x4, x5, x6, x7, late = look(slot, own, rank, words, mask, N, SLICE, POLL, OPERANDS, UNITS)
         s = _plus(unpack(x0, DTYPE), x1, DTYPE)
         s = _plus(s, x2, DTYPE) if N > 2 else s
@@ -129,7 +130,7 @@ def _finish(slot, own, residual, weight, words, mask, dead, local, home, sums, c
         state = 0
         if total != total:
             state = tl.max(late | dead, axis=0)  # one for all threads, each of which has looked by itself
-            if state == 1:
+            if state == WAIT_MISSING:
                 dead, since = look_up(local, home, turn, since, False, INTERPRETED)
     seen = tl.load(local + COUNTER, volatile=True)
     clear(slot, words, both(mask, state == 0), N - 1, SLICE)
@@ -225,7 +226,7 @@ def all_reduce_rms_norm(x, residual, weight, norm_out, residual_out, local, home
             if rows > stride:  # then another row may have been pushed since
                 own = tl.load(x + here + words, mask=mask, other=0, volatile=True)
         own = sendable(own)
-        dead = tl.where(tl.load(home, volatile=True) != 0, TOLD, 0)
+        dead = tl.where(tl.load(home, volatile=True) != 0, WAIT_ABORTED, 0)
         if TWO_SHOT and row % N != rank:
             norm, summed, state, seen = _results(
                 home + slot, own, words, mask, dead, local, home, turn, RESULTS, SLICE, POLL_RESULTS, OPERANDS,
@@ -248,7 +249,7 @@ def all_reduce_rms_norm(x, residual, weight, norm_out, residual_out, local, home
             _fail(norm_out + here + words, residual_out + here + words, home + slot, words, mask, local, state, rank,
                   turn, op, row, N, SLICE, TWO_SHOT)  # fmt: skip
         if has_moved(seen, turn):
-            report(local, state | MOVED, 0, op, row, turn, 0, N)
+            report(local, state | WAIT_TWO_STREAMS, 0, op, row, turn, 0, N)
         if C > 1:
             clear_sums(sums + row * C * LINE, c, C)
         row += stride

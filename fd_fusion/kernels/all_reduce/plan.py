@@ -20,11 +20,7 @@ CONTROL_BYTES = 256  # the control page, at the start of every rank's symmetric 
 HEAD_WORDS = 16  # 8-byte words of local memory before the sums: limit, error page, addresses, counters
 COUNTER, ROWS, TURN = 10, 11, 1 << 20  # two of them, and what a launch adds to the first
 LINE = 128  # bytes of a line of the cache
-ERROR_PAGE_BYTES = 64
 SMALLEST = 2.0**-126  # what fp32 holds: the hardware's rsqrt takes less for zero
-
-# What the error page says, in its word 0 (bits 0..3). See kernel.py.
-TIMED_OUT, TOLD, TWO_STREAMS = 1, 2, 3
 
 
 @dataclass(frozen=True)
@@ -218,21 +214,3 @@ def constants(
         "maxnreg": min(registers, 32768 // (32 * plan.num_warps)),
         "enable_fp_fusion": False,
     }
-
-
-def read_error_page(words: list[int]) -> dict[str, Any] | None:
-    """What the int64 words of the error page say, or None if nothing has gone wrong.
-
-    Returns: code (TIMED_OUT, TOLD: another rank ran out of time, TWO_STREAMS), op, row, launch, missing (ranks).
-    """
-    for first, launch in ((words[0], words[1]), (words[2], words[3])):
-        if first:
-            missing = [rank for rank in range(8) if first >> (4 + rank) & 1]
-            return {
-                "code": first & 15,
-                "op": first >> 16 & 0xFFFFFF,
-                "row": first >> 40 & 0x7FFFFF,
-                "launch": launch,
-                "missing": missing,
-            }
-    return None

@@ -1,6 +1,6 @@
 """How a program waits for words of other ranks and of its neighbours, and what it does when they do not come.
 
-The state of a wait is made of bits: 0 done, 1 words are missing, TOLD, TIMED_OUT, MOVED: 2, 4 and 8.
+The state of a wait is 0 or bits WAIT_*: error_page.py.
 """
 
 import os
@@ -9,14 +9,20 @@ import time
 import triton
 import triton.language as tl
 
+from fd_fusion.kernels.all_reduce import error_page, plan
 from fd_fusion.kernels.all_reduce.packing import ONES, at, both, sendable
 
-TOLD, TIMED_OUT, MOVED = tl.constexpr(2), tl.constexpr(4), tl.constexpr(8)
+ERROR_TIMED_OUT, ERROR_ABORTED = tl.constexpr(error_page.ERROR_TIMED_OUT), tl.constexpr(error_page.ERROR_ABORTED)
+ERROR_TWO_STREAMS = tl.constexpr(error_page.ERROR_TWO_STREAMS)
+WAIT_MISSING, WAIT_ABORTED = tl.constexpr(error_page.WAIT_MISSING), tl.constexpr(error_page.WAIT_ABORTED)
+WAIT_TIMED_OUT = tl.constexpr(error_page.WAIT_TIMED_OUT)
+WAIT_TWO_STREAMS = tl.constexpr(error_page.WAIT_TWO_STREAMS)
 _RESULTS = tl.constexpr((tl.uint32,) * 8 + (tl.int32,))
-COUNTER, ROWS, HEAD = tl.constexpr(10), tl.constexpr(11), tl.constexpr(16)  # 8-byte words of local memory
-LINE = tl.constexpr(32)  # 4-byte words of a line of the cache
-CONTROL = tl.constexpr(64)  # 4-byte words of the control page
-TURN = tl.constexpr(1 << 20)  # what a launch adds to the counter, all its programs together
+COUNTER, ROWS = tl.constexpr(plan.COUNTER), tl.constexpr(plan.ROWS)  # 8-byte words of local memory
+HEAD = tl.constexpr(plan.HEAD_WORDS)
+LINE = tl.constexpr(plan.LINE // 4)  # 4-byte words of a line of the cache
+CONTROL = tl.constexpr(plan.CONTROL_BYTES // 4)  # 4-byte words of the control page
+TURN = tl.constexpr(plan.TURN)
 
 
 def host_clock():
@@ -59,7 +65,7 @@ def look_up(local, home, turn, since, SECONDHAND: tl.constexpr, INTERPRETED: tl.
     SECONDHAND: what is waited for itself waits for other ranks (an owner, a neighbour). It gets a quarter more time
     than it has itself, so that it is the one to run out and to say which rank is missing.
 
-    Returns the bits to add to the state of the wait (0 done, 1 words are missing), and when it was first asked.
+    Returns the bits to add to the state of the wait (WAIT_*), and when it was first asked.
     """
     if INTERPRETED:
         now = host_clock()
@@ -72,7 +78,8 @@ def look_up(local, home, turn, since, SECONDHAND: tl.constexpr, INTERPRETED: tl.
     over = now - since > limit
     aborted = tl.load(home, volatile=True) != 0
     moved = has_moved(tl.load(local + COUNTER, volatile=True), turn)
-    return tl.where(over, TIMED_OUT, 0) | tl.where(aborted, TOLD, 0) | tl.where(moved, MOVED, 0), since
+    bits = tl.where(over, WAIT_TIMED_OUT, 0) | tl.where(aborted, WAIT_ABORTED, 0)
+    return bits | tl.where(moved, WAIT_TWO_STREAMS, 0), since
 
 
 @triton.jit
@@ -81,8 +88,9 @@ def report(local, state, missing, op, row, turn, who, N: tl.constexpr):
 
     who: zero, or a zero for each thread. A scalar is stored by thread 0 alone, whoever else comes here.
     """
-    told = (state & TOLD) != 0
-    code = tl.where(told, 2, tl.where((state & MOVED) != 0, 3, 1))
+    told = (state & WAIT_ABORTED) != 0
+    code = tl.where((state & WAIT_TWO_STREAMS) != 0, ERROR_TWO_STREAMS, ERROR_TIMED_OUT)
+    code = tl.where(told, ERROR_ABORTED, code)
     page = at(tl.load(local + 1), tl.uint64) + tl.where(told, 2, 0)
     every = who == 0
     record = (row.to(tl.uint64) << 40) | (op.to(tl.uint64) << 16) | (code | (missing << 4)).to(tl.uint64)
@@ -90,7 +98,12 @@ def report(local, state, missing, op, row, turn, who, N: tl.constexpr):
     tl.store(page + 1 + who, turn, mask=both(every, first), cache_modifier=".wt")
     tl.store(page + who, record, mask=both(every, first), cache_modifier=".wt")
     for p in tl.static_range(N):
-        tl.store(at(tl.load(local + 2 + p), tl.uint32) + who, 1, mask=both(every, code != 2), cache_modifier=".wt")
+        tl.store(
+            at(tl.load(local + 2 + p), tl.uint32) + who,
+            1,
+            mask=both(every, code != ERROR_ABORTED),
+            cache_modifier=".wt",
+        )
 
 
 @triton.jit
@@ -164,10 +177,10 @@ def sum_slices(part, state, local, home, sums, c, turn, op, row, N: tl.constexpr
     for reader in tl.static_range(C):
         tl.store(sums + reader * LINE + c, own, mask=c != reader, cache_modifier=".wt")
     total = 0.0
-    late = 1
+    late = WAIT_MISSING
     looks = 0
     since = tl.full((), 0, tl.int64)
-    while late == 1:
+    while late == WAIT_MISSING:
         total = 0.0
         late = 0
         for source in tl.static_range(C):
@@ -177,8 +190,8 @@ def sum_slices(part, state, local, home, sums, c, turn, op, row, N: tl.constexpr
         looks += 1
         if looks % 1024 == 0:
             dead, since = look_up(local, home, turn, since, True, INTERPRETED)
-            late |= tl.where(late == 1, dead, 0)
-    if late > 1:
+            late |= tl.where(late == WAIT_MISSING, dead, 0)
+    if late > WAIT_MISSING:
         report(local, late, 0, op, row, turn, tl.zeros((THREADS,), tl.int32), N)
     return tl.where(late == 0, total, float("nan"))
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from fd_fusion.kernels.all_reduce import plan as plans
+from fd_fusion.kernels.all_reduce.error_page import ERROR_PAGE_BYTES
 
 BITS = {"float32": np.uint32, "bfloat16": np.uint16, "float16": np.uint16}
 
@@ -62,7 +63,7 @@ class Rank:
         self.case, self.rank = case, rank
         self.plan = plans.plan_for(case["size"], case["hidden_size"], case["dtype"], interpreted=True)
         size = plans.symmetric_bytes(self.plan, case["slots"])
-        self.page = np.zeros(plans.ERROR_PAGE_BYTES // 8, np.int64)
+        self.page = np.zeros(ERROR_PAGE_BYTES // 8, np.int64)
         base = region.ctypes.data
         words = plans.local_words(
             self.plan,

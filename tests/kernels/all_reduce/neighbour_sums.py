@@ -15,6 +15,7 @@ import triton.language as tl
 
 from fd_fusion.kernels.all_reduce import plan as plans
 from fd_fusion.kernels.all_reduce import wait as _wait
+from fd_fusion.kernels.all_reduce.error_page import ERROR_PAGE_BYTES, read_error_page
 from fd_fusion.kernels.all_reduce.packing import at
 from fd_fusion.kernels.all_reduce.wait import COUNTER, HEAD, TURN, clear_sums, sum_slices
 
@@ -33,7 +34,7 @@ def wait_for_neighbour(local, home, out):
 
 def main():
     home, out = np.zeros(64, np.uint32), np.zeros(4, np.float32)
-    page, local = np.zeros(plans.ERROR_PAGE_BYTES // 8, np.int64), np.zeros(64, np.int64)
+    page, local = np.zeros(ERROR_PAGE_BYTES // 8, np.int64), np.zeros(64, np.int64)
     local[:4] = 30_000_000_000, page.ctypes.data, home.ctypes.data, home.ctypes.data
     local[plans.COUNTER] = 7 * plans.TURN
     sums = local[plans.HEAD_WORDS : plans.HEAD_WORDS + 2 * plans.LINE // 8].view(np.uint32)
@@ -51,7 +52,7 @@ def main():
     threading.Thread(target=others, daemon=True).start()
     wait_for_neighbour[(1,)](local.ctypes.data, home.ctypes.data, out.ctypes.data)
     assert sums[1] == 0xFFFFFFFF, "the sum that was read is not unsent again"
-    print(out[0], plans.read_error_page(page.tolist()))
+    print(out[0], read_error_page(page.tolist()))
 
 
 def count_look_ups():

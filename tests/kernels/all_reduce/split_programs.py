@@ -21,6 +21,7 @@ from triton.runtime import interpreter
 
 from fd_fusion.frameworks import triton_launch as runtime_triton
 from fd_fusion.kernels.all_reduce import plan as plans
+from fd_fusion.kernels.all_reduce.error_page import ERROR_PAGE_BYTES
 from tests.kernels.all_reduce.kernel_rank import fill, inputs
 
 
@@ -28,7 +29,7 @@ class SharedRank:
     """A rank's memory for one case, inputs and outputs too, where all its programs find it."""
 
     def __init__(self, case, plan, rank, addresses):
-        self.page = shared(plans.ERROR_PAGE_BYTES).view(np.int64)
+        self.page = shared(ERROR_PAGE_BYTES).view(np.int64)
         limit = int(case.get("limit_s", 30) * 1e9)
         words = plans.local_words(
             plan, case["slots"], limit=limit, error_page=self.page.ctypes.data, addresses=addresses
