@@ -167,13 +167,13 @@ class Opened:
 
         rows: finished rows. calls: launches, which are calls where none has more rows than there are slots.
         """
-        rows, calls = self._counts.seen(self._read_counters)
+        rows, calls = self._counts.read(self._read_counters)
         return {"rows": rows, "calls": calls}
 
     def _read_counters(self) -> tuple[int, int]:
         data = self._workspace.read(self._workspace.local, 8 * plans.HEAD_WORDS)
         head = struct.unpack(f"<{plans.HEAD_WORDS}Q", data)
-        return head[plans.ROWS], head[plans.COUNTER] // plans.TURN
+        return head[plans.ROWS], head[plans.COUNTER] // plans.COUNTER_STEP
 
     @property
     def error_page(self) -> int | None:
@@ -281,8 +281,8 @@ def _layout(plan: plans.Plan, slots: int) -> Layout:
         control_bytes=plans.CONTROL_BYTES,
         symmetric_bytes=plans.symmetric_bytes(plan, slots),
         fill=plans.SLOT_FILL,
-        local_bytes=plans.local_bytes(plan, slots),
-        local_words=lambda limit, page, addresses: plans.local_words(
+        local_bytes=plans.state_memory_bytes(plan, slots),
+        local_words=lambda limit, page, addresses: plans.state_memory_words(
             plan, slots, limit=limit, error_page=page, addresses=addresses
         ),
         page_bytes=ERROR_PAGE_BYTES,

@@ -238,7 +238,7 @@ def wrap(group, options):
         return opened.stats()["device"]["rows"]
 
     place = opened._workspace.local + 8 * plans.COUNTER
-    opened._maker.write(place, ((2**32 - 2) * plans.TURN).to_bytes(8, "little"))
+    opened._maker.write(place, ((2**32 - 2) * plans.COUNTER_STEP).to_bytes(8, "little"))
     before = rows()
     for number in range(1, 6):
         check(opened, dataclasses.replace(case, seed=number), group.rank, options.device)

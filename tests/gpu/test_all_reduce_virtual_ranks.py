@@ -90,7 +90,7 @@ def two_streams():
     ranks = VirtualRanks(plan_for(2, 4096, "bfloat16"), 1)
     case = Case(2, 1, 4096, "bfloat16")
     launch = ranks.prepare(case)
-    one = torch.full((1,), 7 * plans.TURN, device="cuda")
+    one = torch.full((1,), 7 * plans.COUNTER_STEP, device="cuda")
     torch.cuda.synchronize()
     with torch.cuda.stream(torch.cuda.Stream()):
         launch(0)

@@ -89,7 +89,7 @@ class VirtualRanks:
         addresses = [memory.data_ptr() for memory in self.symmetric]
         self.local = []
         for page in self.pages:
-            mine = plans.local_words(
+            mine = plans.state_memory_words(
                 plan, self.slots, limit=limit_ns, error_page=page.data_ptr(), addresses=addresses
             )
             self.local.append(torch.tensor(mine, dtype=torch.int64, device="cuda"))
