@@ -20,6 +20,7 @@ import torch
 
 from fd_fusion.frameworks.triton_launch import programs_at_once
 from fd_fusion.kernels.all_reduce import plan as plans
+from fd_fusion.kernels.all_reduce.error_page import ERROR_PAGE_BYTES, read_error_page
 from fd_fusion.kernels.all_reduce.kernel import all_reduce_rms_norm
 from fd_fusion.reference import DTYPE_BYTES
 
@@ -84,12 +85,12 @@ class VirtualRanks:
         self.symmetric = [torch.full((size,), **full) for _ in range(plan.size)]
         for memory in self.symmetric:
             memory[: plans.CONTROL_BYTES] = 0
-        words = plans.ERROR_PAGE_BYTES // 8
+        words = ERROR_PAGE_BYTES // 8
         self.pages = [torch.zeros(words, dtype=torch.int64).pin_memory() for _ in range(plan.size)]
         addresses = [memory.data_ptr() for memory in self.symmetric]
         self.local = []
         for page in self.pages:
-            mine = plans.local_words(
+            mine = plans.state_memory_words(
                 plan, self.slots, limit=limit_ns, error_page=page.data_ptr(), addresses=addresses
             )
             self.local.append(torch.tensor(mine, dtype=torch.int64, device="cuda"))
@@ -114,7 +115,7 @@ class VirtualRanks:
         return [mine[plans.ROWS].item() for mine in self.local]
 
     def failures(self) -> list:
-        return [plans.read_error_page(page.tolist()) for page in self.pages]
+        return [read_error_page(page.tolist()) for page in self.pages]
 
 
 class FlashInferRanks:

@@ -142,13 +142,13 @@ class TritonOp:
 
         rows: finished rows. calls: launches; a call of more rows than there are slots is several launches.
         """
-        rows, calls = self._counts.seen(self._read_counters)
+        rows, calls = self._counts.read(self._read_counters)
         return {"rows": rows, "calls": calls}
 
     def _read_counters(self) -> tuple[int, int]:
         data = self._workspace.read(self._workspace.local, 8 * plans.HEAD_WORDS)
         head = struct.unpack(f"<{plans.HEAD_WORDS}Q", data)
-        return head[plans.ROWS], head[plans.COUNTER] // plans.TURN
+        return head[plans.ROWS], head[plans.COUNTER] // plans.COUNTER_STEP
 
     @property
     def error_page(self) -> int | None:

@@ -8,6 +8,12 @@ import importlib.util
 from fd_fusion.comm.workspace import Layout
 from fd_fusion.frameworks import triton_launch
 from fd_fusion.kernels.all_reduce import plan as plans
+from fd_fusion.kernels.all_reduce.error_page import (
+    ERROR_ABORTED,
+    ERROR_PAGE_BYTES,
+    ERROR_TWO_STREAMS,
+    read_error_page,
+)
 from fd_fusion.reasons import Reason, because
 from fd_fusion.reference import DTYPE_BYTES
 from fd_fusion.spec import OpSpec
@@ -72,23 +78,23 @@ def layout_of(plan: plans.Plan, slots: int) -> Layout:
         control_bytes=plans.CONTROL_BYTES,
         symmetric_bytes=plans.symmetric_bytes(plan, slots),
         fill=plans.SLOT_FILL,
-        local_bytes=plans.local_bytes(plan, slots),
-        local_words=lambda limit, page, addresses: plans.local_words(
+        local_bytes=plans.state_memory_bytes(plan, slots),
+        local_words=lambda limit, page, addresses: plans.state_memory_words(
             plan, slots, limit=limit, error_page=page, addresses=addresses
         ),
-        page_bytes=plans.ERROR_PAGE_BYTES,
+        page_bytes=ERROR_PAGE_BYTES,
         read_error=read_error,
     )
 
 
 def read_error(words: list[int]) -> Reason | None:
     """Return the reason that the words of an error page give, or None for a page without an error."""
-    error = plans.read_error_page(words)
+    error = read_error_page(words)
     if error is None:
         return None
     where = {name: error[name] for name in ("op", "row", "launch")}
-    if error["code"] == plans.TWO_STREAMS:
+    if error["code"] == ERROR_TWO_STREAMS:
         return because("two_streams", **where)
-    if error["code"] == plans.TOLD:
+    if error["code"] == ERROR_ABORTED:
         return because("aborted")
     return because("dead_group", **where, missing=", ".join(map(str, error["missing"])) or "unknown")

@@ -20,7 +20,6 @@ from fd_fusion.frameworks.tensors import paddle_or_torch
 from fd_fusion.reasons import FusionError, because
 
 _INTERPRET = "TRITON_INTERPRET"
-_HELPERS = ("fd_fusion.kernels.all_reduce.wait", "fd_fusion.kernels.all_reduce.packing")
 _REGISTERS, _WARPS, _PROGRAMS = 65536, 48, 16  # of a multiprocessor: the least that any from sm_80 on holds
 
 
@@ -110,17 +109,21 @@ def load_kernel(module: str, name: str) -> Any:
     """The kernel `name` of `fd_fusion.kernels.<module>`, compiled or interpreted as `interpreting` says.
 
     An interpreted function that calls another patches the whole Triton language again each time, which is most of
-    its time. Only a kernel has to; helpers, which have a leading underscore or live in one of `_HELPERS`, are put
-    back as plain functions.
+    its time. Only a kernel has to, so the functions that a kernel calls are replaced by plain ones.
     """
     kernel = getattr(importlib.import_module(f"fd_fusion.kernels.{module}"), name)
     if type(kernel).__name__ == "InterpretedFunction":
-        for scope in [vars(sys.modules[key]) for key in sys.modules if key.startswith("fd_fusion.kernels.")]:
-            for key, value in list(scope.items()):
-                home = getattr(getattr(value, "fn", None), "__module__", "")
-                if type(value) is type(kernel) and (key[0] == "_" or home in _HELPERS):
-                    scope[key] = value.rewrite()
+        _make_plain(kernel.fn.__globals__, kernel)
     return kernel
+
+
+def _make_plain(names: dict[str, Any], kernel: Any) -> None:
+    """Replace all interpreted functions of our kernels in a module's names, and in the modules that define them."""
+    for name, value in list(names.items()):
+        ours = type(value) is type(kernel) and value.fn.__module__.startswith("fd_fusion.kernels.")
+        if ours and value is not kernel:
+            names[name] = value.rewrite()
+            _make_plain(value.fn.__globals__, kernel)
 
 
 @dataclass(frozen=True)

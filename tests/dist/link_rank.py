@@ -30,23 +30,24 @@ from fd_fusion.tuning.limits import NEVER
 from tests.support.all_reduce_cases import Case
 from tests.support.ranks import this_group, this_rank
 
-CLEAR = "    clear(slot, words, both(mask, state == 0), N - 1, SLICE)\n"
+CLEAR = "    clear_slot(row, mask_if(row.mask, wait_state == 0), N - 1, shape.SLICE)\n"
 
 
 def sleeping_poll(ns):
     def text(*args, **kwargs):
-        return poll(*args, **kwargs).replace("@again bra look;", f"@again nanosleep.u32 {ns};\n@again bra look;")
+        return poll(*args, **kwargs).replace("@again bra poll;", f"@again nanosleep.u32 {ns};\n@again bra poll;")
 
     return text
 
 
 def ahead(rows):
     """So many rows pushed behind the one that is waited for, whatever the path."""
-    bound = f"row + {1 + rows} * stride)"
-    return {"kernel": [("row + (2 if TWO_SHOT else 1) * stride)", bound), ("        if TWO_SHOT:  # noqa", "        if True:  # noqa")]}
+    bound = f"number + {1 + rows} * stride)"
+    reload = ("        if shape.TWO_SHOT:  # noqa", "        if True:  # noqa")
+    return {"kernel": [("number + (2 if shape.TWO_SHOT else 1) * stride)", bound), reload]}
 
 
-VARIANTS = {  # replacements in the kernel, in wait.py, what is changed in the plan or at launch
+VARIANTS = {  # replacements in kernel.py and row.py, what is changed in the plan or at launch
     "as it is": {},
     "PDL": {"pdl": "1"},
     "none ahead": ahead(0),
@@ -59,11 +60,11 @@ VARIANTS = {  # replacements in the kernel, in wait.py, what is changed in the p
     "eight warps": {"warps": 8},
     "poll, sleep 50 ns": {"poll": sleeping_poll(50)},
     "poll, sleep 200 ns": {"poll": sleeping_poll(200)},
-    "cleared twice": {"kernel": [(CLEAR, 2 * CLEAR)]},
+    "cleared twice": {"row": [(CLEAR, 2 * CLEAR)]},
     "outputs streamed": {
         "kernel": [
             (f"{end})\n", f'{end}, cache_modifier=".cs")\n')
-            for end in ("norm_out + here + words, norm, mask=mask", "row % N == rank) if stays else mask")
+            for end in ("norm_out + start + offsets, norm, mask=mask", "residual_out + start + offsets, summed, mask=owned")
         ]
     },
 }
@@ -84,13 +85,13 @@ def patched_kernel(name, changes):
     folder.mkdir(exist_ok=True)
     home = Path(plans.__file__).parent
     loaded = None
-    for module, key in (("_wait", "wait"), ("all_reduce_rms_norm", "kernel")):
+    for module in ("row", "kernel"):
         text = (home / f"{module}.py").read_text()
-        for before, after in changes.get(key, []):
+        for before, after in changes.get(module, []):
             assert text.count(before) == 1, (name, before, text.count(before))
             text = text.replace(before, after)
-        text = text.replace("from fd_fusion.kernels.all_reduce.wait import", f"from link_wait_{hash_of(name)} import")
-        file = folder / f"link_{module.strip('_')}_{hash_of(name)}.py"
+        text = text.replace("from fd_fusion.kernels.all_reduce.row import", f"from link_row_{hash_of(name)} import")
+        file = folder / f"link_{module}_{hash_of(name)}.py"
         part = file.with_suffix(f".{os.getpid()}")
         part.write_text(text)
         part.replace(file)
@@ -116,7 +117,7 @@ def variant(name):
     plans.poll = changes.get("poll", plans.poll)
     if "warps" in changes:
         plans._MEASURED.update({key: (split, changes["warps"]) for key, (split, _) in plans._MEASURED.items()})
-    if {"kernel", "wait"} & set(changes):
+    if {"kernel", "row"} & set(changes):
         kernel = patched_kernel(name, changes)
         triton_launch.load_kernel = lambda module, what: kernel if what == kernel.__name__ else load(module, what)
     try:

@@ -16,7 +16,7 @@ from fd_fusion.comm import sentinel
 from fd_fusion.comm.posix_shm import PosixShm
 from fd_fusion.comm.presence import open_presence
 from fd_fusion.comm.symmetric_memory import barrier
-from fd_fusion.kernels.all_reduce.plan import TIMED_OUT
+from fd_fusion.kernels.all_reduce.error_page import ERROR_TIMED_OUT
 from tests.support.ranks import this_group
 
 LIMIT_S = 2.0
@@ -35,7 +35,7 @@ if group.rank == 1:
 pid = int(group.store.get("pid"))
 hold = ctypes.PyDLL(None).usleep  # with Python's lock
 if "hangs" in sys.argv:
-    first = TIMED_OUT | 1 << (4 + 1) | 62 << 16  # rank 1 is missing in op 62
+    first = ERROR_TIMED_OUT | 1 << (4 + 1) | 62 << 16  # rank 1 is missing in op 62
     (ctypes.c_int64 * 2).from_address(page)[:] = (first, 63)
 else:
     os.kill(pid, signal.SIGSTOP)

@@ -233,7 +233,7 @@ def wrap(group, options):
         return op.stats()["device"]["rows"]
 
     place = op._workspace.local + 8 * plans.COUNTER
-    op._provider.write(place, ((2**32 - 2) * plans.TURN).to_bytes(8, "little"))
+    op._provider.write(place, ((2**32 - 2) * plans.COUNTER_STEP).to_bytes(8, "little"))
     before = rows()
     for number in range(1, 6):
         check(op, dataclasses.replace(case, seed=number), group.rank, options.device)

@@ -78,9 +78,9 @@ def missing_rank(size, hidden_size):
     torch.cuda.synchronize()
     found = ranks.failures()
     assert all(found), found
-    blamed = [error["missing"] for error in found if error["code"] == plans.TIMED_OUT]
+    blamed = [error["missing"] for error in found if error["code"] == ERROR_TIMED_OUT]
     assert blamed and all(ranks == [size - 1] for ranks in blamed), found  # not who waits for it too
-    assert found[size - 1]["code"] == plans.TOLD, found
+    assert found[size - 1]["code"] == ERROR_ABORTED, found
     capture(size, [launch]).replay()
     torch.cuda.synchronize()
     assert all(out.isnan().all() for out in (*case.norm_out, *case.residual_out))
@@ -91,7 +91,7 @@ def two_streams():
     ranks = VirtualRanks(plan_for(2, 4096, "bfloat16"), 1)
     case = Case(2, 1, 4096, "bfloat16")
     launch = ranks.prepare(case)
-    one = torch.full((1,), 7 * plans.TURN, device="cuda")
+    one = torch.full((1,), 7 * plans.COUNTER_STEP, device="cuda")
     torch.cuda.synchronize()
     with torch.cuda.stream(torch.cuda.Stream()):
         launch(0)
@@ -99,7 +99,7 @@ def two_streams():
     with torch.cuda.stream(torch.cuda.Stream()):
         ranks.local[0][plans.COUNTER].copy_(one[0])
     torch.cuda.synchronize()
-    assert ranks.failures()[0]["code"] == plans.TWO_STREAMS, ranks.failures()
+    assert ranks.failures()[0]["code"] == ERROR_TWO_STREAMS, ranks.failures()
     assert case.norm_out[0].isnan().all()
 
 
@@ -127,6 +127,7 @@ if __name__ == "__main__":
     from bench.virtual_ranks import Case, VirtualRanks, capture
 
     from fd_fusion.kernels.all_reduce import plan as plans
+    from fd_fusion.kernels.all_reduce.error_page import ERROR_ABORTED, ERROR_TIMED_OUT, ERROR_TWO_STREAMS
     from fd_fusion.kernels.all_reduce.plan import plan_for
 
     function, *arguments, _ = CASES[sys.argv[1]]

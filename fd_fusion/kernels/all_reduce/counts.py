@@ -1,4 +1,4 @@
-"""What the kernel counts on the device, as the host tells it: since open, through resets. No Triton."""
+"""Add up the counters of the kernel from the opening of a workspace on, through its resets. No Triton."""
 
 from __future__ import annotations
 
@@ -7,27 +7,27 @@ from collections.abc import Callable, Sequence
 
 
 class Counts:
-    """Counters that start anew at a reset."""
+    """Totals of counters that start anew at a reset."""
 
     def __init__(self, counters: int):
-        self._before = self._last = [0] * counters  # at the last reset; when last seen
+        self._at_reset = self._totals = [0] * counters  # at the last reset; at the last read
         self._paused = False
         self._lock = threading.Lock()
 
-    def seen(self, read: Callable[[], Sequence[int]]) -> list[int]:
-        """What has been counted since open. `read` gives the counters as they are now; no two reads overlap, and none
-        lasts into a pause, so that no total ever falls."""
+    def read(self, counters: Callable[[], Sequence[int]]) -> list[int]:
+        """Return the totals. `counters` returns the counters as they are now; no two reads overlap, and no read lasts
+        into a pause, so that no total ever falls."""
         with self._lock:
             if not self._paused:
-                self._last = [before + now for before, now in zip(self._before, read())]
-            return self._last
+                self._totals = [before + now for before, now in zip(self._at_reset, counters())]
+            return self._totals
 
     def pause(self) -> None:
-        """The counters are about to become zero, or may be already: what they say counts for nothing."""
+        """Ignore the counters: they are about to become zero, or may be zero already."""
         with self._lock:
             self._paused = True
 
     def start_anew(self) -> None:
-        """All counters are zero again."""
+        """Read the counters again: all are zero."""
         with self._lock:
-            self._before, self._paused = self._last, False
+            self._at_reset, self._paused = self._totals, False

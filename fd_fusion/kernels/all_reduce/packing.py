@@ -1,37 +1,37 @@
-"""Rows as 4-byte words: a word holds two halves or one float and travels as it is.
+"""Convert rows to 4-byte words and back: a word holds two halves or one float, bit for bit.
 
-Everything is elementwise on 1-D tensors of one shape, so no layout is ever converted. `ONES`, the word that the
-slots are filled with, means "not yet"; as payload it is a NaN or a pair of them.
+Every function is elementwise on 1-D tensors of one shape, so no layout is ever converted. The slots are filled with
+SENTINEL, which means "not yet"; as payload that word is a NaN or a pair of them.
 """
 
 import triton
 import triton.language as tl
 
-ONES = tl.constexpr(0xFFFFFFFF)
+SENTINEL = tl.constexpr(0xFFFFFFFF)
 NAN = tl.constexpr(0x7FFF7FFF)  # a word of NaN in bf16, fp16 and fp32 alike
 
 
 @triton.jit
-def at(address, TYPE: tl.constexpr):
-    """A pointer that is known to be 16-byte aligned; the hint counts only after the cast."""
+def pointer(address, TYPE: tl.constexpr):
+    """Cast an address to a pointer with the hint of 16-byte alignment, which counts only after the cast."""
     return tl.multiple_of(address.to(tl.pointer_type(TYPE)), 16)
 
 
 @triton.jit
-def both(mask, condition):
+def mask_if(mask, condition):
     """mask & condition, for a scalar condition: its broadcast is no mask in the interpreter of Triton 3.9."""
     return tl.where(condition, mask, mask ^ mask)
 
 
 @triton.jit
-def sendable(word):
-    """The one pattern that cannot be sent becomes another NaN or pair of them."""
-    return tl.where(word == ONES, 0x7FFFFFFF, word)
+def without_sentinel(word):
+    """Replace SENTINEL, the one word that cannot be sent, by another NaN or pair of NaNs."""
+    return tl.where(word == SENTINEL, 0x7FFFFFFF, word)
 
 
 @triton.jit
 def unpack(word, DTYPE: tl.constexpr):
-    """The elements of a word as two fp32 tensors; for fp32 the second is zero and vanishes."""
+    """Return the elements of a word as two fp32 tensors; for fp32 the second is zero and vanishes."""
     if DTYPE == "float32":
         a = word.to(tl.float32, bitcast=True)
         b = tl.zeros_like(a)
@@ -45,8 +45,8 @@ def unpack(word, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _rounded(value, DTYPE: tl.constexpr):
-    """For the interpreter, which truncates to bf16 and keeps the payload of a NaN: the hardware does neither."""
+def _round_by_bits(value, DTYPE: tl.constexpr):
+    """Round for the interpreter, which truncates to bf16 and keeps the payload of a NaN, unlike the hardware."""
     bits = value.to(tl.uint32, bitcast=True)
     if DTYPE == "bfloat16":
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
@@ -57,11 +57,11 @@ def _rounded(value, DTYPE: tl.constexpr):
 
 @triton.jit
 def pack(a, b, DTYPE: tl.constexpr, INTERPRETED: tl.constexpr):
-    """Two fp32 tensors rounded to nearest even, as words. For halves one instruction, which Triton itself misses."""
+    """Round two fp32 tensors to nearest even, as words. For halves one instruction, which Triton itself misses."""
     if INTERPRETED:
-        word = _rounded(a, DTYPE)
+        word = _round_by_bits(a, DTYPE)
         if DTYPE != "float32":
-            word = word | (_rounded(b, DTYPE) << 16)
+            word = word | (_round_by_bits(b, DTYPE) << 16)
     elif DTYPE == "float32":
         word = a.to(tl.uint32, bitcast=True)
     elif DTYPE == "bfloat16":
@@ -72,15 +72,15 @@ def pack(a, b, DTYPE: tl.constexpr, INTERPRETED: tl.constexpr):
 
 
 @triton.jit
-def load_weight(address, words, mask, DTYPE: tl.constexpr, WEIGHT_DTYPE: tl.constexpr):
-    """The weights of the elements in these words, whose own dtype is DTYPE, as two fp32 tensors."""
+def load_weight(address, offsets, mask, DTYPE: tl.constexpr, WEIGHT_DTYPE: tl.constexpr):
+    """Load the weights of the elements in these words of a row of DTYPE, as two fp32 tensors."""
     if (DTYPE == "float32") == (WEIGHT_DTYPE == "float32"):
-        a, b = unpack(tl.load(at(address, tl.uint32) + words, mask=mask, other=0), WEIGHT_DTYPE)
+        a, b = unpack(tl.load(pointer(address, tl.uint32) + offsets, mask=mask, other=0), WEIGHT_DTYPE)
     elif DTYPE == "float32":
-        half = tl.load(at(address, tl.uint16) + words, mask=mask, other=0).to(tl.uint32)
+        half = tl.load(pointer(address, tl.uint16) + offsets, mask=mask, other=0).to(tl.uint32)
         a, b = unpack(half, WEIGHT_DTYPE)
     else:
-        both = tl.load(at(address, tl.uint64) + words, mask=mask, other=0)
-        a = both.to(tl.uint32).to(tl.float32, bitcast=True)
-        b = (both >> 32).to(tl.uint32).to(tl.float32, bitcast=True)
+        two_floats = tl.load(pointer(address, tl.uint64) + offsets, mask=mask, other=0)
+        a = two_floats.to(tl.uint32).to(tl.float32, bitcast=True)
+        b = (two_floats >> 32).to(tl.uint32).to(tl.float32, bitcast=True)
     return a, b

@@ -17,14 +17,11 @@ from fd_fusion.reference import DTYPE_BYTES
 SIZES = range(2, 9)
 SLOT_FILL = 0xFF  # the byte that all slots are filled with before the first call and at a reset
 CONTROL_BYTES = 256  # the control page, at the start of every rank's symmetric memory
-HEAD_WORDS = 16  # 8-byte words of local memory before the sums: limit, error page, addresses, counters
-COUNTER, ROWS, TURN = 10, 11, 1 << 20  # two of them, and what a launch adds to the first
-LINE = 128  # bytes of a line of the cache
-ERROR_PAGE_BYTES = 64
+HEAD_WORDS = 16  # 8-byte words of state memory before the sums: limit, error page, addresses, counters
+ERROR_PAGE, ADDRESSES, COUNTER, ROWS = 1, 2, 10, 11  # places of these words: `context.Memory`
+COUNTER_STEP = 1 << 20  # what all programs of a launch add to the counter of launches
+LINE_BYTES = 128  # of the cache
 SMALLEST = 2.0**-126  # what fp32 holds: the hardware's rsqrt takes less for zero
-
-# What the error page says, in its word 0 (bits 0..3). See kernel.py.
-TIMED_OUT, TOLD, TWO_STREAMS = 1, 2, 3
 
 
 @dataclass(frozen=True)
@@ -124,18 +121,18 @@ def symmetric_bytes(plan: Plan, slots: int) -> int:
     return CONTROL_BYTES + slots * plan.slot_bytes
 
 
-def local_bytes(plan: Plan, slots: int) -> int:
-    """Local memory of each rank: the head, then for each slot and program a line for the sums of the others."""
-    return 8 * HEAD_WORDS + (slots * plan.split * LINE if plan.split > 1 else 0)
+def state_memory_bytes(plan: Plan, slots: int) -> int:
+    """State memory of each rank: the head, then for each slot and program a line for the sums of the others."""
+    return 8 * HEAD_WORDS + (slots * plan.split * LINE_BYTES if plan.split > 1 else 0)
 
 
 def total_bytes(plan: Plan, slots: int) -> int:
     """All memory of each rank."""
-    return symmetric_bytes(plan, slots) + local_bytes(plan, slots)
+    return symmetric_bytes(plan, slots) + state_memory_bytes(plan, slots)
 
 
-def local_words(plan: Plan, slots: int, *, limit: int, error_page: int, addresses: list[int]) -> list[int]:
-    """The whole local memory before the first call, as int64 words.
+def state_memory_words(plan: Plan, slots: int, *, limit: int, error_page: int, addresses: list[int]) -> list[int]:
+    """The whole state memory before the first call, as int64 words.
 
     Args:
         limit: how long a program waits for a row of another rank, in nanoseconds.
@@ -143,7 +140,7 @@ def local_words(plan: Plan, slots: int, *, limit: int, error_page: int, addresse
         addresses: of the ranks' symmetric memory as mapped in this process, in rank order.
     """
     assert len(addresses) == plan.size
-    sums = [-1] * (local_bytes(plan, slots) // 8 - HEAD_WORDS)
+    sums = [-1] * (state_memory_bytes(plan, slots) // 8 - HEAD_WORDS)
     head = [limit, error_page, *addresses]
     return head + [0] * (HEAD_WORDS - len(head)) + sums
 
@@ -218,21 +215,3 @@ def constants(
         "maxnreg": min(registers, 32768 // (32 * plan.num_warps)),
         "enable_fp_fusion": False,
     }
-
-
-def read_error_page(words: list[int]) -> dict[str, Any] | None:
-    """What the int64 words of the error page say, or None if nothing has gone wrong.
-
-    Returns: code (TIMED_OUT, TOLD: another rank ran out of time, TWO_STREAMS), op, row, launch, missing (ranks).
-    """
-    for first, launch in ((words[0], words[1]), (words[2], words[3])):
-        if first:
-            missing = [rank for rank in range(8) if first >> (4 + rank) & 1]
-            return {
-                "code": first & 15,
-                "op": first >> 16 & 0xFFFFFF,
-                "row": first >> 40 & 0x7FFFFF,
-                "launch": launch,
-                "missing": missing,
-            }
-    return None

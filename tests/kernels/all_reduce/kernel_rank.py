@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from fd_fusion.kernels.all_reduce import plan as plans
+from fd_fusion.kernels.all_reduce.error_page import ERROR_PAGE_BYTES
 from tests.support import tensors
 
 BITS = {"float32": np.uint32, "bfloat16": np.uint16, "float16": np.uint16}
@@ -52,17 +53,17 @@ class Rank:
         self.case, self.rank = case, rank
         self.plan = plans.plan_for(case["size"], case["hidden_size"], case["dtype"], interpreted=True)
         size = plans.symmetric_bytes(self.plan, case["slots"])
-        self.page = np.zeros(plans.ERROR_PAGE_BYTES // 8, np.int64)
+        self.page = np.zeros(ERROR_PAGE_BYTES // 8, np.int64)
         base = region.ctypes.data
-        words = plans.local_words(
+        words = plans.state_memory_words(
             self.plan,
             case["slots"],
             limit=int(case.get("limit_s", 30) * 1e9),
             error_page=self.page.ctypes.data,
             addresses=[base + peer * size for peer in range(case["size"])],
         )
-        self.local = np.array(words + [-1] * 64, np.int64)  # with words behind it that nobody may touch
-        self.local[plans.COUNTER] = case.get("launches", 0) * plans.TURN
+        self.state_memory = np.array(words + [-1] * 64, np.int64)  # with words behind it that nobody may touch
+        self.state_memory[plans.COUNTER] = case.get("launches", 0) * plans.COUNTER_STEP
 
     def call(self, step, rows, x, residual, weight, two_shot=False):
         """Returns norm_out and residual_out, as bits. x and residual may be written over."""
@@ -82,7 +83,7 @@ class Rank:
         for start, count in plans.launches(self.case["slots"], rows):
             address = [t.ctypes.data + start * x.strides[0] for t in (x, residual, weight, norm_out, residual_out)]
             address[2:3] = [weight.ctypes.data]
-            address += [self.local.ctypes.data, int(self.local[2 + self.rank])]
+            address += [self.state_memory.ctypes.data, int(self.state_memory[2 + self.rank])]
             launch = all_reduce_rms_norm[plans.grid(self.plan, self.case["programs"], count)]
             launch(*address, count, self.rank, step, 1e-5, self.case.get("weight_offset", 0.0), **constants)
         return norm_out, residual_out
@@ -122,12 +123,12 @@ def main(folder, rank):
             if case.get("late") == [rank, step]:
                 time.sleep(case["late_s"])
             if case.get("other_stream") == [rank, step]:
-                threading.Timer(1, member.local.__setitem__, (plans.COUNTER, 7 * plans.TURN)).start()
+                threading.Timer(1, member.state_memory.__setitem__, (plans.COUNTER, 7 * plans.COUNTER_STEP)).start()
             x, residual, weight = (aligned(bits) for bits in inputs(case, rank, step))
             outputs = member.call(step, rows, x, residual, weight, two_shot=case["two_shot"][step])
             results[f"{number}.{step}.norm"], results[f"{number}.{step}.residual"] = outputs
         results[f"{number}.page"] = member.page
-        assert (member.local[-64:] == -1).all(), "stores behind the local memory"
+        assert (member.state_memory[-64:] == -1).all(), "stores behind the state memory"
     np.savez(folder / f"{rank}.npz", **results)
 
 

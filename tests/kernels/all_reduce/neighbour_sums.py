@@ -1,6 +1,6 @@
 """The exchange of sums between the programs of a row, by the interpreter: one program waits, the test plays the rest.
 
-Run by test_kernel.py: `python neighbour_sums.py`. It prints the sum that the waiting program got.
+Run by test_kernel.py: `python neighbour_sums.py`. It prints the sum that the waiting program returned.
 """
 
 import os
@@ -15,47 +15,54 @@ import triton.language as tl
 
 from fd_fusion.kernels.all_reduce import plan as plans
 from fd_fusion.kernels.all_reduce import wait as _wait
-from fd_fusion.kernels.all_reduce.packing import at
-from fd_fusion.kernels.all_reduce.wait import COUNTER, HEAD, TURN, clear_sums, sum_slices
+from fd_fusion.kernels.all_reduce.context import Call, Memory
+from fd_fusion.kernels.all_reduce.error_page import ERROR_PAGE_BYTES, read_error_page
+from fd_fusion.kernels.all_reduce.packing import pointer
+from fd_fusion.kernels.all_reduce.slice_sums import clear_sums, sum_slices, sums_of
+from fd_fusion.kernels.all_reduce.wait import COUNTER, COUNTER_STEP
+
+HEAD_WORDS = tl.constexpr(plans.HEAD_WORDS)
 
 
 @triton.jit
-def wait_for_neighbour(local, home, out):
+def wait_for_neighbour(state_memory, own_slots, out):
     """Program 0 of the 2 of a row, with the sum 1.0 of its own slice."""
-    sums = at(local, tl.uint32) + 2 * HEAD
-    local, home = at(local, tl.uint64), at(home, tl.uint32)
-    turn, zero = tl.load(local + COUNTER, volatile=True) // TURN, tl.full((), 0, tl.int32)
+    sums = pointer(state_memory, tl.uint32) + 2 * HEAD_WORDS
+    state_memory, own_slots = pointer(state_memory, tl.uint64), pointer(own_slots, tl.uint32)
+    launch, zero = tl.load(state_memory + COUNTER, volatile=True) // COUNTER_STEP, tl.full((), 0, tl.int32)
+    memory = Memory(own_slots, state_memory, sums, (own_slots,))
+    call = Call(zero, zero, launch, zero, 1e-5, 0.0)
     own = tl.full((), 1.0, tl.float32)
-    total = sum_slices(own, zero, local, home, sums, zero, turn, zero, zero, 2, 2, 32, True)
-    clear_sums(sums, zero, 2)
-    tl.store(at(out, tl.float32), total)
+    total = sum_slices(own, zero, sums_of(zero, memory, 2), zero, memory, call, 2, 2, 32, True)
+    clear_sums(sums_of(zero, memory, 2), zero, 2)
+    tl.store(pointer(out, tl.float32), total)
 
 
 def main():
-    home, out = np.zeros(64, np.uint32), np.zeros(4, np.float32)
-    page, local = np.zeros(plans.ERROR_PAGE_BYTES // 8, np.int64), np.zeros(64, np.int64)
-    local[:4] = 30_000_000_000, page.ctypes.data, home.ctypes.data, home.ctypes.data
-    local[plans.COUNTER] = 7 * plans.TURN
-    sums = local[plans.HEAD_WORDS : plans.HEAD_WORDS + 2 * plans.LINE // 8].view(np.uint32)
+    own_slots, out = np.zeros(64, np.uint32), np.zeros(4, np.float32)
+    page, state_memory = np.zeros(ERROR_PAGE_BYTES // 8, np.int64), np.zeros(64, np.int64)
+    state_memory[:4] = 30_000_000_000, page.ctypes.data, own_slots.ctypes.data, own_slots.ctypes.data
+    state_memory[plans.COUNTER] = 7 * plans.COUNTER_STEP
+    sums = state_memory[plans.HEAD_WORDS : plans.HEAD_WORDS + 2 * plans.LINE_BYTES // 8].view(np.uint32)
     sums[:] = 0xFFFFFFFF
 
     def others():
-        while sums[plans.LINE // 4] == 0xFFFFFFFF:  # its own sum, for program 1
+        while sums[plans.LINE_BYTES // 4] == 0xFFFFFFFF:  # its own sum, for program 1
             time.sleep(0.001)
-        local[plans.COUNTER] = 8 * plans.TURN  # all programs of this launch have begun
-        while looked[0] < 2:
+        state_memory[plans.COUNTER] = 8 * plans.COUNTER_STEP  # all programs of this launch have begun
+        while checks[0] < 2:
             time.sleep(0.001)
         sums[1] = np.float32(2.0).view(np.uint32)
 
-    looked = count_look_ups()
+    checks = count_checks()
     threading.Thread(target=others, daemon=True).start()
-    wait_for_neighbour[(1,)](local.ctypes.data, home.ctypes.data, out.ctypes.data)
-    assert sums[1] == 0xFFFFFFFF, "the sum that was read is not unsent again"
-    print(out[0], plans.read_error_page(page.tolist()))
+    wait_for_neighbour[(1,)](state_memory.ctypes.data, own_slots.ctypes.data, out.ctypes.data)
+    assert sums[1] == 0xFFFFFFFF, "the sum that was read is not SENTINEL again"
+    print(out[0], read_error_page(page.tolist()))
 
 
-def count_look_ups():
-    """How often the program has asked whether it waits for nothing: the clock is read once each time."""
+def count_checks():
+    """How often the program has checked its wait: each check reads the clock once."""
     count, clock = [0], _wait.host_clock
 
     def counting():

@@ -2,17 +2,17 @@
 arrive, time runs out and aborts become known.
 
 A launch has rows; program g of G works on the rows g, g+G, ...: it pushes a row and up to `ahead` rows behind it,
-then waits for that row. Each row of a launch has a slot of its own, with two halves: the launch is the counter's
-`turn` and uses half `turn & 1`. Every program reads the counter when it starts, and adds its share behind that: the
-shares of a launch make one turn together. A launch starts when all programs of the one before have ended, on the same
-rank.
+then waits for that row. Each row of a launch has a slot of its own, with two halves: a program reads the number of
+its launch from the counter when it starts, `launch_read`, and uses half `launch_read & 1`. Behind that it adds its
+share to the counter: the shares of a launch make COUNTER_STEP together. A launch starts when all programs of the one
+before have ended, on the same rank.
 
 A row is one word, whose value is its number, counted through all launches. A store to another rank is a message that
 arrives at any later time, in any order. Clearing is local; the end of the kernel puts it before the next launch.
 Until then the rank itself finds its words cleared, and for the others they never are: what holds then holds if they
 are cleared earlier. How the programs of one rank that share a row exchange their sums: sums_model.py.
 
-After a failure of any rank, every rank learns that the group is dead, and every row of a later launch is NaN on every
+After a failure of any rank, the abort word of every rank is set, and every row of a later launch is NaN on every
 rank. In the same launch other rows may have been pushed before, and a rank that finds all words of a row may give
 finite numbers for it.
 
@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 WORD, ABORT = "word", "abort"
-TURN = 8  # shares in a turn of the counter; more than a launch has programs
+COUNTER_STEP = 8  # what a launch adds to the counter; more than a launch has programs
 
 
 @dataclass(frozen=True)
@@ -41,16 +41,16 @@ class Rules:
     slots_of_programs: bool = False  # a slot for each program, and none for each row
     halves_by_rows: bool = False  # where the second half begins depends on T
     launch_too_early: bool = False  # when the programs of the one before have begun, and not ended: PDL with no wait
-    turn_of_one_program: bool = False  # one adds the whole turn, the others nothing
+    step_of_one_program: bool = False  # one adds the whole step, the others nothing
     results_in_the_other_half: bool = False
     abort_not_spread: bool = False
-    abort_not_heeded: bool = False  # by a push
+    pushes_after_abort: bool = False
 
     def grid(self, launch):
         return min(self.programs, len(self.launches[launch]))
 
-    def slot(self, launch, row, turn):
-        half = 0 if self.one_half else turn & 1
+    def slot(self, launch, row, launch_read):
+        half = 0 if self.one_half else launch_read & 1
         row = row % self.grid(launch) if self.slots_of_programs else row
         return half * len(self.launches[launch]) + row if self.halves_by_rows else 2 * row + half
 
@@ -70,7 +70,7 @@ class Program(NamedTuple):
     launch: int
     row: int  # the first that it has not finished
     pushed: int = -1  # the first that it has not pushed; -1: it has not started
-    turn: int = 0
+    launch_read: int = 0  # from the counter, at its start
     dead: bool = False  # the abort word was set at a push, so nothing was pushed
 
 
@@ -116,7 +116,7 @@ def _judge_end(rules, state, wrong):
         wrong.add("a rank waits for ever")
     if state.failed < len(rules.launches):
         if len(state.aborted) < rules.size:
-            wrong.add("a rank never learns that the group is dead")
+            wrong.add("the abort word of a rank is never set")
         if state.finite > state.failed:
             wrong.add("finite numbers after the error")
 
@@ -129,14 +129,14 @@ def _steps(rules, state, wrong):
         if stream.launches and (begun if rules.launch_too_early else not stream.programs):
             yield _launch(rules, state, number, stream)
         for which, program in enumerate(stream.programs):
-            here = rules, state, number, which
+            at = rules, state, number, which
             stride, rows = rules.grid(program.launch), len(rules.launches[program.launch])
             if program.pushed < 0:
-                yield _start(*here)
+                yield _start(*at)
             elif program.pushed < min(rows, program.row + stride * (1 + rules.ahead)):
-                yield _push(*here, wrong)
+                yield _push(*at, wrong)
             else:
-                yield from _finish(*here, wrong)
+                yield from _finish(*at, wrong)
 
 
 def _arrive(state, message, wrong):
@@ -175,19 +175,19 @@ def _without(slots, cleared):
 def _start(rules, state, number, which):
     stream = state.streams[number]
     program = stream.programs[which]
-    before = state.counters[stream.rank]
-    others = 0 if rules.turn_of_one_program else rules.grid(program.launch) - 1
-    share = TURN - others if program.row == 0 else min(1, others)
-    state = state._replace(counters=_put(state.counters, stream.rank, before + share))
-    return _with(state, number, which, program._replace(pushed=program.row, turn=before // TURN))
+    counter = state.counters[stream.rank]
+    others = 0 if rules.step_of_one_program else rules.grid(program.launch) - 1
+    share = COUNTER_STEP - others if program.row == 0 else min(1, others)
+    state = state._replace(counters=_put(state.counters, stream.rank, counter + share))
+    return _with(state, number, which, program._replace(pushed=program.row, launch_read=counter // COUNTER_STEP))
 
 
 def _push(rules, state, number, which, wrong):
     """Push the first row that is not pushed yet."""
     rank, program = state.streams[number].rank, state.streams[number].programs[which]
     row, launch = program.pushed, program.launch
-    owner, slot = rules.launches[launch][row], rules.slot(launch, row, program.turn)
-    dead = rank in state.aborted and not rules.abort_not_heeded
+    owner, slot = rules.launches[launch][row], rules.slot(launch, row, program.launch_read)
+    dead = rank in state.aborted and not rules.pushes_after_abort
     to = set(range(rules.size)) if owner is None else {owner}
     sent = {
         (WORD, (peer, slot, rules.place(peer, rank)), rules.number(launch, row)) for peer in to - {rank} if not dead
@@ -199,7 +199,7 @@ def _push(rules, state, number, which, wrong):
 def _finish(rules, state, number, which, wrong):
     """The ways in which the first row of a program may end by now."""
     rank, program = state.streams[number].rank, state.streams[number].programs[which]
-    if rank in state.aborted:  # yet words that are all there when it looks are taken, if the row was pushed
+    if rank in state.aborted:  # yet words that are all there when it polls are taken, if the row was pushed
         yield _done(rules, state, number, which, right=False)
     elif rules.timeouts:
         yield _done(rules, _abort(rules, state, rank), number, which, right=False)
@@ -209,8 +209,8 @@ def _finish(rules, state, number, which, wrong):
 
 def _abort(rules, state, rank):
     aborted = state.aborted | {rank}  # a message to one of these would change nothing
-    told = {(ABORT, peer, None) for peer in range(rules.size) if not rules.abort_not_spread}
-    messages = (state.messages | told) - {(ABORT, peer, None) for peer in aborted}
+    aborts = {(ABORT, peer, None) for peer in range(rules.size) if not rules.abort_not_spread}
+    messages = (state.messages | aborts) - {(ABORT, peer, None) for peer in aborted}
     return state._replace(messages=messages, aborted=aborted)
 
 
@@ -219,8 +219,8 @@ def _read(rules, state, number, which, wrong):
     stream = state.streams[number]
     rank, program = stream.rank, stream.programs[which]
     owner, value = rules.launches[program.launch][program.row], rules.number(program.launch, program.row)
-    slot = rules.slot(program.launch, program.row, program.turn)
-    back = rules.slot(program.launch, program.row, program.turn + rules.results_in_the_other_half)
+    slot = rules.slot(program.launch, program.row, program.launch_read)
+    back = rules.slot(program.launch, program.row, program.launch_read + rules.results_in_the_other_half)
     peers = [peer for peer in range(rules.size) if peer != rank]
     if owner in (None, rank):
         places = {(rank, slot, rules.place(rank, peer)) for peer in peers}
@@ -248,7 +248,7 @@ def _done(rules, state, number, which, right):
     state = state._replace(failed=failed, finite=finite)
     if row < len(rules.launches[launch]):
         return _with(state, number, which, program._replace(row=row))
-    if state.counters[stream.rank] > (program.turn + 1) * TURN:
+    if state.counters[stream.rank] > (program.launch_read + 1) * COUNTER_STEP:
         state = _abort(rules, state, stream.rank)
     stream = stream._replace(programs=stream.programs[:which] + stream.programs[which + 1 :])
     return state._replace(streams=_put(state.streams, number, stream))

@@ -21,6 +21,7 @@ from triton.runtime import interpreter
 
 from fd_fusion.frameworks import triton_launch
 from fd_fusion.kernels.all_reduce import plan as plans
+from fd_fusion.kernels.all_reduce.error_page import ERROR_PAGE_BYTES
 from tests.kernels.all_reduce.kernel_rank import fill, inputs
 
 
@@ -28,14 +29,14 @@ class SharedRank:
     """A rank's memory for one case, inputs and outputs too, where all its programs find it."""
 
     def __init__(self, case, plan, rank, addresses):
-        self.page = shared(plans.ERROR_PAGE_BYTES).view(np.int64)
+        self.page = shared(ERROR_PAGE_BYTES).view(np.int64)
         limit = int(case.get("limit_s", 30) * 1e9)
-        words = plans.local_words(
+        words = plans.state_memory_words(
             plan, case["slots"], limit=limit, error_page=self.page.ctypes.data, addresses=addresses
         )
-        self.local = shared(8 * len(words)).view(np.int64)
-        self.local[:] = words
-        self.local[plans.COUNTER] = case.get("launches", 0) * plans.TURN
+        self.state_memory = shared(8 * len(words)).view(np.int64)
+        self.state_memory[:] = words
+        self.state_memory[plans.COUNTER] = case.get("launches", 0) * plans.COUNTER_STEP
         self.calls = []
         for step in range(len(case["rows"])):
             x, residual, weight = inputs(case, rank, step)
@@ -54,7 +55,7 @@ def like(tensor, values=None):
     return made
 
 
-def run_program(kernel, case, plan, member, rank, pid, home):
+def run_program(kernel, case, plan, member, rank, pid, own_slots):
     """All calls of one program. A launch begins when all programs of the one before are done, as on a stream."""
     builder = interpreter.interpreter_builder
     set_dim, set_idx = builder.set_grid_dim, builder.set_grid_idx
@@ -70,8 +71,8 @@ def run_program(kernel, case, plan, member, rank, pid, home):
         constants = plans.constants(
             plan, weight_dtype=case["weight_dtype"], has_residual=True, two_shot=case["two_shot"][step]
         )
-        addresses = [tensor.ctypes.data for tensor in (*member.calls[step], member.local)]
-        kernel[(1,)](*addresses, home, rows, rank, step, 1e-5, case.get("weight_offset", 0.0), **constants)
+        addresses = [tensor.ctypes.data for tensor in (*member.calls[step], member.state_memory)]
+        kernel[(1,)](*addresses, own_slots, rows, rank, step, 1e-5, case.get("weight_offset", 0.0), **constants)
 
 
 def start(kernel, case, forks):

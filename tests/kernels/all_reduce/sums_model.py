@@ -1,12 +1,12 @@
 """A model of how the programs of a row exchange their sums of squares, explored exhaustively like protocol_model.py.
 
-A program stores its sum once for each of the others; its threads look by themselves, with no barrier, until the
+A program stores its sum once for each of the others; its threads poll by themselves, with no barrier, until the
 sums of all others are there. Behind a barrier thread 0 makes these words unsent again. A store becomes visible at any
 later time, those to one place in their order. A call of the row begins when all programs of it are done with the one
 before, whose stores are visible then: between two calls lies the end of a kernel.
 
-A thread whose time runs out, or that learns that the group is dead, takes NaN for the sum, and the group must be told
-by then: the other threads of that program may have found all words, and see nothing wrong.
+A thread whose time runs out, or that reads a set abort word, takes NaN for the sum, and the abort words must be set
+by then: the other threads of that program may have read all words, and find nothing wrong.
 """
 
 from dataclasses import dataclass, replace
@@ -45,8 +45,8 @@ class Program:
 class State:
     programs: tuple[Program, ...]
     words: tuple[tuple, ...]  # by place: the stores to it, (call, sum) or UNSENT, of which the first is visible
-    results: frozenset = frozenset()  # (call, what a thread found), as long as nobody is told
-    told: bool = False  # whether the abort words are set
+    results: frozenset = frozenset()  # (call, what a thread found), as long as no abort word is set
+    aborted: bool = False  # whether the abort words are set
 
 
 def explore(rules):
@@ -75,12 +75,12 @@ def _steps(rules, state, wrong):
         if not program.begun:
             if rules.next_call_too_early or min(other.call for other in state.programs) == program.call:
                 yield _begin(rules, state, number, program, SUM)
-                if rules.failures or state.told:
+                if rules.failures or state.aborted:
                     yield _begin(rules, state, number, program, NAN)
             continue
         for thread in THREADS:
             if thread not in program.done:
-                yield from _look(rules, state, number, program, thread, wrong)
+                yield from _poll(rules, state, number, program, thread, wrong)
                 if rules.timeouts:
                     yield _give_up(rules, state, number, program, thread, wrong)
 
@@ -95,15 +95,15 @@ def _begin(rules, state, number, program, own):
     return replace(state, programs=_put(state.programs, number, replace(program, begun=True)), words=words)
 
 
-def _look(rules, state, number, program, thread, wrong):
+def _poll(rules, state, number, program, thread, wrong):
     """A thread finds the sums of the other programs of its row, if they have come."""
     found = [state.words[rules.word(number, other)][0] for other in range(rules.split) if other != number]
     if UNSENT in found:
         return
-    if any(call != program.call for call, _ in found) and not state.told:  # of a dead group nothing counts
+    if any(call != program.call for call, _ in found) and not state.aborted:  # of a dead group nothing counts
         wrong.add("sums of another call are added")
     total = NAN if any(value == NAN for _, value in found) else SUM
-    results = state.results if state.told else state.results | {(program.call, total, number)}
+    results = state.results if state.aborted else state.results | {(program.call, total, number)}
     if {(program.call, NAN, number), (program.call, SUM, number)} <= results:
         wrong.add("two threads of a program found different sums")
     yield _done(rules, state, number, program, thread, results)
@@ -111,9 +111,9 @@ def _look(rules, state, number, program, thread, wrong):
 
 def _give_up(rules, state, number, program, thread, wrong):
     """A thread has waited long enough, or finds the abort word set."""
-    state = replace(state, told=state.told or thread == 0 or not rules.only_thread_0_reports)
-    if not state.told:
-        wrong.add("a row is NaN in part and nobody is told")
+    state = replace(state, aborted=state.aborted or thread == 0 or not rules.only_thread_0_reports)
+    if not state.aborted:
+        wrong.add("a row is NaN in part and no abort word is set")
     return _done(rules, state, number, program, thread, frozenset())
 
 

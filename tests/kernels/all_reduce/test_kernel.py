@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from fd_fusion.kernels.all_reduce import plan as plans
+from fd_fusion.kernels.all_reduce.error_page import ERROR_ABORTED, ERROR_TIMED_OUT, ERROR_TWO_STREAMS, read_error_page
 from fd_fusion.reference import DTYPE_BYTES
 from tests.kernels.all_reduce.kernel_rank import fill, inputs, region_bytes
 from tests.support.tensors import from_bits
@@ -97,7 +98,7 @@ def check_results(cases, results):
                 bits = [rank[f"{number}.{step}.{name}"].tobytes() for rank in results]
                 assert len(set(bits)) == 1, f"case {number} step {step}: ranks differ in {name}"
             check_values(one, step, results, number)
-        assert all(plans.read_error_page(rank[f"{number}.page"].tolist()) is None for rank in results)
+        assert all(read_error_page(rank[f"{number}.page"].tolist()) is None for rank in results)
     return results
 
 
@@ -186,12 +187,12 @@ def is_nan(results, number, step):
 def test_a_missing_rank(two_shot):
     """The last rank never comes to call 1: the others write NaN, go on writing NaN at once, and one names it."""
     results = run([case(3, 64, rows=[2] * 3, two_shot=[two_shot] * 3, limit_s=2, absent=[2, 1])])
-    pages = [plans.read_error_page(rank["0.page"].tolist()) for rank in results]
+    pages = [read_error_page(rank["0.page"].tolist()) for rank in results]
     for rank, page in enumerate(pages[:2]):
         assert page["op"] == 1, (rank, page)
         assert np.isfinite(from_bits(results[rank]["0.0.norm"], "bfloat16")).all()
         assert is_nan(results[rank], 0, 1) and is_nan(results[rank], 0, 2)
-    assert any(page["code"] == plans.TIMED_OUT for page in pages[:2]), pages
+    assert any(page["code"] == ERROR_TIMED_OUT for page in pages[:2]), pages
     assert any(2 in page["missing"] for page in pages[:2]), pages
 
 
@@ -200,10 +201,10 @@ def test_a_late_rank_and_a_second_stream():
     rows have come. And while rank 0 waits, its counter of launches moves, as if a second stream had called."""
     one = case(2, 64, rows=[5], two_shot=[False], late=[1, 0], late_s=2)
     results = run([one | {"limit_s": 0.5}, one | {"other_stream": [0, 0]}])
-    pages = [[plans.read_error_page(rank[f"{number}.page"].tolist()) for rank in results] for number in (0, 1)]
-    assert pages[0][0]["code"] == plans.TIMED_OUT and pages[0][0]["missing"] == [1], pages
-    assert pages[0][1]["code"] == plans.TOLD, pages
-    assert pages[1][0]["code"] == plans.TWO_STREAMS, pages
+    pages = [[read_error_page(rank[f"{number}.page"].tolist()) for rank in results] for number in (0, 1)]
+    assert pages[0][0]["code"] == ERROR_TIMED_OUT and pages[0][0]["missing"] == [1], pages
+    assert pages[0][1]["code"] == ERROR_ABORTED, pages
+    assert pages[1][0]["code"] == ERROR_TWO_STREAMS, pages
     assert is_nan(results[0], 0, 0) and is_nan(results[1], 0, 0) and is_nan(results[0], 1, 0)
 
 

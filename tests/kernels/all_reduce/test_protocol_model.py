@@ -108,7 +108,7 @@ def test_a_push_before_the_launch_before_has_cleared_is_found(programs, shape, a
 @planted
 def test_a_turn_that_one_program_makes_is_found(at_once):
     """A program that starts late would take its own launch for the next one."""
-    rules = {"turn_of_one_program": True, "at_once": at_once}
+    rules = {"step_of_one_program": True, "at_once": at_once}
     assert explore(Rules(2, ((None,) * 2,) * 2, programs=2, **rules))
     assert explore(Rules(2, ((None,) * 2,) * 2, programs=1, **rules)) == set(), "it shows with two programs only"
 
@@ -125,14 +125,14 @@ def test_a_result_in_the_half_of_the_next_launch_is_found(size, at_once):
 def test_an_abort_that_is_not_spread_is_found(size, shape, at_once):
     launches = cut((None,) * 2, shape)
     found = explore(Rules(size, launches, timeouts=True, abort_not_spread=True, at_once=at_once))
-    assert found == {"a rank never learns that the group is dead"}
+    assert found == {"the abort word of a rank is never set"}
 
 
 @planted
 @pytest.mark.parametrize("shape", [(1, 1), (2, 1)])
 def test_a_push_that_does_not_heed_the_abort_is_found(shape, at_once):
     launches = cut((None,) * 3, shape)
-    found = explore(Rules(2, launches, timeouts=True, abort_not_heeded=True, at_once=at_once))
+    found = explore(Rules(2, launches, timeouts=True, pushes_after_abort=True, at_once=at_once))
     assert found == {"finite numbers after the error"}
 
 
@@ -174,4 +174,4 @@ def test_bugs_in_the_exchange_of_sums_are_found(bug, found):
 
 def test_a_time_out_that_thread_0_alone_can_report_is_found():
     found = sums_model.explore(sums_model.Rules(2, 1, timeouts=True, only_thread_0_reports=True))
-    assert found == {"a row is NaN in part and nobody is told"}
+    assert found == {"a row is NaN in part and no abort word is set"}

@@ -66,7 +66,7 @@ def compile_case(arch, size, hidden, dtype, weight_dtype, two_shot):
         "sass": re.findall(r"^(\.L_\S+:|\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\d+ )?\S.*;)", sass, re.M),
         "stack": int(re.search(r"STACK:(\d+)", usage)[1]),
         # Stores of 8 bytes by so many threads, each its own: scalars are stored by thread 0 alone.
-        "told_by": [
+        "reported_by": [
             int(count) for count in re.findall(r"tt\.store .*: tensor<(\d+)x!tt\.ptr<i64>", compiled.asm["ttgir"])
         ],
         "split": plan.split,
@@ -87,7 +87,7 @@ def found(cases, timeout_s):
 
 
 def polling_loops(sass):
-    """The instructions of the loops that look for words: from a label to the branch back to it."""
+    """The instructions of the loops that poll for words: from a label to the branch back to it."""
     places = {line[:-1]: number for number, line in enumerate(sass) if line.startswith(".L_")}
     for number, line in enumerate(sass):
         target = re.search(r"BRA (?:U?P\d+, )?`\((\S+)\)", line)
@@ -120,7 +120,7 @@ def check(case, got):
     counted = [line for line in sass if re.search(r"\b(ATOM|RED)G?\b", line)]
     assert len(counted) == 2 and all("RED" in line for line in counted), f"{name}: somebody waits to count: {counted}"
     # A thread that waits for a neighbour's sum reports by itself when its time is over: launch and record.
-    assert got["told_by"] == [got["threads"]] * 2 * (got["split"] > 1), (name, got["told_by"])
+    assert got["reported_by"] == [got["threads"]] * 2 * (got["split"] > 1), (name, got["reported_by"])
     touching = [bool(re.search(r"\b(LDG|STG|RED|ATOM)", line)) for line in sass]
     waits = [number for number, line in enumerate(sass) if "ACQBULK" in line]
     assert len(waits) == (case[0] >= 90), f"{name}: {len(waits)} waits for the kernel in front"

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fd_fusion.kernels.all_reduce import plan as plans
+from fd_fusion.kernels.all_reduce.error_page import ERROR_TIMED_OUT, read_error_page
 from tests.kernels.all_reduce.test_kernel import case, check_results, is_nan
 from tests.support.tensors import from_bits
 
@@ -60,8 +60,8 @@ def test_programs_that_share_a_row(name, results):
 @pytest.mark.parametrize("name, one, missing", [("no rank", 0, 1), ("no program", 1, 0)])
 def test_programs_that_share_a_row_when_one_is_missing(name, one, missing, results):
     """Nobody waits for ever, and each rank that was there says why."""
-    pages = [plans.read_error_page(rank["0.page"].tolist()) for rank in results[name]]
-    assert pages[one]["code"] == plans.TIMED_OUT and pages[one]["missing"] == [missing], pages
+    pages = [read_error_page(rank["0.page"].tolist()) for rank in results[name]]
+    assert pages[one]["code"] == ERROR_TIMED_OUT and pages[one]["missing"] == [missing], pages
     assert name == "no rank" or pages[0] is not None, "a program waited for its neighbour, and said nothing"
     got = results[name][one]
     assert np.isfinite(from_bits(got["0.0.norm"], "bfloat16")).all()
