@@ -15,7 +15,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from fd_fusion.hosts.fastdeploy.source import read_block, reads_between_layers
+from fd_fusion.hosts.fastdeploy.between import reads_between_layers
+from fd_fusion.hosts.fastdeploy.source import read_block
 from fd_fusion.reasons import Reason, because
 from fd_fusion.site import Rejected
 

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from fd_fusion.hosts.fastdeploy.between import layer_loop, reads_between_layers
 from fd_fusion.hosts.fastdeploy.pairs import BLOCKS, DECODERS
-from fd_fusion.hosts.fastdeploy.source import layer_loop, read_block, reads_between_layers
+from fd_fusion.hosts.fastdeploy.source import read_block
 
 SRC = Path(os.environ.get("FASTDEPLOY_SRC", Path(__file__).parents[2] / "host")) / "fastdeploy"
 

@@ -11,8 +11,9 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "host"))
 from hosting import ARCHITECTURES
 
 from fd_fusion.hosts.fastdeploy import pairs as fastdeploy_pairs
+from fd_fusion.hosts.fastdeploy.between import reads_between_layers
 from fd_fusion.hosts.fastdeploy.pairs import find_pairs, whole_model_reason
-from fd_fusion.hosts.fastdeploy.source import BlockSource, read_block, reads_between_layers
+from fd_fusion.hosts.fastdeploy.source import BlockSource, read_block
 
 
 @pytest.fixture(autouse=True)
