@@ -1,4 +1,4 @@
-"""Reading a host's `forward`: who reads what passes between its layers."""
+"""Reading a host's `forward`: who reads a partial sum between the layer that gives it and the norm behind it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import ast
 from collections.abc import Callable
 
 from fd_fusion.hosts.fastdeploy.source import attribute_of, parse
+
+_GIVE_SUMS = ("self_attn", "linear_attn", "mlp")  # of a decoder layer
 
 
 def reads_between_layers(forward: Callable | ast.FunctionDef) -> str | None:
@@ -47,6 +49,47 @@ def layer_loop(function: ast.FunctionDef) -> tuple[ast.For, set[str], set[str]] 
             if call and _is_layer(call.func, names) and len(_targets(node)) > 1:
                 return loop, _targets(node), names
     return None
+
+
+def reads_in_layer(forward: Callable | ast.FunctionDef) -> str | None:
+    """The line on which a decoder layer does more with what its attention or its MLP gives than name it, hand it to a
+    norm and return it. MiniCPM4's multiplies it. None: no such line, or the layer calls them in an unknown way."""
+    function = parse(forward)
+    return _reader_in(function.body, set()) if function else None
+
+
+def _reader_in(body: list[ast.stmt], sums: set[str]) -> str | None:
+    """`sums`: the names that hold such a sum. They are kept up to date."""
+    for node in body:
+        if isinstance(node, ast.If):
+            if _reads_sum(node.test, sums, allowed=[]):
+                return ast.unparse(node.test)
+            otherwise = set(sums)
+            if line := _reader_in(node.body, sums) or _reader_in(node.orelse, otherwise):
+                return line
+            sums |= otherwise
+            continue
+        value = getattr(node, "value", None) if isinstance(node, (ast.Assign, ast.Return)) else None
+        changed = isinstance(node, ast.AugAssign) and ast.unparse(node.target) in sums
+        if changed or _reads_sum(node, sums, [value, *(value.elts if isinstance(value, ast.Tuple) else [])]):
+            return ast.unparse(node)
+        if isinstance(node, ast.Assign):
+            sums -= _targets(node)
+            sums |= _targets(node) if _is_sum(value, sums) else set()
+    return None
+
+
+def _is_sum(node: ast.AST | None, sums: set[str]) -> bool:
+    if isinstance(node, ast.Call):
+        return attribute_of(node.func) in _GIVE_SUMS
+    return isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) and node.id in sums
+
+
+def _reads_sum(node: ast.AST, sums: set[str], allowed: list[ast.AST | None]) -> bool:
+    """Whether a sum stands anywhere in `node` but in an argument of a norm, or as one of the `allowed`."""
+    calls = [n for n in ast.walk(node) if isinstance(n, ast.Call) and "layernorm" in (attribute_of(n.func) or "")]
+    free = [*allowed, *(part for call in calls for part in [*call.args, *(word.value for word in call.keywords)])]
+    return any(_is_sum(n, sums) and not any(n is one for one in free) for n in ast.walk(node))
 
 
 def _is_layer(node: ast.expr, names: set[str]) -> bool:

@@ -29,9 +29,11 @@ class BlockSource:
 def read_block(forward: Callable | ast.FunctionDef) -> BlockSource | None:
     """Read the forward of a block whose result is a sum of its parts. None means: of a shape that is not known.
 
-    Known is a body of assignments of calls and sums, of `if`s on attributes, and of one return of a name, a sum or
-    a call. It has at most one reduction, apart from those under an `if` on expert parallelism, which is excluded
-    before this is asked. A condition may be given a name first: `if self.flag: skip = ...; if not skip: reduce`.
+    Without a reduction of its own a block must be a sum of its parts: assignments of calls and sums, `if`s on
+    attributes, one return of a name, a sum or a call. With one, under an `if` right before the only return, what the
+    host would reduce there is the partial sum, whatever it was made of. A reduction under an `if` on expert
+    parallelism does not count: that is excluded before this is asked.
+    A condition may be given a name first: `if self.flag: skip = ...; if not skip: reduce`.
     """
     function = parse(forward)
     if function is None:
@@ -40,11 +42,10 @@ def read_block(forward: Callable | ast.FunctionDef) -> BlockSource | None:
     if not body or not isinstance(body[-1], ast.Return):
         return None
     live = [node for node in body if _holds_reduction(node) and not _is_under(node, _EXPERT_PARALLEL)]
-    if not all(_is_known(node) for node in body if node not in live):
-        return None
     if not live:
-        return BlockSource(None)
-    if len(live) > 1 or len(body) < 2 or live[0] is not body[-2]:
+        return BlockSource(None) if all(_is_known(node) for node in body) else None
+    returns = any(isinstance(part, ast.Return) for node in body[:-2] for part in ast.walk(node))
+    if len(live) > 1 or len(body) < 2 or live[0] is not body[-2] or returns:
         return None
     flag = _flag_of(live[0], body[-1])
     if flag is None or _times_read(function, flag) != 1:
