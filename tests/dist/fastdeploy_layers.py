@@ -314,7 +314,7 @@ def untouched(scratch):
             state[asked, graphs] = {
                 **{name: held.numpy().tolist() if hasattr(held, "numpy") else str(held) for name, held in fields.items()},
                 "same object": fields["seq_lens_this_time"] is fields["seq_lens_this_time_buffer"],
-                "random": paddle.rand([1]).item(),
+                "random": paddle.rand([1], dtype="float32").item(),
             }
             assert not asked or any(report.proven for report in fd_fusion.report())
             fd_fusion.unbind(worker.model_runner.model)

@@ -73,7 +73,7 @@ class GPUModelRunner:
         self.share_inputs["caches"] = [paddle.zeros([1])]
         meta = ForwardMeta(ids, step_use_cudagraph=in_capturing)
         hidden = self.model({"ids_remove_padding": ids}, meta)
-        paddle.rand([1])  # the sampler
+        paddle.rand([1], dtype="float32")  # the sampler
         self.share_inputs["infer_seed"].add_(paddle.full([1, 1], 4, dtype="int64"))
         return hidden
 
