@@ -187,9 +187,15 @@ TABLE: dict[str, Entry] = {
     "no_rows": Entry("T=0: there is nothing to compute", "nothing to do"),
     "tracing": Entry("the proving pass runs in eager mode only", "run one eager forward before capture"),
     # fastdeploy
-    "draft_model": Entry("{model} is a draft model: its layers are used in another way", "nothing to do", rule=True),
-    "sequence_parallel": Entry("sequence-parallel MoE splits the rows over the ranks", "nothing to do"),
-    "expert_parallel": Entry("expert parallel: the experts are not split over the group", "nothing to do"),
+    "draft_model": Entry(
+        "{model} is a draft model: one layer, whose MLP feeds no norm of its own", "nothing to do", rule=True
+    ),
+    "shared_with_draft": Entry("the draft model runs this norm too, on sums of its own", "nothing to do", rule=True),
+    "sequence_parallel": Entry(
+        "sequence-parallel MoE splits the rows over the ranks",
+        "start the server with --disable-sequence-parallel-moe to fuse the attention's pairs",
+    ),
+    "expert_parallel": Entry("expert parallel: the experts are not split over the group", "nothing to do", rule=True),
     "proxy_rmsnorm": Entry("FD_USE_PHI_RMSNORM asks for another norm", "unset FD_USE_PHI_RMSNORM to fuse"),
     "two_batch_overlap": Entry("{model} runs two batches at once, from two threads", "nothing to do"),
     "read_between_layers": Entry(

@@ -1,5 +1,6 @@
 """Biases, dtypes, call forms, cleared and reloaded parameters, a traced model: bound as stock."""
 
+import copy
 import sys
 import tempfile
 from pathlib import Path
@@ -22,7 +23,9 @@ register()
 from fastdeploy.distributed import communication
 from fastdeploy.model_executor.forward_meta import ForwardMeta
 from fastdeploy.model_executor.layers import normalization
+from fastdeploy.model_executor.model_loader.base_loader import BaseModelLoader
 from fastdeploy.model_executor.models import decoder
+from fastdeploy.model_executor.models.model_base import ModelRegistry
 from fastdeploy.worker.gpu_model_runner import GPUModelRunner
 from paddle.jit import sot
 
@@ -30,10 +33,10 @@ UPSTREAM = "enable_all_reduce_fusion"
 FEW, MANY = [1, 2, 3], [i % 60 for i in range(40)]
 
 
-def bring_up(folder, asked, do_profile=True, **arguments):
+def bring_up(folder, asked, do_profile=True, strict="false", **arguments):
     os.environ.pop("FD_FUSION_CONFIG", None)
     if asked:
-        os.environ["FD_FUSION_CONFIG"] = '{"max_token_num": 32, "timeout_s": 20}'
+        os.environ["FD_FUSION_CONFIG"] = f'{{"max_token_num": 32, "timeout_s": 20, "strict": {strict}}}'
     fd_config = fd_config_of(folder, size, rank, tp_group=dist.get_group(0), **arguments)
     return worker_of(fd_config, rank, do_profile)
 
@@ -44,7 +47,7 @@ def numbers(worker, rows):
 
 def pair(folder, roundings, do_profile=True, **arguments):
     """(bound worker, its report), once its outputs are those of the stock model."""
-    stock = bring_up(folder, asked=False)
+    stock = bring_up(folder, asked=False, **arguments)
     bound = bring_up(folder, asked=True, do_profile=do_profile, **arguments)
     (report,) = [r for r in fd_fusion.report() if r.model == type(bound.model_runner.model).__name__]
     error = np.linalg.norm(numbers(bound, FEW) - numbers(stock, FEW)) / np.linalg.norm(numbers(stock, FEW))
@@ -108,6 +111,54 @@ def call_forms(scratch):
     assert np.allclose(out.numpy(), 2 * total.numpy())
     assert numbers(bound, []).shape[0] == 0, "no rows"
     fd_fusion.unbind(bound.model_runner.model)
+
+
+def experts_apart(scratch):
+    """Expert parallel: what is still split over the group is fused; the experts are left out by a rule."""
+    folder = write_checkpoint(f"{scratch}/experts", "Qwen3MoeForCausalLM")
+    bound, report = pair(folder, 2e-5, expert_parallel_size=size, strict="true")
+    assert report.proven and len(report.sites) == 4, report.lines()
+    assert [one.reason.code for one in report.rejected] == ["expert_parallel"] * 2
+    fd_fusion.unbind(bound.model_runner.model)
+
+
+def draft(scratch):
+    """A draft model runs the last norm of the bound model on sums of its own: that norm stays stock."""
+
+    class DraftLoader(BaseModelLoader):
+        def download_model(self, model_config):
+            pass
+
+        def load_model(self, fd_config):
+            model = ModelRegistry.get_class("Ernie4_5_MTPForCausalLM")(fd_config)
+            random = np.random.default_rng(10 + rank)
+            for param in model.model.mtp_block.parameters():
+                param.set_value(random.standard_normal(param.shape).astype("float32"))
+            return model
+
+    def load_both(runner):
+        stock(runner)
+        fd_config = copy.copy(runner.fd_config)
+        fd_config.speculative_config = copy.copy(fd_config.speculative_config)
+        vars(fd_config.speculative_config).update(model_type="mtp", sharing_model=runner.model)
+        runner.draft = DraftLoader(None).load_model(fd_config)
+
+    def drafted(worker):
+        hidden = hidden_states(worker, FEW)
+        return worker.model_runner.draft(hidden, ForwardMeta(paddle.to_tensor(FEW))).numpy()
+
+    stock, GPUModelRunner.load_model = GPUModelRunner.load_model, load_both
+    folder = write_checkpoint(f"{scratch}/draft", "Ernie4_5_MoeForCausalLM", num_hidden_layers=2)
+    for do_profile in (True, False):
+        wanted = drafted(bring_up(folder, asked=False))
+        bound = bring_up(folder, asked=True, do_profile=do_profile, strict="true")
+        off, report = sorted(fd_fusion.report(), key=lambda one: len(one.sites))
+        assert off.off.code == "draft_model" and report.proven and len(report.sites) == 3, report.lines()
+        assert [one.reason.code for one in report.rejected] == ["shared_with_draft"]
+        assert np.allclose(drafted(bound), wanted, atol=1e-4)
+        fd_fusion.unbind(bound.model_runner.model)
+        del bound, off, report
+    GPUModelRunner.load_model = stock
 
 
 def cleared_and_reloaded(scratch):
@@ -250,11 +301,38 @@ def order(scratch):
     assert seen == [(cache, True), (capture, True), (cache, False), (capture, True)], seen
 
 
+def untouched(scratch):
+    """Bound with no profile run: the host's inputs and random numbers are those of stock, seeds of the sampler too."""
+    folder = write_checkpoint(f"{scratch}/untouched", "Qwen2ForCausalLM", num_hidden_layers=1)
+    state = {}
+    for asked in (False, True):
+        for graphs in (False, True):
+            paddle.seed(5)
+            arguments = {"graph_optimization_config": {"use_cudagraph": graphs}}
+            worker = bring_up(folder, asked, do_profile=False, **arguments)
+            fields = vars(worker.model_runner.share_inputs)
+            state[asked, graphs] = {
+                **{name: held.numpy().tolist() if hasattr(held, "numpy") else str(held) for name, held in fields.items()},
+                "same object": fields["seq_lens_this_time"] is fields["seq_lens_this_time_buffer"],
+                "random": paddle.rand([1], dtype="float32").item(),
+            }
+            assert not asked or any(report.proven for report in fd_fusion.report())
+            fd_fusion.unbind(worker.model_runner.model)
+    for graphs in (False, True):
+        stock, bound = state[False, graphs], state[True, graphs]
+        assert stock.keys() == bound.keys(), stock.keys() ^ bound.keys()
+        moved = [name for name in stock if stock[name] != bound[name]]
+        assert not moved, moved
+
+
 CASES = (
     order,
+    untouched,
     biases,
     half_precision,
     call_forms,
+    experts_apart,
+    draft,
     upstream_flag,
     upstream_flag_without_upstream,
     deterministic,

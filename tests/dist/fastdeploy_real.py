@@ -26,7 +26,20 @@ MODELS = {
     "glm4_moe": "Glm4MoeForCausalLM",
     "deepseek_v3": "DeepseekV3ForCausalLM",
     "ernie4_5_moe": "Ernie4_5_MoeForCausalLM",
+    "gpt_oss": "GptOssForCausalLM",
+    "glm_moe_dsa": "GlmMoeDsaForCausalLM",
+    "ernie4_5_mtp": "Ernie4_5_MTPForCausalLM",
+    "ernie4_5_vl.ernie4_5_vl_moe": "Ernie4_5_VLModel",
+    "paddleocr_vl.paddleocr_vl": "PaddleOCRVLModel",
+    "qwen2_5_vl.qwen2_5_vl": "Qwen2_5_VLModel",
+    "qwen3_vl.qwen3_vl": "Qwen3_VLModel",
+    "qwen3_vl.qwen3_vl_moe": "Qwen3VLMoeModel",
 }
+CHANGES = {
+    "glm_moe_dsa": {"model_type": "glm_moe_dsa"},
+    "ernie4_5_vl.ernie4_5_vl_moe": {"moe_num_experts": [4, 4], "moe_intermediate_size": [24, 24]},
+}
+REFUSED = ("qwen3_vl.qwen3_vl", "qwen3_vl.qwen3_vl_moe")  # they add image features between their layers
 real.load(MODELS)
 import fd_fusion
 from fd_fusion.hosts.fastdeploy.plugin import register, unregister
@@ -39,22 +52,39 @@ FEW, MANY = 3, 40
 ROUNDINGS = 2e-5
 
 
+class Stack(paddle.nn.Layer):
+    """The language half of a model that sees: from embeddings, with the arguments that its forward names."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids, meta):
+        given = {"input_embeddings": self.model.embed_tokens(ids), "ids_remove_padding": ids, "forward_meta": meta}
+        given["vl_moe_meta"] = real.Config(token_type_ids=(ids >= 2).cast("int32"))
+        names = inspect.signature(type(self.model).forward).parameters
+        return self.model(**{name: given.get(name) for name in names if name != "self"})
+
+
 class Loader(BaseModelLoader):
     """One of the tests' own over the host's base: builds, and fills in the same numbers each time."""
 
     def __init__(self, module):
         super().__init__(load_config=None)
-        self.module = sys.modules[f"fastdeploy.model_executor.models.{module}"]
+        self.kind = getattr(sys.modules[f"fastdeploy.model_executor.models.{module}"], MODELS[module])
 
     def download_model(self, model_config):
         pass
 
     def load_model(self, fd_config):
-        model = getattr(self.module, MODELS[self.module.__name__.rpartition(".")[2]])(fd_config)
+        model = self.kind(fd_config=fd_config)
+        model = Stack(model) if self.kind.__name__.endswith("Model") else model
         model.eval()
         shared, own = np.random.default_rng(3), np.random.default_rng(10 + rank)
         for name, param in model.named_parameters():
-            split = not any(part in name for part in ("norm", "gate.weight", "embed"))
+            if name.startswith("ernie.norm") and "MTP" in self.kind.__name__:
+                continue  # of the model that it drafts for
+            split = not any(part in name for part in ("norm", "gate.weight", "router", "embed", "eh_proj"))
             value = (own if split else shared).standard_normal(param.shape) / np.sqrt(param.shape[0])
             param.set_value((1 + 0.1 * value if "norm" in name else value).astype("float32"))
         return model
@@ -67,22 +97,23 @@ def outputs(model, rows):
         return model(inputs, real.Config(ids_remove_padding=ids, position_ids=ids)).numpy()
 
 
-def load(module, asked, flag=False, level=0):
+def load(module, asked, flag=False, level=0, **more):
     os.environ.pop("FD_FUSION_CONFIG", None)
     if asked:
         os.environ["FD_FUSION_CONFIG"] = '{"max_token_num": 8, "timeout_s": 20}'
-    fd_config = real.fd_config_of(rank, size, dist.get_group(0), flag, level)
-    return Loader(module).load_model(fd_config)
+    more = {**CHANGES.get(module, {}), **more}
+    return Loader(module).load_model(real.fd_config_of(rank, size, dist.get_group(0), flag, level, **more))
 
 
-def compare(module, flag):
-    """`flag` is upstream's own: its fusion cannot run here, and must not where every pair has a site."""
-    stock, model = load(module, asked=False), load(module, asked=True, flag=flag)
+def compare(module, flag=False, off=(), **more):
+    """`flag` is upstream's own: its fusion cannot run here, and must not where every pair has a site. `off`: reasons."""
+    stock, model = load(module, asked=False, **more), load(module, asked=True, flag=flag, **more)
     names = [name for name, _ in stock.named_parameters()]
     assert [name for name, _ in model.named_parameters()] == names
     assert np.isfinite(outputs(model, FEW)).all()  # the first forward binds
     (report,) = fd_fusion.report()
-    assert report.proven and len(report.sites) == 6 and not report.rejected, f"{module}: {report.lines()}"
+    assert report.proven and len(report.sites) == 6 - len(off), f"{module}: {report.lines()}"
+    assert [one.reason.code for one in report.rejected] == list(off), f"{module}: {report.lines()}"
     before = [line.calls["fused"] for line in report.sites]
     error = {}
     for rows in (FEW, MANY):
@@ -111,9 +142,39 @@ def trace(module):
     fd_fusion.unbind(model)
 
 
+def refused(module):
+    model = load(module, asked=True)
+    outputs(model, FEW)
+    (report,) = fd_fusion.report()
+    assert not report.sites and [one.reason.code for one in report.rejected] == ["read_between_layers"], report.lines()
+    fd_fusion.unbind(model)
+
+
+def draft():
+    """A draft model that runs the last norm of the model that it drafts for: stock and beside a bound one."""
+    said = []
+    for asked in (False, True):
+        target = load("ernie4_5_moe", asked)
+        speculative = real.Config(model_type="mtp", sharing_model=target)
+        model = load("ernie4_5_mtp", asked, speculative=speculative)
+        hidden, ids = outputs(target, FEW), paddle.to_tensor(np.arange(FEW))
+        with paddle.no_grad():
+            said.append(model(ids, paddle.to_tensor(hidden), real.Config(ids_remove_padding=ids)).numpy())
+    off, report = sorted(fd_fusion.report(), key=lambda one: len(one.sites))
+    assert off.off.code == "draft_model" and report.proven and len(report.sites) == 5
+    assert [one.reason.code for one in report.rejected] == ["shared_with_draft"]
+    assert np.allclose(*said, atol=1e-5)
+    fd_fusion.unbind(target)
+
+
 for module in ("qwen2", "glm4_moe"):
     trace(module)
-results = {module: compare(module, flag=False) for module in MODELS}
+draft()
+for module in REFUSED:
+    refused(module)
+results = {module: compare(module) for module in MODELS if module not in REFUSED and module != "ernie4_5_mtp"}
+for module in ("qwen3moe", "glm4_moe", "deepseek_v3"):
+    results[f"{module}, expert parallel"] = compare(module, off=["expert_parallel"] * 2, expert_parallel=True)
 results["glm4_moe, upstream's flag"] = compare("glm4_moe", flag=True)
 unregister()
 record(**results)

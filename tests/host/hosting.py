@@ -19,6 +19,9 @@ ARCHITECTURES = (
     "Qwen3MoeForCausalLM",
     "DeepseekV3ForCausalLM",
     "Ernie4_5_MoeForCausalLM",
+    "Ernie4_5_VLMoeForConditionalGeneration",
+    "GptOssForCausalLM",
+    "MiniMaxM2ForCausalLM",
     "Qwen3_5ForConditionalGeneration",
 )
 

@@ -122,7 +122,7 @@ class Config(SimpleNamespace):
         return None
 
 
-def fd_config_of(rank, size, tp_group, flag=False, level=0):
+def fd_config_of(rank, size, tp_group, flag=False, level=0, expert_parallel=False, speculative=None, **changes):
     counts = {"num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": 64}
     counts |= {"hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 24, "head_dim": 8}
     experts = {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "moe_layer_start_index": 1}
@@ -135,15 +135,17 @@ def fd_config_of(rank, size, tp_group, flag=False, level=0):
         "model_type": "",
         "model_format": "paddle",
     }
-    kind |= {"is_quantized": False, "pretrained_config": Config(prefix_name="model")}
+    kind |= {"is_quantized": False, "pretrained_config": Config(prefix_name="model"), "num_local_experts": 4}
+    kind |= {"im_patch_id": 2, "architectures": [""], "max_model_len": 64}
     parallel = {"tensor_parallel_size": size, "tensor_parallel_rank": rank, "tp_group": tp_group}
-    parallel |= {"expert_parallel_size": 1, "expert_parallel_rank": 0, "enable_flashinfer_allreduce_fusion": flag}
+    parallel |= {"expert_parallel_size": size if expert_parallel else 1, "enable_flashinfer_allreduce_fusion": flag}
+    parallel |= {"expert_parallel_rank": rank if expert_parallel else 0, "use_ep": expert_parallel}
     return Config(
-        model_config=Config(**counts, **experts, **kind),
+        model_config=Config(**{**counts, **experts, **kind, **changes}),
         parallel_config=Config(**parallel, use_sequence_parallel_moe=False),
         graph_opt_config=Config(graph_opt_level=level, use_cudagraph=False, cudagraph_capture_sizes=[8]),
         load_config=Config(load_choices="default_v1"),
-        speculative_config=Config(model_type="main"),
+        speculative_config=speculative or Config(model_type="main"),
         routing_replay_config=Config(enable_routing_replay=False),
         eplb_config=Config(enable_eplb=False),
         scheduler_config=Config(max_num_batched_tokens=64),
@@ -199,8 +201,33 @@ class Head(nn.Layer):
         super().__init__()
 
 
+class Projection(nn.Layer):
+    """In place of a draft model's: the same on every rank."""
+
+    def __init__(self, fd_config, num_embeddings, embedding_dim, **kwargs):
+        super().__init__()
+        self.linear = nn.Linear(embedding_dim, num_embeddings)
+
+    def forward(self, x):
+        return self.linear(x)
+
+
+def gather_scatter(hidden_states, text, image, token_type_ids, text_index, image_index, to_parts):
+    """The rows of images and of text to their experts, or back in place."""
+    where = [paddle.nonzero(token_type_ids == kind).flatten() for kind in (0, 1)]
+    if to_parts:
+        return hidden_states, hidden_states[where[0]], hidden_states[where[1]]
+    for rows, part in zip(where, (text, image)):
+        if len(rows):
+            hidden_states[rows] = part
+    return hidden_states, text, image
+
+
 class Experts:
     """The quant method of FusedMoE: one product, weighted by the gate."""
+
+    def init_ep(self, layer):
+        pass
 
     def create_weights(self, layer, **kwargs):
         layer.product = layer.create_parameter([layer.hidden_size, layer.hidden_size])
@@ -217,6 +244,10 @@ def rms_norm(x, norm_weight, norm_bias, epsilon, begin_norm_axis, bias=None, res
 PARTS = {
     "Attention": Attention,
     "DeepseekV3MLAAttention": LatentAttention,
+    "DeepseekV32DSAAttention": LatentAttention,
+    "ParallelEHProjection": Projection,
+    "text_image_gather_scatter": gather_scatter,
+    "text_image_index_out": Anything(),
     "SiluAndMul": Activation,
     "VocabParallelEmbedding": Embedding,
     "ParallelLMHead": Head,

@@ -171,6 +171,7 @@ def fastdeploy() -> Iterator[Finding]:
         )
     else:
         yield Finding("fastdeploy", "plugin", "ok", "FastDeploy's plugin loading finds and loads fd_fusion")
+    from fd_fusion.hosts.fastdeploy.between import reads_in_layer
     from fd_fusion.hosts.fastdeploy.pairs import DECODERS
 
     importlib.import_module("fastdeploy.model_executor.models")
@@ -178,9 +179,10 @@ def fastdeploy() -> Iterator[Finding]:
         name
         for key, module in list(sys.modules.items())
         if key.startswith("fastdeploy.model_executor.models.")
-        for name in vars(module)
+        for name, value in vars(module).items()
+        if name in DECODERS and not reads_in_layer(value.forward)
     }
-    known = sorted(set(DECODERS) & classes)
+    known = sorted(classes)
     text = f"decoders that can be bound: {', '.join(known)}" if known else "none of its decoders is known here"
     yield Finding("fastdeploy", "decoders", "ok" if known else "off", text, data={"decoders": known})
 

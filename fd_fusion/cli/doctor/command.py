@@ -7,6 +7,7 @@ Ends with one launch of the fused kernel on every rank, compared with the refere
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -77,9 +78,24 @@ def config() -> Iterator[Finding]:
         yield Finding(
             "config", "source", "ok", f"asked for by {resolved.source}: {resolved.config.to_dict()}", data=data
         )
+        yield from _plugin(os.environ.get("FD_PLUGINS"))
     else:
         state = "off" if resolved.reason.code == "kill_switch" else "note"
         yield of_reason("config", "source", state, resolved.reason, source=resolved.source)
+
+
+def _plugin(allowed: str | None) -> Iterator[Finding]:
+    """Whether a FastDeploy that is started from this shell, without `serve`, would load the plugin."""
+    if "fd_fusion" in (allowed or "").split(","):
+        return
+    names = ",".join(name for name in (allowed, "fd_fusion") if name)
+    remedy = f"for FastDeploy set FD_PLUGINS={names}, or start it by `python -m fd_fusion serve`, which sets it"
+    if allowed is None:
+        yield Finding(
+            "config", "plugin", "warn", "FD_PLUGINS is unset: newer FastDeploys load no plugin then", remedy
+        )
+    else:
+        yield Finding("config", "plugin", "off", f"FD_PLUGINS={allowed!r} keeps fd_fusion out of FastDeploy", remedy)
 
 
 def _launch(size: int, found: list[Finding]) -> Iterator[Finding]:

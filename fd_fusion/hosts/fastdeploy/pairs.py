@@ -11,38 +11,46 @@ from __future__ import annotations
 
 import os
 import sys
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from fd_fusion.binding.attributes import follow
 from fd_fusion.frameworks.tensors import dtype_name
-from fd_fusion.hosts.fastdeploy.source import read_block, reads_between_layers
+from fd_fusion.hosts.fastdeploy.between import reads_between_layers, reads_in_layer
+from fd_fusion.hosts.fastdeploy.source import read_block
 from fd_fusion.reasons import Reason, because
 from fd_fusion.site import Rejected
 
-# Decoder class -> where its attention's partial sum comes from (an instance has one of them).
-DECODERS = {
-    "Glm4MoeDecoderLayer": ("self_attn.o_proj",),
-    "Qwen2DecoderLayer": ("self_attn.o_proj",),
-    "Qwen3DecoderLayer": ("self_attn.o_proj",),
-    "DeepSeekV3DecoderLayer": ("self_attn.o_proj",),
-    "Ernie4_5_DecoderLayer": ("self_attn.o_proj",),
-    "Qwen3_5DecoderLayer": ("self_attn.o_proj", "linear_attn.out_proj"),
-}
-# Class of `mlp` -> the layers in it that may reduce. With one of them the linear itself is the producer.
+# Classes of decoder layers. What their forwards do with a sum on its way to the norm is read from their source.
+DECODERS = (
+    "DeepSeekV3DecoderLayer",
+    "Ernie4_5_DecoderLayer",
+    "Ernie4_5_VLDecoderLayer",
+    "Glm4MoeDecoderLayer",
+    "GptOssDecoderLayer",
+    "MiniCPM4DecoderLayer",
+    "MiniMaxM2_5DecoderLayer",
+    "Qwen2DecoderLayer",
+    "Qwen3DecoderLayer",
+    "Qwen3_5DecoderLayer",
+)
+# Where the attention's partial sum comes from: an instance has one of them.
+ATTENTION = ("self_attn.o_proj", "linear_attn.out_proj")
+# Class of `mlp` -> the layers in it that may reduce. With one linear, that is the producer itself.
+_DENSE = ("Glm4Moe", "Qwen2", "Qwen3", "Qwen3_5", "DeepSeekV3", "Ernie4_5_", "Ernie4_5_VL", "MiniCPM4")
+_VL = tuple(f"{kind}_fused_moe.{part}" for kind in ("text", "image") for part in ("experts", "down_proj"))
 BLOCKS = {
-    "Glm4MoeMLP": ("down_proj",),
-    "Qwen2MLP": ("down_proj",),
-    "Qwen3MLP": ("down_proj",),
-    "Qwen3_5MLP": ("down_proj",),
-    "DeepSeekV3MLP": ("down_proj",),
-    "Ernie4_5_MLP": ("down_proj",),
-    "Glm4Moe": ("experts", "shared_experts.down_proj"),
-    "DeepSeekV3MoE": ("experts", "shared_experts.down_proj"),
-    "Ernie4_5_MoE": ("experts", "shared_experts.down_proj"),
-    "Qwen3MoeBlock": ("experts",),
+    **dict.fromkeys((f"{name}MLP" for name in _DENSE), ("down_proj",)),
+    **dict.fromkeys(("Qwen3MoeBlock", "GptOssMoe", "MiniMaxM2_5MoE"), ("experts",)),
+    **dict.fromkeys(("Glm4Moe", "DeepSeekV3MoE", "Ernie4_5_MoE"), ("experts", "shared_experts.down_proj")),
+    "Ernie4_5_VLMoE": (*_VL, "shared_experts.down_proj"),
 }
+
+drafts: weakref.WeakSet = (
+    weakref.WeakSet()
+)  # models of this process that draft for another one, and share layers with it
 
 
 @dataclass(frozen=True)
@@ -75,25 +83,26 @@ def whole_model_reason(model: Any, fd_config: Any) -> Reason | None:
         return because("draft_model", model=name)
     if getattr(parallel, "use_sequence_parallel_moe", False):
         return because("sequence_parallel")
-    if getattr(parallel, "expert_parallel_size", 1) > 1:
-        return because("expert_parallel")
     if os.environ.get("FD_USE_PHI_RMSNORM", "0").strip().lower() in ("1", "true"):
         return because("proxy_rmsnorm")
     return None
 
 
-def find_pairs(model: Any, dtype: str) -> tuple[list[HostPair], list[Rejected]]:
+def find_pairs(model: Any, dtype: str, expert_parallel: bool = False) -> tuple[list[HostPair], list[Rejected]]:
     """All pairs of `model` in order, and the ones that have to stay stock, each with its reason.
 
-    `dtype` is that of the activations, "bfloat16" for example.
+    `dtype` is that of the activations, "bfloat16" for example. `expert_parallel`: each rank has whole experts.
     """
     pairs, rejected = [], []
+    lent = {id(layer) for draft in drafts for layer in draft.sublayers()}
     for path, stack in _decoder_stacks(model):
         if reason := _stack_reason(stack, dtype):
             rejected.append(Rejected(path or type(stack).__name__, reason))
             continue
-        for name, producer, norm, found in _candidates(path, stack):
+        for name, producer, norm, found in _candidates(path, stack, expert_parallel):
             reason = found if isinstance(found, Reason) else _norm_reason(norm)
+            if not reason and not lent.isdisjoint((id(producer), id(norm))):
+                reason = because("shared_with_draft")
             if reason:
                 rejected.append(Rejected(name, reason))
             else:
@@ -121,23 +130,26 @@ def _stack_reason(stack: Any, dtype: str) -> Reason | None:
     first = norm_dtype(getattr(stack.layers[0], "input_layernorm", None))
     if first not in (None, dtype):
         return because("wide_residual", got=first, dtype=dtype)
-    line = reads_between_layers(type(stack).forward)
-    return because("read_between_layers", line=line) if line else None
+    kinds = {type(layer) for layer in stack.layers if type(layer).__name__ in DECODERS}
+    lines = [reads_between_layers(type(stack).forward), *(reads_in_layer(kind.forward) for kind in kinds)]
+    return next((because("read_between_layers", line=line) for line in lines if line), None)
 
 
-def _candidates(path: str, stack: Any) -> Iterator[tuple[str, Any, Any, tuple[Switch, ...] | Reason]]:
+def _candidates(
+    path: str, stack: Any, expert_parallel: bool
+) -> Iterator[tuple[str, Any, Any, tuple[Switch, ...] | Reason]]:
     """(name, producer, norm, switches or the reason why not) for each pair that the structure suggests."""
     layers = list(stack.layers)
     here = f"{path}." if path else ""
     for i, layer in enumerate(layers):
         if type(layer).__name__ not in DECODERS:
             continue  # another rank's layer in a pipeline, or an identity in its place
-        for where in DECODERS[type(layer).__name__]:
+        for where in ATTENTION:
             linear = follow(layer, where)
             if linear is not None:
                 name = f"{here}layers.{i}.{where} -> {here}layers.{i}.post_attention_layernorm"
                 yield name, linear, layer.post_attention_layernorm, _linear_switches(linear)
-        producer, switches, where = _block(layer.mlp)
+        producer, switches, where = _block(layer.mlp, expert_parallel)
         name = f"{here}layers.{i}.mlp{where} -> "
         if i + 1 == len(layers):
             norm = getattr(stack, "norm", None)
@@ -157,13 +169,15 @@ def _linear_switches(linear: Any) -> tuple[Switch, ...] | Reason:
     return (Switch(linear, "reduce_results", False),)
 
 
-def _block(mlp: Any) -> tuple[Any, tuple[Switch, ...] | Reason, str]:
+def _block(mlp: Any, expert_parallel: bool) -> tuple[Any, tuple[Switch, ...] | Reason, str]:
     """(producer, its switches, its path below mlp) for a dense MLP or a mixture of experts."""
     known = BLOCKS.get(type(mlp).__name__)
     if known is None:
         return mlp, because("unknown_block", block=type(mlp).__name__), ""
     if known == ("down_proj",):
         return mlp.down_proj, _linear_switches(mlp.down_proj), ".down_proj"
+    if expert_parallel:
+        return mlp, because("expert_parallel"), ""
     inner = [part for part in (follow(mlp, where) for where in known) if part is not None]
     reducing = [part for part in inner if getattr(part, "reduce_results", False)]
     source = read_block(type(mlp).forward)

@@ -103,6 +103,8 @@ def _after_load(model: Any, fd_config: Any) -> None:
         from fd_fusion.hosts.fastdeploy import pairs
 
         reason = pairs.whole_model_reason(model, fd_config) or worker.patch()
+        if reason and reason.code == "draft_model":
+            pairs.drafts.add(model)
         if not reason:
             return _bind_in_first_forward(model, fd_config, resolved)
     except Exception as error:
@@ -173,7 +175,8 @@ def _bind(model: Any, fd_config: Any, resolved: Resolved, example_of: Callable) 
 
     pairs, qk_norms, refusal = [], [], None
     try:
-        found, rejected = find_pairs(model, adapters.activation_dtype(fd_config))
+        apart = getattr(fd_config.parallel_config, "expert_parallel_size", 1) > 1
+        found, rejected = find_pairs(model, adapters.activation_dtype(fd_config), apart)
         pairs = [*(adapters.pair_of(pair, fd_config) for pair in found), *rejected]
         qk_norms = adapters.qk_norms_of(model, fd_config)
     except Exception as error:  # perhaps on this rank alone: the others hear of it in the vote

@@ -29,22 +29,23 @@ class BlockSource:
 def read_block(forward: Callable | ast.FunctionDef) -> BlockSource | None:
     """Read the forward of a block whose result is a sum of its parts. None means: of a shape that is not known.
 
-    Known is a body of assignments of calls and sums, of `if`s on attributes, and of one return of a name, a sum or
-    a call. It has at most one reduction, apart from those under an `if` on expert parallelism, which is excluded
-    before this is asked. A condition may be given a name first: `if self.flag: skip = ...; if not skip: reduce`.
+    Without a reduction of its own a block must be a sum of its parts: assignments of calls and sums, `if`s on
+    attributes, one return of a name, a sum or a call. With one, under an `if` right before the only return, what the
+    host would reduce there is the partial sum, whatever it was made of. A reduction under an `if` on expert
+    parallelism does not count: that is excluded before this is asked.
+    A condition may be given a name first: `if self.flag: skip = ...; if not skip: reduce`.
     """
-    function = _parse(forward)
+    function = parse(forward)
     if function is None:
         return None
     body = [node for node in function.body if not _is_docstring(node)]
     if not body or not isinstance(body[-1], ast.Return):
         return None
     live = [node for node in body if _holds_reduction(node) and not _is_under(node, _EXPERT_PARALLEL)]
-    if not all(_is_known(node) for node in body if node not in live):
-        return None
     if not live:
-        return BlockSource(None)
-    if len(live) > 1 or len(body) < 2 or live[0] is not body[-2]:
+        return BlockSource(None) if all(_is_known(node) for node in body) else None
+    returns = any(isinstance(part, ast.Return) for node in body[:-2] for part in ast.walk(node))
+    if len(live) > 1 or len(body) < 2 or live[0] is not body[-2] or returns:
         return None
     flag = _flag_of(live[0], body[-1])
     if flag is None or _times_read(function, flag) != 1:
@@ -52,48 +53,7 @@ def read_block(forward: Callable | ast.FunctionDef) -> BlockSource | None:
     return BlockSource(flag)
 
 
-def reads_between_layers(forward: Callable | ast.FunctionDef) -> str | None:
-    """The line on which a model reads what passes between its layers other than in a layer or its last norm.
-
-    Such a line would see a partial sum, even if it runs for some requests only. None: there is no such line, or the
-    source is not of a shape that `layer_loop` knows, and then the proving pass has to find out.
-    """
-    function = _parse(forward)
-    found = layer_loop(function) if function else None
-    if found is None:
-        return None
-    loop, passed_on, layer_names = found
-    after = [n for n in ast.walk(function) if getattr(n, "lineno", 0) >= loop.lineno]
-    arguments, normalised = set(), {}  # ids of nodes; name -> the line from which on it is the last norm's result
-    for node in after:
-        if isinstance(node, ast.Call) and (_is_layer(node.func, layer_names) or _attribute(node.func) == "norm"):
-            arguments |= {id(value) for value in [*node.args, *(keyword.value for keyword in node.keywords)]}
-        if (call := _call_of(node)) and _attribute(call.func) == "norm":
-            normalised |= dict.fromkeys(_targets(node), node.end_lineno)
-    for node in after:
-        read = isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) and node.id in passed_on
-        if read and id(node) not in arguments and node.lineno <= normalised.get(node.id, node.lineno):
-            return ast.unparse(_statement_of(function, node))
-    return None
-
-
-def layer_loop(function: ast.FunctionDef) -> tuple[ast.For, set[str], set[str]] | None:
-    """The loop `for ...: h, r = layer(..., h, r)`, what it passes on, and the names that stand for a layer in it.
-
-    A layer is `self.layers[i]`, or a name that the loop takes from `self.layers`. None: there is no such loop.
-    """
-    for loop in (n for n in ast.walk(function) if isinstance(n, ast.For)):
-        takes = [loop.target] if any(_attribute(n) == "layers" for n in ast.walk(loop.iter)) else []
-        takes += [n.targets[0] for n in loop.body if isinstance(n, ast.Assign) and _attribute(n.value) == "layers"]
-        names = {name.id for target in takes for name in ast.walk(target) if isinstance(name, ast.Name)}
-        for node in loop.body:
-            call = _call_of(node)
-            if call and _is_layer(call.func, names) and len(_targets(node)) > 1:
-                return loop, _targets(node), names
-    return None
-
-
-def _parse(forward: Callable | ast.FunctionDef) -> ast.FunctionDef | None:
+def parse(forward: Callable | ast.FunctionDef) -> ast.FunctionDef | None:
     if isinstance(forward, ast.FunctionDef):
         return forward
     try:
@@ -120,7 +80,7 @@ def _is_sum(node: ast.expr) -> bool:
     if isinstance(node, ast.BinOp):
         return isinstance(node.op, ast.Add) and _is_sum(node.left) and _is_sum(node.right)
     if isinstance(node, ast.Call):
-        return _is_reduction(node) or _attribute(node.func) is not None
+        return _is_reduction(node) or attribute_of(node.func) is not None
     return isinstance(node, ast.Name)
 
 
@@ -148,8 +108,8 @@ def _flag_of(node: ast.stmt, returned: ast.Return) -> str | None:
     for test in node.test.values if is_all else [node.test]:
         if isinstance(test, ast.Compare) and ast.unparse(test).endswith(" > 1"):
             test = test.left
-        if _attribute(test) is not None:
-            return _attribute(test)
+        if attribute_of(test) is not None:
+            return attribute_of(test)
     return None
 
 
@@ -179,7 +139,7 @@ def _is_condition(node: ast.expr) -> bool:
     )
 
 
-def _attribute(node: ast.AST) -> str | None:
+def attribute_of(node: ast.AST) -> str | None:
     """ "norm" of `self.norm`, "layers" of `self.layers[i]`; None of anything else."""
     node = node.value if isinstance(node, ast.Subscript) else node
     if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self":
@@ -189,23 +149,3 @@ def _attribute(node: ast.AST) -> str | None:
 
 def _times_read(function: ast.FunctionDef, attribute: str) -> int:
     return sum(isinstance(node, ast.Attribute) and node.attr == attribute for node in ast.walk(function))
-
-
-def _is_layer(node: ast.expr, names: set[str]) -> bool:
-    return _attribute(node) == "layers" or (isinstance(node, ast.Name) and node.id in names)
-
-
-def _call_of(node: ast.AST) -> ast.Call | None:
-    """The call whose result, or an item of it, `node` assigns."""
-    value = node.value if isinstance(node, ast.Assign) else None
-    value = value.value if isinstance(value, ast.Subscript) else value
-    return value if isinstance(value, ast.Call) else None
-
-
-def _targets(node: ast.Assign) -> set[str]:
-    return {name.id for name in ast.walk(node.targets[0]) if isinstance(name, ast.Name)}
-
-
-def _statement_of(function: ast.FunctionDef, target: ast.AST) -> ast.stmt:
-    """The innermost statement that holds `target`."""
-    return [n for n in ast.walk(function) if isinstance(n, ast.stmt) and target in ast.walk(n)][-1]

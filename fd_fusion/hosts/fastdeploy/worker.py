@@ -165,11 +165,13 @@ def _is_pooled(output: Any) -> bool:
 def _proven_before_capture(stock: Callable) -> Callable:
     def graph_optimize_and_warm_up_model(self, *args, **kwargs):
         from fd_fusion.binding import bind as binding
+        from fd_fusion.hosts.fastdeploy.untouched import untouched
 
         runner = self.model_runner
         forward = runner.model.__dict__.get("forward")
         if getattr(forward, "binds_at_first_call", False):  # still to come: the host did not profile
-            _eagerly(lambda: runner._dummy_run(num_tokens=2, batch_size=1))
+            with untouched(runner):
+                _eagerly(lambda: runner._dummy_run(num_tokens=2, batch_size=1))
         with _never_in_a_graph(runner.model):
             result = stock(self, *args, **kwargs)
         binding.freeze()

@@ -213,6 +213,23 @@ def test_without_triton_nothing_fuses_on_a_cpu(monkeypatch):
     assert found.state == "off" and found.remedy == 'pip install "triton>=3.3"'
 
 
+@pytest.mark.parametrize(
+    "plugins, state", [(None, "warn"), ("", "off"), ("another", "off"), ("another,fd_fusion", None)]
+)
+def test_asked_for_by_the_variable_where_no_plugin_would_be_loaded(monkeypatch, plugins, state):
+    """Without FD_PLUGINS the newest FastDeploys load no plugin; with one that leaves us out none does."""
+    monkeypatch.delenv("FD_FUSION_DISABLE", raising=False)
+    monkeypatch.delenv("FD_PLUGINS", raising=False)
+    if plugins is not None:
+        monkeypatch.setenv("FD_PLUGINS", plugins)
+    monkeypatch.setenv("FD_FUSION_CONFIG", "{}")
+    found = [one for one in doctor.config() if one.name == "plugin"]
+    assert [one.state for one in found] == ([state] if state else [])
+    assert not found or "FD_PLUGINS=" in found[0].remedy
+    monkeypatch.delenv("FD_FUSION_CONFIG")
+    assert not [one for one in doctor.config() if one.name == "plugin"], "nobody asked"
+
+
 @pytest.mark.parametrize("found", [True, False])
 def test_whether_fastdeploys_own_loading_finds_us(on_path, monkeypatch, found):
     """The host is the tests' own, with FastDeploy's way of loading plugins."""

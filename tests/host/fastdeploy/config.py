@@ -71,7 +71,7 @@ class LoadConfig:
 
 class SpeculativeConfig:
     def __init__(self, args):
-        self.method, self.model_type = None, "main"
+        self.method, self.model_type, self.sharing_model = None, "main", None
         _copy(self, args or {})
 
 

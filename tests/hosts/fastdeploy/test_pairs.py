@@ -11,8 +11,9 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "host"))
 from hosting import ARCHITECTURES
 
 from fd_fusion.hosts.fastdeploy import pairs as fastdeploy_pairs
+from fd_fusion.hosts.fastdeploy.between import reads_between_layers, reads_in_layer
 from fd_fusion.hosts.fastdeploy.pairs import find_pairs, whole_model_reason
-from fd_fusion.hosts.fastdeploy.source import BlockSource, read_block, reads_between_layers
+from fd_fusion.hosts.fastdeploy.source import BlockSource, read_block
 
 
 @pytest.fixture(autouse=True)
@@ -85,6 +86,8 @@ def test_what_is_switched_in_each_kind_of_block():
     assert switched("Glm4MoeForCausalLM") == {("", "merge_ffn_tp", False)}
     assert switched("DeepseekV3ForCausalLM") == {("", "tp_size", 1)}
     assert switched("Qwen3MoeForCausalLM") == {("experts", reduce, False)}
+    assert switched("GptOssForCausalLM") == switched("MiniMaxM2ForCausalLM") == {("experts", reduce, False)}
+    assert switched("Ernie4_5_VLMoeForConditionalGeneration") == {("", "tp_size", 1)}
     assert switched("Ernie4_5_MoeForCausalLM") == {
         ("experts", reduce, False),
         ("shared_experts.down_proj", reduce, False),
@@ -190,9 +193,61 @@ def test_two_batch_overlap(monkeypatch):
     assert [one.reason.code for one in find_pairs(model, "float32")[1]] == ["two_batch_overlap"]
 
 
+def test_a_layer_that_scales_before_the_norm_stays_stock():
+    """MiniCPM4's does; so would a known decoder that began to."""
+    from fastdeploy.model_executor.models.qwen2 import Qwen2DecoderLayer
+
+    class MiniCPM4DecoderLayer(Qwen2DecoderLayer):
+        def forward(self, forward_meta, hidden_states, residual=None):
+            hidden_states, residual = self.input_layernorm(hidden_states, residual)
+            hidden_states = self.self_attn(forward_meta, hidden_states)
+            hidden_states = hidden_states * self.residual_scale
+            hidden_states, residual = self.post_attention_layernorm(hidden_states, residual)
+            hidden_states = self.mlp(hidden_states)
+            return hidden_states * self.residual_scale, residual
+
+    model, _ = build("Qwen2ForCausalLM")
+    layers_of(model)[1].__class__ = MiniCPM4DecoderLayer
+    ((stock,), pairs) = find_pairs(model, "float32")[::-1]
+    assert stock.reason.code == "read_between_layers" and not pairs
+    assert "hidden_states = hidden_states * self.residual_scale" in str(stock.reason)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_expert_parallel_keeps_the_attention_and_the_dense_layers(architecture):
+    """The experts are not split over the group, so they owe it nothing; every linear that is split still does."""
+    fd_config = fd_config_of(architecture)
+    fd_config.parallel_config.expert_parallel_size = 2
+    from fastdeploy.model_executor.models.model_base import ModelRegistry
+
+    model = ModelRegistry.get_class(architecture)(fd_config)
+    assert whole_model_reason(model, fd_config) is None
+    pairs, rejected = find_pairs(model, "float32", expert_parallel=True)
+    experts = [i for i, layer in enumerate(layers_of(model)) if not type(layer.mlp).__name__.endswith("MLP")]
+    assert {one.name.split(" -> ")[0] for one in rejected} == {f"model.layers.{i}.mlp" for i in experts}
+    assert all(one.reason.code == "expert_parallel" and one.reason.is_rule for one in rejected)
+    assert len(pairs) == 2 * len(layers_of(model)) - len(experts)
+    assert not experts or len(pairs) >= len(layers_of(model))
+
+
+def test_a_norm_that_a_draft_model_runs_too_stays_stock(monkeypatch):
+    """ERNIE's draft ends with the norm of the model that it drafts for, on a sum that nobody handed over."""
+    from fastdeploy.model_executor.models.model_base import ModelRegistry
+
+    model, _ = build("Ernie4_5_MoeForCausalLM")
+    fd_config = fd_config_of("Ernie4_5_MTPForCausalLM")
+    fd_config.speculative_config.sharing_model = model
+    draft = ModelRegistry.get_class("Ernie4_5_MTPForCausalLM")(fd_config)
+    monkeypatch.setattr(fastdeploy_pairs, "drafts", {draft})
+    found = find_pairs(model, "float32")
+    assert codes(found) == {"model.layers.2.mlp": "shared_with_draft"} and len(names(found)) == 5
+    assert found[1][0].reason.is_rule
+    assert len(names(find_pairs(build("Ernie4_5_MoeForCausalLM")[0], "float32"))) == 6, "another model's norm"
+
+
 def test_an_unknown_decoder_has_no_pairs(monkeypatch):
     model, _ = build()
-    monkeypatch.delitem(fastdeploy_pairs.DECODERS, "Glm4MoeDecoderLayer")
+    monkeypatch.setattr(fastdeploy_pairs, "DECODERS", ("Qwen2DecoderLayer",))
     assert find_pairs(model, "float32") == ([], [])
 
 
@@ -200,7 +255,7 @@ def test_an_unknown_decoder_has_no_pairs(monkeypatch):
     "change, code",
     [
         (lambda c: setattr(c.parallel_config, "tensor_parallel_size", 1), "one_rank"),
-        (lambda c: setattr(c.parallel_config, "expert_parallel_size", 2), "expert_parallel"),
+        (lambda c: setattr(c.parallel_config, "expert_parallel_size", 2), None),
         (lambda c: setattr(c.parallel_config, "use_sequence_parallel_moe", True), "sequence_parallel"),
         (lambda c: setattr(c.speculative_config, "model_type", "mtp"), "draft_model"),
         (lambda c: None, None),
@@ -214,8 +269,9 @@ def test_reasons_for_a_whole_model(change, code):
 
 
 def test_a_draft_model_by_its_class_and_the_proxy_norm_by_its_variable(monkeypatch):
-    model, fd_config = build("Glm4MoeMTPForCausalLM")
-    assert whole_model_reason(model, fd_config).code == "draft_model"
+    model, fd_config = build("Qwen2ForCausalLM")
+    draft = type("Glm4MTPForCausalLM", (), {})()
+    assert whole_model_reason(draft, fd_config).code == "draft_model"
     model, fd_config = build("Qwen2ForCausalLM")
     monkeypatch.setenv("FD_USE_PHI_RMSNORM", "1")
     assert whole_model_reason(model, fd_config).code == "proxy_rmsnorm"
@@ -232,6 +288,10 @@ def test_a_config_without_the_newer_parts():
 
 def tensor_model_parallel_all_reduce(x, group=None):
     return x
+
+
+def gather(*args):
+    return args[:3]
 
 
 class Blocks:
@@ -292,6 +352,9 @@ class Blocks:
         out = tensor_model_parallel_all_reduce(out)
         return out
 
+    def at_once(self, x):
+        return tensor_model_parallel_all_reduce(self.experts(x))
+
     def flag_has_another_reader(self, x):
         out = self.experts(x)
         if self.merge:
@@ -317,6 +380,25 @@ class Blocks:
 
     def scaled(self, x):
         out = self.experts(x) * 0.5
+        if self.merge:
+            out = tensor_model_parallel_all_reduce(out)
+        return out
+
+    def scattered(self, x, meta):
+        if self.n_shared > 0:
+            shared = self.shared_experts(x)
+        x, text, image = gather(x, meta.text, meta.image, True)
+        x, _, _ = gather(x, self.text(text), self.image(image), False)
+        if self.n_shared > 0:
+            x += shared
+        if self.tp_size > 1:
+            x = tensor_model_parallel_all_reduce(x)
+        return x
+
+    def returns_before(self, x):
+        if x.shape[0] == 0:
+            return x
+        out = self.experts(x)
         if self.merge:
             out = tensor_model_parallel_all_reduce(out)
         return out
@@ -365,6 +447,8 @@ class Blocks:
         ("names_its_condition", "merge"),
         ("returns_early", "merge"),
         ("expert_parallel_first", "tp_size"),
+        ("scaled", "merge"),
+        ("scattered", "tp_size"),
     ],
 )
 def test_known_shapes_of_a_block(name, flag):
@@ -375,10 +459,11 @@ def test_known_shapes_of_a_block(name, flag):
     "name",
     [
         "always",
+        "at_once",
         "flag_has_another_reader",
         "something_follows",
         "twice",
-        "scaled",
+        "returns_before",
         "renames_inside",
         "other_tensor",
         "otherwise",
@@ -474,3 +559,87 @@ def test_a_model_that_reads_nothing_in_between(name):
 )
 def test_a_model_that_reads_a_sum_in_between(name, line):
     assert reads_between_layers(getattr(Models, name)) == line
+
+
+class Layers:
+    def plain(self, meta, hidden, residual=None):
+        hidden, residual = self.input_layernorm(hidden, residual_input=residual, forward_meta=meta)
+        hidden = self.self_attn(meta, hidden)
+        hidden, residual = self.post_attention_layernorm(hidden, residual)
+        hidden = self.mlp(hidden, meta)
+        return hidden, residual
+
+    def branches(self, meta, hidden, residual, images=None):
+        if hidden.shape[0] > 0:
+            hidden, residual = self.input_layernorm(hidden, residual)
+            if self.is_linear:
+                hidden = self.linear_attn(hidden)
+            else:
+                hidden = self.self_attn(hidden)
+            hidden, residual = self.post_attention_layernorm(hidden, residual)
+        else:
+            residual = hidden
+        if images is not None:
+            hidden = self.mlp(hidden, meta, images)
+        else:
+            hidden = self.mlp(hidden, meta)
+        return hidden, residual
+
+    def returns_the_call(self, meta, hidden, residual):
+        hidden, residual = self.post_attention_layernorm(self.self_attn(hidden), residual)
+        return self.mlp(hidden), residual
+
+    def scales_attention(self, meta, hidden, residual):
+        hidden, residual = self.input_layernorm(hidden, residual)
+        hidden = self.self_attn(meta, hidden)
+        hidden = hidden * self.residual_scale
+        hidden, residual = self.post_attention_layernorm(hidden, residual)
+        return self.mlp(hidden), residual
+
+    def scales_what_it_returns(self, meta, hidden, residual):
+        hidden = self.mlp(hidden)
+        return hidden * self.residual_scale, residual
+
+    def scales_the_call(self, meta, hidden, residual):
+        hidden, residual = self.post_attention_layernorm(self.self_attn(hidden) * 0.5, residual)
+        return self.mlp(hidden), residual
+
+    def scales_in_place(self, meta, hidden, residual):
+        hidden = self.mlp(hidden)
+        hidden *= self.residual_scale
+        return hidden, residual
+
+    def scales_under_a_condition(self, meta, hidden, residual):
+        out = self.mlp(hidden)
+        if self.scale != 1:
+            out.scale_(self.scale)
+        return out, residual
+
+    def asks(self, meta, hidden, residual):
+        out = self.mlp(hidden)
+        if out.max() > 1:
+            residual = residual + 1
+        return out, residual
+
+
+@pytest.mark.parametrize("name", ["plain", "branches", "returns_the_call"])
+def test_a_layer_that_reads_nothing_in_between(name):
+    assert reads_in_layer(getattr(Layers, name)) is None
+
+
+@pytest.mark.parametrize(
+    "name, line",
+    [
+        ("scales_attention", "hidden = hidden * self.residual_scale"),
+        ("scales_what_it_returns", "return (hidden * self.residual_scale, residual)"),
+        (
+            "scales_the_call",
+            "hidden, residual = self.post_attention_layernorm(self.self_attn(hidden) * 0.5, residual)",
+        ),
+        ("scales_in_place", "hidden *= self.residual_scale"),
+        ("scales_under_a_condition", "out.scale_(self.scale)"),
+        ("asks", "out.max() > 1"),
+    ],
+)
+def test_a_layer_that_reads_a_sum_in_between(name, line):
+    assert reads_in_layer(getattr(Layers, name)) == line

@@ -228,7 +228,7 @@ def test_an_unforeseen_shape_of_the_host_is_one_warning_and_stock(monkeypatch, h
 
 
 def test_strict_ends_the_load_of_a_model_that_cannot_fuse_but_for_a_rule(monkeypatch, host_worker):
-    """Expert parallel and FD_USE_PHI_RMSNORM raised nothing, and no report held such a model."""
+    """Sequence-parallel experts and FD_USE_PHI_RMSNORM raised nothing, and no report held such a model."""
     from fd_fusion.binding import bind as binding
 
     class Model:
@@ -236,9 +236,9 @@ def test_strict_ends_the_load_of_a_model_that_cannot_fuse_but_for_a_rule(monkeyp
 
     monkeypatch.setenv(ENV_CONFIG, '{"strict": true}')
     experts = fd_config_of()
-    experts.parallel_config.expert_parallel_size = 2
+    experts.parallel_config.use_sequence_parallel_moe = True
     models = [Model(), Model(), Model()]
-    with pytest.raises(BindError, match="expert parallel"):
+    with pytest.raises(BindError, match="disable-sequence-parallel-moe"):
         plugin._after_load(models[0], experts)
     plugin._after_load(models[1], fd_config_of(size=1))
     monkeypatch.setenv("FD_USE_PHI_RMSNORM", "1")
@@ -247,7 +247,7 @@ def test_strict_ends_the_load_of_a_model_that_cannot_fuse_but_for_a_rule(monkeyp
     monkeypatch.setenv(ENV_CONFIG, "{}")
     plugin._after_load(models[2], fd_config_of())
     codes = [binding._reports[model].off.code for model in models]
-    assert codes == ["expert_parallel", "one_rank", "proxy_rmsnorm"]
+    assert codes == ["sequence_parallel", "one_rank", "proxy_rmsnorm"]
 
 
 @pytest.mark.parametrize("newer", [True, False])

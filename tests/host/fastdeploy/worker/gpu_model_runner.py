@@ -28,6 +28,27 @@ def _publish(rank, tokens):
             file.write(json.dumps(tokens) + "\n")
 
 
+class InputBatch:
+    """What every step reads and moves: by request, by token, and the seeds of the sampler."""
+
+    def __init__(self, vocab_size, requests=4):
+        self.input_ids = paddle.full([requests, 1 << 19], 0, dtype="int64")
+        self.bad_tokens = paddle.full([requests, vocab_size], -1, dtype="int64")
+        self.eos_token_id = paddle.full([1, 1], 0, dtype="int64")
+        self.infer_seed = paddle.full([requests, 1], 0, dtype="int64")
+        self.seq_lens_this_time_buffer = paddle.full([requests], 0, dtype="int32")
+        self.seq_lens_this_time = paddle.full([requests], 0, dtype="int32")
+        self.stop_flags = paddle.full([requests, 1], True, dtype="bool")
+        self.block_tables = paddle.full([requests, 8], -1, dtype="int32")
+        self.top_k_list, self.image_features = [0] * requests, None
+
+    def __getitem__(self, key):
+        return getattr(self, key)
+
+    def __setitem__(self, key, value):
+        setattr(self, key, value)
+
+
 class GPUModelRunner:
     def __init__(self, fd_config, device, device_id, rank, local_rank):
         self.fd_config, self.rank = fd_config, rank
@@ -35,14 +56,26 @@ class GPUModelRunner:
         self.use_cudagraph = fd_config.graph_opt_config.use_cudagraph
         self.in_capture = False
         self.cache_blocks = None
+        self.share_inputs = InputBatch(fd_config.model_config.vocab_size)
 
     def load_model(self):
         self.model = get_model_loader(self.fd_config.load_config).load_model(self.fd_config)
 
     def _dummy_run(self, num_tokens, batch_size, in_capturing=False):
         ids = paddle.arange(num_tokens) % self.fd_config.model_config.vocab_size
+        for request in range(batch_size):
+            self.share_inputs["input_ids"][request, :num_tokens] = 5
+            self.share_inputs["seq_lens_this_time_buffer"][request] = num_tokens
+            self.share_inputs["stop_flags"][request] = False
+            self.share_inputs["block_tables"][request, :1] = request
+        self.share_inputs["eos_token_id"][:] = 2
+        self.share_inputs["seq_lens_this_time"] = self.share_inputs["seq_lens_this_time_buffer"]
+        self.share_inputs["caches"] = [paddle.zeros([1])]
         meta = ForwardMeta(ids, step_use_cudagraph=in_capturing)
-        return self.model({"ids_remove_padding": ids}, meta)
+        hidden = self.model({"ids_remove_padding": ids}, meta)
+        paddle.rand([1], dtype="float32")  # the sampler
+        self.share_inputs["infer_seed"].add_(paddle.full([1, 1], 4, dtype="int64"))
+        return hidden
 
     def profile_run(self):
         self._dummy_run(num_tokens=64, batch_size=4)

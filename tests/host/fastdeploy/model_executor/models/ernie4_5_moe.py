@@ -1,5 +1,8 @@
 """Ernie 4.5: routed and shared experts each reduce, and the sums are added."""
 
+import paddle
+from paddle import nn
+
 from fastdeploy.model_executor.models import decoder
 from fastdeploy.model_executor.models.model_base import ModelForCasualLM, ModelRegistry
 
@@ -37,3 +40,26 @@ class Ernie4_5_MoeForCausalLM(ModelForCasualLM):
     def __init__(self, fd_config):
         super().__init__(fd_config)
         self.model = Ernie4_5_Model(fd_config)
+
+
+class Ernie4_5_MTPModel(nn.Layer):
+    def __init__(self, fd_config):
+        super().__init__()
+        self.norm = fd_config.speculative_config.sharing_model.model.norm
+        self.mtp_block = nn.LayerList([Ernie4_5_DecoderLayer(fd_config, prefix="mtp.0")])
+
+    def forward(self, inputs, forward_meta):
+        hidden_states, residual = self.mtp_block[0](forward_meta, paddle.tanh(inputs), None)
+        return self.norm(hidden_states, residual, forward_meta=forward_meta)[0]
+
+
+@ModelRegistry.register("Ernie4_5_MTPForCausalLM")
+class Ernie4_5_MTPForCausalLM(nn.Layer):
+    """A draft model: one decoder layer, and the last norm of the model that it drafts for."""
+
+    def __init__(self, fd_config):
+        super().__init__()
+        self.model = Ernie4_5_MTPModel(fd_config)
+
+    def forward(self, previous_hidden_states, forward_meta):
+        return self.model(previous_hidden_states, forward_meta)

@@ -56,8 +56,3 @@ class Glm4MoeForCausalLM(ModelForCasualLM):
     def __init__(self, fd_config):
         super().__init__(fd_config)
         self.model = Glm4MoeModel(fd_config)
-
-
-@ModelRegistry.register("Glm4MoeMTPForCausalLM")
-class Glm4MoeMTPForCausalLM(Glm4MoeForCausalLM):
-    """A draft model: the same decoder layers, used in another way."""

@@ -14,12 +14,15 @@ class ModelRegistry:
     # Where an architecture lives, for the version that imports models only when they are asked for.
     modules: ClassVar[dict] = {
         "Glm4MoeForCausalLM": "glm4_moe",
-        "Glm4MoeMTPForCausalLM": "glm4_moe",
         "Qwen2ForCausalLM": "qwen2",
         "Qwen3ForCausalLM": "qwen3",
         "Qwen3MoeForCausalLM": "qwen3moe",
         "DeepseekV3ForCausalLM": "deepseek_v3",
         "Ernie4_5_MoeForCausalLM": "ernie4_5_moe",
+        "Ernie4_5_MTPForCausalLM": "ernie4_5_moe",
+        "Ernie4_5_VLMoeForConditionalGeneration": "ernie4_5_vl_moe",
+        "GptOssForCausalLM": "gpt_oss",
+        "MiniMaxM2ForCausalLM": "minimax_m2_5",
         "Qwen3_5ForConditionalGeneration": "qwen3_5",
     }
 
@@ -58,7 +61,7 @@ class ModelForCasualLM(nn.Layer):
         """Loader v1: by attribute path, through each parameter's `weight_loader`."""
         params = dict(self.named_parameters())
         for name, weight in weights_iterator:
-            if ".mlp.experts." in name:
+            if ".experts." in name:
                 head, expert, part, _ = name.rsplit(".", 3)
                 which = "down_proj_weight" if part == "down_proj" else "up_gate_proj_weight"
                 param = params[f"{head}.{which}"]

@@ -25,6 +25,8 @@ class FusedMoE(nn.Layer):
         self.tp_size, self.tp_rank = parallel.tensor_parallel_size, parallel.tensor_parallel_rank
         self.tp_group, self.ep_size = parallel.tp_group, parallel.expert_parallel_size
         self.num_experts, self.top_k, self.weight_key_map = num_experts, top_k, weight_key_map
+        if self.ep_size > 1:  # each rank has whole experts; here all of them
+            self.tp_size, self.tp_rank = 1, 0
         width = moe_intermediate_size // self.tp_size
         zero = nn.initializer.Constant(0)
         dtype = self._helper.get_default_dtype()

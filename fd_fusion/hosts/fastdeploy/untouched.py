@@ -1,0 +1,46 @@
+"""A dummy run of ours leaves nothing behind in the host's runner: its first request finds what stock's would."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import paddle
+
+_SMALL = 1 << 20  # elements
+
+
+@contextlib.contextmanager
+def untouched(runner: Any) -> Iterator[None]:
+    """For a run of one request: the inputs of the model, those of its draft model, the random numbers, as before.
+
+    Not kept is what no step reads before it writes it: blocks of the KV cache, copies in pinned memory, and in large
+    tensors all but the first row, which is this request's.
+    """
+    owners = (runner, "share_inputs"), (getattr(runner, "proposer", None), "model_inputs")
+    batches = [getattr(owner, name, None) for owner, name in owners]
+    kept = [_keep(batch if isinstance(batch, dict) else vars(batch)) for batch in batches if batch is not None]
+    random = paddle.get_rng_state()
+    try:
+        yield
+    finally:
+        paddle.set_rng_state(random)
+        for fields, before, parts in kept:
+            fields.clear()  # also what was given another object, or added
+            fields.update(before)
+            for part, value in parts:
+                part.copy_(value, True)
+
+
+def _keep(fields: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], list[tuple[Any, Any]]]:
+    """The fields themselves, what they hold, and (tensor, its value now)."""
+    before = {name: copy.copy(held) if isinstance(held, (list, dict)) else held for name, held in fields.items()}
+    tensors = [held for held in before.values() if isinstance(held, paddle.Tensor) and _is_kept(held)]
+    parts = [tensor if tensor.size <= _SMALL else tensor[:1] for tensor in tensors]
+    return fields, before, [(part, part.clone()) for part in parts]
+
+
+def _is_kept(tensor: Any) -> bool:
+    return tensor._is_initialized() and tensor.size > 0 and not tensor.place.is_cuda_pinned_place()
