@@ -16,15 +16,20 @@ from pathlib import Path
 
 import psutil
 
+from serving.kinds import HOST
+
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-READY_S, LIMIT_S = 150, 400
+READY_S = 150
 _SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER
-_ports = iter(range(21000 + os.getpid() % 500 * 20, 60000, 20))
+_ports = iter(range(11000 + os.getpid() % 500 * 20, 32000, 20))  # outgoing connections use the ones above
 
 
 class Server:
-    """`serve` is the fusion config for `fd_fusion serve`, or None for the host's own api server."""
+    """`serve` is the fusion config for `fd_fusion serve`, or None for the host's own api server.
+
+    The folder of `model` has the name of its kind.
+    """
 
     def __init__(self, tree, model, folder, *, serve=None, ranks=2, env=None, args=()):
         ctypes.CDLL(None).prctl(_SUBREAPER, 1)  # what loses its parent comes to us, so that `_family` finds it
@@ -44,7 +49,7 @@ class Server:
                 stderr=out,
                 cwd=self.folder,
                 start_new_session=True,
-                env={**_environment(tree, self.log, ranks), **(env or {})},
+                env={**_environment(tree, self.log, ranks), **HOST.get(Path(model).name, {}), **(env or {})},
             )
 
     def __enter__(self):
@@ -105,7 +110,10 @@ class Server:
 
     def fusion_log(self):
         """All that any rank said in fd_fusion.log."""
-        files = {path.resolve() for path in self.log.rglob("fd_fusion.log*")}  # one is a link to the file of the day
+        return self.log_of("fd_fusion.log")
+
+    def log_of(self, name):
+        files = {path.resolve() for path in self.log.rglob(f"{name}*")}  # one is a link to the file of the day
         return "".join(path.read_text() for path in sorted(files))
 
     def out(self):
@@ -119,14 +127,23 @@ class Server:
     def workers(self):
         """The process of each rank, by rank."""
         found = {}
-        for process in _family():
-            try:
-                command = " ".join(process.cmdline())
-                if "worker_process.py" in command and "paddle.distributed.launch" not in command:
+        for process in self._of_workers():
+            if "paddle.distributed.launch" not in _command(process):
+                with contextlib.suppress(psutil.Error):
                     found[int(process.environ()["PADDLE_TRAINER_ID"])] = process
-            except (psutil.Error, KeyError):
-                continue
         return [found[rank] for rank in range(self.ranks)]
+
+    def is_down(self):
+        """Whether no rank and no launcher is left, and the server has ended, or at least has closed its port.
+
+        The stock server's own parent now and then hangs in its very last step, where it ends a ZMQ context from which
+        a thread of its own still receives (engine/common_engine.py, _exit_sub_services).
+        """
+        closed = "Shutting down: Master" in self.out() and not _listens(self.port)
+        return not self._of_workers() and (closed or self.process.poll() is not None)
+
+    def _of_workers(self):
+        return [process for process in self.processes() if "worker_process.py" in _command(process)]
 
     def tails(self, lines=30):
         logs = [self.folder / "server.out", *sorted(self.log.rglob("workerlog.*"))]
@@ -163,6 +180,13 @@ def _family():
     return psutil.Process().children(recursive=True)
 
 
+def _command(process):
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
+
+
 def _runs(process):
     try:
         return process.status() != psutil.STATUS_ZOMBIE
@@ -172,7 +196,16 @@ def _runs(process):
 
 def _is_free(port):
     with socket.socket() as one:
-        return one.connect_ex(("127.0.0.1", port)) != 0
+        try:
+            one.bind(("", port))  # one that is used for an outgoing connection is not free either
+        except OSError:
+            return False
+        return True
+
+
+def _listens(port):
+    with socket.socket() as one:
+        return one.connect_ex(("127.0.0.1", port)) == 0
 
 
 def _arguments(model, port, ranks):
