@@ -16,7 +16,7 @@ from serving.kinds import COMMON, EXPERTS, KINDS, LAYERS, SEEDS, SPECIAL, WORDS
 TEMPLATE = "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} {% endfor %}<assistant>"  # no line breaks
 
 
-def write_checkpoint(folder, kind, seed=None, ranks=2, **changes):
+def write_checkpoint(folder, kind, seed=None, **changes):
     """A model of one of KINDS. Returns its folder."""
     folder = Path(folder)
     folder.mkdir(parents=True)
@@ -25,32 +25,8 @@ def write_checkpoint(folder, kind, seed=None, ranks=2, **changes):
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 1, "pad_token_id": 0}))
     _write_words(folder, kind)
     weights = _weights(config, np.random.default_rng(seed or SEEDS[kind]))
-    _save(weights, folder)
-    if kind == "gpt_oss":  # FastDeploy cuts experts that are one tensor along a wrong axis, but loads what is cut
-        for rank in range(ranks):
-            part = folder / f"rank{rank}"
-            part.mkdir()
-            _save({name: _cut(name, weight, rank, ranks) for name, weight in weights.items()}, part)
-    return folder
-
-
-def _save(weights, folder):
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-def _cut(name, weight, rank, ranks):
-    """What a rank loads of a weight of GPT-OSS."""
-    if name.endswith("down_proj_bias"):
-        return weight / np.float32(ranks)
-    if name.endswith(("experts.gate_up_proj", "gate_up_proj_bias", "o_proj.weight")):
-        axis = -1
-    elif name.endswith("experts.down_proj"):
-        axis = 1
-    elif any(part in name for part in ("q_proj", "k_proj", "v_proj", "sinks", "embed_tokens", "lm_head")):
-        axis = 0
-    else:
-        return weight
-    return np.ascontiguousarray(np.split(weight, ranks, axis)[rank])
+    return folder
 
 
 def _write_words(folder, kind):

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import psutil
 
-from serving.kinds import HOST
+from serving.kinds import HOST_ARGS, HOST_ENV
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -33,14 +33,15 @@ class Server:
 
     def __init__(self, tree, model, folder, *, serve=None, ranks=2, env=None, args=()):
         ctypes.CDLL(None).prctl(_SUBREAPER, 1)  # what loses its parent comes to us, so that `_family` finds it
-        self.folder, self.ranks = Path(folder), ranks
+        self.folder, self.ranks, self.kind = Path(folder), ranks, Path(model).name
         self.log = self.folder / "log"
         self.log.mkdir(parents=True)
         self.port = next(port for port in _ports if all(map(_is_free, range(port, port + 4))))
         how = ["fastdeploy.entrypoints.openai.api_server"]
         if serve is not None:
             how = ["fd_fusion", "serve", "--fusion-config", json.dumps(serve)]
-        command = [sys.executable, "-W", "ignore", "-m", *how, *_arguments(model, self.port, ranks), *args]
+        args = [*_arguments(model, self.port, ranks), *HOST_ARGS.get(self.kind, ()), *args]
+        command = [sys.executable, "-W", "ignore", "-m", *how, *args]
         self._started = time.time()
         with open(self.folder / "server.out", "w") as out:
             self.process = subprocess.Popen(
@@ -49,7 +50,7 @@ class Server:
                 stderr=out,
                 cwd=self.folder,
                 start_new_session=True,
-                env={**_environment(tree, self.log, ranks), **HOST.get(Path(model).name, {}), **(env or {})},
+                env={**_environment(tree, self.log, ranks), **HOST_ENV.get(self.kind, {}), **(env or {})},
             )
 
     def __enter__(self):

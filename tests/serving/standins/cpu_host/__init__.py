@@ -24,6 +24,7 @@ def install():
         "fastdeploy.worker.gpu_worker": device.start_worker_on_cpu,
         "fastdeploy.model_executor.layers.attention.mla_attention_backend": _attend_by_formula,
         "fastdeploy.model_executor.models.glm4_moe": _hand_forward_meta_on,
+        "fastdeploy.model_executor.layers.moe.moe": _cut_along_the_axis_that_is_split,
         _OPS: _name_what_is_missing,
         f"{_OPS}.deep_gemm": _name_what_is_missing,
     }
@@ -71,6 +72,20 @@ def _hand_forward_meta_on(module):
     its first request. The norm does not read it.
     """
     module.QKRMSNorm.forward.__defaults__ = (None, None)
+
+
+def _cut_along_the_axis_that_is_split(module):
+    """Both trees cut experts that are one tensor (GPT-OSS) along the last axis, whichever a rank holds a part of, so
+    that two ranks of the stock server cannot load them. What is not split, a bias behind the sum, counts once.
+    """
+
+    def load(self, param, loaded_weight):
+        whole, wanted = module.get_tensor(loaded_weight), param.shape
+        split = [axis for axis, size in enumerate(wanted) if whole.shape[axis] != size]
+        part = whole.split(self.tp_size, split[0])[self.tp_rank] if split else whole / self.tp_size
+        param.set_value(part)
+
+    module.FusedMoE._load_fused_experts_weight = load
 
 
 def _without_triton(module):
