@@ -34,8 +34,7 @@ def sites(server):
 
 
 def check_fused(server, stock, count=6, ranks=2):
-    """The stock answers, one at a time and six streams over four slots; and each rank has said what it fuses."""
-    assert answers(server) == stock
+    """The same answers to six streams over four slots; and the ranks have said what they fuse."""
     asked = [*PROMPTS, *PROMPTS[:2]]
     with ThreadPoolExecutor(len(asked)) as pool:
         assert list(pool.map(lambda prompt: server.ask(prompt, TOKENS), asked)) == [stock[prompt] for prompt in asked]
@@ -43,15 +42,26 @@ def check_fused(server, stock, count=6, ranks=2):
     assert f"fd_fusion: on: {count} sites" in server.out()
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "gpt_oss"])
-def test_stock_and_fused_are_the_truth(kind, tree, checkpoint, tmp_path):
+@pytest.mark.parametrize("kind", ["qwen3_moe", "glm4_moe"])
+def test_stock_and_fused_say_the_same(kind, tree, checkpoint, tmp_path):
     folder = checkpoint(kind)
     with Server(tree, folder, tmp_path / "stock") as server:
         stock = answers(server)
         assert not server.fusion_log(), "installed but not asked for, the package says nothing"
     check_truth(folder, stock)
     with Server(tree, folder, tmp_path / "fused", serve={}) as server:
+        assert answers(server) == stock
         check_fused(server, stock)
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS.keys() - {"qwen3_moe", "glm4_moe", "gpt_oss"}))
+def test_fused_says_the_truth(kind, tree, checkpoint, tmp_path):
+    """The stock server is not asked again: bind has compared its forward with that of the stock model, bit by bit."""
+    folder = checkpoint(kind)
+    with Server(tree, folder, tmp_path / "fused", serve={}) as server:
+        said = answers(server)
+        check_truth(folder, said)
+        check_fused(server, said)
 
 
 def test_a_model_that_is_not_known_stays_stock(tree, checkpoint, tmp_path):
@@ -61,10 +71,15 @@ def test_a_model_that_is_not_known_stays_stock(tree, checkpoint, tmp_path):
         assert not sites(server) and "off" in server.fusion_log()
 
 
-@pytest.mark.parametrize("config", [{}, KERNELS], ids=["auto", "triton"])
+@pytest.mark.parametrize("config", [pytest.param({}, marks=pytest.mark.exhaustive), KERNELS], ids=["auto", "triton"])
 def test_four_ranks(config, tree, checkpoint, tmp_path):
     folder = checkpoint("glm4_moe", num_key_value_heads=4, seed=2)
-    with Server(tree, folder, tmp_path / "server", serve=config, ranks=4, env={"TRITON_INTERPRET": "1"}) as server:
+    for attempt in range(8):
+        server = Server(tree, folder, tmp_path / str(attempt), serve=config, ranks=4, env={"TRITON_INTERPRET": "1"})
+        if server.ranks_met():
+            break
+        server.stop()
+    with server:
         said = answers(server)
         check_truth(folder, said)
         check_fused(server, said, ranks=4)
