@@ -21,7 +21,7 @@ from fd_fusion.comm.workspace import Layout, Workspace, open_workspace
 from fd_fusion.frameworks import triton_launch as runtime_triton
 from fd_fusion.kernels.all_reduce import plan as plans
 from fd_fusion.kernels.all_reduce.counts import Counts
-from fd_fusion.reasons import FusionTimeout, Reason, because, closed
+from fd_fusion.reasons import Reason, because, closed
 from fd_fusion.tuning.limits import NEVER, Facts, row_limit
 
 _CPU_PROGRAMS = 4  # rows in flight under the interpreter, where programs run one after another anyway
@@ -220,7 +220,7 @@ class Opened:
                 weight_offset,
             )
         if self._facts.device == "cpu" and (reason := self._workspace.error()) is not None:
-            raise FusionTimeout(reason)
+            self._workspace.fail(reason)
 
     def _compile(self) -> dict[tuple[str, bool, bool], runtime_triton.Loaded]:
         """By (weight dtype, two-shot, without residual): all that any call can need, since nothing compiles later.

@@ -13,6 +13,7 @@ import os
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NoReturn
 
 from fd_fusion.comm import watcher
 from fd_fusion.comm.group import Group
@@ -55,7 +56,7 @@ class Workspace:
         self.local = memory.own + _line(layout.symmetric_bytes)
         self.generation = 0
         self.frozen = False
-        self.failed = threading.Event()  # set by the watcher; a host may wait for it
+        self.failed = threading.Event()  # set once it was told; a host may wait for it
         self._pid = os.getpid()
         self._page, self._page_of_kernel = memory.maker.host_page(layout.page_bytes)
         self._words = (ctypes.c_int64 * (layout.page_bytes // 8)).from_address(self._page)
@@ -97,7 +98,12 @@ class Workspace:
         if reason is None and any(self.read(self.memory.own, 4)):
             reason = self.error() or because("aborted")
         if reason is not None:
-            raise FusionTimeout(reason)
+            self.fail(reason)
+
+    def fail(self, reason: Reason) -> NoReturn:
+        """Raise FusionTimeout. The log has it before: who raises may end the process before the watcher has told."""
+        self._on_error(reason)
+        raise FusionTimeout(reason)
 
     def freeze(self) -> None:
         """From now on a call waits `timeout_s`, and nothing allocates."""
@@ -163,8 +169,9 @@ class Workspace:
         watcher.watch(self, self.error, self._on_error)
 
     def _on_error(self, reason: Reason) -> None:
-        log.error("rank %d of group %s: %s", self.memory.group.rank, self.memory.group.name, reason)
-        self.failed.set()
+        if not self.failed.is_set():
+            self.failed.set()
+            log.error("rank %d of group %s: %s", self.memory.group.rank, self.memory.group.name, reason)
 
 
 def open_workspace(group: Group, layout: Layout, maker: Maker, push: Push, *, timeout_s: float) -> Workspace:

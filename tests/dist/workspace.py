@@ -1,6 +1,7 @@
 """Rank script: the life of a workspace, with a layout of its own and no kernel: the test plays the kernel."""
 
 import ctypes
+import logging
 import os
 import signal
 import subprocess
@@ -66,7 +67,11 @@ def life(group):
         assert "row 7" in raises(FusionTimeout, made.check)
     else:
         assert _until(lambda: ctypes.c_int32.from_address(own).value)
+        said, handler = [], logging.Handler()
+        handler.emit = lambda record: said.append(record.getMessage())
+        workspace.log.addHandler(handler)
         assert "another rank ran out of time" in raises(FusionTimeout, made.check)
+        assert ["another rank ran out of time" in line for line in said] == [True], "told before it is raised"
     made.reset()
     made.check()
     assert made.generation == 1 and not made.failed.is_set() and word(made.local).value == 20_000_000_000
