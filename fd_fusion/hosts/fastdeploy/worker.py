@@ -38,6 +38,7 @@ _undo: list[Callable[[], None]] = []
 _met: dict[tuple[int, ...], tuple[Meeting, float]] = {}  # by the ranks of a group: who meets, and timeout_s
 _sentinels: dict[tuple[int, ...], subprocess.Popen] = {}
 _up = False  # whether the host has come up
+_for_us = False  # whether a forward is under way that the stock host would not run
 
 
 def patch() -> Reason | None:
@@ -169,7 +170,7 @@ def _proven_before_capture(stock: Callable) -> Callable:
         runner = self.model_runner
         forward = runner.model.__dict__.get("forward")
         if getattr(forward, "binds_at_first_call", False):  # still to come: the host did not profile
-            _eagerly(lambda: runner._dummy_run(num_tokens=2, batch_size=1))
+            _for_us_alone(lambda: runner._dummy_run(num_tokens=2, batch_size=1))
         with _never_in_a_graph(runner.model):
             result = stock(self, *args, **kwargs)
         binding.freeze()
@@ -192,6 +193,27 @@ def _never_in_a_graph(model: Any) -> Iterator[None]:
     finally:
         if waits:
             model.__dict__["forward"] = forward
+
+
+class _Unneeded(Exception):
+    """Ends the forward that only we have asked for."""
+
+
+def end_our_forward() -> None:
+    """Nothing was bound. If the host asked for this forward it goes on; otherwise a rank that was given no config is
+    not in it, and its collectives would wait for that rank without end."""
+    if _for_us:
+        raise _Unneeded
+
+
+def _for_us_alone(run: Callable[[], Any]) -> None:
+    global _for_us
+    _for_us = True
+    try:
+        with contextlib.suppress(_Unneeded):
+            _eagerly(run)
+    finally:
+        _for_us = False
 
 
 def _eagerly(run: Callable[[], Any]) -> None:
