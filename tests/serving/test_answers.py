@@ -71,7 +71,8 @@ def test_a_model_that_is_not_known_stays_stock(tree, checkpoint, tmp_path):
         assert not sites(server) and "off" in server.fusion_log()
 
 
-@pytest.mark.parametrize("config", [pytest.param({}, marks=pytest.mark.exhaustive), KERNELS], ids=["auto", "triton"])
+@pytest.mark.exhaustive  # Paddle's gloo seldom comes up with four ranks: see README.md
+@pytest.mark.parametrize("config", [{}, KERNELS], ids=["auto", "triton"])
 def test_four_ranks(config, tree, checkpoint, tmp_path):
     folder = checkpoint("glm4_moe", num_key_value_heads=4, seed=2)
     for attempt in range(8):
