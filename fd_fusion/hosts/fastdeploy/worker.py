@@ -170,7 +170,7 @@ def _proven_before_capture(stock: Callable) -> Callable:
         runner = self.model_runner
         forward = runner.model.__dict__.get("forward")
         if getattr(forward, "binds_at_first_call", False):  # still to come: the host did not profile
-            _for_us_alone(lambda: runner._dummy_run(num_tokens=2, batch_size=1))
+            _dummy_run_for_us(runner)
         with _never_in_a_graph(runner.model):
             result = stock(self, *args, **kwargs)
         binding.freeze()
@@ -206,12 +206,14 @@ def end_our_forward() -> None:
         raise _Unneeded
 
 
-def _for_us_alone(run: Callable[[], Any]) -> None:
+def _dummy_run_for_us(runner: Any) -> None:
+    """One that ends early leaves its request in the runner, which would take steps for it on this rank alone."""
     global _for_us
     _for_us = True
     try:
-        with contextlib.suppress(_Unneeded):
-            _eagerly(run)
+        _eagerly(lambda: runner._dummy_run(num_tokens=2, batch_size=1))
+    except _Unneeded:
+        runner.share_inputs.reset_share_inputs()
     finally:
         _for_us = False
 

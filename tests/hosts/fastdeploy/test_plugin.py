@@ -370,10 +370,13 @@ def test_our_own_forward_ends_where_nothing_was_bound(bound, monkeypatch, host_w
     plugin._bind_in_first_forward(model, None, None)
     gpu_worker = host_worker.worker.GpuWorker.__new__(host_worker.worker.GpuWorker)
     gpu_worker.model_runner = SimpleNamespace(
-        model=model, _dummy_run=lambda **_: model.forward(), capture_model=lambda: order.append("capture")
+        model=model,
+        _dummy_run=lambda **_: model.forward(),
+        share_inputs=SimpleNamespace(reset_share_inputs=lambda: order.append("no request left")),
+        capture_model=lambda: order.append("capture"),
     )
     gpu_worker.graph_optimize_and_warm_up_model()
-    assert order == (["ran", "capture"] if bound else ["capture"])
+    assert order == ["ran" if bound else "no request left", "capture"]
     plugin._bind_in_first_forward(model, None, None)
     model.forward()
     assert order[-1] == "ran", "a forward that the host has asked for goes on"
