@@ -15,7 +15,7 @@ from fd_fusion.reasons import TABLE
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted(
     path
-    for pattern in ("*.md", "fd_fusion/**/*.md", "examples/**/*.md", "patches/*.md", "tests/*.md")
+    for pattern in ("*.md", "fd_fusion/**/*.md", "examples/**/*.md", "patches/*.md", "tests/**/*.md")
     for path in ROOT.glob(pattern)
 )
 NAMES = [str(path.relative_to(ROOT)) for path in DOCUMENTS]

@@ -22,7 +22,7 @@ from fd_fusion.frameworks import triton_launch
 from fd_fusion.frameworks.tensors import empty_like, paddle_or_torch
 from fd_fusion.kernels.all_reduce import plan as plans
 from fd_fusion.kernels.all_reduce.counts import Counts
-from fd_fusion.reasons import FusionTimeout, closed
+from fd_fusion.reasons import closed
 from fd_fusion.spec import OpSpec
 from fd_fusion.tuning.limits import row_limit
 
@@ -204,7 +204,7 @@ class TritonOp:
                 weight_offset,
             )
         if self._spec.device == "cpu" and (reason := self._workspace.error()) is not None:
-            raise FusionTimeout(reason)
+            self._workspace.fail(reason)
 
     def _compile(self) -> dict[tuple[str, bool, bool], triton_launch.Loaded]:
         return compile_kernels(self._spec, self._plan)

@@ -13,6 +13,7 @@ import os
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NoReturn
 
 from fd_fusion.comm import watcher
 from fd_fusion.comm.group import Group
@@ -56,6 +57,7 @@ class Workspace:
         self.local = memory.own + whole_lines(layout.symmetric_bytes)
         self.generation = 0
         self.frozen = False
+        self._logged = False  # the error, by the watcher or by `fail`
         self._pid = os.getpid()
         self._page, self._page_of_kernel = memory.provider.host_page(layout.page_bytes)
         self._words = (ctypes.c_int64 * (layout.page_bytes // 8)).from_address(self._page)
@@ -97,7 +99,12 @@ class Workspace:
         if reason is None and any(self.read(self.memory.own, 4)):
             reason = self.error() or because("aborted")
         if reason is not None:
-            raise FusionTimeout(reason)
+            self.fail(reason)
+
+    def fail(self, reason: Reason) -> NoReturn:
+        """Raise FusionTimeout. The log has it before: who raises may end the process before the watcher has told."""
+        self._on_error(reason)
+        raise FusionTimeout(reason)
 
     def freeze(self) -> None:
         """From now on a call waits `timeout_s`, and nothing allocates."""
@@ -157,12 +164,15 @@ class Workspace:
         memory.provider.write(self.local, b"".join(word.to_bytes(8, "little", signed=True) for word in words))
         memory.provider.synchronize()
         ctypes.memset(self._page, 0, layout.page_bytes)
+        self._logged = False
 
     def _watch(self) -> None:
         watcher.watch(self, self.error, self._on_error)
 
     def _on_error(self, reason: Reason) -> None:
-        log.error("rank %d of group %s: %s", self.memory.group.rank, self.memory.group.name, reason)
+        if not self._logged:
+            self._logged = True
+            log.error("rank %d of group %s: %s", self.memory.group.rank, self.memory.group.name, reason)
 
 
 def open_workspace(

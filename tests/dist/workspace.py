@@ -69,7 +69,11 @@ def life(group):
         assert "row 7" in raises(FusionTimeout, made.check)
     else:
         assert _until(lambda: ctypes.c_int32.from_address(own).value)
+        said, handler = [], logging.Handler()
+        handler.emit = lambda record: said.append(record.getMessage())
+        workspace.log.addHandler(handler)
         assert "another rank ran out of time" in raises(FusionTimeout, made.check)
+        assert ["another rank ran out of time" in line for line in said] == [True], "told before it is raised"
     made.reset()
     made.check()
     assert made.generation == 1 and made.error() is None and word(made.local).value == 20_000_000_000

@@ -1,6 +1,6 @@
 """Small random checkpoints in Hugging Face's layout, for FastDeploy's own loaders: float32, three layers, 512 words.
 
-The words are w0 ... w506 and a few special ones; a chat template puts <user> and <assistant> around them.
+A chat template puts <user> and <assistant> around the words.
 """
 
 import json
@@ -11,135 +11,135 @@ from safetensors.numpy import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-SPECIAL = ["<pad>", "<eos>", "<unk>", "<user>", "<assistant>"]
-WORDS = [*SPECIAL, *(f"w{i}" for i in range(507))]
-LAYERS, EXPERTS = 3, 8
-COMMON = {
-    "vocab_size": len(WORDS),
-    "num_hidden_layers": LAYERS,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "rms_norm_eps": 1e-6,
-    "hidden_act": "silu",
-    "tie_word_embeddings": False,
-    "torch_dtype": "float32",
-    "max_position_embeddings": 512,
-    "bos_token_id": None,
-    "eos_token_id": 1,
-    "pad_token_id": 0,
-    "rope_theta": 10000.0,
-    "attention_bias": False,
-}
-EXPERT = {"moe_intermediate_size": 32, "num_experts_per_tok": 2, "norm_topk_prob": True}
-GLM = {
-    "architectures": ["Glm4MoeForCausalLM"],
-    "model_type": "glm4_moe",
-    "head_dim": 128,
-    "partial_rotary_factor": 0.5,
-    "use_qk_norm": False,
-    "n_routed_experts": EXPERTS,
-    "n_shared_experts": 1,
-    "first_k_dense_replace": 1,
-    "n_group": 1,
-    "topk_group": 1,
-    "routed_scaling_factor": 1.0,
-    **EXPERT,
-}
-KINDS = {
-    "qwen2": {
-        "architectures": ["Qwen2ForCausalLM"],
-        "model_type": "qwen2",
-        "hidden_size": 128,
-        "attention_bias": True,
-    },
-    "qwen3": {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"},
-    "qwen3_moe": {
-        "architectures": ["Qwen3MoeForCausalLM"],
-        "model_type": "qwen3_moe",
-        "num_experts": EXPERTS,
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": [0],
-        **EXPERT,
-    },
-    "glm4_moe": GLM,
-    "glm4_moe_qk_norm": {**GLM, "use_qk_norm": True},
-}
-# With these, the best word leads the second by more than 0.01 wherever the tests ask: float32 cannot turn it round.
-SEEDS = {"qwen2": 4, "qwen3": 4, "qwen3_moe": 3, "glm4_moe": 10, "glm4_moe_qk_norm": 3}
+from serving.kinds import COMMON, EXPERTS, KINDS, LAYERS, SEEDS, SPECIAL, WORDS
+
+TEMPLATE = "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} {% endfor %}<assistant>"  # no line breaks
 
 
-def write_checkpoint(folder, kind, seed=None):
+def write_checkpoint(folder, kind, seed=None, **changes):
     """A model of one of KINDS. Returns its folder."""
     folder = Path(folder)
     folder.mkdir(parents=True)
-    config = {**COMMON, **KINDS[kind]}
+    config = {**COMMON, **KINDS[kind], **changes}
     (folder / "config.json").write_text(json.dumps(config, indent=1))
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 1, "pad_token_id": 0}))
-    _write_words(folder)
-    save_file(
-        _weights(config, np.random.default_rng(seed or SEEDS[kind])),
-        folder / "model.safetensors",
-        metadata={"format": "pt"},
-    )
+    _write_words(folder, kind)
+    weights = _weights(config, np.random.default_rng(seed or SEEDS[kind]))
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
 
-def _write_words(folder):
+def _write_words(folder, kind):
+    tokens = dict(zip(("pad_token", "eos_token", "unk_token"), SPECIAL))
+    if kind.startswith("ernie"):
+        return _write_pieces(folder, tokens)
     words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokens = dict(zip(("pad_token", "eos_token", "unk_token"), SPECIAL))
     fast = PreTrainedTokenizerFast(tokenizer_object=words, additional_special_tokens=SPECIAL[3:], **tokens)
-    fast.chat_template = (
-        "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} {% endfor %}<assistant>"  # no line breaks
-    )
+    fast.chat_template = TEMPLATE
     fast.save_pretrained(folder)
+
+
+def _write_pieces(folder, tokens):
+    """ERNIE's tokenizer reads a vocabulary of SentencePiece: each word is one piece."""
+    from sentencepiece import sentencepiece_model_pb2 as proto
+
+    model = proto.ModelProto()
+    model.trainer_spec.model_type = proto.TrainerSpec.WORD
+    for i, word in enumerate(WORDS):
+        kind = "UNKNOWN" if word == "<unk>" else "CONTROL" if word in SPECIAL else "NORMAL"
+        piece = word if word in SPECIAL else f"\u2581{word}"
+        model.pieces.add(piece=piece, score=-float(i), type=getattr(proto.ModelProto.SentencePiece, kind))
+    (folder / "tokenizer.model").write_bytes(model.SerializeToString())
+    tokens |= dict.fromkeys(("bos_token", "cls_token", "sep_token", "mask_token"), "<pad>")
+    tokens |= {"additional_special_tokens": SPECIAL[3:], "chat_template": TEMPLATE}
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "Ernie4_5Tokenizer", **tokens}))
 
 
 def _weights(config, random):
     """Full weights by their names in a checkpoint."""
-    weights = {}
-    hidden, heads = config["hidden_size"], config["num_attention_heads"]
-    kv_heads, dim = config["num_key_value_heads"], config["head_dim"]
+    made = _Random(config, random)
+    made.normal("model.embed_tokens.weight", len(WORDS), config["hidden_size"])
+    for i in range(LAYERS):
+        made.attention(f"model.layers.{i}.self_attn")
+        made.norm(f"model.layers.{i}.input_layernorm")
+        made.norm(f"model.layers.{i}.post_attention_layernorm")
+        if config["model_type"] == "gpt_oss":
+            made.experts_in_one(f"model.layers.{i}.mlp")
+        elif "moe_intermediate_size" not in config or i == 0:
+            made.mlp(f"model.layers.{i}.mlp", config["intermediate_size"])
+        else:
+            made.experts(f"model.layers.{i}.mlp")
+    made.norm("model.norm")
+    made.linear("lm_head", len(WORDS))
+    made.weights["lm_head.weight"] *= 4  # so that the best word is far from the second
+    return made.weights
 
-    def linear(name, out, inner):
-        weights[f"{name}.weight"] = (random.standard_normal((out, inner)) / np.sqrt(inner)).astype("float32")
 
-    def norm(name, size):
-        weights[f"{name}.weight"] = (1 + 0.1 * random.standard_normal(size)).astype("float32")
+class _Random:
+    def __init__(self, config, random):
+        self.config, self._random, self.weights = config, random, {}
 
-    def mlp(name, inner):
-        linear(f"{name}.gate_proj", inner, hidden)
-        linear(f"{name}.up_proj", inner, hidden)
-        linear(f"{name}.down_proj", hidden, inner)
+    def normal(self, name, *shape, scale=1.0):
+        self.weights[name] = (scale * self._random.standard_normal(shape)).astype("float32")
 
-    def small(name, *shape):
-        weights[name] = (0.1 * random.standard_normal(shape)).astype("float32")
+    def linear(self, name, out, inner=None, bias=False):
+        inner = inner or self.config["hidden_size"]
+        self.normal(f"{name}.weight", out, inner, scale=inner**-0.5)
+        if bias:
+            self.normal(f"{name}.bias", out, scale=0.1)
 
-    weights["model.embed_tokens.weight"] = random.standard_normal((len(WORDS), hidden)).astype("float32")
-    for layer in (f"model.layers.{i}" for i in range(LAYERS)):
-        for name, count in (("q", heads), ("k", kv_heads), ("v", kv_heads)):
-            linear(f"{layer}.self_attn.{name}_proj", count * dim, hidden)
-            if config["model_type"] == "qwen2":
-                small(f"{layer}.self_attn.{name}_proj.bias", count * dim)
-        linear(f"{layer}.self_attn.o_proj", hidden, heads * dim)
+    def norm(self, name, size=None):
+        self.normal(f"{name}.weight", size or self.config["hidden_size"], scale=0.1)
+        self.weights[f"{name}.weight"] += 1
+
+    def mlp(self, name, inner):
+        self.linear(f"{name}.gate_proj", inner)
+        self.linear(f"{name}.up_proj", inner)
+        self.linear(f"{name}.down_proj", self.config["hidden_size"], inner)
+
+    def attention(self, name):
+        config = self.config
+        if "kv_lora_rank" in config:
+            return self.latent_attention(name)
+        heads, dim, bias = config["num_attention_heads"], config["head_dim"], config["attention_bias"]
+        for part, count in (("q", heads), ("k", config["num_key_value_heads"]), ("v", config["num_key_value_heads"])):
+            self.linear(f"{name}.{part}_proj", count * dim, bias=bias)
+        all_biased = config["model_type"] == "gpt_oss"
+        self.linear(f"{name}.o_proj", config["hidden_size"], heads * dim, bias=all_biased)
+        if all_biased:
+            self.normal(f"{name}.sinks", heads)
         if config["model_type"] in ("qwen3", "qwen3_moe") or config.get("use_qk_norm"):
-            norm(f"{layer}.self_attn.q_norm", dim)
-            norm(f"{layer}.self_attn.k_norm", dim)
-        norm(f"{layer}.input_layernorm", hidden)
-        norm(f"{layer}.post_attention_layernorm", hidden)
-        if "moe_intermediate_size" not in config or layer.endswith(".0"):
-            mlp(f"{layer}.mlp", config["intermediate_size"])
-            continue
+            self.norm(f"{name}.q_norm", dim)
+            self.norm(f"{name}.k_norm", dim)
+
+    def latent_attention(self, name):
+        config = self.config
+        heads, latent, rope = config["num_attention_heads"], config["kv_lora_rank"], config["qk_rope_head_dim"]
+        nope, value = config["qk_nope_head_dim"], config["v_head_dim"]
+        self.linear(f"{name}.q_a_proj", config["q_lora_rank"])
+        self.norm(f"{name}.q_a_layernorm", config["q_lora_rank"])
+        self.linear(f"{name}.q_b_proj", heads * (nope + rope), config["q_lora_rank"])
+        self.linear(f"{name}.kv_a_proj_with_mqa", latent + rope)
+        self.norm(f"{name}.kv_a_layernorm", latent)
+        self.linear(f"{name}.kv_b_proj", heads * (nope + value), latent)
+        self.linear(f"{name}.o_proj", config["hidden_size"], heads * value)
+
+    def experts(self, name):
+        inner, kind = self.config["moe_intermediate_size"], self.config["model_type"]
         for expert in range(EXPERTS):
-            mlp(f"{layer}.mlp.experts.{expert}", config["moe_intermediate_size"])
-        linear(f"{layer}.mlp.gate", EXPERTS, hidden)
-        if config["model_type"] == "glm4_moe":
-            mlp(f"{layer}.mlp.shared_experts", config["moe_intermediate_size"])
-            small(f"{layer}.mlp.gate.e_score_correction_bias", EXPERTS)
-    norm("model.norm", hidden)
-    linear("lm_head", len(WORDS), hidden)
-    weights["lm_head.weight"] *= 4  # so that the best word is far from the second
-    return weights
+            self.mlp(f"{name}.experts.{expert}", inner)
+        self.linear(f"{name}.gate", EXPERTS)
+        if kind != "qwen3_moe":
+            self.mlp(f"{name}.shared_experts", inner)
+            place = "moe_statics" if kind == "ernie4_5_moe" else "gate"
+            shape = (1, EXPERTS) if kind == "ernie4_5_moe" else (EXPERTS,)
+            self.normal(f"{name}.{place}.e_score_correction_bias", *shape, scale=0.1)
+
+    def experts_in_one(self, name):
+        hidden, inner = self.config["hidden_size"], self.config["intermediate_size"]
+        self.linear(f"{name}.router", EXPERTS, bias=True)
+        self.normal(f"{name}.experts.gate_up_proj", EXPERTS, hidden, 2 * inner, scale=hidden**-0.5)
+        self.normal(f"{name}.experts.gate_up_proj_bias", EXPERTS, 2 * inner, scale=0.1)
+        self.normal(f"{name}.experts.down_proj", EXPERTS, inner, hidden, scale=inner**-0.5)
+        self.normal(f"{name}.experts.down_proj_bias", EXPERTS, hidden, scale=0.1)

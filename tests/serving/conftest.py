@@ -39,14 +39,15 @@ def tree():
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory):
-    """checkpoint(kind): the folder of that model, made once."""
+    """checkpoint(kind): the folder of that model, made once. With changes of its config, or a seed of its own."""
     from serving.checkpoint import write_checkpoint
 
     made = {}
 
-    def make(kind):
-        if kind not in made:
-            made[kind] = write_checkpoint(tmp_path_factory.mktemp("models") / kind, kind)
-        return made[kind]
+    def make(kind, **changes):
+        key = kind, *sorted(changes.items())
+        if key not in made:
+            made[key] = write_checkpoint(tmp_path_factory.mktemp("models") / kind, kind, **changes)
+        return made[key]
 
     return make

@@ -16,26 +16,32 @@ from pathlib import Path
 
 import psutil
 
+from serving.kinds import HOST_ARGS, HOST_ENV
+
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-READY_S, LIMIT_S = 150, 400
+READY_S = 150
 _SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER
-_ports = iter(range(21000 + os.getpid() % 500 * 20, 60000, 20))
+_ports = iter(range(11000 + os.getpid() % 500 * 20, 32000, 20))  # outgoing connections use the ones above
 
 
 class Server:
-    """`serve` is the fusion config for `fd_fusion serve`, or None for the host's own api server."""
+    """`serve` is the fusion config for `fd_fusion serve`, or None for the host's own api server.
+
+    The folder of `model` has the name of its kind.
+    """
 
     def __init__(self, tree, model, folder, *, serve=None, ranks=2, env=None, args=()):
         ctypes.CDLL(None).prctl(_SUBREAPER, 1)  # what loses its parent comes to us, so that `_family` finds it
-        self.folder, self.ranks = Path(folder), ranks
+        self.folder, self.ranks, self.kind = Path(folder), ranks, Path(model).name
         self.log = self.folder / "log"
         self.log.mkdir(parents=True)
         self.port = next(port for port in _ports if all(map(_is_free, range(port, port + 4))))
         how = ["fastdeploy.entrypoints.openai.api_server"]
         if serve is not None:
             how = ["fd_fusion", "serve", "--fusion-config", json.dumps(serve)]
-        command = [sys.executable, "-W", "ignore", "-m", *how, *_arguments(model, self.port, ranks), *args]
+        args = [*_arguments(model, self.port, ranks), *HOST_ARGS.get(self.kind, ()), *args]
+        command = [sys.executable, "-W", "ignore", "-m", *how, *args]
         self._started = time.time()
         with open(self.folder / "server.out", "w") as out:
             self.process = subprocess.Popen(
@@ -44,7 +50,7 @@ class Server:
                 stderr=out,
                 cwd=self.folder,
                 start_new_session=True,
-                env={**_environment(tree, self.log, ranks), **(env or {})},
+                env={**_environment(tree, self.log, ranks), **HOST_ENV.get(self.kind, {}), **(env or {})},
             )
 
     def __enter__(self):
@@ -66,6 +72,18 @@ class Server:
                 return
             time.sleep(0.5)
         raise AssertionError(f"not ready in {READY_S} s\n{self.tails()}")
+
+    def ranks_met(self, seconds=60):
+        """Whether the ranks have made their groups by then. If not: Paddle's gloo, with four ranks, often hangs in
+        that, or is refused a connection.
+        """
+        until = time.time() + seconds
+        while time.time() < until and self.process.poll() is None:
+            logs = [path.read_text(errors="replace") for path in self.log.rglob("workerlog.*")]
+            if len(logs) == self.ranks and all("HybridParallelInfo" in log for log in logs):
+                return True
+            time.sleep(0.5)
+        return False
 
     def ask(self, prompt, tokens=24, timeout_s=60, **more):
         """The words of a greedy answer. Raises OSError when the connection is lost, or the server says an error."""
@@ -105,7 +123,10 @@ class Server:
 
     def fusion_log(self):
         """All that any rank said in fd_fusion.log."""
-        files = {path.resolve() for path in self.log.rglob("fd_fusion.log*")}  # one is a link to the file of the day
+        return self.log_of("fd_fusion.log")
+
+    def log_of(self, name):
+        files = {path.resolve() for path in self.log.rglob(f"{name}*")}  # one is a link to the file of the day
         return "".join(path.read_text() for path in sorted(files))
 
     def out(self):
@@ -119,14 +140,23 @@ class Server:
     def workers(self):
         """The process of each rank, by rank."""
         found = {}
-        for process in _family():
-            try:
-                command = " ".join(process.cmdline())
-                if "worker_process.py" in command and "paddle.distributed.launch" not in command:
+        for process in self._of_workers():
+            if "paddle.distributed.launch" not in _command(process):
+                with contextlib.suppress(psutil.Error):
                     found[int(process.environ()["PADDLE_TRAINER_ID"])] = process
-            except (psutil.Error, KeyError):
-                continue
         return [found[rank] for rank in range(self.ranks)]
+
+    def is_down(self):
+        """Whether no rank and no launcher is left, and the server has ended, or at least has closed its port.
+
+        The stock server's own parent now and then hangs in its very last step, where it ends a ZMQ context from which
+        a thread of its own still receives (engine/common_engine.py, _exit_sub_services).
+        """
+        closed = "Shutting down: Master" in self.out() and not _listens(self.port)
+        return not self._of_workers() and (closed or self.process.poll() is not None)
+
+    def _of_workers(self):
+        return [process for process in self.processes() if "worker_process.py" in _command(process)]
 
     def tails(self, lines=30):
         logs = [self.folder / "server.out", *sorted(self.log.rglob("workerlog.*"))]
@@ -163,6 +193,13 @@ def _family():
     return psutil.Process().children(recursive=True)
 
 
+def _command(process):
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
+
+
 def _runs(process):
     try:
         return process.status() != psutil.STATUS_ZOMBIE
@@ -172,7 +209,16 @@ def _runs(process):
 
 def _is_free(port):
     with socket.socket() as one:
-        return one.connect_ex(("127.0.0.1", port)) != 0
+        try:
+            one.bind(("", port))  # one that is used for an outgoing connection is not free either
+        except OSError:
+            return False
+        return True
+
+
+def _listens(port):
+    with socket.socket() as one:
+        return one.connect_ex(("127.0.0.1", port)) == 0
 
 
 def _arguments(model, port, ranks):

@@ -41,3 +41,5 @@ def test_too_few_blocks_and_a_client_that_goes_away(tree, checkpoint, tmp_path):
         gone.close()  # the connection, in the middle of the answer
         time.sleep(1)
         check(server, truth, prompts, tokens)
+        log = server.log_of("fastdeploy.log")
+        assert "Receive abort request" in log and "Preemption is triggered" in log

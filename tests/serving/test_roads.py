@@ -15,6 +15,11 @@ OURS = {"FD_PLUGINS": "fd_fusion"}
 KERNELS = '{"backend": "triton", "max_token_num": 8}'  # longer prompts stay stock
 
 
+def number(server, name):
+    """The sum of what /metrics says under names that begin so."""
+    return sum(float(line.split()[-1]) for line in server.metrics().splitlines() if line.startswith(name))
+
+
 @pytest.fixture(scope="module")
 def patched(tree, tmp_path_factory):
     """A copy of the tree with our patch."""
@@ -37,8 +42,10 @@ def test_asked_for(env, args, source, tree, checkpoint, tmp_path):
     with Server(tree, checkpoint("glm4_moe"), tmp_path / "server", env=env, args=args) as server:
         check_truth(checkpoint("glm4_moe"), answers(server))
         assert sites(server) == [6] and f"config from {source}" in server.fusion_log()
+        finished = number(server, 'fd_fusion_finished_total{path="fused"')
+        assert finished > 0 and not number(server, "fd_fusion_timeouts_total")
         if "TRITON_INTERPRET" in env:
-            assert 'fd_fusion_device_rows_total{backend="triton"}' in server.metrics()
+            assert number(server, 'fd_fusion_device_rows_total{backend="triton"}') > 0
 
 
 def test_the_patch(patched, checkpoint, tmp_path):
@@ -58,12 +65,39 @@ def test_off(env, tree, checkpoint, tmp_path):
         assert not sites(server) and "fd_fusion" not in server.metrics()
 
 
-def test_strict_and_a_backend_that_is_not_there_end_the_server_with_a_reason(tree, checkpoint, tmp_path):
-    config = {"backend": "flashinfer", "timeout_s": 20}
-    server = Server(tree, checkpoint("glm4_moe"), tmp_path / "server", serve=config)
+def start_that_fails(server):
+    """The server ends by itself before it is ready. Returns fd_fusion.log."""
     try:
         with pytest.raises(AssertionError, match="the server ended"):
             server.wait_ready()
-        assert "FlashInfer" in server.fusion_log()
+        return server.fusion_log()
     finally:
         server.stop()
+
+
+def test_strict_fuses_where_it_can(tree, checkpoint, tmp_path):
+    config = {"strict": True, "backend": "triton", "max_token_num": 8}
+    env = {"TRITON_INTERPRET": "1"}
+    with Server(tree, checkpoint("glm4_moe"), tmp_path / "server", serve=config, env=env) as server:
+        check_truth(checkpoint("glm4_moe"), answers(server))
+        assert sites(server) == [6]
+
+
+def test_a_backend_that_is_not_there_ends_the_server_with_a_reason(tree, checkpoint, tmp_path):
+    config = {"backend": "flashinfer", "timeout_s": 20}
+    assert "FlashInfer" in start_that_fails(Server(tree, checkpoint("glm4_moe"), tmp_path / "server", serve=config))
+
+
+def test_a_rank_without_the_config_is_named_and_all_stay_stock(tree, checkpoint, tmp_path):
+    """As on two machines, of which one was started with a config: its ranks wait for the votes of the others."""
+    env = {"SERVING_BARE_RANK": "1"}
+    with Server(tree, checkpoint("glm4_moe"), tmp_path / "server", serve={"timeout_s": 3}, env=env) as server:
+        check_truth(checkpoint("glm4_moe"), answers(server))
+        assert not sites(server) and "rank 1 never voted within 3 s" in server.fusion_log()
+
+
+def test_strict_where_a_rank_has_no_config_ends_the_server_and_names_it(tree, checkpoint, tmp_path):
+    config = {"strict": True, "timeout_s": 3}
+    folder, env = checkpoint("glm4_moe"), {"SERVING_BARE_RANK": "1"}
+    log = start_that_fails(Server(tree, folder, tmp_path / "server", serve=config, env=env))
+    assert "rank 1 never voted within 3 s" in log

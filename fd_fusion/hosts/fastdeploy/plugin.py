@@ -156,7 +156,8 @@ def _bind_in_first_forward(model: Any, fd_config: Any, resolved: Resolved) -> No
         if not is_eager():
             return stock(*args, **kwargs)
         undo()
-        _bind(model, fd_config, resolved, example_of)
+        if not _bind(model, fd_config, resolved, example_of):
+            worker.end_our_forward()
         return model.forward(*args, **kwargs)
 
     stock = model.forward
@@ -165,8 +166,11 @@ def _bind_in_first_forward(model: Any, fd_config: Any, resolved: Resolved) -> No
     undo = set_attribute(model, "forward", forward)
 
 
-def _bind(model: Any, fd_config: Any, resolved: Resolved, example_of: Callable) -> None:
-    """Collective. Raises: BindError: strict, or a named backend, and something failed; on all ranks."""
+def _bind(model: Any, fd_config: Any, resolved: Resolved, example_of: Callable) -> bool:
+    """Collective: whether there is a Site now.
+
+    Raises: BindError: strict, or a named backend, and something failed; on all ranks.
+    """
     from fd_fusion.binding.bind import bind
     from fd_fusion.binding.pairs import Pair
     from fd_fusion.frameworks.paddle_ops import group_of
@@ -202,6 +206,7 @@ def _bind(model: Any, fd_config: Any, resolved: Resolved, example_of: Callable) 
     fused = {line.ranks for line in report.sites}
     groups = (pair.group for pair in pairs if isinstance(pair, Pair) and pair.group.ranks in fused)
     worker.meet(groups, resolved.config.timeout_s)
+    return bool(report.sites)
 
 
 def _is_deterministic() -> bool:

@@ -40,6 +40,7 @@ _undo: list[Callable[[], None]] = []
 _met: dict[tuple[int, ...], tuple[Meeting, float]] = {}  # by the ranks of a group: who meets, and timeout_s
 _sentinels: dict[tuple[int, ...], subprocess.Popen] = {}
 _up = False  # whether the host has come up
+_for_us = False  # whether a forward is under way that the stock host would not run
 
 
 def patch() -> Reason | None:
@@ -165,13 +166,11 @@ def _is_pooled(output: Any) -> bool:
 def _proven_before_capture(stock: Callable) -> Callable:
     def graph_optimize_and_warm_up_model(self, *args, **kwargs):
         from fd_fusion.binding import bind as binding
-        from fd_fusion.hosts.fastdeploy.untouched import untouched
 
         runner = self.model_runner
         forward = runner.model.__dict__.get("forward")
         if getattr(forward, "binds_at_first_call", False):  # still to come: the host did not profile
-            with untouched(runner):
-                _eagerly(lambda: runner._dummy_run(num_tokens=2, batch_size=1))
+            _dummy_run_for_us(runner)
         with _never_in_a_graph(runner.model):
             result = stock(self, *args, **kwargs)
         binding.freeze()
@@ -192,6 +191,33 @@ def _never_in_a_graph(model: Any) -> Iterator[None]:
         yield
     finally:
         undo_in_turn(undo)
+
+
+class _Unneeded(Exception):
+    """Ends the forward that only we have asked for."""
+
+
+def end_our_forward() -> None:
+    """Nothing was bound. If the host asked for this forward it goes on; otherwise a rank that was given no config is
+    not in it, and its collectives would wait for that rank without end."""
+    if _for_us:
+        raise _Unneeded
+
+
+def _dummy_run_for_us(runner: Any) -> None:
+    """One that ends early leaves its request in the runner, which would take steps for it on this rank alone."""
+    global _for_us
+    from fd_fusion.hosts.fastdeploy.untouched import untouched
+
+    _for_us = True
+    try:
+        with untouched(runner):
+            try:
+                _eagerly(lambda: runner._dummy_run(num_tokens=2, batch_size=1))
+            except _Unneeded:
+                runner.share_inputs.reset_share_inputs()  # what `untouched` does not keep, too
+    finally:
+        _for_us = False
 
 
 def _eagerly(run: Callable[[], Any]) -> None:

@@ -357,6 +357,31 @@ def test_a_waiting_model_is_proven_before_capture_and_frozen_after(monkeypatch, 
     assert model.__dict__["forward"] is waiting, "tried again afterwards"
 
 
+@pytest.mark.parametrize("bound", [False, True])
+def test_our_own_forward_ends_where_nothing_was_bound(bound, monkeypatch, host_worker):
+    """A rank that was given no config runs none, and would be waited for in the first collective."""
+    from fd_fusion.binding import bind as binding
+
+    order = []
+    monkeypatch.setattr(binding, "freeze", lambda: None)
+    monkeypatch.setattr(plugin, "_bind", lambda *args: bound)
+    assert worker.patch() is None
+    model = type("Model", (), {"forward": lambda self: order.append("ran"), "named_sublayers": lambda *_, **__: []})()
+    plugin._bind_in_first_forward(model, None, None)
+    gpu_worker = host_worker.worker.GpuWorker.__new__(host_worker.worker.GpuWorker)
+    gpu_worker.model_runner = SimpleNamespace(
+        model=model,
+        _dummy_run=lambda **_: model.forward(),
+        share_inputs=SimpleNamespace(reset_share_inputs=lambda: order.append("no request left")),
+        capture_model=lambda: order.append("capture"),
+    )
+    gpu_worker.graph_optimize_and_warm_up_model()
+    assert order == ["ran" if bound else "no request left", "capture"]
+    plugin._bind_in_first_forward(model, None, None)
+    model.forward()
+    assert order[-1] == "ran", "a forward that the host has asked for goes on"
+
+
 def test_ranks_are_watched_from_the_freeze_on_once_a_group(monkeypatch, caplog, tmp_path):
     """Behind bind the groups meet, in one order on all ranks; a meeting that fails costs a warning and no more."""
     from fd_fusion.binding import bind as binding

@@ -22,6 +22,9 @@ def install():
         "fastdeploy.config": _pass_dtype_on,
         "fastdeploy.model_executor.layers.normalization": _without_triton,
         "fastdeploy.worker.gpu_worker": device.start_worker_on_cpu,
+        "fastdeploy.model_executor.layers.attention.mla_attention_backend": _attend_by_formula,
+        "fastdeploy.model_executor.models.glm4_moe": _hand_forward_meta_on,
+        "fastdeploy.model_executor.layers.moe.moe": _cut_along_the_axis_that_is_split,
         _OPS: _name_what_is_missing,
         f"{_OPS}.deep_gemm": _name_what_is_missing,
     }
@@ -30,9 +33,9 @@ def install():
 
 
 def _fill_with_formulas(module):
-    from cpu_host.ops import attention, experts, requests, sampling
+    from cpu_host.ops import attention, experts, latent, requests, sampling
 
-    for part in (attention, experts, requests, sampling):
+    for part in (attention, experts, latent, requests, sampling):
         module.__dict__.update({name: vars(part)[name] for name in part.OPS})
 
 
@@ -55,6 +58,34 @@ def _pass_dtype_on(module):
     """The engine hands no dtype on to its ranks: give them their own argument before they parse it."""
     if sys.argv and sys.argv[0].endswith("worker_process.py") and "--dtype" not in sys.argv:
         sys.argv += ["--dtype", os.environ.get("SERVING_DTYPE", "float32")]
+
+
+def _attend_by_formula(module):
+    """Paddle's own flash attention, which is compiled for a GPU alone."""
+    from cpu_host.ops.latent import flash_attn_unpadded
+
+    module.flash_attn_unpadded = flash_attn_unpadded
+
+
+def _hand_forward_meta_on(module):
+    """Both trees call the norm of q and k without its second argument, so that `use_qk_norm` ends the stock server at
+    its first request. The norm does not read it.
+    """
+    module.QKRMSNorm.forward.__defaults__ = (None, None)
+
+
+def _cut_along_the_axis_that_is_split(module):
+    """Both trees cut experts that are one tensor (GPT-OSS) along the last axis, whichever a rank holds a part of, so
+    that two ranks of the stock server cannot load them. What is not split, a bias behind the sum, counts once.
+    """
+
+    def load(self, param, loaded_weight):
+        whole, wanted = module.get_tensor(loaded_weight), param.shape
+        split = [axis for axis, size in enumerate(wanted) if whole.shape[axis] != size]
+        part = whole.split(self.tp_size, split[0])[self.tp_rank] if split else whole / self.tp_size
+        param.set_value(part)
+
+    module.FusedMoE._load_fused_experts_weight = load
 
 
 def _without_triton(module):

@@ -80,21 +80,33 @@ def _replace_cuda(paddle):
     for name in ("max_memory_reserved", "max_memory_allocated", "memory_reserved", "memory_allocated"):
         setattr(cuda, name, zero)
     paddle.device.empty_cache = paddle.device.synchronize = nothing
-    spec = types.SimpleNamespace(name="CPU", major=8, minor=0, total_memory=4 * _GIB, multi_processor_count=8)
-    cuda.get_device_properties = paddle.device.get_device_properties = lambda *args, **kwargs: spec
+    major = int(os.environ.get("SERVING_CAPABILITY", 8))
+    facts = types.SimpleNamespace(name="CPU", major=major, minor=0, total_memory=4 * _GIB, multi_processor_count=8)
+    cuda.get_device_properties = paddle.device.get_device_properties = lambda *args, **kwargs: facts
     paddle.Tensor.pin_memory = paddle.Tensor.cuda = lambda self, *args, **kwargs: self
 
 
 def _replace_collectives(paddle):
     """Three ops that run on the stream of the computation, which gloo has not: by the same collectives of gloo."""
+    from paddle.base.dygraph.base import in_sot_simulation_mode
     from paddle.distributed.fleet.layers.mpu import mp_ops
 
     from cpu_host.ops.sampling import top_p_sampling
 
     def all_reduce(tensor, op=None, group=None, **kwargs):
+        return traced(tensor, group) if in_sot_simulation_mode() else reduced(tensor, group)
+
+    def reduced(tensor, group):
         out = tensor.clone()
         paddle.distributed.all_reduce(out, group=group)
         return out
+
+    traced = paddle.static.register_op(
+        name="cpu_host_all_reduce",
+        infer_meta=lambda tensor, group: paddle.static.MetaTensor(shape=tensor.shape, dtype=tensor.dtype),
+        input_names=["tensor"],
+        output_names=["out"],
+    )(reduced)
 
     def concat(tensor, group=None, **kwargs):
         parts = []

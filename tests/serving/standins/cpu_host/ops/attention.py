@@ -2,19 +2,33 @@
 
 import numpy as np
 import paddle
+from paddle.base.dygraph.base import in_sot_simulation_mode
+from paddle.static import MetaTensor, register_op
 
 from cpu_host.fault import strike
 from cpu_host.ops.memory import flat, view
 
 OPS = ("append_attention",)
-_ROTARY, _HALVES = 10, 30  # where among the arguments behind `block_tables` the tables of rope and their kind stand
+# Where these stand among the arguments behind `block_tables`.
+_ROTARY, _SINKS, _HALVES, _WINDOW = 10, 26, 30, 43
 
 
 def append_attention(
     qkv, key_cache, value_cache, encoder, decoder, this_time, batch_ids, starts, block_tables, *args
 ):
+    """Attention, opaque to a graph that is being traced, where no head has a sink."""
+    state = qkv, key_cache, value_cache, decoder, this_time, starts, block_tables, args[_ROTARY]
+    if in_sot_simulation_mode():
+        return _traced(*state, args[_HALVES], args[_WINDOW])
+    return _append_attention(*state, args[_HALVES], args[_WINDOW], args[_SINKS])
+
+
+def _append_attention(
+    qkv, key_cache, value_cache, decoder, this_time, starts, block_tables, rotary, halves, window, sinks=None
+):
     """softmax(rope(q) rope(k)^T / sqrt(D)) v over all rows of a slot up to each row's own; k and v go to the cache.
 
+    A window lets a row see so many rows at most, its own among them; a head's sink takes part in the softmax alone.
     qkv: [T, (heads + 2 kv_heads) D]. Caches: [blocks, kv_heads, block size, D]. Returns [T, heads D].
     """
     keys, values, tables = view(key_cache), view(value_cache), view(block_tables)
@@ -27,13 +41,26 @@ def append_attention(
     for i in np.flatnonzero(now):
         rows, before = slice(first[i], first[i] + now[i]), int(dec[i])
         position = before + np.arange(now[i])
-        turned = _rope(x[rows, : heads + kv_heads], position, args[_ROTARY], args[_HALVES])
+        turned = _rope(x[rows, : heads + kv_heads], position, rotary, halves)
         block, place = tables[i][position // block_size], position % block_size
         keys[block, :, place], values[block, :, place] = turned[:, heads:], x[rows, heads + kv_heads :]
         past = np.arange(before + now[i])
         block, place = tables[i][past // block_size], past % block_size
-        out[rows] = _attend(turned[:, :heads], keys[block, :, place], values[block, :, place], position)
+        seen = keys[block, :, place], values[block, :, place]
+        out[rows] = attend(turned[:, :heads], *seen, position, window, sinks)
     return paddle.to_tensor(out.reshape(len(x), -1)).astype(qkv.dtype)
+
+
+@register_op(
+    name="cpu_host_append_attention",
+    infer_meta=lambda qkv, keys, values, decoder, now, starts, tables, rotary, halves, window: MetaTensor(
+        shape=[qkv.shape[0], qkv.shape[1] - 2 * keys.shape[1] * keys.shape[3]], dtype=qkv.dtype
+    ),
+    input_names=["qkv", "keys", "values", "decoder", "now", "starts", "tables", "rotary"],
+    output_names=["out"],
+)
+def _traced(qkv, keys, values, decoder, now, starts, tables, rotary, halves, window):
+    return _append_attention(qkv, keys, values, decoder, now, starts, tables, rotary, halves, window)
 
 
 def _rope(x, position, rotary, halves):
@@ -52,11 +79,16 @@ def _rope(x, position, rotary, halves):
     return out
 
 
-def _attend(q, k, v, position):
+def attend(q, k, v, position, window=0, sinks=None, scale=None):
     """Causal attention of [n, heads, D] to [m, kv_heads, D]; row i of q stands at position[i]."""
     groups = q.shape[1] // k.shape[1]
     k, v = np.repeat(k, groups, 1), np.repeat(v, groups, 1)
-    score = np.einsum("nhd,mhd->hnm", q, k) / np.sqrt(q.shape[-1])
-    score = np.where(np.arange(len(k)) > position[None, :, None], -np.inf, score)
-    score = np.exp(score - score.max(-1, keepdims=True))
-    return np.einsum("hnm,mhd->nhd", score / score.sum(-1, keepdims=True), v)
+    score = np.einsum("nhd,mhd->hnm", q, k) * (scale or q.shape[-1] ** -0.5)
+    ahead = np.arange(len(k)) - position[:, None]
+    score[:, (ahead > 0) | ((ahead <= -window) & (window > 0))] = -np.inf
+    most = score.max(-1, keepdims=True)
+    score = np.exp(score - most)
+    total = score.sum(-1, keepdims=True)
+    if sinks is not None:
+        total += np.exp(view(sinks)[:, None, None] - most)
+    return np.einsum("hnm,mhd->nhd", score / total, v)

@@ -54,15 +54,23 @@ def moe_expert_dispatch(x, gate_out, bias, in_scale, top_k, group_moe, quant_typ
     return rows, to(ends), places, to(weights), *found, None, to(np.array([0], "int32"))
 
 
-def moe_expert_ffn(x, ends, up_gate, down, *rest):
-    """silu(gate) * up, then down, for the rows of each expert. [rows, H] -> [rows, H]"""
+def moe_expert_ffn(x, ends, up_gate, down, scale, up_gate_bias, *rest):
+    """act(up_gate x + bias), then down, for the rows of each expert. [rows, H] -> [rows, H]"""
+    act = _clamped_swiglu if rest[-1] == "swigluoai" else paddle.nn.functional.swiglu
     parts, start = [], 0
     for expert, end in enumerate(ends.numpy()):
         if end > start:
-            hidden = paddle.nn.functional.swiglu(paddle.matmul(x[start:end], up_gate[expert]))
-            parts.append(paddle.matmul(hidden, down[expert]))
+            hidden = paddle.matmul(x[start:end], up_gate[expert])
+            hidden = hidden if up_gate_bias is None else hidden + up_gate_bias[expert]
+            parts.append(paddle.matmul(act(hidden), down[expert]))
         start = int(end)
     return paddle.concat(parts) if parts else paddle.zeros_like(x)
+
+
+def _clamped_swiglu(x):
+    """a sigmoid(1.702 a) (b + 1), a and b side by side: a at most 7, b from -7 to 7. [rows, 2 I] -> [rows, I]"""
+    a, b = x[:, 0::2].clip(max=7.0), x[:, 1::2].clip(-7.0, 7.0)
+    return a * paddle.nn.functional.sigmoid(1.702 * a) * (b + 1)
 
 
 def moe_expert_reduce(x, weights, places, ids, bias, norm_topk_prob=True, routed_scaling_factor=1.0):

@@ -38,8 +38,16 @@ def unset_data_ipc(tensor, name, *flags):
     """The undo of `set_data_ipc`."""
 
 
-def get_block_shape_and_split_kv_block(*args):
-    """How a GPU cuts attention into tiles: nothing is cut here."""
+def get_block_shape_and_split_kv_block(encoder, decoder, this_time, *args):
+    """The longest of all slots: rows now, rows of a prompt, cached rows, both, cached rows of the slots that decode,
+    both where there are cached rows. How a GPU cuts attention into tiles is left out: nothing is cut here.
+    """
+    enc, dec, now, longest = flat(encoder), flat(decoder), flat(this_time), flat(args[5])
+    n = len(now)
+    enc, dec, busy = enc[:n], dec[:n], now > 0
+    both = (dec + now) * busy
+    for i, lens in enumerate((now, enc, dec, both, dec * (busy & (enc <= 0)), both * (dec > 0))):
+        longest[i] = lens.max(initial=0)
 
 
 def recover_decode_task(
