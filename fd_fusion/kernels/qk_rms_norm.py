@@ -1,4 +1,4 @@
-"""RMSNorm of every q and k head of packed rows, in one Triton kernel.
+"""Normalise every q and k head of packed rows, in one Triton kernel.
 
 A row holds its q heads, then its k heads, then v. Each q and k head x of width D becomes
 
@@ -33,7 +33,7 @@ def tile(head_dim: int, item_bytes: int) -> dict[str, int]:
 
 @triton.jit
 def sum_by_halves(x, ROWS: tl.constexpr, WIDTH: tl.constexpr, LOG2_WIDTH: tl.constexpr):
-    """[ROWS, WIDTH] -> [ROWS, 1] in one fixed order."""
+    """Sum [ROWS, WIDTH] to [ROWS, 1] in one fixed order."""
     for step in tl.static_range(LOG2_WIDTH):
         x = tl.sum(tl.reshape(x, (ROWS, WIDTH >> (step + 1), 2)), axis=2)
     return x
@@ -41,7 +41,7 @@ def sum_by_halves(x, ROWS: tl.constexpr, WIDTH: tl.constexpr, LOG2_WIDTH: tl.con
 
 @triton.jit
 def round_to(y, dtype: tl.constexpr, BY_HAND: tl.constexpr):
-    """fp32 -> dtype, to nearest even. BY_HAND: Triton's interpreter truncates to bf16, so count in integers there."""
+    """Round fp32 to dtype, to nearest even. BY_HAND: in integers, since Triton's interpreter truncates to bf16."""
     if BY_HAND and dtype == tl.bfloat16:
         bits = y.to(tl.uint32, bitcast=True)
         bits = tl.where(y == y, bits + 0x7FFF + ((bits >> 16) & 1), 0x7FC00000)
