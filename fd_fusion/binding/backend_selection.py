@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fd_fusion.comm.group import Group, Verdict, Vote, agree, working
+from fd_fusion.comm.group import Group, working
+from fd_fusion.comm.vote import Verdict, Vote, agree
 from fd_fusion.config import FusionConfig
 from fd_fusion.frameworks import paddle_runtime
 from fd_fusion.frameworks.tensors import paddle_or_torch

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from fd_fusion.binding.proof import Proof, vacuous
-from fd_fusion.comm.group import Group, Verdict, Vote, agree
+from fd_fusion.comm.group import Group
+from fd_fusion.comm.vote import Verdict, Vote, agree
 from fd_fusion.reasons import Reason, because
 
 

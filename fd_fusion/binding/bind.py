@@ -13,6 +13,8 @@ from typing import Any
 from fd_fusion.binding import lifecycle, metrics
 from fd_fusion.binding.backend_selection import select_backend
 from fd_fusion.binding.book import Book
+from fd_fusion.binding.bound import Bound, give_up, leave_stock, logger, undo_all
+from fd_fusion.binding.first_forward import attach_and_prove
 from fd_fusion.binding.forwards import ExampleOf
 from fd_fusion.binding.joining import (
     by_group,
@@ -23,7 +25,6 @@ from fd_fusion.binding.joining import (
     structure_refusal,
 )
 from fd_fusion.binding.pairs import Pair, without_hooked
-from fd_fusion.binding.proving_pass import Bound, attach_and_prove, give_up, leave_stock, logger, undo_all
 from fd_fusion.binding.qk_norms import QKNorm, choose_qk_norms
 from fd_fusion.binding.report import Report
 from fd_fusion.comm.circle import in_order

@@ -9,11 +9,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fd_fusion import __version__
+from fd_fusion.binding.bound import Bound, insisted_failure, leave_stock, undo_all
 from fd_fusion.binding.pairs import Pair
-from fd_fusion.binding.proving_pass import Bound, insisted_failure, leave_stock, undo_all
 from fd_fusion.binding.report import Report
 from fd_fusion.comm.circle import circle_of, meet
-from fd_fusion.comm.group import Group, Vote, agree
+from fd_fusion.comm.group import Group
+from fd_fusion.comm.vote import Vote, agree
 from fd_fusion.config import FusionConfig
 from fd_fusion.frameworks import paddle_ops
 from fd_fusion.reasons import BindError, Reason, because

@@ -17,7 +17,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fd_fusion.comm.group import Group, Vote, agree
+from fd_fusion.comm.group import Group
+from fd_fusion.comm.vote import Vote, agree
 from fd_fusion.reasons import FusionError, because
 from fd_fusion.spec import FusedOp
 

@@ -1,109 +1,27 @@
-"""Proving the Sites of a model and settling the outcome: all of them on, or none, on all ranks."""
+"""The proving pass over the Sites of a model, and its outcome: all of them on, or none, on all ranks."""
 
 from __future__ import annotations
 
-import inspect
-import logging
-import types
-import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any
 
-from fd_fusion.binding import lifecycle
-from fd_fusion.binding.backend_selection import SelectedBackend
 from fd_fusion.binding.ballot import Ballot, vote
+from fd_fusion.binding.bound import Bound, logger, refuse, undo_all
 from fd_fusion.binding.evidence import Contract
-from fd_fusion.binding.forwards import AGAIN, STOCK, ExampleOf, Forwards, on_copies
-from fd_fusion.binding.pairs import Pair, holders
+from fd_fusion.binding.forwards import AGAIN, STOCK, Forwards
+from fd_fusion.binding.pairs import Pair
 from fd_fusion.binding.proof import Proof
-from fd_fusion.binding.qk_norms import Kernel, QKNorm
+from fd_fusion.binding.qk_norms import Kernel
 from fd_fusion.binding.report import Report
-from fd_fusion.comm.circle import Known, circle_of, meet
-from fd_fusion.comm.group import Group, Vote, agree
-from fd_fusion.config import FusionConfig
+from fd_fusion.comm.circle import circle_of, meet
+from fd_fusion.comm.vote import Vote, agree
 from fd_fusion.frameworks import paddle_runtime
-from fd_fusion.frameworks.paddle_ops import is_eager
-from fd_fusion.reasons import BindError, FusionError, Reason, because
-from fd_fusion.site import ForwardCount, Rejected, Site
+from fd_fusion.reasons import FusionError, Reason, because
+from fd_fusion.site import Site
 
-logger = logging.getLogger("fd_fusion")
 NOTHING_SHOWN = ("zeros", "no_rows_yet", "no_outputs", "not_finite")
 _TRIES = 3  # first forwards that may raise, or find a rank missing before they begin
 _STRICT_TRIES = 4  # passes that may show nothing under `strict`
-
-
-@dataclass(eq=False)
-class Bound:
-    """What a bound model holds, and what must be undone."""
-
-    report: Report
-    groups: list[Group] = field(default_factory=list)
-    selected: list[SelectedBackend] = field(default_factory=list)
-    sites: list[tuple[Pair, Site]] = field(default_factory=list)
-    undo: list[Callable[[], None]] = field(default_factory=list)  # of the Sites
-    qk_norms: list[QKNorm] = field(default_factory=list)
-    undo_qk: list[Callable[[], None]] = field(default_factory=list)
-    labels: dict[Group, str] = field(default_factory=dict)  # what each group meets for
-    known: Known = field(default_factory=dict)  # which ranks are in which groups
-    live: list[Group] = field(default_factory=list)  # groups that still vote
-    broken: Reason | None = None  # why this rank does not know all of its circle
-    circle: Group | None = None  # all ranks that must come to one outcome
-    failures: list[Reason] = field(default_factory=list)  # what was tried and did not work
-    tries: int = 0  # first forwards in which no pass could run
-    in_vain: int = 0  # passes that showed nothing
-    since: int = 0  # eager forwards since the first of them
-    on: bool = True  # somewhere in the circle; a bind that failed may be tried again
-    forwards: ForwardCount = field(default_factory=ForwardCount)
-    freezes_itself: bool = False  # no host does it after its graphs were captured
-
-    @property
-    def reaches_layers(self) -> bool:
-        return bool(self.sites or self.undo or self.qk_norms or self.undo_qk)
-
-    def __reduce__(self) -> tuple[type, tuple[()]]:
-        """None in a copy of the model, which is not bound."""
-        return type(None), ()
-
-
-def refuse(report: Report, pairs: list[Pair], reason: Reason, ranks: tuple[int, ...], config: FusionConfig) -> None:
-    """Leave the pairs stock; an error instead if the user insisted. All ranks come here with the same verdict."""
-    leave_stock(report, pairs, reason, ranks)
-    if not reason.root.is_rule and config.insists:
-        raise BindError(reason)
-
-
-def leave_stock(report: Report, pairs: list[Pair], reason: Reason, ranks: tuple[int, ...]) -> None:
-    report.rejected += [Rejected(pair.name, reason, ranks) for pair in pairs]
-
-
-def insisted_failure(state: Bound) -> Reason | None:
-    """What is off on this rank though the user insists on it: the meaning of `strict` and of a named backend.
-
-    A named backend must not fail where it is tried. Strict: nothing may be off, whatever the reason, but what a rule
-    of the table of reasons leaves out.
-    """
-    config, report = state.report.config, state.report
-    off = list(state.failures)
-    if config.strict:
-        off += [report.off, *(one.reason for one in report.rejected), *report.qk_stock.values()]
-    elif config.backend == "auto":
-        return None
-    return next((reason for reason in off if reason is not None and not reason.root.is_rule), None)
-
-
-def attach_and_prove(
-    model: Any, state: Bound, example: Callable[[], Any] | None, example_of: ExampleOf | None
-) -> None:
-    """Run the proving pass here, or leave it to the first forward; what is proven is installed."""
-    if not state.sites:
-        state.undo_qk += [norm.attach(Kernel(norm)) for norm in state.qk_norms]
-        return
-    state.undo.append(model.register_forward_pre_hook(state.forwards.start).remove)
-    for layer in holders(model, [pair for pair, _ in state.sites]):
-        state.undo.append(layer.register_forward_pre_hook(state.forwards.start_inside).remove)
-    if example is None or not prove(model, state, example):
-        _prove_in_first_forward(model, state, example_of or on_copies)
 
 
 def prove(model: Any, state: Bound, example: Callable[[], Any], *, first_forward: bool = False) -> bool:
@@ -197,72 +115,11 @@ def _try_again(state: Bound, reason: Reason) -> bool:
     return True
 
 
-def _is_turn(state: Bound) -> bool:
-    """Whether this eager forward is tried: after one that showed nothing the 1st, 2nd, 4th, 8th ... is.
-
-    A pass costs two forwards, and a layer may be zero for good. All ranks count the same forwards.
-    """
-    waiting = state.report.waiting
-    if waiting is None or waiting.root.code not in NOTHING_SHOWN:
-        return True
-    state.since += 1
-    return state.since & (state.since - 1) == 0
-
-
 def _wait(report: Report, reason: Reason) -> None:
     """Not proven, and no failure: said once."""
     if report.waiting is None:
         logger.warning("fd_fusion: %s; %s", reason, reason.remedy)
     report.waiting = reason
-
-
-def _prove_in_first_forward(model: Any, state: Bound, example_of: ExampleOf) -> None:
-    """The proving pass comes before the first eager forward, with its arguments; until then the model is stock.
-
-    The forward that the caller asked for runs after the pass, once and on the caller's own arguments: bound if the
-    pass proved it, else stock. So a miss is never an error of a request, and its output is right either way.
-    """
-    armed, stock, own, this = [True], model.forward, model.__dict__.get("forward"), weakref.ref(model)
-
-    def prove_now(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        try:
-            if prove(this(), state, example_of(stock, args, kwargs), first_forward=True):
-                disarm()
-        except BaseException as error:  # an error that the user asked for, or no vote any more: not half bound
-            give_up(state, error)
-            if state.report.off.root.code == "out_of_step":
-                state.undo.append(_stop(this(), own, state.report.off))
-            raise
-        state.report.log(logger)
-
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not is_eager() and own is None:  # nothing that would break the graph, a copy's neither
-            return type(self).forward(self, *args, **kwargs)
-        if self is not this():  # a copy of the model: it has no Site
-            return type(self).forward(self, *args, **kwargs)
-        if armed[0] and is_eager() and _is_turn(state):
-            prove_now(args, kwargs)
-        return stock(*args, **kwargs)
-
-    def disarm() -> None:
-        was_armed, here, armed[0] = armed[0], this(), False
-        if was_armed and here is not None and getattr(here.__dict__.get("forward"), "__func__", None) is code():
-            del here.__dict__["forward"]
-            if own is not None:
-                here.__dict__["forward"] = own
-
-    # Nothing that the state holds may keep the model alive.
-    forward.__wrapped__, forward.binds_at_first_call, code = stock, True, weakref.ref(forward)
-    forward.__signature__ = _with_self(stock)
-    model.__dict__["forward"] = types.MethodType(forward, model)
-    state.undo.append(disarm)
-
-
-def _with_self(stock: Callable[..., Any]) -> inspect.Signature:
-    """That of the function behind a model's forward: to_static reads the names of a call's arguments off it."""
-    signature = inspect.signature(stock)
-    own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
-    return signature.replace(parameters=[own, *signature.parameters.values()])
 
 
 def _switch_on_or_undo(state: Bound, refusal: Reason | None, ranks: tuple[int, ...]) -> None:
@@ -298,55 +155,3 @@ def _freeze(state: Bound) -> bool:
     for selected in state.selected:
         selected.op.freeze()
     return True
-
-
-def _stop(model: Any, own: Any, reason: Reason) -> Callable[[], None]:
-    """No forward of the model any more, until it is unbound: its sums would be wrong. Returns the undo."""
-
-    def forward(*_: Any, **__: Any) -> NoReturn:
-        raise FusionError(reason)
-
-    def undo() -> None:
-        if (here := this()) is not None and here.__dict__.get("forward") is forward:
-            del here.__dict__["forward"]
-            if own is not None:
-                here.__dict__["forward"] = own
-
-    this = weakref.ref(model)
-    model.__dict__["forward"] = forward
-    return undo
-
-
-def give_up(state: Bound, error: BaseException) -> None:
-    """What bind, or the pass in the first forward, raises: nothing stays bound, and the next bind tries anew."""
-    told = because("bind_raised", error=f"{type(error).__name__}: {error}")
-    error = error if isinstance(error, FusionError) else error.__cause__  # of the caller's own, when out of step
-    state.on, state.report.waiting = False, None
-    state.report.off = error.reason if isinstance(error, FusionError) else told
-    state.report.sites.clear()
-    state.report.qk_fused.clear()
-    try:
-        undo_all(state)
-    except Exception:  # told, and not raised: what the caller is to hear is the first error
-        logger.exception("fd_fusion: not all of the model could be restored")
-
-
-def undo_all(state: Bound) -> None:
-    """Restore every instance, close every workspace. Goes on after what raises, and raises the first error then."""
-    errors: list[Exception] = []
-
-    def attempt(undo: Callable[[], None]) -> None:
-        try:
-            undo()
-        except Exception as error:  # raised below: half of an undo is worse than none
-            errors.append(error)
-
-    for undos in (state.undo_qk, state.undo):
-        while undos:
-            attempt(undos.pop())
-    for _, site in state.sites:  # a graph that was traced while the model was bound still calls it
-        site.close()
-    while state.selected:
-        lifecycle.close(state.selected.pop().op)
-    if errors:
-        raise errors[0]

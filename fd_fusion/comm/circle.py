@@ -13,8 +13,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 
-from fd_fusion.comm.group import Group, Place, Vote, agree
+from fd_fusion.comm.group import Group, Place
 from fd_fusion.comm.meeting import convene
+from fd_fusion.comm.vote import Vote, agree
 from fd_fusion.reasons import Reason
 
 Known = dict[str, list[list]]  # global rank -> [name, global ranks, meeting] of each of its groups

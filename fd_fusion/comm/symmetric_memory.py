@@ -14,7 +14,8 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from fd_fusion.comm.cuda_ipc import process_identity
-from fd_fusion.comm.group import Group, Verdict, Vote, agree
+from fd_fusion.comm.group import Group
+from fd_fusion.comm.vote import Verdict, Vote, agree
 from fd_fusion.reasons import FusionError, Reason, because
 
 CLOSE_TIMEOUT_S = 5.0  # how long an orderly close waits for the other ranks

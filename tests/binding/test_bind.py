@@ -13,18 +13,18 @@ from support.tiny import DemoDecoder, hidden
 
 import fd_fusion
 from fd_fusion import FusionConfig, exact
-from fd_fusion.binding import backend_selection, joining, lifecycle
+from fd_fusion.binding import backend_selection, bound, first_forward, joining, lifecycle, proving_pass
 from fd_fusion.binding import bind as binding
-from fd_fusion.binding import proving_pass as settling
+from fd_fusion.binding.bound import Bound
 from fd_fusion.binding.evidence import Contract
 from fd_fusion.binding.forwards import AGAIN, STOCK, Forwards, on_copies
 from fd_fusion.binding.outputs import first_difference, relative_errors, tensors_of, within_spread
 from fd_fusion.binding.pairs import without_hooked
 from fd_fusion.binding.proof import Proof
-from fd_fusion.binding.proving_pass import Bound
 from fd_fusion.binding.report import Report
 from fd_fusion.comm import group as group_module
-from fd_fusion.comm.group import Group, Verdict, agree
+from fd_fusion.comm.group import Group
+from fd_fusion.comm.vote import Verdict, agree
 from fd_fusion.frameworks import paddle_ops
 from fd_fusion.hosts import own_layers
 from fd_fusion.reasons import BindError, FusionError, because
@@ -216,18 +216,18 @@ def test_a_site_must_match_exactly_once(handed, finished):
 def test_a_miss_takes_the_norms_of_q_and_k_away_too():
     """The model's outputs in the proving pass are theirs as well: a model is never half bound."""
     reason = because("outputs_differ", output=0, site="none")
-    state = settling.Bound(Report(FusionConfig(), "a test", "Model"))
+    state = bound.Bound(Report(FusionConfig(), "a test", "Model"))
     state.report.qk_fused, undone = ["layers.0.qk_norm"], []
     state.undo_qk.append(lambda: undone.append("qk"))
     state.undo.append(lambda: undone.append("site"))
-    settling._switch_on_or_undo(state, reason, (0,))
+    proving_pass._switch_on_or_undo(state, reason, (0,))
     assert sorted(undone) == ["qk", "site"] and not state.undo_qk
     assert not state.report.qk_fused and state.report.qk_stock == {"layers.0.qk_norm": reason}
 
 
 def test_an_undo_that_raises_keeps_nothing_else_bound():
     """A host's attribute that is gone, for example: the rest is undone, closed, and then it is told."""
-    state, done = settling.Bound(Report(FusionConfig(), "a test", "Model")), []
+    state, done = bound.Bound(Report(FusionConfig(), "a test", "Model")), []
 
     def fails(name):
         done.append(name)
@@ -240,25 +240,25 @@ def test_an_undo_that_raises_keeps_nothing_else_bound():
     op = SimpleNamespace(bytes=0, close=lambda: done.append("close"))
     state.selected.append(SimpleNamespace(op=op))
     with pytest.raises(AttributeError, match="qk first"):
-        settling.undo_all(state)
+        bound.undo_all(state)
     assert done == ["qk first", "qk", "first", "site", "close"]
     with pytest.raises(FusionError, match="closed"):
         site.complete(paddle.ones([1, 2]), None)
-    settling.undo_all(state)
+    bound.undo_all(state)
     assert len(done) == 5
     state.undo.append(lambda: fails("again"))
-    settling.give_up(state, ValueError("the first"))
+    bound.give_up(state, ValueError("the first"))
     assert "the first" in str(state.report.off), "the error of an undo takes no other's place"
 
 
 def armed(model, state):
-    settling._prove_in_first_forward(model, state, on_copies)
+    first_forward._prove_in_first_forward(model, state, on_copies)
     return model.__dict__["forward"]
 
 
 def test_a_first_forward_whose_vote_fails_leaves_nothing_bound():
     model, undone = paddle.nn.Linear(2, 2), []
-    state = settling.Bound(Report(FusionConfig(), "a test", "Model"), undo=[lambda: undone.append("site")])
+    state = bound.Bound(Report(FusionConfig(), "a test", "Model"), undo=[lambda: undone.append("site")])
     state.groups.append(Group("g", 0, 2, (0, 1), BrokenStore()))
     armed(model, state)
     with pytest.raises(FusionError, match="it is gone"):
@@ -271,7 +271,7 @@ def test_a_first_forward_whose_vote_fails_leaves_nothing_bound():
 def test_bind_tries_anew_after_a_first_forward_that_gave_up(monkeypatch):
     """It returned the report of the failed one for ever: "3 sites, not proven yet", and nothing was to come."""
     model, config = paddle.nn.Linear(2, 2), FusionConfig()
-    state = settling.Bound(Report(config, "a test", "Model"))
+    state = bound.Bound(Report(config, "a test", "Model"))
     state.groups.append(Group("g", 0, 2, (0, 1), BrokenStore()))
     armed(model, state)
     monkeypatch.setitem(binding._bound, model, state)
@@ -284,7 +284,7 @@ def test_bind_tries_anew_after_a_first_forward_that_gave_up(monkeypatch):
 
 def test_a_copy_of_a_model_that_is_not_proven_yet_is_a_model_of_its_own():
     model = paddle.nn.Linear(2, 2)
-    state = settling.Bound(Report(FusionConfig(), "a test", "Model"))
+    state = bound.Bound(Report(FusionConfig(), "a test", "Model"))
     state.groups.append(Group("g", 0, 2, (0, 1), BrokenStore()))
     armed(model, state)
     other = copy.deepcopy(model)
@@ -296,30 +296,30 @@ def test_a_copy_of_a_model_that_is_not_proven_yet_is_a_model_of_its_own():
 def test_a_model_that_waits_for_its_proof_is_traced_as_stock():
     """to_static reads the names of the arguments off the forward that waits, and asked for none."""
     model = DemoDecoder(0, 1)
-    state = settling.Bound(Report(FusionConfig(), "a test", "Model"))
+    state = bound.Bound(Report(FusionConfig(), "a test", "Model"))
     state.groups.append(Group("g", 0, 2, (0, 1), BrokenStore()))
     with paddle.no_grad():
         want = model(hidden(2))
         armed(model, state)
         got = paddle.jit.to_static(model, full_graph=True)(hidden(2))
     assert paddle.allclose(got, want, atol=1e-5) and state.on
-    settling.undo_all(state)
+    bound.undo_all(state)
 
 
 def test_a_model_that_waits_for_its_proof_can_be_dropped():
     model = paddle.nn.Linear(2, 2)
-    state, alive = settling.Bound(Report(FusionConfig(), "a test", "Model")), weakref.ref(model)
+    state, alive = bound.Bound(Report(FusionConfig(), "a test", "Model")), weakref.ref(model)
     armed(model, state)
     del model
     gc.collect()
     assert alive() is None
-    settling.undo_all(state)
+    bound.undo_all(state)
 
 
 def test_a_first_forward_that_raises_is_the_callers_own(caplog):
     """Told once, and tried again; a third time is the last, since each costs the caller a forward."""
     model = DemoDecoder(0, 1)
-    state = settling.Bound(Report(FusionConfig(), "a test", "Model"))
+    state = bound.Bound(Report(FusionConfig(), "a test", "Model"))
     armed(model, state)
     for turn in range(4):
         with pytest.raises(ValueError, match="last dimension"):
@@ -334,13 +334,13 @@ def test_a_first_forward_that_raises_is_the_callers_own(caplog):
 def test_a_pass_that_shows_nothing_is_tried_less_and_less_often(strict, code, monkeypatch):
     """A layer that is zero for good made three forwards of each, for ever, and strict said nothing."""
     model, tried, turn = DemoDecoder(0, 1, layers=1), [], 0
-    state = settling.Bound(Report(FusionConfig(strict=strict), "a test", "Model"))
+    state = bound.Bound(Report(FusionConfig(strict=strict), "a test", "Model"))
 
     def prove(model, state, example, first_forward):
         tried.append(turn)
-        return settling._try_again(state, because(code, **({"site": "a -> b"} if code == "zeros" else {})))
+        return proving_pass._try_again(state, because(code, **({"site": "a -> b"} if code == "zeros" else {})))
 
-    monkeypatch.setattr(settling, "prove", prove)
+    monkeypatch.setattr(first_forward, "prove", prove)
     state.sites.append(
         (SimpleNamespace(name="a -> b"), SimpleNamespace(end_proof=lambda _: None, close=lambda: None))
     )
@@ -537,7 +537,7 @@ def test_numbers_of_a_norm_that_change_after_bind_count_as_they_do_in_stock():
         assert (site.fused(rows, None)[0] == norm.stock_forward(rows)[0]).all()
     state = Bound(Report(FusionConfig(), "a test", "Model"))
     state.report.add_site(site, SimpleNamespace(op=op), pair.group)
-    contract = settling._subject(state, pair, site)[1]
+    contract = proving_pass._subject(state, pair, site)[1]
     assert (contract.eps, contract.weight_offset) == (0.5, 0.25)
 
 

@@ -7,7 +7,7 @@ import paddle
 import pytest
 
 from fd_fusion.binding import backend_selection
-from fd_fusion.comm.group import Verdict
+from fd_fusion.comm.vote import Verdict
 from fd_fusion.config import FusionConfig
 from fd_fusion.frameworks import tensors
 from tests.binding import host_time

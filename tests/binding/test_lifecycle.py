@@ -15,8 +15,9 @@ import fd_fusion
 from fd_fusion.binding import bind as binding
 from fd_fusion.binding import lifecycle
 from fd_fusion.binding.book import Book
-from fd_fusion.binding.proving_pass import Bound
-from fd_fusion.comm.group import Group, Verdict
+from fd_fusion.binding.bound import Bound
+from fd_fusion.comm.group import Group
+from fd_fusion.comm.vote import Verdict
 from fd_fusion.config import FusionConfig, Resolved
 from fd_fusion.reasons import FusionError, FusionTimeout, because, closed
 

@@ -12,11 +12,11 @@ import pytest
 
 from fd_fusion import FusionConfig
 from fd_fusion.binding import bind as binding
-from fd_fusion.binding import joining
-from fd_fusion.binding import proving_pass as settling
+from fd_fusion.binding import bound, joining, proving_pass
 from fd_fusion.binding.pairs import Pair
 from fd_fusion.comm.circle import circle_of, find_circle
-from fd_fusion.comm.group import Group, Vote, agree
+from fd_fusion.comm.group import Group
+from fd_fusion.comm.vote import Vote, agree
 from fd_fusion.config import Resolved
 from fd_fusion.reasons import BindError, because
 from tests.comm.test_group import DictStore
@@ -120,8 +120,8 @@ def bind_all(monkeypatch, family, size, *, fails=(), proof=(), qk=(), stops=(), 
 
     def prove(model, state, example, example_of):
         refusal = because("unmatched", site="a", handed=0, finished=1) if here.rank in proof else None
-        settling._vote(state, ballot := settling.Ballot(refusal), SimpleNamespace(raised=None))
-        settling._switch_on_or_undo(state, ballot.refusal, ballot.ranks)
+        proving_pass._vote(state, ballot := proving_pass.Ballot(refusal), SimpleNamespace(raised=None))
+        proving_pass._switch_on_or_undo(state, ballot.refusal, ballot.ranks)
 
     monkeypatch.setattr(binding, "select_backend", select_backend)
     monkeypatch.setattr(binding, "_choose_qk", choose_qk)
@@ -226,10 +226,10 @@ def test_strict_lets_nothing_be_off_but_by_a_rule(off, raises):
         "draft_model": {"model": "M"},
         "never_wins": {"size": 2, "hidden_size": 8, "dtype": "float32"},
     }
-    state = settling.Bound(
+    state = bound.Bound(
         binding.Report(FusionConfig(strict=True), "a test", "M", off=because(off, **spec.get(off, {})))
     )
-    assert (settling.insisted_failure(state) is not None) == raises
+    assert (bound.insisted_failure(state) is not None) == raises
     model, resolved = Model(), Resolved(FusionConfig(strict=True), "a test")
     if raises:
         with pytest.raises(BindError):

@@ -5,7 +5,8 @@ import time
 
 import pytest
 
-from fd_fusion.comm.group import Group, Vote, agree, working
+from fd_fusion.comm.group import Group, working
+from fd_fusion.comm.vote import Vote, agree
 from fd_fusion.reasons import FusionError, because
 
 LIMIT = 1.0  # of votes that end without a rank; a rank that is there may be held up by a busy machine

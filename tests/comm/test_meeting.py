@@ -7,10 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from fd_fusion.binding import proving_pass as settling
+from fd_fusion.binding import bound, proving_pass
 from fd_fusion.binding.report import Report
-from fd_fusion.comm.group import Group, Vote, agree
+from fd_fusion.comm.group import Group
 from fd_fusion.comm.meeting import convene
+from fd_fusion.comm.vote import Vote, agree
 from fd_fusion.comm.workspace import Layout, Workspace
 from fd_fusion.config import FusionConfig
 from fd_fusion.reasons import FusionError
@@ -165,8 +166,8 @@ def pass_of(label="a"):
 
     def step(group):
         config = FusionConfig(timeout_s=LIMIT)
-        state = settling.Bound(Report(config, "a test", "Model"), groups=[group], labels={group: label})
-        if (reason := settling.meet_again(state)) is not None:
+        state = bound.Bound(Report(config, "a test", "Model"), groups=[group], labels={group: label})
+        if (reason := proving_pass.meet_again(state)) is not None:
             return reason.root.code
         return "on" if agree(state.circle, "outcome", Vote(), timeout_s=LIMIT).ok else "off"
 
@@ -204,11 +205,11 @@ def test_a_circle_of_two_groups_has_fresh_ballots_in_each_pass():
         ranks = [(0, 1), (1, 2)]
         groups = [Group(str(of), of.index(number), 2, of, store) for of in ranks if number in of]
         config = FusionConfig(timeout_s=2 * LIMIT)
-        state = settling.Bound(Report(config, "a test", "Model"), groups=groups, labels=dict.fromkeys(groups, "a"))
-        told = [settling.meet_again(state)]
+        state = bound.Bound(Report(config, "a test", "Model"), groups=groups, labels=dict.fromkeys(groups, "a"))
+        told = [proving_pass.meet_again(state)]
         if number == 2:
             state.circle.next_ballot("that nobody else casts")
-        told.append(settling.meet_again(state))
+        told.append(proving_pass.meet_again(state))
         found[number] = told, state.circle.name, state.circle.ranks
 
     threads = [threading.Thread(target=rank, args=(number,)) for number in range(3)]

@@ -25,7 +25,7 @@ import triton.language as tl
 
 from fd_fusion.backends import triton as backend
 from fd_fusion.comm.cuda_ipc import CudaIpc
-from fd_fusion.comm.group import Vote, agree
+from fd_fusion.comm.vote import Vote, agree
 from fd_fusion.comm.symmetric_memory import as_refusal, open_symmetric_memory
 from fd_fusion.config import FusionConfig
 from fd_fusion.kernels.all_reduce import plan as plans

@@ -23,7 +23,8 @@ import torch
 
 from fd_fusion.frameworks import triton_launch
 from fd_fusion.backends import triton as backend
-from fd_fusion.comm.group import Group, Vote, agree
+from fd_fusion.comm.group import Group
+from fd_fusion.comm.vote import Vote, agree
 from fd_fusion.kernels.all_reduce import plan as plans
 from fd_fusion.kernels.all_reduce.poll_ptx import poll
 from fd_fusion.tuning.limits import NEVER

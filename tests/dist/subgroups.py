@@ -10,7 +10,7 @@ from support.tiny import DemoDecoder, hidden
 
 import fd_fusion
 from fd_fusion.frameworks.paddle_ops import group_of
-from fd_fusion.comm.group import Vote, agree
+from fd_fusion.comm.vote import Vote, agree
 from fd_fusion.reasons import because
 
 rank, size = this.start()

@@ -12,7 +12,7 @@ from support.tiny import DemoDecoder, hidden
 from support.values import check, wide
 
 from fd_fusion import FusionConfig, QKRMSNorm, RMSNorm, RowParallelLinear, reference
-from fd_fusion.binding import proving_pass as settling
+from fd_fusion.binding import bound, proving_pass
 from fd_fusion.binding.qk_norms import Kernel
 from fd_fusion.binding.report import Report
 from fd_fusion.frameworks import paddle_ops
@@ -257,13 +257,13 @@ def test_a_copy_of_a_bound_layer_is_not_bound():
 def test_a_bound_model_can_be_copied_and_pickled(copied):
     """Its hook counts forwards, and held what runs at the second: that closes over workspaces of this process."""
     model = DemoDecoder(0, 1)
-    state = settling.Bound(Report(FusionConfig(), "a test", "Model"), freezes_itself=True)
+    state = bound.Bound(Report(FusionConfig(), "a test", "Model"), freezes_itself=True)
     state.undo.append(model.register_forward_pre_hook(state.forwards.start).remove)
-    settling._switch_on_or_undo(state, None, ())
+    proving_pass._switch_on_or_undo(state, None, ())
     other = copied(model)
     x = hidden(2)
     assert (other(x) == model(x)).all() and state.forwards.number == 1, "a copy counts by itself"
-    settling.undo_all(state)
+    bound.undo_all(state)
 
 
 def bound_pair():

@@ -17,7 +17,8 @@ import numpy as np
 from fd_fusion.binding.backend_selection import load_backend
 from fd_fusion.cli.doctor.rank import one_call
 from fd_fusion.cli.processes.ranks import join_paddle, rank_main
-from fd_fusion.comm.group import Group, Vote, agree, working
+from fd_fusion.comm.group import Group, working
+from fd_fusion.comm.vote import Vote, agree
 from fd_fusion.frameworks.tensors import place, synchronize, tensor
 from fd_fusion.reasons import FusionError, Reason, because
 from fd_fusion.spec import OpSpec

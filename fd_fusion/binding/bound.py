@@ -1,0 +1,114 @@
+"""What a bound model holds, what is off that the user insists on, and how all of it is undone."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from fd_fusion.binding import lifecycle
+from fd_fusion.binding.backend_selection import SelectedBackend
+from fd_fusion.binding.pairs import Pair
+from fd_fusion.binding.qk_norms import QKNorm
+from fd_fusion.binding.report import Report
+from fd_fusion.comm.circle import Known
+from fd_fusion.comm.group import Group
+from fd_fusion.config import FusionConfig
+from fd_fusion.reasons import BindError, FusionError, Reason, because
+from fd_fusion.site import ForwardCount, Rejected, Site
+
+logger = logging.getLogger("fd_fusion")
+
+
+@dataclass(eq=False)
+class Bound:
+    """What a bound model holds, and what must be undone."""
+
+    report: Report
+    groups: list[Group] = field(default_factory=list)
+    selected: list[SelectedBackend] = field(default_factory=list)
+    sites: list[tuple[Pair, Site]] = field(default_factory=list)
+    undo: list[Callable[[], None]] = field(default_factory=list)  # of the Sites
+    qk_norms: list[QKNorm] = field(default_factory=list)
+    undo_qk: list[Callable[[], None]] = field(default_factory=list)
+    labels: dict[Group, str] = field(default_factory=dict)  # what each group meets for
+    known: Known = field(default_factory=dict)  # which ranks are in which groups
+    live: list[Group] = field(default_factory=list)  # groups that still vote
+    broken: Reason | None = None  # why this rank does not know all of its circle
+    circle: Group | None = None  # all ranks that must come to one outcome
+    failures: list[Reason] = field(default_factory=list)  # what was tried and did not work
+    tries: int = 0  # first forwards in which no pass could run
+    in_vain: int = 0  # passes that showed nothing
+    since: int = 0  # eager forwards since the first of them
+    on: bool = True  # somewhere in the circle; a bind that failed may be tried again
+    forwards: ForwardCount = field(default_factory=ForwardCount)
+    freezes_itself: bool = False  # no host does it after its graphs were captured
+
+    @property
+    def reaches_layers(self) -> bool:
+        return bool(self.sites or self.undo or self.qk_norms or self.undo_qk)
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        """None in a copy of the model, which is not bound."""
+        return type(None), ()
+
+
+def refuse(report: Report, pairs: list[Pair], reason: Reason, ranks: tuple[int, ...], config: FusionConfig) -> None:
+    """Leave the pairs stock; an error instead if the user insisted. All ranks come here with the same verdict."""
+    leave_stock(report, pairs, reason, ranks)
+    if not reason.root.is_rule and config.insists:
+        raise BindError(reason)
+
+
+def leave_stock(report: Report, pairs: list[Pair], reason: Reason, ranks: tuple[int, ...]) -> None:
+    report.rejected += [Rejected(pair.name, reason, ranks) for pair in pairs]
+
+
+def insisted_failure(state: Bound) -> Reason | None:
+    """What is off on this rank though the user insists on it: the meaning of `strict` and of a named backend.
+
+    A named backend must not fail where it is tried. Strict: nothing may be off, whatever the reason, but what a rule
+    of the table of reasons leaves out.
+    """
+    config, report = state.report.config, state.report
+    off = list(state.failures)
+    if config.strict:
+        off += [report.off, *(one.reason for one in report.rejected), *report.qk_stock.values()]
+    elif config.backend == "auto":
+        return None
+    return next((reason for reason in off if reason is not None and not reason.root.is_rule), None)
+
+
+def give_up(state: Bound, error: BaseException) -> None:
+    """What bind, or the pass in the first forward, raises: nothing stays bound, and the next bind tries anew."""
+    told = because("bind_raised", error=f"{type(error).__name__}: {error}")
+    error = error if isinstance(error, FusionError) else error.__cause__  # of the caller's own, when out of step
+    state.on, state.report.waiting = False, None
+    state.report.off = error.reason if isinstance(error, FusionError) else told
+    state.report.sites.clear()
+    state.report.qk_fused.clear()
+    try:
+        undo_all(state)
+    except Exception:  # told, and not raised: what the caller is to hear is the first error
+        logger.exception("fd_fusion: not all of the model could be restored")
+
+
+def undo_all(state: Bound) -> None:
+    """Restore every instance, close every workspace. Goes on after what raises, and raises the first error then."""
+    errors: list[Exception] = []
+
+    def attempt(undo: Callable[[], None]) -> None:
+        try:
+            undo()
+        except Exception as error:  # raised below: half of an undo is worse than none
+            errors.append(error)
+
+    for undos in (state.undo_qk, state.undo):
+        while undos:
+            attempt(undos.pop())
+    for _, site in state.sites:  # a graph that was traced while the model was bound still calls it
+        site.close()
+    while state.selected:
+        lifecycle.close(state.selected.pop().op)
+    if errors:
+        raise errors[0]
