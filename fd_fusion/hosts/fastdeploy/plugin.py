@@ -150,8 +150,8 @@ def _bind_in_first_forward(model: Any, fd_config: Any, resolved: Resolved) -> No
         if not is_eager():
             return stock(*args, **kwargs)
         del model.__dict__["forward"]
-        if not _bind(model, fd_config, resolved, example_of):
-            worker.end_our_forward()
+        for reason in _bind(model, fd_config, resolved, example_of):
+            worker.end_our_forward(reason)
         return model.forward(*args, **kwargs)
 
     stock = model.forward
@@ -160,8 +160,8 @@ def _bind_in_first_forward(model: Any, fd_config: Any, resolved: Resolved) -> No
     model.__dict__["forward"] = forward
 
 
-def _bind(model: Any, fd_config: Any, resolved: Resolved, example_of: Callable) -> bool:
-    """Collective: whether there is a Site now.
+def _bind(model: Any, fd_config: Any, resolved: Resolved, example_of: Callable) -> list[Reason]:
+    """Collective. Returns why a rank was not there.
 
     Raises: BindError: strict, or a named backend, and something failed; on all ranks.
     """
@@ -199,7 +199,7 @@ def _bind(model: Any, fd_config: Any, resolved: Resolved, example_of: Callable) 
     fused = {line.ranks for line in report.sites}
     groups = (pair.group for pair in pairs if isinstance(pair, Pair) and pair.group.ranks in fused)
     worker.meet(groups, resolved.config.timeout_s)
-    return bool(report.sites)
+    return [pair.reason for pair in report.rejected if pair.reason.code == "never_voted"]
 
 
 def _is_deterministic() -> bool:

@@ -25,7 +25,7 @@ from fd_fusion.comm import sentinel, watcher
 from fd_fusion.comm.group import Group
 from fd_fusion.comm.presence import Meeting, open_presence
 from fd_fusion.hosts.fastdeploy.log import log_file
-from fd_fusion.reasons import FusionError, Reason, because
+from fd_fusion.reasons import BindError, FusionError, Reason, because
 
 logger = logging.getLogger("fd_fusion")
 # From the sentence to the end of the process: in this time the host may end by itself, with a traceback.
@@ -195,25 +195,19 @@ def _never_in_a_graph(model: Any) -> Iterator[None]:
             model.__dict__["forward"] = forward
 
 
-class _Unneeded(Exception):
-    """Ends the forward that only we have asked for."""
-
-
-def end_our_forward() -> None:
-    """Nothing was bound. If the host asked for this forward it goes on; otherwise a rank that was given no config is
-    not in it, and its collectives would wait for that rank without end."""
+def end_our_forward(reason: Reason) -> None:
+    """A rank never voted. If the host asked for this forward, that rank is in it and it goes on. Otherwise it was
+    given no config and is not in it: nobody would come to its collectives. Raises: BindError."""
     if _for_us:
-        raise _Unneeded
+        logger.error("fd_fusion: %s; %s; this process ends", reason, reason.remedy)
+        raise BindError(reason)
 
 
 def _dummy_run_for_us(runner: Any) -> None:
-    """One that ends early leaves its request in the runner, which would take steps for it on this rank alone."""
     global _for_us
     _for_us = True
     try:
         _eagerly(lambda: runner._dummy_run(num_tokens=2, batch_size=1))
-    except _Unneeded:
-        runner.share_inputs.reset_share_inputs()
     finally:
         _for_us = False
 
