@@ -8,12 +8,7 @@ import importlib.util
 from fd_fusion.comm.workspace import Layout
 from fd_fusion.frameworks import triton_launch
 from fd_fusion.kernels.all_reduce import plan as plans
-from fd_fusion.kernels.all_reduce.error_page import (
-    ERROR_ABORTED,
-    ERROR_PAGE_BYTES,
-    ERROR_TWO_STREAMS,
-    read_error_page,
-)
+from fd_fusion.kernels.all_reduce.error_page import ERROR_PAGE_BYTES, reason_of
 from fd_fusion.reasons import Reason, because
 from fd_fusion.reference import DTYPE_BYTES
 from fd_fusion.spec import OpSpec
@@ -83,18 +78,5 @@ def layout_of(plan: plans.Plan, slots: int) -> Layout:
             plan, slots, limit=limit, error_page=page, addresses=addresses
         ),
         page_bytes=ERROR_PAGE_BYTES,
-        read_error=read_error,
+        read_error=reason_of,
     )
-
-
-def read_error(words: list[int]) -> Reason | None:
-    """Return the reason that the words of an error page give, or None for a page without an error."""
-    error = read_error_page(words)
-    if error is None:
-        return None
-    where = {name: error[name] for name in ("op", "row", "launch")}
-    if error["code"] == ERROR_TWO_STREAMS:
-        return because("two_streams", **where)
-    if error["code"] == ERROR_ABORTED:
-        return because("aborted")
-    return because("dead_group", **where, missing=", ".join(map(str, error["missing"])) or "unknown")

@@ -27,7 +27,7 @@ if group.rank == 1:
 assert barrier(group, "here", 30)
 log = tempfile.NamedTemporaryFile(delete=False)  # noqa: SIM115
 page, _ = (provider := PosixShm()).host_page(64)
-reader = "fd_fusion.backends.triton_setup:read_error"
+reader = "fd_fusion.kernels.all_reduce.error_page:reason_of"
 beside = sentinel.start(meeting, LIMIT_S, 0.3, log.name, [provider.pages[page]], reader)
 if group.rank == 1:
     time.sleep(60)

@@ -156,8 +156,8 @@ def _bind_in_first_forward(model: Any, fd_config: Any, resolved: Resolved) -> No
         if not is_eager():
             return stock(*args, **kwargs)
         undo()
-        if not _bind(model, fd_config, resolved, example_of):
-            worker.end_our_forward()
+        for reason in _bind(model, fd_config, resolved, example_of):
+            worker.end_our_forward(reason)
         return model.forward(*args, **kwargs)
 
     stock = model.forward
@@ -166,8 +166,8 @@ def _bind_in_first_forward(model: Any, fd_config: Any, resolved: Resolved) -> No
     undo = set_attribute(model, "forward", forward)
 
 
-def _bind(model: Any, fd_config: Any, resolved: Resolved, example_of: Callable) -> bool:
-    """Collective: whether there is a Site now.
+def _bind(model: Any, fd_config: Any, resolved: Resolved, example_of: Callable) -> list[Reason]:
+    """Collective. Returns why a rank was not there.
 
     Raises: BindError: strict, or a named backend, and something failed; on all ranks.
     """
@@ -206,7 +206,7 @@ def _bind(model: Any, fd_config: Any, resolved: Resolved, example_of: Callable) 
     fused = {line.ranks for line in report.sites}
     groups = (pair.group for pair in pairs if isinstance(pair, Pair) and pair.group.ranks in fused)
     worker.meet(groups, resolved.config.timeout_s)
-    return bool(report.sites)
+    return [pair.reason for pair in report.rejected if pair.reason.code == "never_voted"]
 
 
 def _is_deterministic() -> bool:

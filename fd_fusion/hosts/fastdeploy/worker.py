@@ -27,12 +27,12 @@ from fd_fusion.comm.group import Group
 from fd_fusion.comm.presence import Meeting, open_presence
 from fd_fusion.frameworks.tensors import paddle_or_torch, synchronize
 from fd_fusion.hosts.fastdeploy.log import log_file
-from fd_fusion.reasons import FusionError, Reason, because
+from fd_fusion.reasons import BindError, FusionError, Reason, because
 
 logger = logging.getLogger("fd_fusion")
 # From the sentence to the end of the process: in this time the host may end by itself, with a traceback.
 GRACE_S = 2.0
-_READER = "fd_fusion.backends.triton_setup:read_error"
+_READER = "fd_fusion.kernels.all_reduce.error_page:reason_of"
 
 _RUNNER = "fastdeploy.worker.gpu_model_runner"
 _WORKER = "fastdeploy.worker.gpu_worker"
@@ -193,29 +193,22 @@ def _never_in_a_graph(model: Any) -> Iterator[None]:
         undo_in_turn(undo)
 
 
-class _Unneeded(Exception):
-    """Ends the forward that only we have asked for."""
-
-
-def end_our_forward() -> None:
-    """Nothing was bound. If the host asked for this forward it goes on; otherwise a rank that was given no config is
-    not in it, and its collectives would wait for that rank without end."""
+def end_our_forward(reason: Reason) -> None:
+    """A rank never voted. If the host asked for this forward, that rank is in it and it goes on. Otherwise it was
+    given no config and is not in it: nobody would come to its collectives. Raises: BindError."""
     if _for_us:
-        raise _Unneeded
+        logger.error("fd_fusion: %s; %s; this process ends", reason, reason.remedy)
+        raise BindError(reason)
 
 
 def _dummy_run_for_us(runner: Any) -> None:
-    """One that ends early leaves its request in the runner, which would take steps for it on this rank alone."""
     global _for_us
     from fd_fusion.hosts.fastdeploy.untouched import untouched
 
     _for_us = True
     try:
         with untouched(runner):
-            try:
-                _eagerly(lambda: runner._dummy_run(num_tokens=2, batch_size=1))
-            except _Unneeded:
-                runner.share_inputs.reset_share_inputs()  # what `untouched` does not keep, too
+            _eagerly(lambda: runner._dummy_run(num_tokens=2, batch_size=1))
     finally:
         _for_us = False
 

@@ -1,8 +1,13 @@
-"""The codes of a failed wait, and the error page on which the kernel writes them. No Triton."""
+"""The codes of a failed wait, and the error page on which the kernel writes them.
+
+Standard library only: the process beside a rank reads the page too, and loads no NumPy, Triton or framework.
+"""
 
 from __future__ import annotations
 
 from typing import Any
+
+from fd_fusion.reasons import Reason, because
 
 ERROR_PAGE_BYTES = 64
 
@@ -28,3 +33,16 @@ def read_error_page(words: list[int]) -> dict[str, Any] | None:
                 "missing": [rank for rank in range(8) if record >> (4 + rank) & 1],
             }
     return None
+
+
+def reason_of(words: list[int]) -> Reason | None:
+    """Return the reason that the words of an error page give, or None for a page without an error."""
+    error = read_error_page(words)
+    if error is None:
+        return None
+    where = {name: error[name] for name in ("op", "row", "launch")}
+    if error["code"] == ERROR_TWO_STREAMS:
+        return because("two_streams", **where)
+    if error["code"] == ERROR_ABORTED:
+        return because("aborted")
+    return because("dead_group", **where, missing=", ".join(map(str, error["missing"])) or "unknown")

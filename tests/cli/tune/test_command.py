@@ -118,9 +118,7 @@ def test_what_is_not_stored(cache, monkeypatch, capsys, here, result):
 
 def test_fewer_gpus_than_ranks_are_refused_before_a_rank_starts(cache, monkeypatch, capsys):
     assert run(monkeypatch, "--nproc", "4", measure=None) == 1
-    assert told(capsys) == (
-        "fd_fusion tune: tune needs a GPU for each rank, and finds 2 for 4 ranks; nothing was stored"
-    )
+    assert told(capsys) == "fd_fusion: nothing was stored: tune needs a GPU for each rank, and finds 2 for 4 ranks"
     assert not table_path().exists()
 
 

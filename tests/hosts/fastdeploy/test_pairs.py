@@ -156,12 +156,12 @@ def test_an_unknown_block_class_and_missing_attributes(monkeypatch):
 
 def test_a_bound_layer_cannot_be_copied():
     """A copy would run the forward, and so the weights, of the layer that it was copied from."""
-    from fd_fusion.hosts.fastdeploy.adapters import _attach
+    from fd_fusion.hosts.fastdeploy.adapters import HostStock
 
     model, _ = build()
     found = find_pairs(model, "float32")[0][0]
     before = [dict(vars(part)) for part in (found.producer, found.norm)]
-    detach = _attach(found, site=SimpleNamespace())
+    detach = HostStock(found, None).attach(SimpleNamespace())
     for part in (found.producer, found.norm):
         with pytest.raises(TypeError, match="unbind"):
             copy.deepcopy(part)

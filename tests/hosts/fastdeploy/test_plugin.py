@@ -1,5 +1,6 @@
 """The plugin in one process: orders of import, twice, killed, half importable, who wins, what is checked when."""
 
+import contextlib
 import copy
 import logging
 import os
@@ -357,29 +358,27 @@ def test_a_waiting_model_is_proven_before_capture_and_frozen_after(monkeypatch, 
     assert model.__dict__["forward"] is waiting, "tried again afterwards"
 
 
-@pytest.mark.parametrize("bound", [False, True])
-def test_our_own_forward_ends_where_nothing_was_bound(bound, monkeypatch, host_worker):
-    """A rank that was given no config runs none, and would be waited for in the first collective."""
+@pytest.mark.parametrize("missing", [[], [because("never_voted", rank=1, seconds=3)]], ids=str)
+def test_our_own_forward_ends_where_a_rank_was_given_no_config(missing, monkeypatch, host_worker, caplog):
+    """It runs none, and would be waited for in the first collective."""
     from fd_fusion.binding import bind as binding
 
-    order = []
+    ran = []
     monkeypatch.setattr(binding, "freeze", lambda: None)
-    monkeypatch.setattr(plugin, "_bind", lambda *args: bound)
+    monkeypatch.setattr(plugin, "_bind", lambda *args: missing)
     assert worker.patch() is None
-    model = type("Model", (), {"forward": lambda self: order.append("ran"), "named_sublayers": lambda *_, **__: []})()
+    model = type("Model", (), {"forward": lambda self: ran.append(1), "named_sublayers": lambda *_, **__: []})()
     plugin._bind_in_first_forward(model, None, None)
     gpu_worker = host_worker.worker.GpuWorker.__new__(host_worker.worker.GpuWorker)
     gpu_worker.model_runner = SimpleNamespace(
-        model=model,
-        _dummy_run=lambda **_: model.forward(),
-        share_inputs=SimpleNamespace(reset_share_inputs=lambda: order.append("no request left")),
-        capture_model=lambda: order.append("capture"),
+        model=model, _dummy_run=lambda **_: model.forward(), capture_model=lambda: None
     )
-    gpu_worker.graph_optimize_and_warm_up_model()
-    assert order == ["ran" if bound else "no request left", "capture"]
+    with pytest.raises(BindError, match="rank 1 never voted") if missing else contextlib.nullcontext():
+        gpu_worker.graph_optimize_and_warm_up_model()
+    assert ran == ([] if missing else [1]) and ("never voted" in caplog.text) == bool(missing)
     plugin._bind_in_first_forward(model, None, None)
     model.forward()
-    assert order[-1] == "ran", "a forward that the host has asked for goes on"
+    assert ran, "a forward that the host has asked for goes on"
 
 
 def test_ranks_are_watched_from_the_freeze_on_once_a_group(monkeypatch, caplog, tmp_path):
