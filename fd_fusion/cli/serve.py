@@ -134,11 +134,13 @@ def _watch(log: Path, told: Mapping[Path, int], server: subprocess.Popen, within
                 said = outcome(ours)
             if said:
                 say(said if said.startswith("off") else f"on: {said}")
+                return
         if time.monotonic() > deadline:
             say(
                 f"warning: no rank has said within {within_s:g} s whether fusion is on. Look for 'fd_fusion' in "
                 f"{log} and in workerlog.0 beside it; FD_PLUGINS must hold {PLUGIN!r} where the ranks run"
             )
+            return
         time.sleep(0.2)
 
 

@@ -190,7 +190,7 @@ def test_the_watcher_tells_two_servers_in_one_folder_apart(tmp_path, capsys):
         lines.write(
             f"fd_fusion 0.1.0: M: off: here is why{mark_of('8-a')}\nfd_fusion 0.1.0: 90 sites{mark_of('7-a')}\n"
         )
-    serve._watch(log, {}, _Server(9), 30.0, mark_of("8-a"))
+    serve._watch(log, {}, _Server(9), 0.05, mark_of("8-a"))
     assert capsys.readouterr().err == "fd_fusion: off: here is why\n"
 
 
