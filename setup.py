@@ -13,7 +13,7 @@ README = HERE / "README.md"
 
 # No extra names paddlepaddle-gpu: the newest one on PyPI is 2.6.2, which would overwrite the 3.x build that
 # FastDeploy runs on. Next to FastDeploy the command is `pip install --no-deps .`.
-CPU = ["paddlepaddle>=3.3", "triton>=3.3", "numpy", "safetensors", "tqdm"]
+CPU = ["paddlepaddle>=3.3", "triton>=3.3", "numpy", "safetensors"]
 BUILD = ["setuptools", "wheel"]  # a test builds the wheel
 
 

@@ -9,6 +9,7 @@ import sys
 from typing import Any
 
 from fd_fusion import __version__
+from fd_fusion.cli.messages import Parser, say
 
 # Each module has `main(argv) -> exit code` and is imported only when its command is given.
 COMMANDS = {
@@ -26,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
     """Hand the arguments after the command to its module; with no command, print the help."""
     width = max(map(len, COMMANDS))
     listing = "\n".join(f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items())
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="fd-fusion",
         description="All-reduce + residual + RMSNorm in one kernel, for PaddlePaddle and FastDeploy.",
         epilog=f"commands:\n{listing}\n\n`python -m fd_fusion COMMAND --help` tells the options of one.",
@@ -42,14 +43,13 @@ def main(argv: list[str] | None = None) -> int:
     try:
         os.getcwd()
     except FileNotFoundError:
-        return _fail(command, "the working folder is not there any more; change to one that is")
+        return say("the working folder is not there any more; change to one that is", 2)
     try:
         code = _module(command).main(argv[1:])
         print(end="", flush=True)
         return code
     except KeyboardInterrupt:
-        print(f"fd-fusion {command}: interrupted", file=sys.stderr)
-        return 130
+        return say("interrupted", 130)
     except BrokenPipeError:  # `| head`: nobody reads on. At exit Python flushes once more
         _forget_output()
         return 141  # as a shell tells SIGPIPE
@@ -58,23 +58,18 @@ def main(argv: list[str] | None = None) -> int:
             sys.stdout.flush()
         except OSError:
             _forget_output()
-        return _fail(command, str(error))
+        return say(error, 2)
 
 
 def _forget_output() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _fail(command: str, text: str) -> int:
-    print(f"fd-fusion {command}: {text}", file=sys.stderr)
-    return 2
-
-
 def _module(command: str) -> Any:
     try:
         return importlib.import_module(COMMANDS[command][0])
     except ModuleNotFoundError as error:
-        sys.exit(f'fd-fusion {command}: {error}; install it, for example with pip install -e ".[cpu]"')
+        sys.exit(say(f'{error}; install it, for example with pip install -e ".[cpu]"', 1))
 
 
 if __name__ == "__main__":

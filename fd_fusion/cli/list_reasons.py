@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
-import argparse
 import difflib
 import re
-import sys
 
+from fd_fusion.cli.messages import Parser, say
+from fd_fusion.cli.plain_json import to_json
 from fd_fusion.reasons import TABLE
 
 
 def main(argv: list[str]) -> int:
     """Print the reason of a code, or all. Exit code 2: there is no such code."""
-    parser = argparse.ArgumentParser(prog="fd-fusion reasons", description=__doc__.partition(": ")[2])
+    parser = Parser(prog="fd-fusion reasons", description=__doc__.partition(": ")[2])
     parser.add_argument("code", nargs="?", metavar="CODE", help="one reason, by its code (default: all)")
-    code = parser.parse_args(argv).code
+    parser.add_json()
+    args = parser.parse_args(argv)
+    code = args.code
     if code is not None and code not in TABLE:
         near = [one for one in TABLE if code in one] or difflib.get_close_matches(code, TABLE, 5)
         hint = f"near ones: {', '.join(near)}" if near else "`python -m fd_fusion reasons` lists all"
-        print(f"fd_fusion: no reason has the code {code!r}; {hint}", file=sys.stderr)
-        return 2
-    for one in TABLE if code is None else [code]:
-        print(f"{one}\n    {_plain(TABLE[one].sentence)}\n    -> {_plain(TABLE[one].remedy)}")
+        return say(f"no reason has the code {code!r}; {hint}", 2)
+    found = {
+        one: {"sentence": _plain(TABLE[one].sentence), "remedy": _plain(TABLE[one].remedy)}
+        for one in (TABLE if code is None else [code])
+    }
+    lines = [f"{one}\n    {entry['sentence']}\n    -> {entry['remedy']}" for one, entry in found.items()]
+    print(to_json(found, 2) if args.json else "\n".join(lines))
     return 0
 
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
 import re
 import shlex
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import fd_fusion
+from fd_fusion.cli.messages import Parser, say
 from fd_fusion.cli.plain_json import to_json
 
 _HOME = Path(fd_fusion.__file__).parent
@@ -29,25 +28,22 @@ def main(argv: list[str]) -> int:
     """Print each patch. Exit code: 0, 1 where none applies or is applied, 2 for bad arguments."""
     args = _parser().parse_args(argv)
     if args.tree and not (args.tree / "fastdeploy").is_dir():
-        print(f"fd_fusion: --tree {args.tree}: there is no folder fastdeploy in it", file=sys.stderr)
-        return 2
+        return say(f"--tree {args.tree}: there is no folder fastdeploy in it", 2)
     if args.tree and not shutil.which("git"):
-        print("fd_fusion: git is not found, which finds the places of a patch: install it", file=sys.stderr)
-        return 2
+        return say("git is not found, which finds the places of a patch: install it", 2)
     if FOLDER is None:
-        print("fd_fusion: this installation holds no patches: build it from a whole source tree", file=sys.stderr)
-        return 2
+        return say("this installation holds no patches: build it from a whole source tree", 2)
     found = [_look_at(path, args.tree) for path in sorted(FOLDER.glob("*.patch"))]
     print(to_json({"patches": found}, 2) if args.json else "\n".join(map(_for_people, found)))
     return 0 if any(one["state"] != "differs" for one in found) else 1
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="fd-fusion patch", description=__doc__.partition(": ")[2], epilog="Fusion itself needs no patch."
     )
     parser.add_argument("--tree", type=Path, metavar="FASTDEPLOY", help="the folder in which `fastdeploy` lies")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_json()
     return parser
 
 

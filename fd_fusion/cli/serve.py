@@ -7,7 +7,6 @@ command shows it, or warns when it does not come.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import importlib.util
 import os
@@ -21,6 +20,7 @@ from collections.abc import Mapping
 from importlib.metadata import distributions
 from pathlib import Path
 
+from fd_fusion.cli.messages import Parser, say
 from fd_fusion.cli.processes.signals import heard
 from fd_fusion.cli.processes.tied import PARENT
 from fd_fusion.config import ENV_CONFIG, ENV_DISABLE, FusionConfig, resolve
@@ -41,12 +41,12 @@ def main(argv: list[str]) -> int:
     try:
         env = environment(os.environ, ours.fusion_config)
     except ValueError as error:
-        return _fail(str(error))
+        return say(error, 2)
     if importlib.util.find_spec("fastdeploy") is None:
-        return _fail("FastDeploy is not installed here; install it first, then fd_fusion with pip install --no-deps")
+        return say("FastDeploy is not installed here; install it first, then fd_fusion with pip install --no-deps", 2)
     if PLUGIN not in _plugin_names():
-        return _fail(
-            "fd_fusion is importable but not installed, so FastDeploy cannot see it: pip install --no-deps ."
+        return say(
+            "fd_fusion is importable but not installed, so FastDeploy cannot see it: pip install --no-deps .", 2
         )
     log = Path(env.get("FD_LOG_DIR", "log")) / "fd_fusion.log"
     # FastDeploy makes a file a day, and the name a link to it: what was said before was said in that file.
@@ -54,7 +54,7 @@ def main(argv: list[str]) -> int:
     run = f"{os.getpid()}-{time.time_ns() // 10**6:x}"
     server = _start(rest, {**env, ENV_RUN: run})
     if resolve(environ=env).source == ENV_DISABLE:
-        _say(f"off: {ENV_DISABLE} is set")
+        say(f"off: {ENV_DISABLE} is set")
         return _code(server.wait())
     watcher = threading.Thread(
         target=_watch, args=(log, told, server, ours.bound_within_s, mark_of(run)), daemon=True
@@ -133,17 +133,19 @@ def _watch(log: Path, told: Mapping[Path, int], server: subprocess.Popen, within
                 ours = [line.removesuffix(mark) for line in lines.read().splitlines() if line.endswith(mark)]
                 said = outcome(ours)
             if said:
-                return _say(said if said.startswith("off") else f"on: {said}")
+                say(said if said.startswith("off") else f"on: {said}")
+                return
         if time.monotonic() > deadline:
-            return _say(
+            say(
                 f"warning: no rank has said within {within_s:g} s whether fusion is on. Look for 'fd_fusion' in "
                 f"{log} and in workerlog.0 beside it; FD_PLUGINS must hold {PLUGIN!r} where the ranks run"
             )
+            return
         time.sleep(0.2)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="fd-fusion serve",
         description="Run FastDeploy's api server with fusion on. Every other argument is handed on to it.",
         epilog=f"Without --fusion-config, {ENV_CONFIG} decides. Roll back: run the api server itself, without this "
@@ -161,12 +163,3 @@ def _parser() -> argparse.ArgumentParser:
         help="warn if no rank has said by then whether fusion is on (default: %(default)g)",
     )
     return parser
-
-
-def _say(text: str) -> None:
-    print(f"fd_fusion: {text}", file=sys.stderr, flush=True)
-
-
-def _fail(text: str) -> int:
-    _say(f"error: {text}")
-    return 2

@@ -149,7 +149,7 @@ def test_the_environment(monkeypatch, site):
 @pytest.mark.parametrize("config", ["{", '{"no_such": 1}', "[]", '{"backend": "cuda"}'])
 def test_a_malformed_config_is_an_error_before_anything_starts(config, capsys):
     assert serve.main(["--fusion-config", config, "--model", "m"]) == 2
-    assert "error" in capsys.readouterr().err
+    assert capsys.readouterr().err.startswith("fd_fusion: ")
 
 
 def test_a_missing_host_is_an_error(capsys, monkeypatch):

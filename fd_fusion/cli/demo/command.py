@@ -11,7 +11,6 @@ import argparse
 import contextlib
 import importlib.metadata
 import importlib.util
-import sys
 import threading
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from fd_fusion.cli.demo.checkpoint import Checkpoint, write_checkpoint
 from fd_fusion.cli.demo.config import DecoderConfig
 from fd_fusion.cli.demo.rank import count_steps
 from fd_fusion.cli.demo.reference import Truth, make_truth
+from fd_fusion.cli.messages import Parser, progress_line, say
 from fd_fusion.cli.plain_json import to_json
 from fd_fusion.cli.processes.ranks import RanksFailed, free_ports, run_ranks
 from fd_fusion.cli.processes.run_folder import run_folder
@@ -29,6 +29,8 @@ from fd_fusion.cli.processes.signals import ending_well
 from fd_fusion.comm.folder_store import write_whole
 from fd_fusion.config import BACKENDS, FusionConfig
 from fd_fusion.frameworks.paddle_runtime import MIN_PADDLE
+from fd_fusion.kernels.all_reduce.plan import SIZES as SIZES_OF_KERNEL
+from fd_fusion.kernels.all_reduce.plan import plan_for
 from fd_fusion.reasons import FusionError, because
 
 # option -> (key of config.json, help). The defaults are those of DecoderConfig.
@@ -53,24 +55,19 @@ def main(argv: list[str]) -> int:
         with ending_well():
             return _demo(args)
     except ValueError as error:
-        return _fail(error, 2)
+        return say(error, 2)
     except BrokenPipeError:  # nobody reads our output: the caller's business
         raise
     except FusionError as error:
-        return _fail(error, 1)
+        return say(error, 1)
     except RanksFailed as error:
-        return _fail(error.with_log(), 1)
+        return say(error.with_log(), 1)
     except OSError as error:
-        return _fail(error, 2)
+        return say(error, 2)
 
 
-def _fail(error: object, code: int) -> int:
-    print(f"fd-fusion demo: {str(error).removeprefix('fd_fusion: ')}", file=sys.stderr)
-    return code
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="fd-fusion demo", description=__doc__.splitlines()[0])
+def _parser() -> Parser:
+    parser = Parser(prog="fd-fusion demo", description=__doc__.splitlines()[0])
     parser.add_argument("--nproc", type=int, default=2, help="ranks, each a process (default: 2)")
     sizes = parser.add_argument_group("sizes of the decoder")
     for option, (key, text) in SIZES.items():
@@ -85,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--backend", choices=BACKENDS, default="auto", help="what fuses (default: auto)")
     parser.add_argument("--max-token-num", type=int, help="the most rows of a call that is fused")
     parser.add_argument("--timeout-s", type=float, default=30.0, help="wait for a missing rank (default: 30)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the same as data")
+    parser.add_json()
     return parser
 
 
@@ -97,10 +94,6 @@ def _demo(args: argparse.Namespace) -> int:
     for name, least in (("prompt_len", 1), ("steps", 1), ("seed", 0)):
         if getattr(args, name) < least:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: give a number from {least}")
-    if args.json and not args.json.resolve().parent.is_dir():
-        raise ValueError(f"--json {args.json}: there is no folder {args.json.resolve().parent}; make it first")
-    if args.json and args.json.is_dir():
-        raise ValueError(f"--json {args.json}: this is a folder; give the name of a file")
     config = None if args.checkpoint else DecoderConfig(**sizes)
     if config:
         config.check_ranks(args.nproc)
@@ -110,11 +103,13 @@ def _demo(args: argparse.Namespace) -> int:
             write_checkpoint(folder, config, args.seed)
         checkpoint = Checkpoint(args.checkpoint or folder)
         checkpoint.config.check_ranks(args.nproc)
+        if args.backend == "triton" and args.nproc > 1:
+            if args.nproc not in SIZES_OF_KERNEL:
+                raise ValueError(f"--nproc {args.nproc}: the triton backend takes up to {SIZES_OF_KERNEL[-1]} ranks")
+            plan_for(args.nproc, checkpoint.config.hidden_size, "float32")  # refuses a hidden size it does not take
         truth, results = _run(folder, checkpoint, fusion, args)
     outcome = demo_report.judge(checkpoint.config, args.nproc, truth, results)
-    print("\n".join(demo_report.lines(outcome)))
-    if args.json:
-        args.json.write_text(to_json(outcome, 2) + "\n")
+    print(to_json(outcome, 2) if args.json else "\n".join(demo_report.lines(outcome)))
     return 0 if outcome["agree"] else 1
 
 
@@ -155,29 +150,14 @@ def _run(folder: Path, checkpoint: Checkpoint, fusion: FusionConfig, args) -> tu
         "ports": free_ports(1 + args.nproc),
     }
     env = {"TRITON_INTERPRET": "1"} if args.backend == "triton" else {}  # no GPU takes part
-    with _progress_bar(count_steps(args.steps)) as show:
+    total = count_steps(args.steps)
+    with progress_line("starting the ranks") as show:
 
         def watch(done: list[int]) -> bool:
             if found and isinstance(found[0], Exception):
                 raise found[0]
-            show(min(done))
+            show(f"ranks: step {min(done)} of {total}")
             return not found  # the ranks may wait for the tokens
 
         results = run_ranks("demo.rank", args.nproc, job, timeout_s=10 * args.timeout_s, env=env, watch=watch)
     return found[0], results
-
-
-@contextlib.contextmanager
-def _progress_bar(total: int):
-    """Yields a function that takes the units done. A bar on stderr, after two seconds, where that is a terminal."""
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        yield lambda done: None
-        return
-    with tqdm(total=total, delay=2, disable=None, leave=False, desc="ranks", unit="step") as bar:
-
-        def show(done: int) -> None:
-            bar.update(done - bar.n)
-
-        yield show

@@ -6,7 +6,6 @@ Ends with one launch of the fused kernel on every rank, compared with the refere
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 from collections.abc import Iterator
 from typing import Any
@@ -16,6 +15,7 @@ from fd_fusion.cli.doctor import child as doctor_child
 from fd_fusion.cli.doctor.findings import Finding, guarded, of_reason
 from fd_fusion.cli.doctor.machine import machine
 from fd_fusion.cli.doctor.packages import packages
+from fd_fusion.cli.messages import Parser, progress_line
 from fd_fusion.cli.plain_json import to_json
 from fd_fusion.cli.processes.ranks import RanksFailed, run_ranks
 from fd_fusion.cli.processes.signals import ending_well
@@ -29,20 +29,20 @@ def main(argv: list[str]) -> int:
     args = _parser().parse_args(argv)
     if args.nproc not in range(1, 9):
         _parser().error(f"--nproc {args.nproc}: give 1 to 8")
-    with ending_well():
+    with ending_well(), progress_line("importing the packages, and launching the kernel on every rank"):
         findings = find(args.nproc, launch=not args.no_run)
     outcome = judge(findings)
     print(to_json(outcome, 2) if args.json else "\n".join(lines(outcome)))
     return outcome["exit_code"]
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="fd-fusion doctor",
         description=__doc__.partition("\n")[0],
         epilog="exit code: 0 fusion works here, 1 only the unfused path works, 2 something is broken",
     )
-    parser.add_argument("--json", action="store_true", help="print the same as data")
+    parser.add_json()
     parser.add_argument("--nproc", type=int, default=2, help="ranks of the launch (default: 2)")
     parser.add_argument("--no-run", action="store_true", help="leave the launch of the fused kernel out")
     return parser
@@ -125,7 +125,6 @@ def judge(findings: list[Finding]) -> dict[str, Any]:
     broken = [one for one in findings if one.state == "broken"]
     off = [one for one in findings if one.state == "off"]
     verdict = "broken" if broken else "unfused" if off else "works"
-    decisive = broken or off
     on_cpu = any(one.topic == "framework" and one.data.get("device") == "cpu" for one in findings)
     works = "fusion works here" + (", by the interpreter: there is no GPU, so nothing is gained" if on_cpu else "")
     launched = any(one.topic == "launch" and one.state == "ok" for one in findings)
@@ -135,7 +134,8 @@ def judge(findings: list[Finding]) -> dict[str, Any]:
         "unfused": f"only the unfused path works here: {off[0].text if off else ''}",
         "broken": f"broken: {broken[0].text if broken else ''}",
     }[verdict]
-    todo = list(dict.fromkeys(one.remedy for one in decisive if one.remedy))
+    warned = [one for one in findings if one.state == "warn"]
+    todo = list(dict.fromkeys(one.remedy for one in [*broken, *off, *warned] if one.remedy))
     return {
         "schema": 1,
         "fd_fusion": __version__,

@@ -24,7 +24,6 @@ _OPTIONAL = {
     "torch": "needed only on machines without Paddle",
     "prometheus_client": "metrics go to the log as JSON lines",
     "matplotlib": "`bench` draws no plots",
-    "tqdm": "no progress bars",
 }
 
 VersionOf = Callable[[str], "str | None"]

@@ -10,18 +10,19 @@ import argparse
 import contextlib
 import errno
 import importlib.util
-import sys
 from pathlib import Path
 from typing import Any
 
 from fd_fusion import __version__
 from fd_fusion.cli.doctor import child as doctor_child
+from fd_fusion.cli.messages import Parser, progress_line, say
 from fd_fusion.cli.plain_json import to_json
 from fd_fusion.cli.processes.ranks import RanksFailed, free_ports, run_ranks
 from fd_fusion.cli.processes.signals import ending_well
 from fd_fusion.cli.tune import limits as tune_limits
 from fd_fusion.cli.tune.virtual import MOST_ROWS
 from fd_fusion.config import FusionConfig
+from fd_fusion.kernels.all_reduce.plan import plan_for
 from fd_fusion.tuning.table import Fingerprint, Limits, store_limits, table_lock, table_path, versions_here
 
 _ROUNDS = {"cpu": 3, "gpu": 11, "virtual": 5}
@@ -38,32 +39,28 @@ def main(argv: list[str]) -> int:
         parser.error(f"--rounds {args.rounds}: give a number from 1")
     try:
         FusionConfig(workspace_mb=args.workspace_mb, timeout_s=args.timeout_s)  # has the bounds of both
-        with ending_well():
+        plan_for(args.nproc, args.hidden_size, args.dtype)  # refuses a hidden size that no kernel takes
+        with ending_well(), progress_line(f"measuring on {args.nproc} ranks"):
             outcome = tune(args)
     except ValueError as error:
         parser.error(str(error))
     except BlockingIOError:
-        return _fail("another tune is running: wait for it, or end it")
+        return say("another tune is running: wait for it, or end it", 1)
     except OSError as error:
         folder = getattr(table_path(), "parent", "a home folder")
-        return _fail(
-            f"the table cannot be kept in {folder} ({error.strerror}): set XDG_CACHE_HOME to a folder of yours"
+        return say(
+            f"the table cannot be kept in {folder} ({error.strerror}): set XDG_CACHE_HOME to a folder of yours", 1
         )
     except RanksFailed as error:
-        return _fail(f"nothing was stored: {error.with_log()}")
+        return say(f"nothing was stored: {error.with_log()}", 1)
     except KeyboardInterrupt:
-        return _fail("interrupted; nothing was stored", 130)
+        return say("interrupted; nothing was stored", 130)
     print(to_json(outcome, 2) if args.json else "\n".join(lines(outcome)))
     return 0 if tune_limits.by_backend(outcome["times"]) else 1
 
 
-def _fail(text: str, code: int = 1) -> int:
-    print(f"fd_fusion tune: {text}", file=sys.stderr)
-    return code
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="fd-fusion tune", description=__doc__.partition(": ")[2].partition("\n")[0])
+def _parser() -> Parser:
+    parser = Parser(prog="fd-fusion tune", description=__doc__.partition(": ")[2].partition("\n")[0])
     parser.add_argument("--nproc", type=int, default=2, help="tensor-parallel ranks, 2 to 8 (default: 2)")
     parser.add_argument("--hidden-size", type=int, required=True, help="exact hidden size H of the model")
     parser.add_argument("--dtype", choices=_DTYPES, default="bfloat16", help="of the activations (default: bfloat16)")
@@ -72,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     mb = FusionConfig.workspace_mb
     parser.add_argument("--workspace-mb", type=int, default=mb, help=f"as in the fusion config (default: {mb})")
     parser.add_argument("--timeout-s", type=float, default=30.0, help="wait for a missing rank (default: 30)")
-    parser.add_argument("--json", action="store_true", help="print the same as data")
+    parser.add_json()
     return parser
 
 

@@ -52,12 +52,12 @@ def left_behind(tmp_path):
 @pytest.mark.parametrize(("nproc", "extra"), [(1, []), (2, ["--max-token-num", "4"]), (4, ["--steps", "2"])])
 def test_the_runs_agree(nproc, extra, tmp_path):
     job = {"PADDLE_NNODES": "2", "PADDLE_MASTER": "10.0.0.1:9", "PADDLE_TRAINER_ID": "1"}  # of a job around us
-    process = start(tmp_path, "--nproc", str(nproc), "--json", "out.json", *extra, **job)
+    process = start(tmp_path, "--nproc", str(nproc), "--json", *extra, **job)
     out, err = process.communicate(timeout=280)
     assert process.returncode == 0, out + err
-    assert err == "" and out.endswith("verdict: the numbers agree\n")
-    assert len(re.findall(r"^site  ", out, re.M)) == 6
-    data = json.loads((tmp_path / "out.json").read_text())
+    data = json.loads(out)
+    assert err == "" and data["agree"]
+    assert len(re.findall(r"^site  ", "\n".join(demo_report.lines(data)), re.M)) == 6
     assert max(data["difference"].values()) <= data["budget"] < 1e-4
     assert data["ranks_bit_equal"] == {"stock": True, "bound": True}
     assert data["weights_unchanged"] == {"bound": True, "unbound": True}
@@ -152,7 +152,7 @@ def test_a_truth_that_is_no_number_agrees_with_nothing(number):
         (["--steps", "0"], "--steps 0"),
         (["--max-token-num", "0"], "max_token_num = 0"),
         (["--timeout-s", "0"], "timeout_s = 0"),
-        (["--json", "/no/such/folder/x.json"], "there is no folder /no/such/folder"),
+        (["--backend", "triton", "--hidden-size", "34", "--heads", "2", "--kv-heads", "2"], "H=34 of float32"),
         (["--checkpoint", "/no/such/folder"], "config.json cannot be read"),
         (["--checkpoint", "/no/such/folder", "--heads", "4"], "--checkpoint brings its own sizes"),
     ],
@@ -161,7 +161,7 @@ def test_a_bad_argument_gets_one_sentence(args, says, capsys, monkeypatch):
     monkeypatch.setattr(demo, "run_ranks", None)  # nothing is started
     assert demo.main(args) == 2
     out, err = capsys.readouterr()
-    assert says in err and err.startswith("fd-fusion demo: ") and err.count("\n") == 1 and not out
+    assert says in err and err.startswith("fd_fusion: ") and err.count("\n") == 1 and not out
 
 
 GOOD = DecoderConfig().to_json()
@@ -188,7 +188,7 @@ def test_a_checkpoint_that_is_none_gets_one_sentence(config, says, capsys, monke
     (tmp_path / "config.json").write_text(text)
     assert demo.main(["--checkpoint", str(tmp_path)]) == 2
     out, err = capsys.readouterr()
-    assert says in err and err.startswith("fd-fusion demo: ") and err.count("\n") == 1 and not out
+    assert says in err and err.startswith("fd_fusion: ") and err.count("\n") == 1 and not out
 
 
 def test_a_full_temporary_folder_gets_one_sentence(capsys, monkeypatch, tmp_path):
@@ -257,7 +257,7 @@ def test_ctrl_c_leaves_nothing(tmp_path):
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
-    assert (process.returncode, out, err) == (130, "", "fd-fusion demo: interrupted\n")
+    assert (process.returncode, out, err) == (130, "", "fd_fusion: interrupted\n")
     assert not left_behind(tmp_path)
 
 
@@ -352,9 +352,7 @@ def test_a_working_folder_that_was_deleted(command, capsys, monkeypatch, tmp_pat
     monkeypatch.chdir(gone)
     gone.rmdir()
     assert __main__.main(command.split()) == 2
-    assert capsys.readouterr().err == (
-        f"fd-fusion {command.split()[0]}: the working folder is not there any more; change to one that is\n"
-    )
+    assert capsys.readouterr().err == ("fd_fusion: the working folder is not there any more; change to one that is\n")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -366,15 +364,14 @@ def test_what_the_system_refuses_is_one_sentence(command, capsys, monkeypatch):
 
     monkeypatch.setattr(__main__, "_module", lambda command: types.SimpleNamespace(main=main))
     assert __main__.main(command.split()) == 2
-    name = command.split()[0]
-    assert capsys.readouterr().err == f"fd-fusion {name}: [Errno 28] No space left on device: '/some/file'\n"
+    assert capsys.readouterr().err == "fd_fusion: [Errno 28] No space left on device: '/some/file'\n"
 
 
 def test_a_full_place_for_the_output():
     with open("/dev/full", "wb") as full:
         argv = [sys.executable, "-m", "fd_fusion", "reasons"]
         run = subprocess.run(argv, stdout=full, stderr=subprocess.PIPE, text=True, cwd=ROOT)
-    assert (run.returncode, run.stderr) == (2, "fd-fusion reasons: [Errno 28] No space left on device\n")
+    assert (run.returncode, run.stderr) == (2, "fd_fusion: [Errno 28] No space left on device\n")
 
 
 def test_nobody_reads_the_output():
@@ -395,7 +392,9 @@ def test_a_closed_stdout():
 @pytest.mark.parametrize(
     ("args", "code", "says"),
     [
-        (["demo", "--json", "{tmp}"], 2, "this is a folder; give the name of a file"),
+        (["demo", "--json", "file"], 2, "unrecognized arguments: file; `fd-fusion demo --help` lists"),
+        (["tune", "--hidden-size", "257"], 2, "H=257 of bfloat16 is not a whole number of 16-byte units"),
+        (["tune", "--hidden-size", "256", "--nproc", "9"], 2, "give 2 to 8 ranks"),
         (["demo"], 1, "in sys.modules; install it, for example"),
     ],
     ids=str,

@@ -126,11 +126,16 @@ def test_a_probe_that_fails_is_a_sentence():
 
 @pytest.mark.parametrize("states, code", [(["ok", "warn"], 0), (["ok", "off"], 1), (["off", "broken"], 2)], ids=str)
 def test_verdicts(states, code):
-    outcome = doctor.judge([Finding("t", str(i), state, f"is {state}", "mend it") for i, state in enumerate(states)])
+    outcome = doctor.judge(
+        [
+            Finding("t", str(i), state, f"is {state}", f"fix {i}" if state != "ok" else "")
+            for i, state in enumerate(states)
+        ]
+    )
     assert outcome["exit_code"] == code
     assert outcome["verdict"] == ["works", "unfused", "broken"][code]
-    assert outcome["todo"] == (["mend it"] if code else [])
-    assert "\n".join(doctor.lines(outcome)).endswith("what to do: mend it" if code else "what to do: nothing")
+    assert outcome["todo"] == ["fix 1"] if states[0] == "ok" else ["fix 1", "fix 0"], "the worst first"
+    assert doctor.lines(outcome)[-1] == f"what to do: {outcome['todo'][-1]}"
 
 
 @pytest.mark.parametrize(

@@ -147,7 +147,7 @@ def test_a_cache_folder_that_cannot_be_written(cache, monkeypatch, capsys):
 def test_another_tune_at_work(cache, monkeypatch, capsys):
     with table_lock(table_path()):
         assert run(monkeypatch, measure=None) == 1
-    assert told(capsys) == "fd_fusion tune: another tune is running: wait for it, or end it"
+    assert told(capsys) == "fd_fusion: another tune is running: wait for it, or end it"
 
 
 def test_ranks_that_cannot_be_started_are_not_told_as_a_table_that_cannot_be_kept(cache, monkeypatch, capsys):
@@ -256,7 +256,7 @@ def test_a_rank_that_dies_in_the_middle(cache, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(tune, "_framework", lambda: {"device": "cpu", "arch": None, "gpus": 0})
     before = left()
     assert tune.main(["--hidden-size", "64", "--rows", "1", "--rounds", "1"]) == 1
-    assert capsys.readouterr().err.startswith("fd_fusion tune: nothing was stored: rank 1 died of SIGKILL")
+    assert capsys.readouterr().err.startswith("fd_fusion: nothing was stored: rank 1 died of SIGKILL")
     assert none_left(before) and not table_path().exists()
 
 
