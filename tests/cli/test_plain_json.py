@@ -10,7 +10,7 @@ from bench import command as bench
 from bench import qk_rms_norm as bench_qk_norm
 
 from fd_fusion.cli.doctor import command as doctor
-from fd_fusion.cli.doctor.findings import Finding
+from fd_fusion.cli.doctor.checks import CheckResult
 from fd_fusion.cli.plain_json import to_json
 from fd_fusion.cli.tune import command as tune
 
@@ -50,7 +50,7 @@ def test_every_other_dumps_refuses_what_is_no_number():
 
 
 def test_doctor(monkeypatch, capsys):
-    found = [Finding("launch", "triton", "broken", "wrong numbers", data={"error_over_budget": float("inf")})]
+    found = [CheckResult("launch", "triton", "broken", "wrong numbers", data={"error_over_budget": float("inf")})]
     monkeypatch.setattr(doctor, "find", lambda *args, **how: found)
     assert doctor.main(["--json"]) == 2
     assert strict(capsys.readouterr().out)["findings"][0]["data"] == {"error_over_budget": None}

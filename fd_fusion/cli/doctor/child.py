@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from fd_fusion.binding.backend_selection import load_backend
-from fd_fusion.cli.doctor.findings import Finding, guarded, of_reason
+from fd_fusion.cli.doctor.checks import CheckResult, of_reason, run_checks
 from fd_fusion.cli.doctor.machine import tool
 from fd_fusion.cli.processes.signals import held_back
 from fd_fusion.cli.processes.tied import child_environment, end_with_parent
@@ -27,15 +27,15 @@ _MARK = "fd_fusion doctor: "
 _FUSING = {"cpu": ("triton",), "gpu": ("triton", "flashinfer")}  # those with a kernel
 
 
-def ask(what: str, *args: Any, timeout_s: float = 120) -> list[Finding]:
-    """The findings of one of `PROBES`, run in a child process. A child that dies is a finding."""
+def ask(what: str, *args: Any, timeout_s: float = 120) -> list[CheckResult]:
+    """The results of one of `PROBES`, run in a child process. A child that dies is a result."""
     with asking(what, *args, timeout_s=timeout_s) as answer:
         return answer()
 
 
 @contextlib.contextmanager
-def asking(what: str, *args: Any, timeout_s: float = 120) -> Iterator[Callable[[], list[Finding]]]:
-    """Start such a child now; what comes out waits for its findings. It ends with the block, whatever it imports."""
+def asking(what: str, *args: Any, timeout_s: float = 120) -> Iterator[Callable[[], list[CheckResult]]]:
+    """Start such a child now; what comes out waits for its results. It ends with the block, whatever it imports."""
     command = [sys.executable, "-W", "ignore", "-m", "fd_fusion.cli.doctor.child", what, *map(str, args)]
     pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with contextlib.ExitStack() as stack:
@@ -46,17 +46,17 @@ def asking(what: str, *args: Any, timeout_s: float = 120) -> Iterator[Callable[[
         yield lambda: _answer(child, what, timeout_s, deadline)
 
 
-def _answer(child: subprocess.Popen, what: str, timeout_s: float, deadline: float) -> list[Finding]:
+def _answer(child: subprocess.Popen, what: str, timeout_s: float, deadline: float) -> list[CheckResult]:
     try:
         out, err = child.communicate(timeout=max(1.0, deadline - time.monotonic()))
     except subprocess.TimeoutExpired:
-        return [Finding(what, "import", _failed(what), f"importing {what} was not done within {timeout_s:g} s")]
+        return [CheckResult(what, "import", _failed(what), f"importing {what} was not done within {timeout_s:g} s")]
     lines = [line for line in out.splitlines() if line.startswith(_MARK)]
     if not lines:
         last = next((line for line in reversed(err.splitlines()) if line.strip()), "no message")
         text = f"importing {what} ends its process (exit code {child.returncode}): {last}"
-        return [Finding(what, "import", _failed(what), text, "reinstall the package")]
-    return [Finding(**one) for one in json.loads(lines[-1].removeprefix(_MARK))]
+        return [CheckResult(what, "import", _failed(what), text, "reinstall the package")]
+    return [CheckResult(**one) for one in json.loads(lines[-1].removeprefix(_MARK))]
 
 
 def _failed(what: str) -> str:
@@ -70,7 +70,7 @@ def spec_for(size: int, device: str, arch: int | None, rank: int = 0) -> OpSpec:
     return OpSpec(rank, size, hidden_size, "bfloat16", device=device, arch=arch)
 
 
-def framework(size: str) -> Iterator[Finding]:
+def framework(size: str) -> Iterator[CheckResult]:
     """Paddle, or torch where there is no Paddle: its devices, and which backends say yes."""
     try:
         module = paddle_or_torch()
@@ -82,18 +82,18 @@ def framework(size: str) -> Iterator[Finding]:
     name = f"{module.__name__} {module.__version__}"
     where = f"{count} GPU{'s' * (count > 1)}, sm_{arch}" if count else "CPU only"
     data = {"name": module.__name__, "version": module.__version__, "device": device, "arch": arch, "gpus": count}
-    yield Finding("framework", "import", "ok", f"{name} imports: {where}", data=data)
+    yield CheckResult("framework", "import", "ok", f"{name} imports: {where}", data=data)
     listed = [] if count else (tool("nvidia-smi", "-L") or "").splitlines()
     if seen := sum(line.startswith("GPU ") for line in listed):
         remedy = "install a build for GPUs, with a CUDA that the driver knows, and look at CUDA_VISIBLE_DEVICES"
-        yield Finding("framework", "gpus", "off", f"{name} sees none of this machine's GPUs ({seen})", remedy)
+        yield CheckResult("framework", "gpus", "off", f"{name} sees none of this machine's GPUs ({seen})", remedy)
     spec = spec_for(int(size), device, arch)
-    yield from guarded("framework", lambda: _memory(module, spec))
-    yield from guarded("framework", lambda: _table(module, spec))
+    yield from run_checks("framework", lambda: _memory(module, spec))
+    yield from run_checks("framework", lambda: _table(module, spec))
     yield from _backends(spec)
 
 
-def _memory(framework: Any, spec: OpSpec) -> Iterator[Finding]:
+def _memory(framework: Any, spec: OpSpec) -> Iterator[CheckResult]:
     """The room that is left on the GPU, against what a workspace takes."""
     if spec.device == "cpu":
         return
@@ -101,10 +101,12 @@ def _memory(framework: Any, spec: OpSpec) -> Iterator[Finding]:
     need = spec.workspace_bytes >> 20
     text = f"GPU memory: {free} of {total} MiB free; the workspaces of a process take up to {need} MiB (workspace_mb)"
     state = "ok" if free > need else "off"
-    yield Finding("framework", "memory", state, text, "" if state == "ok" else "free GPU memory", {"free_mib": free})
+    yield CheckResult(
+        "framework", "memory", state, text, "" if state == "ok" else "free GPU memory", {"free_mib": free}
+    )
 
 
-def _table(framework: Any, spec: OpSpec) -> Iterator[Finding]:
+def _table(framework: Any, spec: OpSpec) -> Iterator[CheckResult]:
     """Whether `bind` would find a measurement of this machine."""
     if spec.device == "cpu":
         return
@@ -115,31 +117,31 @@ def _table(framework: Any, spec: OpSpec) -> Iterator[Finding]:
     if reason:
         yield of_reason("framework", "table", "warn", reason)
     elif limits:
-        yield Finding(
+        yield CheckResult(
             "framework", "table", "ok", f"tuned limits for {shape}: {dict(limits.rows)}", data=limits.to_dict()
         )
     else:
         where = path or "~/.cache, since this user has no home"
         text = f"nothing tuned for {shape} in {where}: the built-in limits count"
-        yield Finding("framework", "table", "note", text, f"python -m fd_fusion tune --nproc {spec.size}")
+        yield CheckResult("framework", "table", "note", text, f"python -m fd_fusion tune --nproc {spec.size}")
 
 
-def _backends(spec: OpSpec) -> Iterator[Finding]:
+def _backends(spec: OpSpec) -> Iterator[CheckResult]:
     """Each backend's own answer. Fusion is off where none of those that count here says yes."""
     refused = {}
     for name in BACKENDS[1:]:
         _, reason = load_backend(name, [spec])
         if reason is None:
-            yield Finding("backends", name, "ok", f"{name}: yes, on {spec.device}")
+            yield CheckResult("backends", name, "ok", f"{name}: yes, on {spec.device}")
         else:
             refused[name] = reason
-            yield Finding("backends", name, "note", f"{name}: no: {reason}", reason.remedy, {"code": reason.code})
+            yield CheckResult("backends", name, "note", f"{name}: no: {reason}", reason.remedy, {"code": reason.code})
     if all(name in refused for name in _FUSING[spec.device]):
         first = refused[_FUSING[spec.device][0]]
-        yield Finding("backends", "any", "off", f"no backend can fuse here: {first}", first.remedy)
+        yield CheckResult("backends", "any", "off", f"no backend can fuse here: {first}", first.remedy)
 
 
-def flashinfer() -> Iterator[Finding]:
+def flashinfer() -> Iterator[CheckResult]:
     """Whether FlashInfer imports under the framework that runs here, and has its kernel."""
     from fd_fusion.backends.flashinfer import loader
 
@@ -152,25 +154,25 @@ def flashinfer() -> Iterator[Finding]:
     path = loader.compiled_module(library.version)
     data = {"version": library.version, "compiled": bool(path)}
     text = f"FlashInfer {library.version} imports; its kernel {'is compiled' if path else 'is not compiled yet'}"
-    yield Finding("flashinfer", "import", "ok", text + (f" ({library.note})" if library.note else ""), data=data)
+    yield CheckResult("flashinfer", "import", "ok", text + (f" ({library.note})" if library.note else ""), data=data)
 
 
-def fastdeploy() -> Iterator[Finding]:
+def fastdeploy() -> Iterator[CheckResult]:
     """FastDeploy's own plugin loading, and which of its decoders could be bound."""
     host = importlib.import_module("fastdeploy")
     version = getattr(host, "__version__", "unknown")
-    yield Finding("fastdeploy", "import", "ok", f"FastDeploy {version} imports", data={"version": version})
+    yield CheckResult("fastdeploy", "import", "ok", f"FastDeploy {version} imports", data={"version": version})
     importlib.import_module("fastdeploy.plugins").load_model_register_plugins()
     ours = sys.modules.get("fd_fusion.hosts.fastdeploy.plugin")
     if ours is None or not ours.is_registered():
         remedy = (
             "pip install --no-deps fd_fusion beside FastDeploy, unset FD_FUSION_DISABLE, and set FD_PLUGINS=fd_fusion"
         )
-        yield Finding(
+        yield CheckResult(
             "fastdeploy", "plugin", "off", "FastDeploy's plugin loading does not bring fd_fusion up", remedy
         )
     else:
-        yield Finding("fastdeploy", "plugin", "ok", "FastDeploy's plugin loading finds and loads fd_fusion")
+        yield CheckResult("fastdeploy", "plugin", "ok", "FastDeploy's plugin loading finds and loads fd_fusion")
     from fd_fusion.hosts.fastdeploy.between import reads_in_layer
     from fd_fusion.hosts.fastdeploy.pairs import DECODERS
 
@@ -184,16 +186,16 @@ def fastdeploy() -> Iterator[Finding]:
     }
     known = sorted(classes)
     text = f"decoders that can be bound: {', '.join(known)}" if known else "none of its decoders is known here"
-    yield Finding("fastdeploy", "decoders", "ok" if known else "off", text, data={"decoders": known})
+    yield CheckResult("fastdeploy", "decoders", "ok" if known else "off", text, data={"decoders": known})
 
 
-PROBES: dict[str, Callable[..., Iterator[Finding]]] = {p.__name__: p for p in (framework, flashinfer, fastdeploy)}
+PROBES: dict[str, Callable[..., Iterator[CheckResult]]] = {p.__name__: p for p in (framework, flashinfer, fastdeploy)}
 
 
 def main() -> None:
     end_with_parent()
     what, *args = sys.argv[1:]
-    found = guarded(what, lambda: PROBES[what](*args), _failed(what))
+    found = run_checks(what, lambda: PROBES[what](*args), _failed(what))
     print("\n" + _MARK + json.dumps([one.to_dict() for one in found]), flush=True)
 
 

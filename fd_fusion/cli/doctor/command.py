@@ -13,7 +13,7 @@ from typing import Any
 
 from fd_fusion import __version__
 from fd_fusion.cli.doctor import child as doctor_child
-from fd_fusion.cli.doctor.findings import Finding, guarded, of_reason
+from fd_fusion.cli.doctor.checks import CheckResult, of_reason, run_checks
 from fd_fusion.cli.doctor.machine import machine
 from fd_fusion.cli.doctor.packages import packages
 from fd_fusion.cli.messages import Parser, progress_line
@@ -49,33 +49,33 @@ def _parser() -> Parser:
     return parser
 
 
-def find(size: int, *, launch: bool) -> list[Finding]:
+def find(size: int, *, launch: bool) -> list[CheckResult]:
     """Everything that is to be found, topic by topic. Imports run in children, at the same time."""
-    found = guarded("packages", packages)
+    found = run_checks("packages", packages)
     present = {one.name: one.state in ("ok", "warn") for one in found}
     children = ["framework", *(name for name in ("flashinfer", "fastdeploy") if present.get(name))]
     with contextlib.ExitStack() as stack:
         sizes = [[size] if name == "framework" else [] for name in children]
         asked = [stack.enter_context(doctor_child.asking(name, *more)) for name, more in zip(children, sizes)]
-        found += guarded("machine", machine)
-        found += guarded("config", config)
+        found += run_checks("machine", machine)
+        found += run_checks("config", config)
         for answer in asked:
             found += answer()
     if launch and size > 1:
-        found += guarded("launch", lambda: _launch(size, found), "broken")
+        found += run_checks("launch", lambda: _launch(size, found), "broken")
     return found
 
 
-def config() -> Iterator[Finding]:
+def config() -> Iterator[CheckResult]:
     """Which source of the configuration wins, as this shell has it."""
     try:
         resolved = resolve()
     except ValueError as error:
-        yield Finding("config", "source", "broken", str(error), "fix the variable, or unset it")
+        yield CheckResult("config", "source", "broken", str(error), "fix the variable, or unset it")
         return
     if resolved.config is not None:
         data = {"source": resolved.source, "config": resolved.config.to_dict()}
-        yield Finding(
+        yield CheckResult(
             "config", "source", "ok", f"asked for by {resolved.source}: {resolved.config.to_dict()}", data=data
         )
         yield from _plugin(os.environ.get("FD_PLUGINS"))
@@ -84,27 +84,29 @@ def config() -> Iterator[Finding]:
         yield of_reason("config", "source", state, resolved.reason, source=resolved.source)
 
 
-def _plugin(allowed: str | None) -> Iterator[Finding]:
+def _plugin(allowed: str | None) -> Iterator[CheckResult]:
     """Whether a FastDeploy that is started from this shell, without `serve`, would load the plugin."""
     if "fd_fusion" in (allowed or "").split(","):
         return
     names = ",".join(name for name in (allowed, "fd_fusion") if name)
     remedy = f"for FastDeploy set FD_PLUGINS={names}, or start it by `python -m fd_fusion serve`, which sets it"
     if allowed is None:
-        yield Finding(
+        yield CheckResult(
             "config", "plugin", "warn", "FD_PLUGINS is unset: newer FastDeploys load no plugin then", remedy
         )
     else:
-        yield Finding("config", "plugin", "off", f"FD_PLUGINS={allowed!r} keeps fd_fusion out of FastDeploy", remedy)
+        yield CheckResult(
+            "config", "plugin", "off", f"FD_PLUGINS={allowed!r} keeps fd_fusion out of FastDeploy", remedy
+        )
 
 
-def _launch(size: int, found: list[Finding]) -> Iterator[Finding]:
+def _launch(size: int, found: list[CheckResult]) -> Iterator[CheckResult]:
     """One verified fused launch a rank, as real processes; on a CPU under Triton's interpreter."""
     by_name = {(one.topic, one.name): one for one in found}
     here, triton = by_name.get(("framework", "import")), by_name.get(("backends", "triton"))
     if here is None or here.state != "ok" or triton is None or triton.state != "ok":
         who = "triton backend said no" if here and here.state == "ok" else "framework does not work"
-        yield Finding("launch", "triton", "note", f"not tried: the {who}")
+        yield CheckResult("launch", "triton", "note", f"not tried: the {who}")
         return
     device = here.data["device"]
     env = {"TRITON_INTERPRET": "1"} if device == "cpu" else {"CUDA_MODULE_LOADING": "EAGER"}
@@ -114,7 +116,7 @@ def _launch(size: int, found: list[Finding]) -> Iterator[Finding]:
         results = run_ranks("doctor.rank", size, {}, timeout_s=300, env=env)
     except RanksFailed as error:
         remedy = "fix what the sentence names; with `--no-run` this step is left out"
-        yield Finding("launch", "triton", "broken", f"{size} ranks {where}: {error}", remedy, {"log": error.log})
+        yield CheckResult("launch", "triton", "broken", f"{size} ranks {where}: {error}", remedy, {"log": error.log})
         return
     worst, digests = max(one["worst"] for one in results), {one["digest"] for one in results}
     counted = all(one["counted"] for one in results)
@@ -127,16 +129,16 @@ def _launch(size: int, found: list[Finding]) -> Iterator[Finding]:
     }
     if fault := next((text for text, there in faults.items() if there), None):
         remedy = "do not use fusion on this machine; report it with this output"
-        yield Finding("launch", "triton", "broken", f"{size} ranks {where}: wrong numbers: {fault}", remedy, data)
+        yield CheckResult("launch", "triton", "broken", f"{size} ranks {where}: wrong numbers: {fault}", remedy, data)
         return
     opened = max(one["opened_s"] for one in results)
     text = (
         f"{size} ranks {where}: right numbers (error {worst:.2f} of its budget), same bits; opened in {opened:.1f} s"
     )
-    yield Finding("launch", "triton", "ok", text, data=data)
+    yield CheckResult("launch", "triton", "ok", text, data=data)
 
 
-def judge(findings: list[Finding]) -> dict[str, Any]:
+def judge(findings: list[CheckResult]) -> dict[str, Any]:
     """The verdict, as data. Keys and codes are stable; new findings may be added."""
     broken = [one for one in findings if one.state == "broken"]
     off = [one for one in findings if one.state == "off"]

@@ -9,7 +9,7 @@ import subprocess
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from fd_fusion.cli.doctor.findings import Finding
+from fd_fusion.cli.doctor.checks import CheckResult
 
 TOPIC = "machine"
 _SMALL_SHM = 64 << 20  # Docker's default for /dev/shm
@@ -27,8 +27,8 @@ def tool(*command: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def machine(tool: Tool = tool, environ: Mapping[str, str] = os.environ) -> Iterator[Finding]:
-    """Findings on driver, toolkit, GPUs, links, confidential computing, namespaces, shared memory."""
+def machine(tool: Tool = tool, environ: Mapping[str, str] = os.environ) -> Iterator[CheckResult]:
+    """Check driver, toolkit, GPUs, links, confidential computing, namespaces, shared memory."""
     gpus = _gpus(tool)
     yield gpus
     yield _toolkit(tool)
@@ -42,53 +42,53 @@ def machine(tool: Tool = tool, environ: Mapping[str, str] = os.environ) -> Itera
     yield _shared_memory()
 
 
-def _gpus(tool: Tool) -> Finding:
+def _gpus(tool: Tool) -> CheckResult:
     text = tool(
         "nvidia-smi", "--query-gpu=name,memory.total,memory.free,driver_version", "--format=csv,noheader,nounits"
     )
     rows = [[part.strip() for part in line.split(",")] for line in (text or "").splitlines() if line.strip()]
     gpus = [{"name": r[0], "total_mib": _int(r[1]), "free_mib": _int(r[2])} for r in rows if len(r) == 4]
     if not gpus:
-        return Finding(TOPIC, "gpus", "note", "no NVIDIA GPU or no driver here: a CPU run", data={"gpus": []})
+        return CheckResult(TOPIC, "gpus", "note", "no NVIDIA GPU or no driver here: a CPU run", data={"gpus": []})
     driver = rows[0][3]
     names = ", ".join(f"{gpu['name']} ({gpu['free_mib']} of {gpu['total_mib']} MiB free)" for gpu in gpus)
-    return Finding(TOPIC, "gpus", "ok", f"driver {driver}; {names}", data={"driver": driver, "gpus": gpus})
+    return CheckResult(TOPIC, "gpus", "ok", f"driver {driver}; {names}", data={"driver": driver, "gpus": gpus})
 
 
-def _toolkit(tool: Tool) -> Finding:
+def _toolkit(tool: Tool) -> CheckResult:
     found = re.search(r"release ([\d.]+)", tool("nvcc", "--version") or "")
     ninja = tool("ninja", "--version")
     data = {"nvcc": found and found[1], "ninja": ninja}
     if found:
-        return Finding(TOPIC, "toolkit", "ok", f"CUDA toolkit {found[1]}, ninja {ninja or 'missing'}", data=data)
+        return CheckResult(TOPIC, "toolkit", "ok", f"CUDA toolkit {found[1]}, ninja {ninja or 'missing'}", data=data)
     text = "no CUDA toolkit: only FlashInfer would need it, to compile its kernel"
-    return Finding(TOPIC, "toolkit", "note", text, data=data)
+    return CheckResult(TOPIC, "toolkit", "note", text, data=data)
 
 
-def _peers(tool: Tool) -> Finding:
+def _peers(tool: Tool) -> CheckResult:
     """Which GPUs can write into which: `nvidia-smi topo -p2p w`, a matrix of OK, CNS, NS ..."""
     rows = _matrix(tool("nvidia-smi", "topo", "-p2p", "w"), r"X|OK|CNS|GNS|TNS|NS|DR|U")
     bad = [f"{gpu}-GPU{i}" for gpu, row in rows.items() for i, cell in enumerate(row) if cell not in ("X", "OK")]
     data = {"matrix": rows}
     if not rows:
         text = "nvidia-smi does not show its P2P matrix; the launch below tells"
-        return Finding(TOPIC, "p2p", "note", text, data=data)
+        return CheckResult(TOPIC, "p2p", "note", text, data=data)
     if bad:
         remedy = "use GPUs with P2P between them; in a virtual machine or with IOMMU on, ask for ACS to be disabled"
-        return Finding(TOPIC, "p2p", "warn", f"no P2P writes between {', '.join(bad[:8])}", remedy, data)
-    return Finding(TOPIC, "p2p", "ok", f"P2P writes between all {len(rows)} GPUs", data=data)
+        return CheckResult(TOPIC, "p2p", "warn", f"no P2P writes between {', '.join(bad[:8])}", remedy, data)
+    return CheckResult(TOPIC, "p2p", "ok", f"P2P writes between all {len(rows)} GPUs", data=data)
 
 
-def _links(tool: Tool) -> Finding:
+def _links(tool: Tool) -> CheckResult:
     rows = _matrix(tool("nvidia-smi", "topo", "-m"), r"X|NV\d+|PIX|PXB|PHB|NODE|SYS")
     slow = sorted({cell for row in rows.values() for cell in row if not re.fullmatch(r"X|NV\d+", cell)})
     data = {"matrix": rows}
     if slow:
         remedy = "measure with `python -m fd_fusion tune`: without NVLink fusing may not win"
-        return Finding(TOPIC, "nvlink", "warn", f"some GPUs are linked by {', '.join(slow)} only", remedy, data)
+        return CheckResult(TOPIC, "nvlink", "warn", f"some GPUs are linked by {', '.join(slow)} only", remedy, data)
     if not rows:
-        return Finding(TOPIC, "nvlink", "note", "nvidia-smi does not show how the GPUs are linked", data=data)
-    return Finding(TOPIC, "nvlink", "ok", "NVLink between all GPUs", data=data)
+        return CheckResult(TOPIC, "nvlink", "note", "nvidia-smi does not show how the GPUs are linked", data=data)
+    return CheckResult(TOPIC, "nvlink", "ok", "NVLink between all GPUs", data=data)
 
 
 def _matrix(text: str | None, cell: str) -> dict[str, list[str]]:
@@ -101,7 +101,7 @@ def _matrix(text: str | None, cell: str) -> dict[str, list[str]]:
     return {gpu: [one for one in cells[: len(rows)] if re.fullmatch(cell, one)] for gpu, cells in rows.items()}
 
 
-def _confidential(tool: Tool) -> Iterator[Finding]:
+def _confidential(tool: Tool) -> Iterator[CheckResult]:
     text = tool("nvidia-smi", "conf-compute", "-f")
     if text is None:
         return
@@ -109,37 +109,41 @@ def _confidential(tool: Tool) -> Iterator[Finding]:
     data = {"on": on}
     if on:
         remedy = "expect refused mappings between GPUs: see whether the launch below works"
-        yield Finding(TOPIC, "confidential_computing", "warn", "confidential computing is on", remedy, data)
+        yield CheckResult(TOPIC, "confidential_computing", "warn", "confidential computing is on", remedy, data)
     else:
-        yield Finding(TOPIC, "confidential_computing", "ok", "confidential computing is off", data=data)
+        yield CheckResult(TOPIC, "confidential_computing", "ok", "confidential computing is off", data=data)
 
 
-def _allocator(environ: Mapping[str, str]) -> Iterator[Finding]:
+def _allocator(environ: Mapping[str, str]) -> Iterator[CheckResult]:
     """Expandable segments: memory of such a pool has no IPC handle. Ours comes from cuMemAlloc, so it is unharmed."""
     names = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "PADDLE_CUDA_ALLOC_CONF")
     for name in names:
         if re.search(r"expandable_segments\s*:\s*true", environ.get(name, ""), re.I):
             text = f"{name} asks for expandable segments, which the host's own custom all-reduce may not share"
-            yield Finding(TOPIC, "expandable_segments", "warn", text, f"unset {name} if it does", {"variable": name})
+            yield CheckResult(
+                TOPIC, "expandable_segments", "warn", text, f"unset {name} if it does", {"variable": name}
+            )
 
 
-def _namespaces() -> Finding:
+def _namespaces() -> CheckResult:
     data = {name: os.readlink(f"/proc/self/ns/{name}") for name in ("ipc", "pid")}
     text = f"namespaces {data['ipc']}, {data['pid']}: all ranks must be in these"
-    return Finding(TOPIC, "namespaces", "ok", text, data=data)
+    return CheckResult(TOPIC, "namespaces", "ok", text, data=data)
 
 
-def _shared_memory() -> Finding:
+def _shared_memory() -> CheckResult:
     folder = Path("/dev/shm")
     if not folder.is_dir():
-        return Finding(TOPIC, "shm", "warn", "there is no /dev/shm", "mount a tmpfs there", {"total": 0, "free": 0})
+        return CheckResult(
+            TOPIC, "shm", "warn", "there is no /dev/shm", "mount a tmpfs there", {"total": 0, "free": 0}
+        )
     usage = shutil.disk_usage(folder)
     data = {"total": usage.total, "free": usage.free}
     text = f"/dev/shm: {usage.free >> 20} of {usage.total >> 20} MiB free"
     if usage.free < _SMALL_SHM:
         remedy = "start the container with --shm-size=1g, or --ipc=host"
-        return Finding(TOPIC, "shm", "warn", f"{text}; NCCL and ranks on a CPU need more", remedy, data)
-    return Finding(TOPIC, "shm", "ok", text, data=data)
+        return CheckResult(TOPIC, "shm", "warn", f"{text}; NCCL and ranks on a CPU need more", remedy, data)
+    return CheckResult(TOPIC, "shm", "ok", text, data=data)
 
 
 def _int(text: str) -> int | None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from fd_fusion import __version__
-from fd_fusion.cli.doctor.findings import Finding, of_reason
+from fd_fusion.cli.doctor.checks import CheckResult, of_reason
 from fd_fusion.frameworks.paddle_runtime import too_old
 from fd_fusion.reasons import because
 
@@ -43,25 +43,27 @@ def source_of(module: str) -> str | None:
     return str(Path(next(iter(spec.submodule_search_locations))).parent) if spec else None
 
 
-def packages(version_of: VersionOf = version_of, source_of: SourceOf = source_of) -> Iterator[Finding]:
-    """Findings on every package that matters here."""
-    yield Finding(TOPIC, "python", "ok", f"Python {sys.version.split()[0]}", data={"version": sys.version.split()[0]})
-    yield Finding(TOPIC, "fd_fusion", "ok", f"fd_fusion {__version__}", data={"version": __version__})
+def packages(version_of: VersionOf = version_of, source_of: SourceOf = source_of) -> Iterator[CheckResult]:
+    """Check every package that matters here."""
+    yield CheckResult(
+        TOPIC, "python", "ok", f"Python {sys.version.split()[0]}", data={"version": sys.version.split()[0]}
+    )
+    yield CheckResult(TOPIC, "fd_fusion", "ok", f"fd_fusion {__version__}", data={"version": __version__})
     yield _paddle({name: version_of(name) for name in _PADDLE}, version_of("torch"))
     triton = version_of("triton")
     if triton is None:
         yield of_reason(TOPIC, "triton", "warn", because("no_triton", detail="it is not installed"))
     else:
-        yield Finding(TOPIC, "triton", "ok", f"Triton {triton}", data={"version": triton})
+        yield CheckResult(TOPIC, "triton", "ok", f"Triton {triton}", data={"version": triton})
     yield _flashinfer(version_of)
     yield _fastdeploy(version_of, source_of)
     for name, without in _OPTIONAL.items():
         version = version_of(name)
         text = f"{name} {version}" if version else f"{name} is not installed: {without}"
-        yield Finding(TOPIC, name, "ok" if version else "note", text, data={"version": version})
+        yield CheckResult(TOPIC, name, "ok" if version else "note", text, data={"version": version})
 
 
-def _paddle(versions: dict[str, str | None], torch: str | None) -> Finding:
+def _paddle(versions: dict[str, str | None], torch: str | None) -> CheckResult:
     found = {name: version for name, version in versions.items() if version}
     if len(found) == 2:
         first, second = found.values()
@@ -74,26 +76,26 @@ def _paddle(versions: dict[str, str | None], torch: str | None) -> Finding:
     name, version = next(iter(found.items()))
     if refusal := too_old(version):
         return of_reason(TOPIC, "paddle", "broken", refusal, versions=found)
-    return Finding(TOPIC, "paddle", "ok", f"{name} {version}", data={"versions": found})
+    return CheckResult(TOPIC, "paddle", "ok", f"{name} {version}", data={"versions": found})
 
 
-def _flashinfer(version_of: VersionOf) -> Finding:
+def _flashinfer(version_of: VersionOf) -> CheckResult:
     """FlashInfer is three packages that must be of one version: its Python calls its kernels by position."""
     found = {name: v for name in (*_FLASHINFER, *_FLASHINFER_PARTS) if (v := version_of(name))}
     if not any(name in found for name in _FLASHINFER):
-        return Finding(TOPIC, "flashinfer", "note", "FlashInfer is not installed: fine, triton needs none of it")
+        return CheckResult(TOPIC, "flashinfer", "note", "FlashInfer is not installed: fine, triton needs none of it")
     if len({version.split("+")[0] for version in found.values()}) > 1:
         told = ", ".join(f"{name} {version}" for name, version in found.items())
         return of_reason(TOPIC, "flashinfer", "warn", because("flashinfer_mixed", versions=told), versions=found)
     text = ", ".join(f"{name} {version}" for name, version in found.items())
-    return Finding(TOPIC, "flashinfer", "ok", text, data={"versions": found})
+    return CheckResult(TOPIC, "flashinfer", "ok", text, data={"versions": found})
 
 
-def _fastdeploy(version_of: VersionOf, source_of: SourceOf) -> Finding:
+def _fastdeploy(version_of: VersionOf, source_of: SourceOf) -> CheckResult:
     for distribution in _FASTDEPLOY:
         if version := version_of(distribution):
-            return Finding(TOPIC, "fastdeploy", "ok", f"{distribution} {version}", data={"version": version})
+            return CheckResult(TOPIC, "fastdeploy", "ok", f"{distribution} {version}", data={"version": version})
     if folder := source_of("fastdeploy"):
         text = f"FastDeploy from {folder}, a source tree"
-        return Finding(TOPIC, "fastdeploy", "ok", text, data={"version": None, "folder": folder})
-    return Finding(TOPIC, "fastdeploy", "note", "FastDeploy is not installed", data={"version": None})
+        return CheckResult(TOPIC, "fastdeploy", "ok", text, data={"version": None, "folder": folder})
+    return CheckResult(TOPIC, "fastdeploy", "note", "FastDeploy is not installed", data={"version": None})

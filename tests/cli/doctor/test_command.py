@@ -15,7 +15,7 @@ from support.segments import left, none_left
 
 from fd_fusion.cli.doctor import child as doctor_child
 from fd_fusion.cli.doctor import command as doctor
-from fd_fusion.cli.doctor.findings import Finding, guarded
+from fd_fusion.cli.doctor.checks import CheckResult, run_checks
 from fd_fusion.cli.doctor.machine import machine
 from fd_fusion.cli.doctor.packages import packages
 from fd_fusion.cli.processes import ranks
@@ -116,10 +116,10 @@ def test_a_machine_without_any_tool():
 
 def test_a_probe_that_fails_is_a_sentence():
     def probe():
-        yield Finding("t", "first", "ok", "fine")
+        yield CheckResult("t", "first", "ok", "fine")
         raise OSError("no such thing")
 
-    first, second = guarded("t", probe)
+    first, second = run_checks("t", probe)
     assert first.name == "first" and second.name == "probe" and second.state == "warn"
     assert second.text == "t could not be looked at: OSError: no such thing"
 
@@ -128,7 +128,7 @@ def test_a_probe_that_fails_is_a_sentence():
 def test_verdicts(states, code):
     outcome = doctor.judge(
         [
-            Finding("t", str(i), state, f"is {state}", f"fix {i}" if state != "ok" else "")
+            CheckResult("t", str(i), state, f"is {state}", f"fix {i}" if state != "ok" else "")
             for i, state in enumerate(states)
         ]
     )

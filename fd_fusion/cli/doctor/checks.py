@@ -1,4 +1,4 @@
-"""What `doctor` finds: one sentence each, with what to do about it."""
+"""The results of the checks of `doctor`: one sentence each, with what to do about it."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 
 from fd_fusion.reasons import Reason
 
-# What a finding means for the verdict. "off": fusion cannot run because of it. "broken": nothing can be trusted.
+# What a result means for the verdict. "off": fusion cannot run because of it. "broken": nothing can be trusted.
 STATES = ("ok", "note", "warn", "off", "broken")
 
 
 @dataclass(frozen=True)
-class Finding:
+class CheckResult:
     """`topic` and `name` are stable, for programs; `text` is for people; `data` is plain."""
 
     topic: str
@@ -30,18 +30,18 @@ class Finding:
         return asdict(self)
 
 
-def of_reason(topic: str, name: str, state: str, reason: Reason, **data: Any) -> Finding:
-    """A finding that says what a reason of the package says."""
-    return Finding(topic, name, state, str(reason), reason.remedy, {"code": reason.code, **data})
+def of_reason(topic: str, name: str, state: str, reason: Reason, **data: Any) -> CheckResult:
+    """A result that says what a reason of the package says."""
+    return CheckResult(topic, name, state, str(reason), reason.remedy, {"code": reason.code, **data})
 
 
-def guarded(topic: str, probe: Callable[[], Iterable[Finding]], state: str = "warn") -> list[Finding]:
-    """What `probe` finds. A probe that fails is a finding too, of this state: the others still run."""
-    found: list[Finding] = []
+def run_checks(topic: str, probe: Callable[[], Iterable[CheckResult]], state: str = "warn") -> list[CheckResult]:
+    """What `probe` finds. A probe that fails is a result too, of this state: the others still run."""
+    found: list[CheckResult] = []
     try:
         found.extend(probe())
     except Exception as error:  # becomes a sentence of the report
         text = f"{topic} could not be looked at: {type(error).__name__}: {error}"
         remedy = "fix what the sentence names" if state == "broken" else ""
-        found.append(Finding(topic, probe.__name__.strip("_<>"), state, text, remedy))
+        found.append(CheckResult(topic, probe.__name__.strip("_<>"), state, text, remedy))
     return found
