@@ -21,7 +21,7 @@ BETWEEN_OURS = {
     "cli/demo/rank.py",
     "cli/doctor/child.py",
     "cli/processes/ranks.py",
-    "comm/group.py",
+    "comm/vote.py",
     "comm/sentinel.py",
 }
 
