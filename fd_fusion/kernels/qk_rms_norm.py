@@ -26,7 +26,7 @@ NUM_WARPS = 8
 
 
 def tile(head_dim: int, item_bytes: int) -> dict[str, int]:
-    """The constants of a launch: one 16-byte vector a thread. They never depend on T."""
+    """Return the constants of a launch, which never depend on T: one 16-byte vector a thread."""
     log2_width = (head_dim - 1).bit_length()
     return {"LOG2_WIDTH": log2_width, "HEADS": max(1, NUM_WARPS * 32 * 16 // (item_bytes << log2_width))}
 

@@ -1,4 +1,4 @@
-"""The shape of the fused all-reduce kernel's work and memory: plain arithmetic, no Triton.
+"""Compute the shape of the all-reduce kernel's work and memory: plain arithmetic, no Triton.
 
 Everything here is a function of (N, H, dtype) and, for the memory, of the number of slots: equal on all
 ranks, for every T and on both paths, because the bits of the result depend on it.
@@ -26,7 +26,7 @@ SMALLEST = 2.0**-126  # what fp32 holds: the hardware's rsqrt takes less for zer
 
 @dataclass(frozen=True)
 class Plan:
-    """How a row of H elements is worked on. `split` programs share a row; each holds one slice of it."""
+    """How the kernel works on a row of H elements. `split` programs share a row; each holds one slice of the row."""
 
     size: int
     hidden_size: int
@@ -58,13 +58,13 @@ class Plan:
 
     @property
     def slot_bytes(self) -> int:
-        """Symmetric memory of a slot, which is for a row of a call."""
+        """Bytes of symmetric memory of a slot, which holds one row of a launch."""
         return 2 * self.places * self.split * self.slice_words * 4
 
 
 def plan_for(size: int, hidden_size: int, dtype: str, *, interpreted: bool = False) -> Plan:
-    """The plan for N ranks and rows of H elements. Under the interpreter programs run one after another, so
-    there a row is never split.
+    """Return the plan for N ranks and rows of H elements. The interpreter runs programs one after another, so under
+    the interpreter a row is never split.
 
     Raises: ValueError: N is not in 2..8, the dtype is unknown, or a row is not a whole number of 16-byte units.
     """
@@ -92,9 +92,10 @@ _MEASURED = {
 
 
 def _split(size: int, words: int) -> tuple[int, int]:
-    """Programs that share a row, and their warps: one 16-byte unit a thread, a few if the row is long.
+    """Return how many programs share a row, and their warps: one 16-byte unit a thread, a few if the row is long.
 
-    Never less than one: then warps would hold copies of each other's words, and could see different ones.
+    A thread never has less than one unit: then warps would hold copies of the same words, and could read different
+    ones.
     """
     split = (1 if words <= 2560 else 2) if size == 2 else 4 if size <= 4 or words <= 1536 else 8
     while split > 1 and words < 256 * split:
@@ -110,29 +111,33 @@ def _split(size: int, words: int) -> tuple[int, int]:
 
 
 def _two_shot_rows(size: int, row_bytes: int) -> int | None:
-    """The T from which two-shot pays: it pushes three rows for each of (N-1)/N of the rows, one-shot N-1 rows for
-    each; its second hop takes some 1.5 us. Measured with N=4 on four H200: the bytes saved count at 270 GB/s."""
+    """Return the T from which two-shot is faster.
+
+    Two-shot pushes three rows for each of (N-1)/N of the rows, one-shot N-1 rows for each. The second hop of two-shot
+    takes some 1.5 us. Measured with N=4 on four H200: the bytes saved count at 270 GB/s.
+    """
     saved_us = (size - 1 - 3 * (size - 1) / size) * row_bytes / 270e3
     return math.ceil(1.5 / saved_us) if saved_us > 0 else None
 
 
 def symmetric_bytes(plan: Plan, slots: int) -> int:
-    """Symmetric memory of each rank: the control page, then the slots."""
+    """Return the bytes of symmetric memory of each rank: the control page, then the slots."""
     return CONTROL_BYTES + slots * plan.slot_bytes
 
 
 def state_memory_bytes(plan: Plan, slots: int) -> int:
-    """State memory of each rank: the head, then for each slot and program a line for the sums of the others."""
+    """Return the bytes of state memory of each rank: the head, then a line for each slot and program, for the sums of
+    the other programs."""
     return 8 * HEAD_WORDS + (slots * plan.split * LINE_BYTES if plan.split > 1 else 0)
 
 
 def total_bytes(plan: Plan, slots: int) -> int:
-    """All memory of each rank."""
+    """Return the bytes of all memory of each rank."""
     return symmetric_bytes(plan, slots) + state_memory_bytes(plan, slots)
 
 
 def state_memory_words(plan: Plan, slots: int, *, limit: int, error_page: int, addresses: list[int]) -> list[int]:
-    """The whole state memory before the first call, as int64 words.
+    """Return the whole state memory before the first call, as int64 words.
 
     Args:
         limit: how long a program waits for a row of another rank, in nanoseconds.
@@ -146,7 +151,7 @@ def state_memory_words(plan: Plan, slots: int, *, limit: int, error_page: int, a
 
 
 def programs_and_slots(plan: Plan, *, workspace_bytes: int, at_once: int, limit: int | None) -> tuple[int, int]:
-    """G, the most rows that are worked on at once, and the number of slots, which is the most rows of a launch.
+    """Return G, the most rows that the kernel works on at once, and the number of slots, the most rows of a launch.
 
     `at_once` programs must be sure to run at the same time and leave room for other streams (half of what the device
     holds). `workspace_bytes` must hold a slot. Calls have up to `limit` rows, None: any number.
@@ -158,14 +163,14 @@ def programs_and_slots(plan: Plan, *, workspace_bytes: int, at_once: int, limit:
 
 
 def launches(slots: int, rows: int) -> list[tuple[int, int]]:
-    """A call of `rows` rows as launches of no more than `slots`, all about as long: (first row, number of rows)."""
+    """Cut a call of `rows` rows into launches of at most `slots` rows, about equally long: (first row, rows)."""
     count = -(-rows // slots)
     starts = [rows * number // count for number in range(count + 1)]
     return [(start, stop - start) for start, stop in itertools.pairwise(starts)]
 
 
 def grid(plan: Plan, programs: int, rows: int) -> tuple[int]:
-    """The grid of a launch of `rows` rows."""
+    """Return the grid of a launch of `rows` rows."""
     return (min(programs, rows) * plan.split,)
 
 
@@ -178,8 +183,10 @@ def constants(
     pdl: bool = False,
     residual_stays: bool = False,
 ) -> dict[str, Any]:
-    """The kernel's constexpr arguments and launch options, by name. pdl: start while the kernel in front ends.
-    residual_stays: by two-shot residual_out is right in the rows that this rank owns, and untouched in the others.
+    """Return the kernel's constexpr arguments and launch options, by name.
+
+    pdl: start while the kernel in front ends. residual_stays: by two-shot residual_out is right in the
+    rows that this rank owns, and untouched in the others.
     """
     results = 1 if residual_stays else 2
     assert not two_shot or plan.places >= results, "opened without two-shot: its results have no place"

@@ -4,7 +4,7 @@ SENTINEL = "0xffffffff"
 
 
 def poll(rows: int, slice_words: int, units: int, tries: int = 2048) -> str:
-    """PTX that polls for a thread's words of each of `rows` ranks, until all have come or after so many tries.
+    """Return PTX that polls for a thread's words of each of `rows` ranks, until all have come or after `tries` tries.
 
     Triton can only loop over all threads together, with two barriers a turn; in this loop each thread runs by itself,
     and loads again only words that are missing. A thread has `units` times 16 bytes of a row, so an operand is 4 *
@@ -12,7 +12,7 @@ def poll(rows: int, slice_words: int, units: int, tries: int = 2048) -> str:
     in place 0; and the rank whose row is not loaded but is the thread's own (8: load none).
     """
     count = 4 * units
-    *out, missing_words, own, address, skipped_rank = [
+    *out, missing_words, own_words, address, skipped_rank = [
         [f"${count * operand + word}" for word in range(count)] for operand in range(12)
     ]
     text = [
@@ -28,7 +28,7 @@ def poll(rows: int, slice_words: int, units: int, tries: int = 2048) -> str:
         text += [f"mad.wide.s32 last{unit}, {offset}, {address[4 * unit]};"]
     for row, words in enumerate(out):
         for word in range(count):
-            text += [f"mov.u32 {words[word]}, {own[word]};"]
+            text += [f"mov.u32 {words[word]}, {own_words[word]};"]
             if row < rows:
                 text += [f"setp.ne.s32 missing, {skipped_rank[word]}, 8;"]
                 text += [f"setp.ne.and.s32 missing, {skipped_rank[word]}, {row}, missing;"]

@@ -1,4 +1,4 @@
-"""The store of the fused kernel by itself, for the proof that a peer's memory can be written."""
+"""Store a word as the fused kernel stores one, for the proof that a peer's memory can be written."""
 
 import triton
 import triton.language as tl

@@ -24,9 +24,9 @@ def sum_slices(slice_sum, wait_state, sums, row_number, memory, call, N: tl.cons
     for it. Each thread polls by itself, without a barrier, and a thread whose time is over reports by itself: the
     other threads may have read all sums (tests: sums_model.py)."""
     c = call.slice_index
-    own = without_sentinel(tl.where(wait_state == 0, slice_sum, float("nan")).to(tl.uint32, bitcast=True))
+    own_sum = without_sentinel(tl.where(wait_state == 0, slice_sum, float("nan")).to(tl.uint32, bitcast=True))
     for reader in tl.static_range(C):
-        tl.store(sums + reader * LINE_WORDS + c, own, mask=c != reader, cache_modifier=".wt")
+        tl.store(sums + reader * LINE_WORDS + c, own_sum, mask=c != reader, cache_modifier=".wt")
     total = 0.0
     sums_state = WAIT_MISSING
     polls = 0
@@ -35,7 +35,7 @@ def sum_slices(slice_sum, wait_state, sums, row_number, memory, call, N: tl.cons
         total = 0.0
         sums_state = 0
         for source in tl.static_range(C):
-            word = tl.load(sums + c * LINE_WORDS + source, mask=c != source, other=own, volatile=True)
+            word = tl.load(sums + c * LINE_WORDS + source, mask=c != source, other=own_sum, volatile=True)
             total += word.to(tl.float32, bitcast=True)
             sums_state |= (word == SENTINEL).to(tl.int32)
         polls += 1

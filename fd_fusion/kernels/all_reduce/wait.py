@@ -53,7 +53,7 @@ def count_launch(state_memory, rows):
 
 @triton.jit
 def shows_two_streams(counter_now, launch):
-    """Whether the counter shows that another launch has begun before this launch has ended."""
+    """Return whether the counter shows that another launch has begun before this launch has ended."""
     return counter_now > (launch + 1) * COUNTER_STEP
 
 
@@ -119,7 +119,7 @@ def peer_memories(state_memory, rank, N: tl.constexpr):
 
 @triton.jit
 def place_of(source, reader, N: tl.constexpr):
-    """The place of a rank's words in a slot of a reader: the last rank's is where the reader's own would be."""
+    """Return the place of a rank's words in a slot of a reader: the last rank's is where the reader's would be."""
     return tl.where(source < N - 1, source, reader)
 
 
