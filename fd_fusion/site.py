@@ -295,10 +295,19 @@ class Site:
     def close(self) -> None:
         """Every later use raises `closed`, from a layer that was kept or a graph that was traced."""
         self.end_proof(False)
-        self._op = self.stock = None
-        self._caller = self._wrong = closed  # whoever kept `hand_over` or `finish` comes to one of these
+        self._op = self.stock = _CLOSED  # whoever kept a method comes to one of these
+        self._caller = self._wrong = closed
         for entry in ("hand_over", "finish", "finish_stock", "complete", "fused", "run_stock", "total"):
             setattr(self, entry, closed)
+
+
+class _Closed:
+    """In the place of an op and of the host's own way."""
+
+    finish = reduce = norm = weight = numbers = staticmethod(closed)
+
+
+_CLOSED = _Closed()
 
 
 def _rows(tensor: Tensor) -> int:

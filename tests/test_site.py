@@ -203,10 +203,13 @@ def test_a_closed_site_raises_from_every_entry():
     """What it calls is gone: at T above the limit too, and at T=0, and with a partial sum handed over before."""
     site, calls = make()
     kept = site.hand_over, site.finish, site.finish_stock
+    more = site.fused, site.run_stock
+    total = site.total
     site.hand_over(partial := Fake(1, 8))
     site.close()
     assert closed(lambda: kept[0](Fake(1, 8))) and closed(lambda: kept[1](Fake(1, 8), None))
     assert closed(lambda: kept[2](Fake(1, 8), None, lambda *_: ("out", "sum")))
+    assert all(closed(lambda run=run: run(partial, None)) for run in more) and closed(lambda: total(partial))
     for rows in (0, 1, 5):
         assert closed(lambda: site.hand_over(Fake(rows, 8)))  # noqa: B023
         assert closed(lambda: site.finish(partial, None)) and closed(lambda: site.complete(Fake(rows, 8), None))  # noqa: B023

@@ -108,8 +108,7 @@ class FlashInfer:
         self.one_shot_rows, starts = min(rows, 256), (0, comm, comm + flags)
         self.memory = open_symmetric_memory(group, comm + flags + 3 * lamport, provider, push, timeout_s=30)
         minus_zero = (ctypes.c_uint64(self.memory.own + starts[2]), ctypes.c_ushort(0x8000))
-        with provider._current():
-            provider._call("cuMemsetD16_v2", *minus_zero, ctypes.c_size_t(3 * lamport // 2))
+        provider._cuda.call("cuMemsetD16_v2", *minus_zero, ctypes.c_size_t(3 * lamport // 2))
         self.control = torch.tensor([0, 0, 0, lamport, 0], dtype=torch.int32, device="cuda")
         table = [address + start for start in starts for address in self.memory.addresses]
         self.table = torch.tensor([*table, self.control.data_ptr()], dtype=torch.int64, device="cuda")

@@ -3,7 +3,6 @@
 faults.py WHAT [--device gpu] ...     WHAT: a function below; the last rank is the faulty one
 """
 
-import logging
 import os
 import signal
 import subprocess
@@ -15,7 +14,7 @@ sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
 import triton_calls as calls
 
-from fd_fusion.comm import cuda_ipc, posix_shm, workspace
+from fd_fusion.comm import cuda_ipc, posix_shm, watcher, workspace
 from fd_fusion.comm.symmetric_memory import barrier
 from fd_fusion.reasons import FusionError, FusionTimeout
 from tests.support import tensors
@@ -55,8 +54,8 @@ def _must_raise(op, case, group, options):
 
 def late(group, options):
     """The last rank comes late to a call that the others gave up: all raise, reset together, and go on."""
-    watched = threading.Semaphore(0)  # one up for each error that the watcher logs
-    logging.getLogger("fd_fusion").addFilter(lambda r: r.levelno < logging.ERROR or watched.release() or True)
+    watched, watch = threading.Semaphore(0), watcher.watch  # one up for each error that the watcher finds
+    watcher.watch = lambda owner, read, on_error: watch(owner, read, lambda why: (watched.release(), on_error(why)))
     op = calls.open_op(group, _case(group, options), options)
     calls.check(op, _case(group, options), group.rank, options.device)
     for generation in (1, 2):

@@ -102,4 +102,5 @@ class ControlReader:
         """From any thread, once nobody reads any more. With a broken context it is all gone anyway."""
         with contextlib.suppress(CudaError):
             self._cuda.drop_stream()
+        with contextlib.suppress(CudaError):
             self._cuda.call("cuMemFreeHost", self._host)

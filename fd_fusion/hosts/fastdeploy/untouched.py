@@ -27,19 +27,23 @@ def untouched(runner: Any) -> Iterator[None]:
         yield
     finally:
         paddle.set_rng_state(random)
-        for fields, before, parts in kept:
+        for fields, before, containers, parts in kept:
             fields.clear()  # also what was given another object, or added
             fields.update(before)
+            for held, value in containers:  # in place: the runner may hold the same list
+                held.clear()
+                held.update(value) if isinstance(held, dict) else held.extend(value)
             for part, value in parts:
                 part.copy_(value, True)
 
 
-def _keep(fields: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], list[tuple[Any, Any]]]:
-    """The fields themselves, what they hold, and (tensor, its value now)."""
-    before = {name: copy.copy(held) if isinstance(held, (list, dict)) else held for name, held in fields.items()}
+def _keep(fields: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], list[tuple], list[tuple]]:
+    """The fields themselves, what they hold, (list or dict, a copy of it), and (tensor, its value now)."""
+    before = dict(fields)
+    containers = [(held, copy.copy(held)) for held in before.values() if type(held) in (list, dict)]
     tensors = [held for held in before.values() if isinstance(held, paddle.Tensor) and _is_kept(held)]
     parts = [tensor if tensor.size <= _SMALL else tensor[:1] for tensor in tensors]
-    return fields, before, [(part, part.clone()) for part in parts]
+    return fields, before, containers, [(part, part.clone()) for part in parts]
 
 
 def _is_kept(tensor: Any) -> bool:
