@@ -49,6 +49,11 @@ TABLE: dict[str, Entry] = {
         "layers would show which feeds which",
         "name the pairs, bind(model, pairs=...), as help(fd_fusion.bind) shows",
     ),
+    "unnamed": Entry(
+        "{layer} all-reduces, and no pair names it",
+        "name its pair too, if a norm reads its sum, bind(model, pairs=...)",
+        rule=True,  # whether a norm reads it, the user alone knows
+    ),
     "groups_differ": Entry(
         "producers of one norm reduce over different groups: {groups}",
         "use one tensor-parallel group for the block",
@@ -165,7 +170,7 @@ TABLE: dict[str, Entry] = {
     ),
     "other_tensor": Entry(
         "{site}: finish() got another tensor than the one handed over",
-        "something changed the partial sum between the linear and the norm: unbind the model or report its class",
+        "the norm does not read what the linear gives: leave this pair out, bind(model, pairs=...), or unbind",
     ),
     "changed_in_place": Entry(
         "{site}: the partial sum was changed in place between its producer and its norm, so the change would count "
@@ -173,7 +178,8 @@ TABLE: dict[str, Entry] = {
         "change the sum after the norm, or unbind the model",
     ),
     "nothing_handed_over": Entry(
-        "{site}: finish() was called with nothing handed over", "run the pair's linear before its norm"
+        "{site}: the norm ran, and the linear had handed nothing over since its last sum",
+        "the model runs these two in another order: name the pairs as they run, bind(model, pairs=...)",
     ),
     "two_callers": Entry(
         "{site}: used by {second} while {first} had not finished",

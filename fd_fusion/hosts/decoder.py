@@ -58,7 +58,21 @@ class Link:
 def named_links(model: Any, pairs: Pairs) -> list[Link]:
     """The pairs that were named. Raises: ValueError: a path that leads nowhere, or to a layer of another kind."""
     named = pairs.pairs() if isinstance(pairs, Decoder) else pairs
+    for pair in named:
+        is_pair = isinstance(pair, (tuple, list)) and len(pair) == 2
+        if not is_pair or not all(path and isinstance(path, str) for end in pair for path in _several(end)):
+            raise ValueError(f"bind: pairs: {pair!r} is not (path of a layer that all-reduces, path of its norm)")
     return [link for producers, norm in named for link in _links_of(model, _several(producers), norm)]
+
+
+def unnamed(model: Any, links: Sequence[Link]) -> list[str]:
+    """The paths of the layers that all-reduce by themselves and stand in no pair."""
+    named, paths, inside = {id(link.producer) for link in links}, [], ()
+    for path, layer in model.named_sublayers():
+        if is_producer(layer) and not path.startswith(inside):
+            inside += (f"{path}.",)
+            paths += [path] if layer.reduce_results and id(layer) not in named else []
+    return paths
 
 
 def links_by_order(model: Any) -> tuple[list[Link], Reason | None]:
@@ -94,7 +108,7 @@ def is_producer(layer: Any) -> bool:
 
 
 def _several(paths: str | tuple[str, ...]) -> tuple[str, ...]:
-    return (paths,) if isinstance(paths, str) else paths
+    return paths if isinstance(paths, tuple) else (paths,)
 
 
 def _links_of(model: Any, producers: tuple[str, ...], norm: str) -> list[Link]:
@@ -111,7 +125,7 @@ def _links_of(model: Any, producers: tuple[str, ...], norm: str) -> list[Link]:
                 raise ValueError(_unfit(model, *reader, "an RMSNorm of this package"))
             links.append(Link(f"{producer[0]} -> {reader[0]}", producer[1], reader[1]))
     if not links and (numbers or not _count(holder)):
-        ends = found[0] if numbers else (producers[0], None)
+        ends = _at(model, producers[0], numbers[0]) if numbers else (producers[0], None)
         raise ValueError(_unfit(model, *ends, "a RowParallelLinear, or a block that ends in reduce_or_hand_over"))
     return links
 
@@ -132,7 +146,7 @@ def _count(layer: Any) -> int:
 def _unfit(model: Any, path: str, layer: Any, expected: str) -> str:
     """What is wrong with a path, and what is there."""
     if layer is not None:
-        return f"bind: pairs: {path!r} is a {type(layer).__name__}, expected {expected}"
+        return f"bind: pairs: {path!r} is of class {type(layer).__name__}, expected {expected}"
     holder, names = model, path.split(".")
     while (inner := getattr(holder, names[0], None)) is not None:
         holder, _ = inner, names.pop(0)

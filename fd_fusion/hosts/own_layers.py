@@ -16,7 +16,7 @@ from fd_fusion.binding.report import Report
 from fd_fusion.config import FusionConfig, Resolved, resolve
 from fd_fusion.frameworks import paddle_ops
 from fd_fusion.frameworks.tensors import dtype_name
-from fd_fusion.hosts.decoder import Link, Pairs, links_by_order, named_links
+from fd_fusion.hosts.decoder import Link, Pairs, links_by_order, named_links, unnamed
 from fd_fusion.layers.qk_rms_norm import QKRMSNorm
 from fd_fusion.layers.rms_norm import RMSNorm
 from fd_fusion.reasons import because
@@ -47,7 +47,8 @@ def bind(
                            ("blocks.{i}.ffn.down", "blocks.{i+1}.norm1"),
                            ("blocks.-1.ffn.down", "last_norm")])
     or by a `Decoder`, which gives each role its path. With neither, n such layers and n + 1 norms of their width are
-    paired in the order in which the model defines them. The pass below sees a wrong pair: the model stays stock.
+    paired in the order in which the model defines them. The pass below sees a wrong pair: the model stays stock, and
+    with a named backend, or under `strict`, that is a BindError.
 
     Nothing is fused before a proving pass, in eager mode, has shown on all ranks:
     1. Data flow: with the hand-overs in place, nothing fused, and NaN in every tensor that was handed over, the
@@ -106,7 +107,9 @@ def _resolve(model: Any, config: Any, source: str) -> Resolved:
 def find_pairs(model: Any, pairs: Pairs | None = None) -> list[Pair | Rejected]:
     """The pairs that were named, or that the order of the model's layers shows."""
     if pairs is not None:
-        return [_pair(link) for link in named_links(model, pairs)]
+        links = named_links(model, pairs)
+        left = [Rejected(path, because("unnamed", layer=path)) for path in unnamed(model, links)]
+        return [*map(_pair, links), *left]
     links, unclear = links_by_order(model)
     return [Rejected(type(model).__name__, unclear)] if unclear else [_pair(link) for link in links]
 
