@@ -115,18 +115,21 @@ def _links_of(model: Any, producers: tuple[str, ...], norm: str) -> list[Link]:
     """Of one pattern: a layer in which no producer is found has no pair by it, and it is an error if none has."""
     head, is_pattern, _ = f".{producers[0]}".partition(".{i}")
     holder = _at(model, head[1:], 0)[1] if head and is_pattern else model
-    numbers, links = range(_count(holder) - ("{i+1}" in norm) if is_pattern else 1), []
-    for number in numbers:
+    count = _count(holder) if is_pattern else 1
+    links, is_found = [], False
+    for number in range(count):
         found = [_at(model, path, number) for path in producers]
-        producer = next((end for end in found if is_producer(end[1])), None)
-        if producer is not None:
-            reader = _at(model, norm, number)
-            if not isinstance(reader[1], RMSNorm):
-                raise ValueError(_unfit(model, *reader, "an RMSNorm of this package"))
-            links.append(Link(f"{producer[0]} -> {reader[0]}", producer[1], reader[1]))
-    if not links and (numbers or not _count(holder)):
-        ends = _at(model, producers[0], numbers[0]) if numbers else (producers[0], None)
-        raise ValueError(_unfit(model, *ends, "a RowParallelLinear, or a block that ends in reduce_or_hand_over"))
+        end = next((end for end in found if is_producer(end[1])), None)
+        is_found = is_found or end is not None
+        if end is None or ("{i+1}" in norm and number + 1 == count):
+            continue
+        reader = _at(model, norm, number)
+        if not isinstance(reader[1], RMSNorm):
+            raise ValueError(_unfit(model, *reader, "an RMSNorm of this package"))
+        links.append(Link(f"{end[0]} -> {reader[0]}", end[1], reader[1]))
+    if not is_found:
+        first = _at(model, producers[0], 0) if count else (producers[0], None)
+        raise ValueError(_unfit(model, *first, "a RowParallelLinear, or a block that ends in reduce_or_hand_over"))
     return links
 
 

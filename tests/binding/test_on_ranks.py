@@ -54,6 +54,11 @@ def test_what_the_proving_pass_sees(tmp_path):
     for name in ("healthy", "equal_shards", "nan_in_stock"):
         for found in first[name].values():
             assert found["proven"] and found["calls"] == 6 and not found["codes"], (name, found)
+    # By order alone it is bound wrong, and stays stock; its input is not summed in place. Named, it is proven.
+    for name in ("example", "first"):
+        proven, codes, stock, input_kept = first["a_wrong_order"][name]
+        assert not proven and codes == ["nothing_handed_over"] and stock and input_kept, first["a_wrong_order"]
+    assert first["a_wrong_order"]["named"] == [True, [], True, True]
     hooks = first["hooks"]
     assert hooks["producer"]["codes"] == ["hooked"] and hooks["producer"]["calls"] == 5
     assert hooks["around"]["codes"] == ["hooked"] and "layers.1.self_attn has" in hooks["around"]["text"]

@@ -12,7 +12,7 @@ from support import rank as this
 from support.tiny import H, DemoDecoder, hidden
 
 import fd_fusion
-from fd_fusion import FusionConfig
+from fd_fusion import Decoder, FusionConfig, RMSNorm
 from fd_fusion.binding import bind as binding
 from fd_fusion.reasons import BindError, FusionError, HandOverError
 
@@ -196,6 +196,33 @@ def changed_after_bind():
     model(X)
     fd_fusion.unbind(model)
     return {"code": code}
+
+
+class FinalNormFirst(DemoDecoder):
+    """Its order misleads: the norm that runs last is the first that it defines."""
+
+    def __init__(self, rank, size):
+        norm = RMSNorm(H)
+        super().__init__(rank, size)
+        layers = self.layers
+        del self.layers, self.norm
+        self.norm, self.layers = norm, layers
+
+
+def a_wrong_order():
+    """Stock, with the reason and the bits; the example's own input, which a wrong pair would sum in place, as it was.
+    With the pairs named the same model is bound."""
+    found = {}
+    for name, named, example in (("example", None, True), ("first", None, False), ("named", Decoder(), True)):
+        model, x = FinalNormFirst(rank, size), X.clone()
+        stock = model(x)
+        run = (lambda model=model, x=x: (model(x),)) if example else None
+        report = fd_fusion.bind(model, CONFIG, pairs=named, example=run)
+        after = model(x)
+        near = bool(paddle.allclose(after, stock, rtol=1e-5, atol=1e-6))
+        found[name] = [report.proven, codes(report), near and (report.proven or same(after, stock)), same(x, X)]
+        fd_fusion.unbind(model)
+    return found
 
 
 # --- zeros, equal shards, no rows -----------------------------------------------------------------------------------
@@ -447,6 +474,7 @@ SCENARIOS = [
     reader_after,
     another_tensor,
     hooks,
+    a_wrong_order,
     changed_after_bind,
     zeros_then_weights,
     equal_shards,

@@ -20,12 +20,16 @@ def test_the_model_of_one_s_own_runs_on_two_ranks(tmp_path):
     assert done.returncode == 0 and "6 sites, triton" in logs, done.stderr + logs
 
 
-def test_a_type_checker_finds_bind_and_no_fault():
+def test_a_type_checker_finds_bind_and_no_fault(tmp_path):
     """mypy reads this package's own annotations; those of Paddle are left out, since reading them takes a minute."""
     pytest.importorskip("mypy")
     options = ["--follow-imports=silent", "--no-error-summary", "--cache-dir=/dev/null"]
+    wrong = tmp_path / "wrong.py"
+    wrong.write_text("import fd_fusion\nfd_fusion.bind(None, pairs=3).no_such\n")
     done = subprocess.run(
-        [sys.executable, "-m", "mypy", *options, *(f"examples/{name}" for name in EXAMPLES)],
+        [sys.executable, "-m", "mypy", *options, *(f"examples/{name}" for name in EXAMPLES), str(wrong)],
         capture_output=True, text=True, timeout=240, cwd=ROOT,
     )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
+    second, first = done.stdout.splitlines()  # of wrong.py alone
+    assert 'wrong.py:2: error: Argument "pairs" to "bind"' in first, done.stdout + done.stderr
+    assert 'wrong.py:2: error: "Report" has no attribute "no_such"' in second
