@@ -127,7 +127,7 @@ def test_a_model_may_be_the_list_itself():
             r"'inside.rungs.0.atn' is not in Ladder: expected 'atn' among out, qk",
         ),
         (("inside.rung.{i}.out", "last"), r"'inside.rung.\{i\}.out' is not in Ladder: expected 'rung' among rungs"),
-        (("inside.rungs.{i}.first", "last"), r"'inside.rungs.0.first' is of class RMSNorm, expected a RowParallelLinear"),
+        (("inside.rungs.{i}.first", "last"), r"'inside.rungs.0.first' is of class RMSNorm, expected a Row"),
         (("inside.rungs.0.out", "inside.rungs.7.first"), r"'inside.rungs.7.first' is not in Ladder: expected '7'"),
         (("inside.rungs.0.out", "inside.rungs.0.qk"), r"is of class QKRMSNorm, expected an RMSNorm"),
         (("inside.rungs.0.out", "inside.rungs.0.first.weight.x"), r"expected 'x' among no layers"),
