@@ -335,7 +335,7 @@ TABLE: dict[str, Entry] = {
         _OTHER_FLASHINFER,
     ),
     "flashinfer_signature": Entry(
-        "FlashInfer {version} wants {names}, which is unknown here",
+        "FlashInfer {version} takes {names}, which is unknown here",
         _OTHER_FLASHINFER,
     ),
     "flashinfer_build": Entry("FlashInfer {version} did not build its kernel: {error}", "see the log of this rank"),

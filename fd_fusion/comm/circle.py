@@ -1,11 +1,11 @@
 """The circle of a model: all ranks that its groups tie together, directly or through one another.
 
 What counts for the whole model (the proof, an error that a user insisted on) must end alike on all of these ranks,
-and one group's vote does not reach the others. So the ranks first tell each other which groups they are in, in
-rounds; then the circle is a group like any other, with one ballot for one question, however the groups overlap.
+and one group's vote does not reach the others. So the ranks first exchange, in rounds, which groups each is in;
+then the circle is a group like any other, with one ballot for one question, however the groups overlap.
 
-A rank cannot know how many rounds the others need. It need not: whether a group holds one more round is read off that
-group's own verdict, which is the same on all its ranks.
+A rank cannot know how many rounds the others need, and has no need of that number: each group's own verdict, which is
+the same on all its ranks, shows whether the group holds one more round.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ def meet(labels: Mapping[Group, str], *, timeout_s: float) -> tuple[Known, Reaso
     Returns: (who is in which groups, why this rank does not know all of it or None, the groups that hold votes).
     Raises: FusionError: the store is gone.
     """
-    here, broken = [], None
+    met, broken = [], None
     for group in in_order(list(labels)):
         reason = convene(group, labels[group], timeout_s=timeout_s)
         broken = broken or reason
-        here += [group] if reason is None else []
-    known, broken, dead = find_circle(here, broken, timeout_s=timeout_s)
-    return known, broken, [group for group in here if group not in dead]
+        met += [group] if reason is None else []
+    known, broken, dead = find_circle(met, broken, timeout_s=timeout_s)
+    return known, broken, [group for group in met if group not in dead]
 
 
 def find_circle(
@@ -47,7 +47,7 @@ def find_circle(
 ) -> tuple[Known, Reason | None, list[Group]]:
     """Collective over each of `groups`: learn who is tied together.
 
-    Args: refusal: of this rank, if it cannot go on; it is told to every group that still asks.
+    Args: refusal: of this rank, if this rank cannot go on; it is the rank's vote in every group that still holds one.
     Returns: (who is in which groups, None, []), or (what is known, why that is not all, the groups with a rank that
         did not come, which hold no vote any more).
     Raises: FusionError: the store is gone.
@@ -60,12 +60,12 @@ def find_circle(
     while waiting:
         for group in list(waiting):
             verdict = agree(group, "circle", Vote(refusal, known), timeout_s=timeout_s)
-            told: Known = {}
+            gathered: Known = {}
             for data in verdict.data:
-                told.update(data or {})
-            known = {**known, **told}
+                gathered.update(data or {})
+            known = {**known, **gathered}
             refusal = refusal or verdict.reason
-            if not verdict.ok or _is_whole(told):
+            if not verdict.ok or _is_whole(gathered):
                 waiting.remove(group)
             if verdict.missing:
                 dead.append(group)
@@ -77,8 +77,8 @@ def circle_of(groups: Sequence[Group], known: Known, open_names: set[str] | None
     mine = [group for group in in_order(groups) if open_names is None or group.name in open_names]
     if not mine:
         return None
-    here = mine[0].ranks[mine[0].rank]
-    ranks, names = {here}, []
+    own_rank = mine[0].ranks[mine[0].rank]
+    ranks, names = {own_rank}, []
     while True:
         found = [
             one
@@ -95,10 +95,10 @@ def circle_of(groups: Sequence[Group], known: Known, open_names: set[str] | None
         if set(group.ranks) == ranks:
             return group
     ordered = tuple(sorted(ranks))
-    own = {"name": "circle/" + "+".join(names), "rank": ordered.index(here), "size": len(ordered), "ranks": ordered}
-    return dataclasses.replace(mine[0], **own, handle=None, place=Place())
+    changed = {"rank": ordered.index(own_rank), "size": len(ordered), "ranks": ordered}
+    return dataclasses.replace(mine[0], name="circle/" + "+".join(names), **changed, handle=None, place=Place())
 
 
-def _is_whole(told: Known) -> bool:
-    """Whether every rank that is in a group of these has told its own groups."""
-    return all(str(rank) in told for groups in told.values() for _, ranks, _ in groups for rank in ranks)
+def _is_whole(gathered: Known) -> bool:
+    """Whether the groups of every rank that is in one of these groups have been gathered."""
+    return all(str(rank) in gathered for groups in gathered.values() for _, ranks, _ in groups for rank in ranks)

@@ -41,7 +41,7 @@ class CudaDriver:
             self._call("cuCtxPopCurrent_v2", ctypes.byref(ctypes.c_void_p()))
 
     def make_stream(self) -> None:
-        """Make the stream of `read`, which is this object's own, so that a read waits for nobody's kernels."""
+        """Make the stream of `read`, which is this object's own, so that a read waits for no kernel."""
         if not self._stream:
             self.call("cuStreamCreate", ctypes.byref(self._stream), _NON_BLOCKING)
 

@@ -50,7 +50,7 @@ class CudaIpc:
         return count.value
 
     def allocate(self, nbytes: int) -> tuple[int, bytes]:
-        """New device memory, not cleared: its address here, and the handle by which peers open it."""
+        """New device memory, not cleared: its address in this process, and the handle by which peers open it."""
         address, handle = ctypes.c_uint64(), _IpcHandle()
         self._cuda.call("cuMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(-(-nbytes // _BLOCK) * _BLOCK))
         try:
@@ -94,8 +94,8 @@ class CudaIpc:
     def host_page(self, nbytes: int) -> tuple[int, int]:
         """Pinned host memory that a kernel can write, cleared: its address for the host, and for the kernel.
 
-        By a descriptor in `pages` a process beside this one can read it. Where the system or the driver pins no such
-        memory it is the driver's own, and nobody else reads it.
+        By a descriptor in `pages` a process beside this one can read the page. Where the system or the driver pins no
+        such memory, the page is the driver's own, and no other process reads it.
         """
         try:
             return self._shared_page(nbytes)

@@ -24,7 +24,7 @@ class Place:
 class Group:
     """The ranks that reduce together. `rank` and `size` are of the group, `ranks` are the global ranks.
 
-    `name` tells this group from any other of the job and is the same on all its ranks.
+    `name` is this group's alone in the job and the same on all its ranks.
     """
 
     name: str
@@ -57,7 +57,7 @@ def working(group: Group, *, timeout_s: float = 30.0) -> Iterator[None]:
     stop, every_s = threading.Event(), max(0.02, min(1.0, timeout_s / 4))
 
     def beat() -> None:
-        with contextlib.suppress(Exception):  # a store that is gone is told by the next vote
+        with contextlib.suppress(Exception):  # the next vote raises for a store that is gone
             while not stop.wait(every_s):
                 group.store.add(progress_key(group.ranks[group.rank]), 1)
 

@@ -5,13 +5,13 @@ So every collective step that stands alone (a bind, the proving pass in a first 
 starts with a meeting. Rank 0 opens it, under a number from the store, and the others join the newest one; its ballots
 are counted from zero.
 
-A meeting has a label, which says what it is about. It tells a rank that is late from one that left something out:
+A meeting has a label, which names its purpose. By it a rank that is late differs from one that left something out:
 
     the newest meeting            this rank
     open, of its label            joins
-    open, of another label        joins, and the first vote shows the difference; but not if it knows that it is late
-                                  itself, or that it has given up waiting for this one before
-    ended                         waits for the next; if that does not come, this one was its own, and it is late
+    open, of another label        joins, and the first vote shows the difference; but not if this rank has missed its
+                                  own meeting, or has given up waiting for this one before
+    ended                         waits for the next; if none comes, this one was its own, and this rank is late
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def _open(group: Group, label: str) -> None:
 
 
 def _join(group: Group, label: str, timeout_s: float) -> Reason | None:
-    """Another rank: look for a meeting that is newer than the last, for as long as rank 0 may take to come."""
+    """Another rank: wait for a meeting that is newer than the last, for as long as rank 0 may take to open one."""
     place, late = group.place, False
     # Rank 0 may wait up to the limit for a third rank of another group, so it is given one limit more.
     patience, own = (Signs(group.store, group.ranks[0], limit) for limit in (2 * timeout_s, timeout_s))

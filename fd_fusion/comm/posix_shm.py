@@ -39,7 +39,7 @@ class PosixShm:
         return {}
 
     def allocate(self, nbytes: int) -> tuple[int, bytes]:
-        """A new zeroed segment: its address here, and the handle by which peers map it. Raises OSError."""
+        """A new zeroed segment: its address in this process, and the handle by which peers map it. Raises OSError."""
         remove_left()
         token = secrets.token_bytes(self.handle_bytes)
         hidden, path = _path(token, hidden=True), _path(token)
@@ -94,7 +94,7 @@ class PosixShm:
         """Nothing runs in the background under the interpreter."""
 
     def host_page(self, nbytes: int) -> tuple[int, int]:
-        """A page for errors: its address for the host and its address for the kernel, here the same."""
+        """A page for errors: its address for the host and its address for the kernel, which are the same on a CPU."""
         fd = shared_page(nbytes)
         address = self._map(fd, nbytes)
         self.pages[address] = fd

@@ -1,6 +1,6 @@
 """Signs of life: every rank of a group counts up in memory that its peers see, so that a silent rank has a name.
 
-A kernel that waits in vain says so by itself. But a rank can be missing while nobody waits in a kernel of ours: in a
+A kernel that waits in vain writes its own error. But a rank can be missing while no kernel of ours waits: in a
 collective of the host, in its barrier between two steps, when the server is idle. A rank whose count has stood still
 for `limit_s` is missing; one that is late but runs goes on counting, however long its step takes.
 """
@@ -20,9 +20,9 @@ from fd_fusion.comm.symmetric_memory import open_symmetric_memory
 from fd_fusion.reasons import Reason, because
 
 PAGE_BYTES = 4096
-# Time between two looks counts for so long at most: a machine that was suspended, or a process that did not get to
-# run, has heard nothing from anybody, and that is nobody's silence.
-_LOOK_S = 0.5
+# Time between two reads counts for so long at most: a machine that was suspended, or a process that did not get to
+# run, has read no counts meanwhile, and that is no rank's silence.
+_READ_S = 0.5
 _LEFT = -1  # the count of a rank that left in order
 
 
@@ -40,26 +40,28 @@ class Presence:
     def leave(self) -> None:
         self._counts[self._rank].value = _LEFT
 
-    def listener(self, limit_s: float, clock: Callable[[], float] = time.monotonic) -> Callable[[], Reason | None]:
+    def silence_check(
+        self, limit_s: float, clock: Callable[[], float] = time.monotonic
+    ) -> Callable[[], Reason | None]:
         """A function to call again and again: it names the first rank that has been silent for `limit_s`."""
-        heard, silent_s = [0] * len(self._counts), [0.0] * len(self._counts)
+        last_counts, silent_s = [0] * len(self._counts), [0.0] * len(self._counts)
         last = clock()
 
-        def listen() -> Reason | None:
+        def check() -> Reason | None:
             nonlocal last
             now = clock()
-            passed, last = min(now - last, _LOOK_S), now
+            passed, last = min(now - last, _READ_S), now
             for peer, count in enumerate(self._counts):
                 value = count.value
-                if peer == self._rank or value == _LEFT or value != heard[peer]:
-                    heard[peer], silent_s[peer] = value, 0.0
+                if peer == self._rank or value == _LEFT or value != last_counts[peer]:
+                    last_counts[peer], silent_s[peer] = value, 0.0
                     continue
                 silent_s[peer] += passed
                 if silent_s[peer] > limit_s:
                     return because("silent_rank", rank=self._ranks[peer], seconds=f"{limit_s:g}")
             return None
 
-        return listen
+        return check
 
 
 class Meeting:

@@ -2,8 +2,8 @@
 
 It is a process and no thread, since a rank that waits for a missing one may hold Python's lock for ever: Paddle does
 so in the `synchronize` of an event or a stream, and then no thread of that rank runs any more, and no handler of a
-signal. The sentinel needs nothing of its rank but its process id and its error pages: it counts as long as the system
-says that the process runs, it reads what a kernel wrote that waited in vain, and it ends with its rank.
+signal. The sentinel needs nothing of its rank but the process id and the error pages: it counts as long as the
+process runs, it reads what a kernel that waited in vain has written, and it ends with its rank.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ _CODE = "import sys; sys.path.insert(0, sys.argv[1]); from fd_fusion.comm import
 def start(
     meeting: Meeting, limit_s: float, grace_s: float, log: str | None, pages: Sequence[int] = (), reader: str = ""
 ) -> subprocess.Popen:
-    """A sentinel for this process. It tells of a silent rank on stderr and in the file `log`, if there is one; when
-    this process is still there `grace_s` later, it ends it.
+    """Start a sentinel for this process. The sentinel names a silent rank on stderr and in the file `log`, if there
+    is one; when this process still runs `grace_s` later, the sentinel ends it.
 
     pages: descriptors of error pages. reader: "module:function" that makes a reason of the int64 words of a page.
     """
@@ -48,7 +48,7 @@ def start(
         "pages": list(pages),
         "reader": reader,
     }
-    # Isolated and without site: it starts in no time, and nobody's start-up files run in it.
+    # Isolated and without site: the process starts at once, and runs no start-up files of the user.
     command = [sys.executable, "-I", "-S", "-c", _CODE, str(_ROOT), json.dumps(spec)]
     return subprocess.Popen(command, pass_fds=[*meeting.descriptors, *pages], stdin=subprocess.DEVNULL, stdout=2)
 
@@ -60,18 +60,19 @@ def main(text: str) -> None:
     spec = json.loads(text)
     pid = spec["pid"]
     presence = presence_of(spec["descriptors"], spec["rank"], spec["ranks"])
-    listen, error = presence.listener(spec["limit_s"]), _reader(spec["pages"], spec["reader"])
+    silent_rank, error = presence.silence_check(spec["limit_s"]), _reader(spec["pages"], spec["reader"])
     while os.getppid() == pid:
         if is_running(pid):
             presence.beat()
-            if reason := listen():
-                _tell(reason, spec["log"])
+            if reason := silent_rank():
+                _write(reason, spec["log"])
                 return _end(pid, spec["grace_s"])
-            if error() and not _ends_within(pid, spec["grace_s"]):  # its own threads tell, where they can run
-                _tell(error(), spec["log"])
+            # The rank's own threads log the error, where they can run.
+            if error() and not _ends_within(pid, spec["grace_s"]):
+                _write(error(), spec["log"])
                 return _end(pid, 0.0)
         else:
-            listen = presence.listener(spec["limit_s"])  # a rank that stands still judges nobody
+            silent_rank = presence.silence_check(spec["limit_s"])  # a rank that stands still names no other
         time.sleep(_EVERY_S)
 
 
@@ -84,7 +85,7 @@ def is_running(pid: int) -> bool:
     return state not in _STOPPED
 
 
-def _tell(reason: Reason, log: str | None) -> None:
+def _write(reason: Reason, log: str | None) -> None:
     sentence = f"fd_fusion: {reason}; {reason.remedy}; this process ends"
     with contextlib.suppress(OSError):
         os.write(2, f"{sentence}\n".encode())
@@ -94,7 +95,7 @@ def _tell(reason: Reason, log: str | None) -> None:
 
 
 def _reader(pages: Sequence[int], name: str) -> Callable[[], Reason | None]:
-    """What the first page says that says anything."""
+    """A function that reads the error on the first page that holds one."""
     mapped = [memoryview(mmap.mmap(fd, os.fstat(fd).st_size)).cast("q") for fd in pages]
     module, _, function = name.partition(":")
     read = getattr(importlib.import_module(module), function) if name else None
@@ -109,6 +110,6 @@ def _ends_within(pid: int, seconds: float) -> bool:
 
 
 def _end(pid: int, grace_s: float) -> None:
-    """The host may end its process by itself in the grace. Behind it no handler is asked: none could run."""
+    """The host may end its process by itself within `grace_s`. After that no handler is called: none could run."""
     if not _ends_within(pid, grace_s):
         os.kill(pid, signal.SIGKILL)

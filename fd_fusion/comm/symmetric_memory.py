@@ -1,8 +1,8 @@
 """One buffer a rank that every rank of the group can address: opened together, proven, closed in order.
 
-`open_symmetric_memory` is collective and ends the same way on all ranks: everybody has it, or everybody
-raises the same reason. What a driver says about reachability is not believed; before the memory is handed
-out, every rank has stored words into every peer with the kernel's own store, and every peer has found them.
+`open_symmetric_memory` is collective and ends the same way on all ranks: all of them have the memory, or all raise
+the same reason. A driver's answer about reachability is no proof; before the memory is handed out, every rank has
+stored words into every peer with the kernel's own store, and every peer has read these words.
 """
 
 from __future__ import annotations
@@ -86,10 +86,10 @@ class SymmetricMemory:
     def _barrier(self, step: str) -> bool:
         """Wait for the other ranks; once in vain is enough, whatever else this process has to close."""
         name = self.group.name
-        here = name not in _lost and barrier(self.group, f"{self.nonce}/{step}", CLOSE_TIMEOUT_S)
-        if not here:
+        arrived = name not in _lost and barrier(self.group, f"{self.nonce}/{step}", CLOSE_TIMEOUT_S)
+        if not arrived:
             _lost.add(name)
-        return here
+        return arrived
 
 
 def open_symmetric_memory(
@@ -114,7 +114,7 @@ def open_symmetric_memory(
         _map(memory, handles, timeout_s)
         _prove(memory, push, timeout_s)
     except FusionError:
-        memory.close()  # all ranks are here, or one is missing for good
+        memory.close()  # all ranks come to this close, or one is missing for good
         raise
     except BaseException:
         memory.close(wait=False)
@@ -132,13 +132,13 @@ def barrier(group: Group, name: str, timeout_s: float) -> bool:
     """Wait for all ranks to arrive at `name`, used once. False when one did not, or the store is gone."""
     key, deadline = f"fd_fusion/{group.name}/barrier/{name}", time.monotonic() + timeout_s
     try:
-        here = group.store.add(key, 1)
-        while here < group.size:
+        arrived = group.store.add(key, 1)
+        while arrived < group.size:
             if time.monotonic() > deadline:
                 return False
             time.sleep(0.002)
-            here = group.store.add(key, 0)
-    except Exception:  # each store has its own errors; whatever it was, nobody can be waited for through it
+            arrived = group.store.add(key, 0)
+    except Exception:  # each store has its own errors; after any of them no rank can be waited for through this store
         return False
     return True
 
@@ -177,7 +177,7 @@ def _unreachable(ranks: tuple[dict[str, Any], ...], group: Group) -> Reason | No
 
 
 def _allocate(memory: SymmetricMemory, timeout_s: float) -> list[bytes]:
-    """Allocate and clear the own buffer, gather everybody's handles."""
+    """Allocate and clear the own buffer, gather the handles of all ranks."""
     group, provider = memory.group, memory.provider
 
     def allocate() -> str:

@@ -3,7 +3,7 @@
 The votes move as small JSON texts through a key-value store (Paddle's TCPStore, torch's, or one of the tests'),
 so a vote needs neither NCCL nor a new process group, and unpickles nothing. Group rank 0 gathers the votes and
 writes one verdict; every other rank reads that verdict. So two ranks cannot come to two conclusions because one
-of them looked a moment earlier. A rank that waits in vain for rank 0 seals the ballot first, with an atomic
+of them read the store a moment earlier. A rank that waits in vain for rank 0 seals the ballot first, with an atomic
 add, and rank 0, should it come late after all, finds the seal and calls the vote off too.
 
 Ballots are counted by each rank itself, from the last meeting on (`meeting.convene`), where all ranks start at zero.
@@ -49,7 +49,7 @@ class Verdict:
     def reason(self) -> Reason | None:
         """The first refusal, naming its rank, or the one that an earlier vote named. All are in `refusals`.
 
-        What every rank says alike, all of them found out together: it is nobody's own.
+        A refusal that all ranks state alike names no rank: all of them found it together.
         """
         if self.ok:
             return None
@@ -97,7 +97,7 @@ def _gather(group: Group, ballot: str, timeout_s: float) -> Verdict:
     ]
     refusals = [(rank, vote.refusal) for rank, vote in enumerate(votes) if vote.refusal is not None]
     if group.store.add(f"{ballot}/seal", 1) >= _SEAL:
-        refusals.insert(0, (0, because("gave_up", rank=0)))  # somebody already runs without this vote
+        refusals.insert(0, (0, because("gave_up", rank=0)))  # a rank already runs without this vote
         missing.add(0)
     verdict = Verdict(tuple(vote.data for vote in votes), tuple(refusals), tuple(sorted(missing)))
     text = {

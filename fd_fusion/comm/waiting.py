@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Protocol
 
 _PATIENCE = 10  # a rank that shows progress is waited for this many times the limit
-_POLL_S = (0.001, 0.05)  # first and longest pause between two looks at the store
+_POLL_S = (0.001, 0.05)  # first and longest pause between two reads of the store
 
 
 class Store(Protocol):
@@ -19,7 +19,7 @@ class Store(Protocol):
 
 
 class Signs:
-    """Whether a process is still worth waiting for: it is, up to the limit, and longer while it shows progress."""
+    """Whether to wait on for a process: up to the limit, and longer while the process shows progress."""
 
     def __init__(self, store: Store, process: int, timeout_s: float):
         self._store, self._key, self._timeout_s = store, progress_key(process), timeout_s
@@ -34,7 +34,7 @@ class Signs:
 
 
 def wait_for(is_there: Callable[[int], bool], signs: dict[int, Signs]) -> set[int]:
-    """Wait for each of these ranks until it is there, or not worth it any more. Returns the missing ones."""
+    """Wait for each of these ranks until it is there, or its `Signs` are over. Returns the missing ranks."""
     waiting, missing = set(signs), set()
     for pause in pauses():
         for rank in sorted(waiting):
@@ -49,7 +49,7 @@ def wait_for(is_there: Callable[[int], bool], signs: dict[int, Signs]) -> set[in
 
 
 def pauses() -> Iterator[float]:
-    """Seconds between two looks at the store: short ones first."""
+    """Seconds between two reads of the store: short ones first."""
     pause = _POLL_S[0]
     while True:
         yield pause
@@ -57,7 +57,7 @@ def pauses() -> Iterator[float]:
 
 
 def publish(store: Store, key: str, text: str) -> None:
-    """Set the value, then the mark that says so: `get` of a key that is not set would block."""
+    """Set the value, then the mark that it is set: `get` of a key that is not set would block."""
     store.set(key, text)
     store.add(f"{key}/set", 1)
 
@@ -67,5 +67,5 @@ def is_published(store: Store, key: str) -> bool:
 
 
 def progress_key(process: int) -> str:
-    """Of a process (its global rank), not of a group: it may be at work for another one of its groups."""
+    """Of a process (its global rank), not of a group: a process may be at work for another one of its groups."""
     return f"fd_fusion/progress/{process}"

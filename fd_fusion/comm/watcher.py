@@ -1,10 +1,10 @@
-"""One thread a process that looks at the error pages of all workspaces.
+"""One thread a process that reads the error pages of all workspaces.
 
-A kernel that runs out of time writes its error into host memory; under graph replay no Python of ours runs,
-so nobody else would look. Looking reads a few words every few milliseconds and needs no GPU call.
+A kernel that runs out of time writes its error into host memory; under graph replay no other Python of ours runs that
+could read it. The thread reads a few words every few milliseconds and needs no GPU call.
 
-In a server an error must also end the process: its main thread may hang in a collective of the host, which nobody
-can call back, and then only its end tells the launcher, and so the server, that a rank is missing.
+In a server an error must also end the process: its main thread may hang in a collective of the host, which cannot be
+called back, and then only the end of the process shows the launcher, and so the server, that a rank is missing.
 """
 
 from __future__ import annotations
@@ -17,38 +17,38 @@ from typing import Any
 EXIT_STATUS = 75
 _EVERY_S = 0.01
 _grace_s: float | None = None
-_lock = threading.RLock()  # a SIGTERM handler may close a workspace while its thread is in here
+_lock = threading.RLock()  # a SIGTERM handler may close a workspace while the handler's thread holds this lock
 _watched: dict[Any, tuple[Callable[[], Any], Callable[[Any], None]]] = {}
 _thread: threading.Thread | None = None
 
 
-def watch(key: Any, look: Callable[[], Any], on_error: Callable[[Any], None]) -> None:
-    """When `look()` is no longer None, call `on_error` with what it gave: once, from the watching thread."""
+def watch(key: Any, read_error: Callable[[], Any], on_error: Callable[[Any], None]) -> None:
+    """When `read_error()` is no longer None, call `on_error` with the error: once, from the watching thread."""
     global _thread
     with _lock:
-        _watched[key] = look, on_error
+        _watched[key] = read_error, on_error
         if _thread is None:
             _thread = threading.Thread(target=_run, name="fd_fusion-watcher", daemon=True)
             _thread.start()
 
 
 def unwatch(key: Any) -> None:
-    """Stop looking: once this returns, what `look` reads may be freed."""
+    """Read no more: once this returns, what `read_error` reads may be freed."""
     with _lock:
         _watched.pop(key, None)
 
 
 def end_process_on_error(grace_s: float | None) -> None:
-    """From now on an error ends this process, `grace_s` after it was told; None: no more.
+    """From now on an error ends this process, `grace_s` after it was read; None: no more.
 
-    In that time the host may end by itself, with a traceback and all that it does in the end.
+    In that time the host may end the process by itself, with a traceback and its own exit handlers.
     """
     global _grace_s
     _grace_s = grace_s
 
 
 def end_process(message: str) -> None:
-    """Say why, and end this process at once: the launcher sees a rank that died, instead of one that is silent."""
+    """Print why, and end this process at once: the launcher sees a rank that died, instead of one that is silent."""
     os.write(2, f"fd_fusion: {message}\n".encode())
     os._exit(EXIT_STATUS)
 
@@ -62,12 +62,12 @@ def _run() -> None:
             if not _watched:
                 _thread = None  # under the lock, so that the next `watch` starts another thread
                 return
-            for key, (look, on_error) in list(_watched.items()):
-                if (error := look()) is not None:
+            for key, (read_error, on_error) in list(_watched.items()):
+                if (error := read_error()) is not None:
                     raised.append((on_error, error))
                     del _watched[key]
         for on_error, error in raised:
-            if _grace_s is not None:  # before anything else: to tell may take a while, or fail
+            if _grace_s is not None:  # before anything else: `on_error` may take a while, or fail
                 timer = threading.Timer(_grace_s, end_process, [f"{error}; this process ends"])
                 timer.daemon = True
                 timer.start()

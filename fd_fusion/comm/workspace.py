@@ -1,7 +1,7 @@
 """The memory of one fused op: opened together, watched, frozen before capture, reset and closed together.
 
 A workspace belongs to one (group, hidden size, dtype) and to one order of calls. What lies where in it is the
-kernel's business and comes as a `Layout`; this module knows when it is filled, looked at and given back.
+kernel's business and comes as a `Layout`; this module decides when that memory is filled, read and given back.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _open: list[Workspace] = []
 
 @dataclass(frozen=True)
 class Layout:
-    """What the kernel wants in memory. All sizes are of one rank."""
+    """What the kernel takes in memory. All sizes are of one rank."""
 
     control_bytes: int  # zeroed, at the start of the symmetric memory
     symmetric_bytes: int  # control page and slots
@@ -46,7 +46,7 @@ class Layout:
         [int, int, list[int]], list[int]
     ]  # (limit in ns, error page, addresses) -> its first content
     page_bytes: int
-    read_error: Callable[[list[int]], Reason | None]  # what the words of the error page say
+    read_error: Callable[[list[int]], Reason | None]  # the error that the words of the error page hold
 
 
 class Workspace:
@@ -91,8 +91,8 @@ class Workspace:
     def check(self) -> None:
         """To be called before results leave the process, when the calls that made them have ended.
 
-        Raises: FusionTimeout: a call ran out of time, here or on another rank. A rank that was merely late, and
-        started no call since, has nothing on its page; there the abort word tells.
+        Raises: FusionTimeout: a call ran out of time, on this rank or on another. A rank that was merely late, and
+        started no call since, has an empty error page; there the abort word is read.
         """
         self._need_open()
         reason = self.error()
@@ -102,7 +102,7 @@ class Workspace:
             self.fail(reason)
 
     def fail(self, reason: Reason) -> NoReturn:
-        """Raise FusionTimeout. The log has it before: who raises may end the process before the watcher has told."""
+        """Log the error, then raise FusionTimeout: who catches it may end the process before the watcher logs."""
         self._on_error(reason)
         raise FusionTimeout(reason)
 
@@ -123,7 +123,7 @@ class Workspace:
         label = f"reset {self.memory.nonce} {self.generation}"
         if (reason := convene(group, label, timeout_s=patience)) is not None:  # the others find this rank missing
             raise FusionError(reason)
-        _, refusal = as_refusal(self.memory.provider.synchronize)  # nobody clears what a kernel may still write
+        _, refusal = as_refusal(self.memory.provider.synchronize)  # no rank clears what a kernel may still write
         labels = agree_or_raise(group, "reset", refusal, label, 2 * patience)
         if others := [rank for rank, other in enumerate(labels) if other != labels[0]]:
             raise FusionError(because("structure_differs", rank=others[0], detail="it resets another workspace"))

@@ -22,7 +22,7 @@ class Ranks:
         self.now = 100.0
         counts = [ctypes.c_int64() for _ in range(3)]
         self.all = [Presence(counts, rank, (4, 5, 6)) for rank in range(3)]
-        self._listen = [one.listener(LIMIT_S, lambda: self.now) for one in self.all]
+        self._listen = [one.silence_check(LIMIT_S, lambda: self.now) for one in self.all]
 
     def run(self, seconds, ranks, step_s=0.01):
         """Let these ranks look every `step_s`. Returns what they said, by rank."""

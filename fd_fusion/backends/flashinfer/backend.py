@@ -107,7 +107,7 @@ def open(spec: OpSpec, group: Group) -> FlashInferOp:
             call, adds_bias = python_call(library.function, fixed, library.version)
         else:
             call, adds_bias = compiled_call(entry, fixed, library.version)
-        if spec.weight_offset and not adds_bias:  # the version says so, the signature does not
+        if spec.weight_offset and not adds_bias:  # by its version it adds one, by its signature it does not
             offset = spec.weight_offset
             raise FusionError(because("flashinfer_weight_offset", version=library.version, offset=offset))
         read = ControlReader(memory.own + layout.control)
@@ -145,7 +145,7 @@ def _load_and_build(spec: OpSpec, group: Group) -> tuple[loader.FlashInfer, Call
 
 
 def _build(library: loader.FlashInfer) -> Call | None:
-    """Compile and load the kernel, with a line that says so where it takes minutes."""
+    """Compile and load the kernel, with a line on stderr where that takes minutes."""
     start, slow = time.monotonic(), loader.compiled_module(library.version) is None
     if slow:
         _say(f"compiling the kernel of FlashInfer {library.version}: some minutes, once on this machine")

@@ -45,7 +45,7 @@ class Fixed:
 
 
 def parameters(function: Callable[..., Any]) -> dict[str, bool]:
-    """Parameters by name, and whether each must be given; those of the oldest release where Python cannot tell."""
+    """Parameters by name, and whether each must be given; where there is no signature, the oldest release's."""
     try:
         found = inspect.signature(function).parameters.values()
     except (ValueError, TypeError):

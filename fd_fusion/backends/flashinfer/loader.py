@@ -56,7 +56,7 @@ class FlashInfer:
 
 
 def installed_version() -> str | None:
-    """The installed version, without importing it; "0" for a copy that does not say; None for none."""
+    """The installed version, without importing it; "0" for a copy without a version; None for none."""
     for name in DISTRIBUTIONS:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             return importlib.metadata.version(name)
@@ -154,14 +154,14 @@ def _refuse_foreign(framework: ModuleType) -> None:
 
 
 def _forget(before: set[str]) -> None:
-    """Remove what a failed import left behind, so that nobody finds half of a package."""
+    """Remove what a failed import left behind, so that no later import finds half of a package."""
     for name in set(sys.modules) - before:
         if name == PACKAGE or name.startswith(f"{PACKAGE}."):
             del sys.modules[name]
 
 
 def _map_cuda_runtime() -> None:
-    """Versions before 0.6.14 look for a libcudart in this process's maps while they are imported."""
+    """Map a CUDA runtime: versions before 0.6.14 search this process's maps for one while they are imported."""
     with open("/proc/self/maps") as maps:
         if "libcudart" in maps.read():
             return
@@ -173,7 +173,7 @@ def _map_cuda_runtime() -> None:
 
 @contextlib.contextmanager
 def scoped_torch() -> Iterator[None]:
-    """Inside it, modules of FlashInfer that get imported see Paddle's proxy as `torch`, and nobody else does.
+    """Inside it, modules of FlashInfer that get imported see Paddle's proxy as `torch`, and no other module does.
 
     Raises: FusionError: this Paddle has no torch proxy.
     """
@@ -235,7 +235,7 @@ class Proxies:
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Finds FlashInfer's modules as everybody would, and has them executed with `Proxies.import_`."""
+    """Finds FlashInfer's modules as Python's own finders do, and has them executed with `Proxies.import_`."""
 
     def __init__(self, proxies: Proxies):
         self._proxies = proxies

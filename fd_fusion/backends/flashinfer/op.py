@@ -55,7 +55,7 @@ class FlashInferOp:
     def finish(
         self, partial: Tensor, residual: Tensor | None, weight: Tensor, eps: float, weight_offset: float
     ) -> tuple[Tensor, Tensor]:
-        """One kernel for what `reference.all_reduce_rms_norm` says, with FlashInfer's own roundings.
+        """The formula of `reference.all_reduce_rms_norm` in one kernel, with FlashInfer's own roundings.
 
         Args: partial, residual: [T, H]. weight: [H]. All of the opened dtype, contiguous, 16-byte aligned.
         Returns: (norm_out, residual_out), [T, H] each.

@@ -1,4 +1,4 @@
-"""What is known of FlashInfer's releases: who takes which arguments, and which faults were mended when.
+"""What is known of FlashInfer's releases: which take which arguments, and which fixed which faults.
 
 Features are found by signature where there is one. The compiled module has none, and a fault shows in no
 signature; for these the version decides, by the rules here.

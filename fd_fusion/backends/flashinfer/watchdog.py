@@ -23,7 +23,7 @@ Words = tuple[int, ...]
 class Watchdog:
     """Calls `end` once `read` has shown the same running call, or nothing at all, for `limit_s`.
 
-    Time is counted in looks, so a process that was stopped for a while is not taken for one that hangs.
+    Time is counted in reads, so a process that was stopped for a while is not taken for one that hangs.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class Watchdog:
         self._stop = threading.Event()
         self._threads = [
             threading.Thread(target=run, name=f"fd_fusion-flashinfer-{run.__name__[1:]}", daemon=True)
-            for run in (self._look, self._judge)
+            for run in (self._read_often, self._judge)
         ]
         for thread in self._threads:
             thread.start()
@@ -58,7 +58,7 @@ class Watchdog:
 
     _idle = False
 
-    def _look(self) -> None:
+    def _read_often(self) -> None:
         last: Words = ()
         while not self._stop.wait(self._every_s):
             try:
@@ -72,10 +72,10 @@ class Watchdog:
             last = words
 
     def _judge(self) -> None:
-        seen, looks = -1, 0
+        seen, reads = -1, 0
         while not self._stop.wait(self._every_s):
-            seen, looks = (seen, looks + 1) if seen == self._signs else (self._signs, 0)
-            if looks * self._every_s > self.limit_s:
+            seen, reads = (seen, reads + 1) if seen == self._signs else (self._signs, 0)
+            if reads * self._every_s > self.limit_s:
                 limit = f"{self.limit_s:g} s"
                 self._end(f"{self._what} has waited for another rank for {limit}; this process ends with it")
                 return
@@ -99,7 +99,7 @@ class ControlReader:
         return tuple((ctypes.c_int * CONTROL_INTS).from_address(self._host.value))
 
     def close(self) -> None:
-        """From any thread, once nobody reads any more. With a broken context it is all gone anyway."""
+        """From any thread, once no thread reads any more. With a broken context both are gone already."""
         with contextlib.suppress(CudaError):
             self._cuda.drop_stream()
         with contextlib.suppress(CudaError):

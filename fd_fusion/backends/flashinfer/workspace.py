@@ -5,7 +5,7 @@ frees the control block, or needs torch, each in some of its releases. The kerne
 
     comm_buf   N*T*H*e bytes        any content; two-shot copies through it
     flags      N*256 int32          zero
-    lamport    3 * N*T*H*e bytes    three buffers in turn; -0.0 in every element means "nothing here yet"
+    lamport    3 * N*T*H*e bytes    three buffers in turn; -0.0 in every element means "not written yet"
     control    5 int32 [CTAs of the running call, two-shot flag, lamport flag, N*T*H*e, elements to clear]
 
 and a device table of int64 with comm_buf, flags and lamport of every rank and the own control block. All four lie
@@ -78,7 +78,7 @@ def rows_that_fit(nbytes: int, size: int, hidden_size: int, element_bytes: int) 
 
 
 def open_memory(group: Group, layout: Layout, provider: MemoryProvider, *, timeout_s: float) -> SymmetricMemory:
-    """Collective: allocate, exchange and fill, and let nobody start before everybody has filled.
+    """Collective: allocate, exchange and fill; no rank starts before all have filled.
 
     Raises: FusionError: on all ranks alike.
     """

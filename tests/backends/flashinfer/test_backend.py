@@ -133,7 +133,7 @@ def test_two_shot_only_where_it_is_sound_and_pays():
     assert all(op("0.6.17", size=4).one_shot(rows) for rows in (1, 5, big))
     new = op(size=4, hidden_size=8192)
     assert new.one_shot(1) and new.one_shot(512) and not new.one_shot(513)
-    assert op(size=4, hidden_size=1 << 27).one_shot(4), "two-shot wants more rows than ranks"
+    assert op(size=4, hidden_size=1 << 27).one_shot(4), "two-shot needs more rows than ranks"
 
 
 class Tensor:
@@ -246,7 +246,7 @@ def test_sub_groups_have_their_own_workspaces(tmp_path):
     [
         ("missing", "reason: rank 1 refused: FlashInfer is not installed"),
         ("version", "reason: rank 1 has FlashInfer 0.6.12, rank 0 has 0.7.2"),
-        ("signature", "reason: rank 1 refused: FlashInfer 0.7.2 wants x, no allreduce_in"),
+        ("signature", "reason: rank 1 refused: FlashInfer 0.7.2 takes x, no allreduce_in"),
         ("fill", "reason: rank 1 refused: the workspace could not be opened: ZeroDivisionError"),
         ("offset", "reason: FlashInfer 0.6.12 cannot add 1.0 to the norm's weight"),
     ],

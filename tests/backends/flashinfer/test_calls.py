@@ -105,10 +105,10 @@ def test_without_a_signature_the_oldest_parameters_are_assumed(error):
 
 def test_an_unknown_signature_is_a_reason():
     function, _ = recorder([*BASE, "moe_rank"])
-    with pytest.raises(FusionError, match=r"FlashInfer 0.9 wants moe_rank, which is unknown here"):
+    with pytest.raises(FusionError, match=r"FlashInfer 0.9 takes moe_rank, which is unknown here"):
         python_call(function, FIXED, "0.9")
     function, _ = recorder([name for name in BASE if name != "rms_gamma"])
-    with pytest.raises(FusionError, match="wants no rms_gamma"):
+    with pytest.raises(FusionError, match="takes no rms_gamma"):
         python_call(function, FIXED, "0.9")
 
 
