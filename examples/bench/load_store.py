@@ -7,7 +7,9 @@ from fd_fusion.kernels.qk_rms_norm import gdc_wait
 
 
 @triton.jit(do_not_specialize=["rows"])
-def touch_kernel(x, rows, stride, ROW_HEADS: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, PDL: tl.constexpr):
+def load_store_kernel(
+    x, rows, stride, ROW_HEADS: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, PDL: tl.constexpr
+):
     """Flip the sign of x[rows, :ROW_HEADS * D]: its own exact inverse, so that replays do not drift."""
     if PDL:
         gdc_wait()

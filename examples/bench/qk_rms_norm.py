@@ -61,7 +61,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     def ours(x, weights, q, kv):
         qk_rms_norm(x, *weights, q_heads=q, kv_heads=kv, head_dim=D, eps=EPS)
 
-    kernels: dict[str, Callable] = {"us": ours, "no_pdl_us": _bare(False), "touch_us": _touch(uses_pdl())}
+    kernels: dict[str, Callable] = {"us": ours, "no_pdl_us": _bare(False), "touch_us": _load_store(uses_pdl())}
     if args.reference:
         reference = _load(args.reference).qk_rmsnorm_fused
         kernels["reference_us"] = lambda x, w, q, kv: reference(x, *w, EPS, q * D, kv * D, D)
@@ -142,18 +142,18 @@ def _project(x: Any, projection: Any, buffer: Any) -> None:
     torch.mm(x, projection, out=buffer)
 
 
-def _touch(pdl: bool) -> Callable:
-    from bench.touch import touch_kernel
+def _load_store(pdl: bool) -> Callable:
+    from bench.load_store import load_store_kernel
     from fd_fusion.kernels.qk_rms_norm import NUM_WARPS, tile
 
     heads = tile(D, 2)["HEADS"]
     options = {"num_warps": NUM_WARPS} | ({"launch_pdl": True} if pdl else {})
 
-    def touch(x, weights, q, kv):
+    def load_store(x, weights, q, kv):
         grid = (-(-x.shape[0] * (q + kv) // heads),)
-        touch_kernel[grid](x, x.shape[0], x.stride(0), q + kv, D, heads, pdl, **options)
+        load_store_kernel[grid](x, x.shape[0], x.stride(0), q + kv, D, heads, pdl, **options)
 
-    return touch
+    return load_store
 
 
 def _bare(pdl: bool) -> Callable:

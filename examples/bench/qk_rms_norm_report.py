@@ -71,11 +71,15 @@ def _table(cells: list[dict[str, Any]], copy_gbps: float) -> list[str]:
     """A row for each (heads, T)."""
     names = [n for n in ("gemm_us", "us", "no_pdl_us", "reference_us", "touch_us", "same_copy_us") if n in cells[0]]
     compared = "reference_us" in names
-    head = ["heads", "T", *(n.replace("_us", " us").replace("_", " ") for n in names)]
+    head = [
+        "heads",
+        "T",
+        *(n.replace("touch", "load and store").replace("_us", " us").replace("_", " ") for n in names),
+    ]
     rated = ("us", "touch_us") if cells[0]["way"] != "gemm" else ()
     head += (["times faster" if rated else "pair: times faster"] if compared else []) + [
         "% of copy",
-        "touch: % of copy",
+        "load and store: % of copy",
     ][: len(rated)]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for c in cells:
@@ -104,8 +108,8 @@ def draw(result: dict[str, Any], path: Path) -> None:
                 left.plot(rows, [speed_up(c) for c in cells], **look)
             if way == "cold":
                 right.plot(rows, [percent(c, result["copy_gbps"]) for c in cells], **look)
-                touched = [percent(c, result["copy_gbps"], "touch_us") for c in cells]
-                right.plot(rows, touched, color=f"C{color}", linestyle=":", linewidth=1)
+                moved = [percent(c, result["copy_gbps"], "touch_us") for c in cells]
+                right.plot(rows, moved, color=f"C{color}", linestyle=":", linewidth=1)
     left.axhline(1, color="black", linewidth=0.8)
     left.set(xscale="log", xlabel="T", ylabel="times faster than the reference", title="bf16, D=128, in place")
     right.set(xscale="log", xlabel="T", ylabel="% of the copy rate", title="cold; dotted: loads and stores alone")
