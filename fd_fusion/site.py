@@ -228,9 +228,9 @@ class Site:
             self._wrong("changed_in_place")
         return partial if self._prover is None else self._prover.take(self, partial, kept)
 
-    def _wrong(self, code: str, **spec: str) -> None:
+    def _wrong(self, code: str, **facts: str) -> None:
         """Raise, or in the proving pass record: there the other ranks are still to be heard."""
-        reason = because(code, site=self.name, **spec)
+        reason = because(code, site=self.name, **facts)
         if self._prover is None:
             raise HandOverError(reason)
         self._prover.miss(reason)

@@ -52,9 +52,9 @@ def words_of(partial: np.ndarray, residual: np.ndarray | None, fused: Outputs) -
 
 def own_refusal(contract: Contract, weight: np.ndarray, fused: Outputs) -> Reason | None:
     """What one rank sees: each norm_out is the norm of the very sum that it came with."""
-    spec = {"eps": contract.eps, "weight_offset": contract.weight_offset, "dtype": contract.dtype, "rounded": True}
+    numbers = {"eps": contract.eps, "weight_offset": contract.weight_offset, "dtype": contract.dtype, "rounded": True}
     for form, (norm_out, residual_out) in fused.items():
-        reason = _too_far(contract, f"norm_out{form}", exact.norm_excess(norm_out, residual_out, weight, **spec))
+        reason = _too_far(contract, f"norm_out{form}", exact.norm_excess(norm_out, residual_out, weight, **numbers))
         if reason:
             return reason
     return None

@@ -108,8 +108,8 @@ def _try(norm: QKNorm) -> Reason | None:
     got, want = got[:, : q + k], want[:, : q + k]
     error = (np.abs(got - want) / (np.abs(want) + _SMALL[dtype])).max()
     if not error <= allowed:
-        spec = {"error": f"{error:.2e}", "budget": f"{allowed:.2e}"}
-        return because("qk_differs", site=norm.name, **spec)
+        facts = {"error": f"{error:.2e}", "budget": f"{allowed:.2e}"}
+        return because("qk_differs", site=norm.name, **facts)
     return None
 
 

@@ -37,7 +37,7 @@ def start(
 
     pages: descriptors of error pages. reader: "module:function" that makes a reason of the int64 words of a page.
     """
-    spec = {
+    facts = {
         "pid": os.getpid(),
         "descriptors": meeting.descriptors,
         "rank": meeting.group.rank,
@@ -49,7 +49,7 @@ def start(
         "reader": reader,
     }
     # Isolated and without site: the process starts at once, and runs no start-up files of the user.
-    command = [sys.executable, "-I", "-S", "-c", _CODE, str(_ROOT), json.dumps(spec)]
+    command = [sys.executable, "-I", "-S", "-c", _CODE, str(_ROOT), json.dumps(facts)]
     return subprocess.Popen(command, pass_fds=[*meeting.descriptors, *pages], stdin=subprocess.DEVNULL, stdout=2)
 
 
@@ -57,22 +57,22 @@ def main(text: str) -> None:
     """The sentinel itself."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # it counts as long as its rank runs, and ends with it
-    spec = json.loads(text)
-    pid = spec["pid"]
-    presence = presence_of(spec["descriptors"], spec["rank"], spec["ranks"])
-    silent_rank, error = presence.silence_check(spec["limit_s"]), _reader(spec["pages"], spec["reader"])
+    facts = json.loads(text)
+    pid = facts["pid"]
+    presence = presence_of(facts["descriptors"], facts["rank"], facts["ranks"])
+    silent_rank, error = presence.silence_check(facts["limit_s"]), _reader(facts["pages"], facts["reader"])
     while os.getppid() == pid:
         if is_running(pid):
             presence.beat()
             if reason := silent_rank():
-                _write(reason, spec["log"])
-                return _end(pid, spec["grace_s"])
+                _write(reason, facts["log"])
+                return _end(pid, facts["grace_s"])
             # The rank's own threads log the error, where they can run.
-            if error() and not _ends_within(pid, spec["grace_s"]):
-                _write(error(), spec["log"])
+            if error() and not _ends_within(pid, facts["grace_s"]):
+                _write(error(), facts["log"])
                 return _end(pid, 0.0)
         else:
-            silent_rank = presence.silence_check(spec["limit_s"])  # a rank that stands still names no other
+            silent_rank = presence.silence_check(facts["limit_s"])  # a rank that stands still names no other
         time.sleep(_EVERY_S)
 
 

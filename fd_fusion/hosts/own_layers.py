@@ -123,8 +123,8 @@ def _pair(link: Link) -> Pair | Rejected:
         return Rejected(link.name, because("not_reduced", producer=link.name.partition(" -> ")[0]))
     reducing = [name for name, layer in link.producer.named_sublayers() if getattr(layer, "reduce_results", False)]
     if reducing:
-        spec = {"inner": reducing[0], "producer": link.name.partition(" -> ")[0]}
-        return Rejected(link.name, because("reduced_inside", **spec))
+        facts = {"inner": reducing[0], "producer": link.name.partition(" -> ")[0]}
+        return Rejected(link.name, because("reduced_inside", **facts))
     norm = link.norm
     return Pair(
         name=link.name,

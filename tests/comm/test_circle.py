@@ -221,13 +221,13 @@ def test_a_bind_that_failed_is_tried_again(monkeypatch):
     ],
 )
 def test_strict_lets_nothing_be_off_but_by_a_rule(off, raises):
-    spec = {
+    facts = {
         "no_pairs": {"model": "M"},
         "draft_model": {"model": "M"},
         "never_wins": {"size": 2, "hidden_size": 8, "dtype": "float32"},
     }
     state = bound.Bound(
-        binding.Report(FusionConfig(strict=True), "a test", "M", off=because(off, **spec.get(off, {})))
+        binding.Report(FusionConfig(strict=True), "a test", "M", off=because(off, **facts.get(off, {})))
     )
     assert (bound.insisted_failure(state) is not None) == raises
     model, resolved = Model(), Resolved(FusionConfig(strict=True), "a test")

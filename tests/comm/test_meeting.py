@@ -128,9 +128,9 @@ def workspace(group, nonce="of a"):
     page = ctypes.create_string_buffer(64)
     calls = {name: lambda *_: None for name in ("synchronize", "fill", "write", "free_host_page")}
     provider = SimpleNamespace(host_page=lambda _: (ctypes.addressof(page), page), **calls)
-    spec = {"own": 0, "addresses": [0], "nbytes": 128, "nonce": nonce, "close": lambda wait: False}
+    facts = {"own": 0, "addresses": [0], "nbytes": 128, "nonce": nonce, "close": lambda wait: False}
     layout = Layout(64, 128, 0, 64, lambda *_: [0], 64, lambda words: None)
-    return Workspace(SimpleNamespace(group=group, provider=provider, **spec), layout, LIMIT / 10)
+    return Workspace(SimpleNamespace(group=group, provider=provider, **facts), layout, LIMIT / 10)
 
 
 def reset(which="of a"):

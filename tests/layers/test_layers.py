@@ -207,7 +207,7 @@ def test_a_traced_sum_leaves_its_input_alone(full_graph, bound, monkeypatch):
 def test_a_trace_says_what_cannot_fit(what):
     """A size that is known is compared, and one that is not is told as None."""
     norm, linear, qk = layers_of_one_rank(False)
-    spec = {
+    facts = {
         "hidden": (norm, [None, 31], None, "float32", r"x has shape \[None, 31\], expected a last dimension of 32"),
         "residual": (norm, [None, 32], [None, 1], "float32", r"residual is \[None, 1\] float32, expected"),
         "dimensions": (
@@ -221,7 +221,7 @@ def test_a_trace_says_what_cannot_fit(what):
         "linear": (linear, [None, 17], None, "float32", r"x has shape \[None, 17\], expected a last dimension of 16"),
         "qk": (qk, [None, 23], None, "float32", r"qkv is \[None, 23\], expected \[T, at least 24\]"),
     }
-    layer, shape, other, dtype, says = spec[what]
+    layer, shape, other, dtype, says = facts[what]
     specs = [InputSpec(shape, "float32")] + ([InputSpec(other, dtype)] if other else [])
     with pytest.raises(ValueError, match=says):
         paddle.jit.to_static(layer, full_graph=True, input_spec=specs).forward.concrete_program  # noqa: B018
