@@ -67,12 +67,8 @@ def named_links(model: Any, pairs: Pairs) -> list[Link]:
 
 def unnamed(model: Any, links: Sequence[Link]) -> list[str]:
     """The paths of the layers that all-reduce by themselves and stand in no pair."""
-    named, paths, inside = {id(link.producer) for link in links}, [], ()
-    for path, layer in model.named_sublayers():
-        if is_producer(layer) and not path.startswith(inside):
-            inside += (f"{path}.",)
-            paths += [path] if layer.reduce_results and id(layer) not in named else []
-    return paths
+    named, (producers, _) = {id(link.producer) for link in links}, _producers_and_norms(model)
+    return [path for path, layer in producers if layer.reduce_results and id(layer) not in named]
 
 
 def links_by_order(model: Any) -> tuple[list[Link], Reason | None]:
@@ -83,6 +79,18 @@ def links_by_order(model: Any) -> tuple[list[Link], Reason | None]:
     in which they run. No forward is needed, and so no collective of the host that a rank could leave alone: where
     the guess is wrong, the proving pass, which votes, leaves the model stock.
     """
+    producers, norms = _producers_and_norms(model)
+    widths = {getattr(layer, "out_features", None) for _, layer in producers} - {None}
+    norms = [(path, norm) for path, norm in norms if norm.hidden_size in widths or not widths]
+    if producers and len(norms) != len(producers) + 1:
+        counts = {"producers": len(producers), "norms": len(norms)}
+        return [], because("unclear_pairs", model=type(model).__name__, **counts)
+    ends = zip(producers, norms[1:])
+    return [Link(f"{path} -> {other}", producer, norm) for (path, producer), (other, norm) in ends], None
+
+
+def _producers_and_norms(model: Any) -> tuple[list[tuple[str, Any]], list[tuple[str, Any]]]:
+    """(path, layer) of each, in the order of definition; what a producer or a norm of q and k holds is its own."""
     producers, norms, inside = [], [], ()
     for path, layer in model.named_sublayers():
         if path.startswith(inside):
@@ -93,13 +101,7 @@ def links_by_order(model: Any) -> tuple[list[Link], Reason | None]:
             norms.append((path, layer))
         if is_producer(layer) or isinstance(layer, QKRMSNorm):
             inside += (f"{path}.",)
-    widths = {getattr(layer, "out_features", None) for _, layer in producers} - {None}
-    norms = [(path, norm) for path, norm in norms if norm.hidden_size in widths or not widths]
-    if producers and len(norms) != len(producers) + 1:
-        counts = {"producers": len(producers), "norms": len(norms)}
-        return [], because("unclear_pairs", model=type(model).__name__, **counts)
-    ends = zip(producers, norms[1:])
-    return [Link(f"{path} -> {other}", producer, norm) for (path, producer), (other, norm) in ends], None
+    return producers, norms
 
 
 def is_producer(layer: Any) -> bool:
