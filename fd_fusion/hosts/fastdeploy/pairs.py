@@ -48,9 +48,8 @@ BLOCKS = {
     "Ernie4_5_VLMoE": (*_VL, "shared_experts.down_proj"),
 }
 
-drafts: weakref.WeakSet = (
-    weakref.WeakSet()
-)  # models of this process that draft for another one, and share layers with it
+# Models of this process that draft for another one, and share layers with it.
+drafts: weakref.WeakSet = weakref.WeakSet()
 
 
 @dataclass(frozen=True)

@@ -27,9 +27,7 @@ def untouched(runner: Any) -> Iterator[None]:
         yield
     finally:
         paddle.set_rng_state(random)
-        for fields, before, containers, parts in kept:
-            fields.clear()  # also what was given another object, or added
-            fields.update(before)
+        for containers, parts in kept:
             for held, value in containers:  # in place: the runner may hold the same list
                 held.clear()
                 held.update(value) if isinstance(held, dict) else held.extend(value)
@@ -37,13 +35,12 @@ def untouched(runner: Any) -> Iterator[None]:
                 part.copy_(value, True)
 
 
-def _keep(fields: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], list[tuple], list[tuple]]:
-    """The fields themselves, what they hold, (list or dict, a copy of it), and (tensor, its value now)."""
-    before = dict(fields)
-    containers = [(held, copy.copy(held)) for held in before.values() if type(held) in (list, dict)]
-    tensors = [held for held in before.values() if isinstance(held, paddle.Tensor) and _is_kept(held)]
+def _keep(fields: dict[str, Any]) -> tuple[list[tuple], list[tuple]]:
+    """(list or dict, a copy of it) for the fields themselves and for each that is one; (tensor, its value now)."""
+    containers = [fields, *(held for held in fields.values() if type(held) in (list, dict))]
+    tensors = [held for held in fields.values() if isinstance(held, paddle.Tensor) and _is_kept(held)]
     parts = [tensor if tensor.size <= _SMALL else tensor[:1] for tensor in tensors]
-    return fields, before, containers, [(part, part.clone()) for part in parts]
+    return [(held, copy.copy(held)) for held in containers], [(part, part.clone()) for part in parts]
 
 
 def _is_kept(tensor: Any) -> bool:
