@@ -62,9 +62,7 @@ def _prove_in_first_forward(model: Any, state: Bound, example_of: ExampleOf) -> 
     def disarm() -> None:
         was_armed, here, armed[0] = armed[0], this(), False
         if was_armed and here is not None and getattr(here.__dict__.get("forward"), "__func__", None) is code():
-            del here.__dict__["forward"]
-            if own is not None:
-                here.__dict__["forward"] = own
+            _give_back(here, own)
 
     # Nothing that the state holds may keep the model alive.
     forward.__wrapped__, forward.binds_at_first_call, code = stock, True, weakref.ref(forward)
@@ -100,10 +98,15 @@ def _stop(model: Any, own: Any, reason: Reason) -> Callable[[], None]:
 
     def undo() -> None:
         if (here := this()) is not None and here.__dict__.get("forward") is forward:
-            del here.__dict__["forward"]
-            if own is not None:
-                here.__dict__["forward"] = own
+            _give_back(here, own)
 
     this = weakref.ref(model)
     model.__dict__["forward"] = forward
     return undo
+
+
+def _give_back(model: Any, own: Any) -> None:
+    """Put back the forward that the instance had of its own, if it had one."""
+    del model.__dict__["forward"]
+    if own is not None:
+        model.__dict__["forward"] = own
