@@ -6,7 +6,8 @@ from support.tiny import DemoDecoder
 
 import fd_fusion
 from fd_fusion import Decoder, FusionConfig, QKRMSNorm, RMSNorm, RowParallelLinear
-from fd_fusion.hosts.decoder import links_by_order, named_links
+from fd_fusion.hosts.decoder import links_by_order, named_links, unnamed
+from fd_fusion.hosts.own_layers import find_pairs
 
 H = 8
 
@@ -90,15 +91,32 @@ def test_what_the_order_does_not_show_is_said_with_both_numbers():
     assert line.reason.code == "unclear_pairs" and "Ladder has 4 layers" in str(line.reason)
     assert "6 RMSNorms" in str(line.reason) and "pairs=" in line.reason.remedy
     fd_fusion.unbind(model)
+    links, unclear = links_by_order(model)
+    (rejected,) = find_pairs(model)
+    assert links == [] and rejected.reason == unclear == line.reason
     assert links_by_order(nn.Linear(1, 1)) == ([], None)
 
 
-@pytest.mark.parametrize("pairs", [PATHS, DECODER], ids=["paths", "decoder"])
+def test_a_norm_of_another_width_is_no_norm_of_these_sums():
+    model = Ladder()
+    model.other = RMSNorm(2 * H)
+    assert [link.name for link in links_by_order(model)[0]] == NAMES
+
+
+def test_a_layer_that_no_pair_names_is_in_the_report():
+    rejected = [pair for pair in find_pairs(Ladder(), PATHS[:1]) if hasattr(pair, "reason")]
+    assert [(pair.name, pair.reason.code) for pair in rejected] == [
+        ("inside.rungs.0.ffn.down", "unnamed"),
+        ("inside.rungs.1.ffn", "unnamed"),
+    ]
+
+
+@pytest.mark.parametrize("pairs", [PATHS, DECODER, [list(pair) for pair in PATHS]], ids=["paths", "decoder", "lists"])
 @pytest.mark.parametrize("last_first", [False, True])
 def test_pairs_that_are_named(pairs, last_first):
     model = Ladder(last_first=last_first)
     links = named_links(model, pairs)
-    assert names(links) == sorted(NAMES)
+    assert names(links) == sorted(NAMES) and unnamed(model, links) == []
     for link in links:
         producer, norm = link.name.split(" -> ")
         found = dict(model.named_sublayers())
@@ -131,11 +149,23 @@ def test_a_model_may_be_the_list_itself():
         (("inside.rungs.0.out", "inside.rungs.7.first"), r"'inside.rungs.7.first' is not in Ladder: expected '7'"),
         (("inside.rungs.0.out", "inside.rungs.0.qk"), r"is of class QKRMSNorm, expected an RMSNorm"),
         (("inside.rungs.0.out", "inside.rungs.0.first.weight.x"), r"expected 'x' among no layers"),
+        (("inside.rungs.{i}.outt", "last"), r"'inside.rungs.0.outt' is not in Ladder: expected 'outt'"),
+        (("inside.rungs.{i}.out", "inside.rungs.{i}.before"), r"'inside.rungs.0.before' is not in Ladder"),
+        (("inside.rungs.0.out", "inside.rungs.1.ffn"), r"is of class Block, expected an RMSNorm"),
+        (("inside.rungs.-2.ffn", "last"), r"expected '-2' among 0, 1"),
+        (("", "last"), r"is not \(path of a layer"),
+        ((1, 2), r"is not \(path of a layer"),
+        (("a", "b", "c"), r"is not \(path of a layer that all-reduces, path of its norm\)"),
     ],
 )
 def test_a_path_that_leads_nowhere_is_an_error_that_says_what_is_there(pair, says):
     with pytest.raises(ValueError, match=f"bind: pairs: .*{says}"):
         fd_fusion.bind(Ladder(), FusionConfig(), pairs=[pair])
+
+
+def test_one_path_is_no_list_of_pairs():
+    with pytest.raises(ValueError, match=r"is not \(path of a layer that all-reduces, path of its norm\)"):
+        named_links(Ladder(), "inside.rungs.{i}.out")
 
 
 def test_paths_are_not_looked_at_where_fusion_is_not_asked_for():
