@@ -47,6 +47,16 @@ def ahead(rows):
     reload = ("        if shape.TWO_SHOT:  # noqa", "        if True:  # noqa")
     return {"kernel": [("number + (2 if shape.TWO_SHOT else 1) * stride)", bound), reload]}
 
+NEXT_LOAD = """            words = tl.load(x + next_push.to(tl.int64) * shape.WORDS + offsets, mask=mask, other=0, volatile=True)
+            push("""
+PEERS = "    memory = Memory(own_slots, state_memory, sums, peer_memories(state_memory, rank, shape.N))\n"
+
+
+def stored_as(out, policy):
+    end = {"norm_out": "norm, mask=mask", "residual_out": "summed, mask=owned"}[out]
+    before = f"tl.store({out} + start + offsets, {end})"
+    return (before, f"{before[:-1]}, {policy})")
+
 
 VARIANTS = {  # replacements in kernel.py and row.py, what is changed in the plan or at launch
     "as it is": {},
@@ -62,6 +72,48 @@ VARIANTS = {  # replacements in kernel.py and row.py, what is changed in the pla
     "poll, sleep 50 ns": {"poll": sleeping_poll(50)},
     "poll, sleep 200 ns": {"poll": sleeping_poll(200)},
     "cleared twice": {"row": [(CLEAR, 2 * CLEAR)]},
+    "residual_out streamed": {"kernel": [stored_as("residual_out", 'cache_modifier=".cs"')]},
+    "residual_out evicted first": {"kernel": [stored_as("residual_out", 'eviction_policy="evict_first"')]},
+    "residual read once": {
+        "row": [
+            (
+                "tl.load(residual + row.offsets, mask=row.mask, other=0)",
+                'tl.load(residual + row.offsets, mask=row.mask, other=0, eviction_policy="evict_first")',
+            )
+        ]
+    },
+    "next row loaded ahead": {  # one-shot alone
+        "kernel": [
+            ("    next_push = number + stride\n", "    next_push = number + stride\n    loaded = words\n"),
+            (NEXT_LOAD, "            words = loaded\n            push("),
+            (
+                "        words = without_sentinel(words)\n",
+                """        words = without_sentinel(words)
+        behind = number + stride
+        loaded = tl.load(x + behind.to(tl.int64) * shape.WORDS + offsets, mask=mask_if(mask, behind < rows), other=0,
+                         volatile=True)
+""",
+            ),
+        ]
+    },
+    "address kept": {  # N=2 alone
+        "kernel": [
+            (
+                PEERS,
+                """    peer = pointer(tl.load(state_memory + 2 + (rank + 1) % shape.N), tl.uint32)
+    memory = Memory(own_slots, state_memory, sums, (peer, peer, peer, peer, peer, peer, peer))
+""",
+            )
+        ]
+    },
+    "counter not read at the end": {  # wrong: to see what it costs
+        "row": [
+            (
+                "    counter_now = tl.load(memory.state_memory + COUNTER, volatile=True)\n    clear",
+                "    counter_now = call.launch * 0\n    clear",
+            )
+        ]
+    },
     "outputs streamed": {
         "kernel": [
             (f"{end})\n", f'{end}, cache_modifier=".cs")\n')
