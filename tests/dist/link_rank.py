@@ -58,6 +58,7 @@ def stored_as(out, policy):
     return (before, f"{before[:-1]}, {policy})")
 
 
+WORDS = [(size, hidden // 2) for size in range(2, 9) for hidden in (2880, 4096, 5120, 6144, 7168, 8192)]
 VARIANTS = {  # replacements in kernel.py and row.py, what is changed in the plan or at launch
     "as it is": {},
     "PDL": {"pdl": "1"},
@@ -69,19 +70,12 @@ VARIANTS = {  # replacements in kernel.py and row.py, what is changed in the pla
     "a quarter of the device": {"share": 0.5},
     "all of the device": {"share": 2},
     "eight warps": {"warps": 8},
+    **{f"{split} x {warps}": {"split": (split, warps)} for split in range(1, 9) for warps in (1, 2, 4, 8)},
     "poll, sleep 50 ns": {"poll": sleeping_poll(50)},
     "poll, sleep 200 ns": {"poll": sleeping_poll(200)},
     "cleared twice": {"row": [(CLEAR, 2 * CLEAR)]},
     "residual_out streamed": {"kernel": [stored_as("residual_out", 'cache_modifier=".cs"')]},
     "residual_out evicted first": {"kernel": [stored_as("residual_out", 'eviction_policy="evict_first"')]},
-    "residual read once": {
-        "row": [
-            (
-                "tl.load(residual + row.offsets, mask=row.mask, other=0)",
-                'tl.load(residual + row.offsets, mask=row.mask, other=0, eviction_policy="evict_first")',
-            )
-        ]
-    },
     "next row loaded ahead": {  # one-shot alone
         "kernel": [
             ("    next_push = number + stride\n", "    next_push = number + stride\n    loaded = words\n"),
@@ -168,6 +162,8 @@ def variant(name):
     load = triton_launch.load_kernel
     os.environ["FD_ENABLE_PDL"] = changes.get("pdl", "0")
     plans.poll = changes.get("poll", plans.poll)
+    if "split" in changes:
+        plans._MEASURED.update({(size, words): changes["split"] for size, words in WORDS})
     if "warps" in changes:
         plans._MEASURED.update({key: (split, changes["warps"]) for key, (split, _) in plans._MEASURED.items()})
     if {"kernel", "row"} & set(changes):
