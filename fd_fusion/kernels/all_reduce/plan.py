@@ -83,9 +83,10 @@ def plan_for(size: int, hidden_size: int, dtype: str, *, interpreted: bool = Fal
 _MEASURED = {
     (2, 1440): (1, 4),
     (2, 2048): (1, 4),
-    (2, 3072): (2, 4),
+    (2, 2560): (3, 2),
+    (2, 3072): (3, 2),
     (2, 3584): (2, 4),
-    (2, 4096): (2, 4),
+    (2, 4096): (4, 2),
     (4, 3072): (4, 2),
     (8, 4096): (8, 2),
 }
@@ -191,12 +192,14 @@ def constants(
     results = 1 if residual_stays else 2
     assert not two_shot or plan.places >= results, "opened without two-shot: its results have no place"
     units = plan.units
-    # Found by compiling: nothing spills, but for 16 bytes of two-shot, N=8, H=8192 on sm_80 (NOTES_link.md).
-    # Fewer registers are more rows in flight, which is speed for large T.
+    # Found by compiling for every architecture: nothing spills. Fewer registers are more rows in flight, which is
+    # speed for large T; what sm_90 needs is under 128 where one-shot may have 136.
     if plan.dtype == "float32":
         registers = 192 if two_shot else 168
+    elif two_shot and plan.size in (2, 8) and units > 1:
+        registers = 168 if plan.size == 2 else 176
     else:
-        registers = 168 if two_shot and plan.size in (2, 8) and units > 1 else 128
+        registers = 136 if plan.size == 2 and plan.split > 1 else 128
     return {
         "N": plan.size,
         "WORDS": plan.words,
