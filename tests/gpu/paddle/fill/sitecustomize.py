@@ -1,0 +1,261 @@
+"""What Paddle 2.6.2 lacks of 3.3, filled in when a process imports Paddle, while this folder is on PYTHONPATH.
+
+Two things: names that 3.3 has, and kernels. On a GPU for which the wheel has no code, an op runs on the CPU copies of
+its inputs, and its results go back: memcpy needs no kernel. What makes only views, or only copies, stays on the GPU.
+FD_FILL_ALL=1 sends every op through that way on a CPU, to test it where there is no GPU.
+"""
+
+import ctypes
+import functools
+import importlib
+import importlib.util
+import os
+import sys
+import types
+
+ALL = os.environ.get("FD_FILL_ALL") == "1"
+OPERATORS = (
+    "add radd sub rsub mul rmul truediv rtruediv div rdiv floordiv mod pow rpow matmul eq ne lt le gt ge".split()
+)
+VIEWS = {"slice", "transpose", "squeeze", "unsqueeze", "empty", "empty_like", "share_data", "as_strided"}
+WHOLE = {
+    "reshape",
+    "reshape_",
+    "view_shape",
+    "view_dtype",
+    "flatten",
+    "assign",
+    "assign_out_",
+}  # views of contiguous ones
+METHODS = {"clone", "contiguous", "copy_", "numpy", "_copy_to"}  # native for contiguous tensors
+cpu_calls = {}  # how often each op went over the CPU
+
+
+class Finder:
+    """Fills in Paddle when it has been imported."""
+
+    def find_spec(self, name, path=None, target=None):
+        if name != "paddle":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is not None:
+            run = spec.loader.exec_module
+            spec.loader.exec_module = lambda module: (run(module), fill(module))
+        return spec
+
+
+def fill(paddle):
+    if not paddle.__version__.startswith("2.6"):
+        return
+    paddle.__version__ = "0.0.0"  # a build whose version says nothing
+    _names(paddle)
+    if ALL or paddle.device.cuda.device_count():
+        Wrapper(paddle).install()
+
+
+def _names(paddle):
+    cuda = types.ModuleType("paddle.cuda")
+    core, device = paddle.base.core, paddle.device.cuda
+
+    def current():
+        return int(paddle.device.get_device().partition(":")[2] or 0)
+
+    cuda.current_device = current
+    cuda.set_device = lambda number: paddle.device.set_device(f"gpu:{number}")
+    cuda.get_device_capability = lambda number=None: device.get_device_capability(
+        current() if number is None else number
+    )
+    cuda.get_device_name = lambda number=None: device.get_device_name(current() if number is None else number)
+    cuda.device_count = device.device_count
+    cuda.synchronize = device.synchronize
+    paddle.cuda = sys.modules["paddle.cuda"] = cuda
+    stream = core._get_current_stream
+    paddle._C = types.SimpleNamespace(_cuda_getCurrentRawStream=lambda number: stream(number).cuda_stream)
+    importlib.import_module("paddle.base.dygraph.base").in_sot_simulation_mode = lambda: False
+
+
+class Wrapper:
+    """One generic way for every op: inputs to the CPU, the op there, results and changed inputs back."""
+
+    def __init__(self, paddle):
+        self.paddle, self.core = paddle, paddle.base.core
+        self.tensor = self.core.eager.Tensor
+        self.own = {name: getattr(self.tensor, name) for name in METHODS}
+        self.cpu = self.core.CPUPlace()
+        self.set_place = paddle.base.framework._set_expected_place
+
+    def install(self):
+        for module in (self.paddle._C_ops, self.paddle._legacy_C_ops):
+            for name in dir(module):
+                op = getattr(module, name)
+                if callable(op) and not name.startswith("__") and name not in VIEWS:
+                    setattr(module, name, self.wrapped(name, op, self.whole if name in WHOLE else None))
+        tensor = self.tensor
+        for name in OPERATORS:
+            if hasattr(tensor, f"__{name}__"):
+                setattr(tensor, f"__{name}__", self.wrapped(name, getattr(tensor, f"__{name}__")))
+        for name in ("clone", "contiguous", "copy_"):
+            setattr(tensor, name, self.wrapped(name, self.own[name], self.whole))
+        tensor._setitem_dygraph = self.wrapped("setitem", tensor._setitem_dygraph)
+        tensor._getitem_dygraph = self.wrapped("getitem", tensor._getitem_dygraph, self.plain_index)
+        own = self.own
+        tensor.numpy = lambda x, *args: own["numpy"](x if self.whole((x,)) else self.host(x), *args)
+        tensor._copy_to = lambda x, place, blocking=True: own["_copy_to"](
+            x if self.whole((x,)) else self.device(self.host(x)), place, blocking
+        )
+
+    def on_gpu(self, x):
+        return isinstance(x, self.tensor) and (ALL or x.place.is_gpu_place())
+
+    def whole(self, args):
+        return not ALL and all(x.is_contiguous() for x in args if self.on_gpu(x) and x._is_initialized())
+
+    def plain_index(self, args):
+        parts = args[1] if isinstance(args[1], tuple) else (args[1],)
+        return all(part is None or part is ... or type(part) in (int, slice) for part in parts)
+
+    def wrapped(self, name, op, native=None):
+        @functools.wraps(op, assigned=("__name__", "__doc__"))
+        def call(*args, **kwargs):
+            if native is not None and native(args) or not self.concerns((*args, *kwargs.values())):
+                return op(*args, **kwargs)
+            return self.over_the_cpu(name, op, args, kwargs)
+
+        return call
+
+    def concerns(self, values):
+        """Whether an op with these arguments would run on the GPU."""
+        flat = list(_flat(values))
+        if any(self.on_gpu(value) for value in flat):
+            return True
+        places = [
+            value for value in flat if isinstance(value, (self.core.Place, self.core.CPUPlace, self.core.CUDAPlace))
+        ]
+        if places:
+            return any(not isinstance(place, self.core.CPUPlace) and "gpu" in str(place) for place in places)
+        here = any(isinstance(value, self.tensor) for value in flat)
+        return not here and "gpu" in str(self.paddle.framework._current_expected_place())
+
+    def over_the_cpu(self, name, op, args, kwargs):
+        copies, before = {}, self.paddle.framework._current_expected_place()
+        cpu_calls[name] = cpu_calls.get(name, 0) + 1
+        args, kwargs = self.lower(args, copies), self.lower(kwargs, copies)
+        versions = {key: copy.inplace_version for key, (_, copy) in copies.items()}
+        self.set_place(self.cpu)
+        try:
+            with self.paddle.no_grad():
+                result = op(*args, **kwargs)
+        finally:
+            self.set_place(before)
+        for key, (x, copy) in copies.items():
+            if copy.inplace_version != versions[key]:
+                self.write(x, copy)
+        return self.raise_(result, {id(copy): x for x, copy in copies.values()})
+
+    def lower(self, value, copies):
+        """Replace the GPU tensors and places among arguments by those of the CPU."""
+        if self.on_gpu(value):
+            if id(value) not in copies:
+                copies[id(value)] = value, self.host(value)
+            return copies[id(value)][1]
+        if isinstance(value, (list, tuple)):
+            return type(value)(self.lower(one, copies) for one in value)
+        if isinstance(value, dict):
+            return {key: self.lower(one, copies) for key, one in value.items()}
+        if isinstance(value, slice):
+            return slice(*(self.lower(one, copies) for one in (value.start, value.stop, value.step)))
+        is_gpu = isinstance(value, (self.core.Place, self.core.CUDAPlace)) and "gpu" in str(value)
+        return self.cpu if is_gpu else value
+
+    def raise_(self, result, originals):
+        if isinstance(result, (list, tuple)):
+            return type(result)(self.raise_(one, originals) for one in result)
+        if not isinstance(result, self.tensor):
+            return result
+        if id(result) in originals:
+            return originals[id(result)]
+        return self.device(result) if result._is_initialized() else result
+
+    def host(self, x):
+        """A copy on the CPU, contiguous; of a tensor without memory one without memory."""
+        if not x._is_initialized():
+            made = self.tensor(dtype=x.dtype, dims=x.shape, name="", type=x.type, persistable=False)
+        elif ALL:
+            made = self.own["clone"](self.own["contiguous"](x))
+        elif x.is_contiguous():
+            self.paddle.device.cuda.synchronize()
+            made = self.own["_copy_to"](x, self.cpu, True)
+        else:
+            made = self.paddle.to_tensor(_strided(x, _read_span(self.paddle, x)).copy(), place=self.cpu)
+        made.stop_gradient = True
+        return made
+
+    def device(self, copy):
+        copy = self.own["contiguous"](copy)
+        if ALL:
+            return copy
+        place = self.paddle.framework._current_expected_place()
+        if not place.is_gpu_place():
+            place = self.core.CUDAPlace(0)
+        return self.own["_copy_to"](copy, place, True)
+
+    def write(self, x, copy):
+        """Give a changed copy back to the tensor it was made of, and count the change as Paddle does."""
+        copy = self.own["contiguous"](copy)
+        if not x._is_initialized() or (x.is_contiguous() and not ALL):
+            place = self.cpu if ALL else self.paddle.framework._current_expected_place()
+            x.get_tensor().set(self.own["numpy"](copy), place)
+        elif ALL:
+            base = (ctypes.c_char * _span_bytes(x)).from_address(x.data_ptr())
+            _strided(x, base)[...] = _bits(self.own["numpy"](copy), x)
+        else:
+            base = _read_span(self.paddle, x)
+            _strided(x, base)[...] = _bits(self.own["numpy"](copy), x)
+            _cuda("cuMemcpyHtoD_v2", ctypes.c_uint64(x.data_ptr()), base, ctypes.c_size_t(len(base)))
+        x._bump_inplace_version()
+
+
+def _flat(values):
+    for value in values:
+        if isinstance(value, (list, tuple)):
+            yield from _flat(value)
+        else:
+            yield value
+
+
+def _cuda(name, *args):
+    code = getattr(ctypes.CDLL("libcuda.so.1"), name)(*args)
+    assert code == 0, f"{name}: error {code}"
+
+
+def _span_bytes(x):
+    return (1 + sum((size - 1) * step for size, step in zip(x.shape, x.get_strides()))) * x.element_size()
+
+
+def _read_span(paddle, x):
+    """The bytes of GPU memory from the first element of a strided tensor to its last."""
+    paddle.device.cuda.synchronize()
+    base = (ctypes.c_char * _span_bytes(x))()
+    _cuda("cuMemcpyDtoH_v2", base, ctypes.c_uint64(x.data_ptr()), ctypes.c_size_t(len(base)))
+    return base
+
+
+def _numpy_dtype(x):
+    name = str(x.dtype).rpartition(".")[2]
+    return "uint16" if name == "bfloat16" else name  # what Paddle takes and gives for bfloat16
+
+
+def _strided(x, base):
+    import numpy as np
+
+    kind = np.dtype(_numpy_dtype(x))
+    steps = [step * kind.itemsize for step in x.get_strides()]
+    return np.lib.stride_tricks.as_strided(np.frombuffer(base, kind), x.shape, steps)
+
+
+def _bits(values, x):
+    return values.view(_numpy_dtype(x))
+
+
+sys.meta_path.insert(0, Finder())
