@@ -2,9 +2,10 @@
 
     python tests/gpu/paddle/make_pieces.py [FOLDER]
 
-FOLDER (.paddle_gpu) gets `paddle.tar.xz.0` and `.1`, two pieces of under 60 MB, for CPython 3.12 on x86-64. The wheel's
-GPU code is cubins for sm_61 to sm_86 and no PTX: no kernel of it runs on Hopper, and zeros in its place pack to nothing.
-What is left is Paddle's runtime: allocator, memcpy, streams, events, CUDA graphs, NCCL process groups, TCPStore.
+FOLDER (.paddle_gpu) gets `paddle.tar.xz.0` and `.1`, two pieces of under 60 MB, for CPython 3.12 on x86-64. The
+wheel's GPU code is cubins for sm_61 to sm_86 and no PTX: no kernel of it runs on Hopper, and zeros in its place pack
+to nothing. What is left is Paddle's runtime: allocator, memcpy, streams, events, CUDA graphs, process groups of NCCL,
+TCPStore.
 """
 
 from __future__ import annotations
@@ -20,7 +21,15 @@ from pathlib import Path
 
 WHEEL = "paddlepaddle-gpu==2.6.2"
 # What it imports, in versions that it was built for.
-BESIDE = ["numpy==1.26.4", "protobuf==3.20.2", "opt_einsum==3.3.0", "astor", "decorator"]
+BESIDE = [
+    "numpy==1.26.4",
+    "protobuf==3.20.2",
+    "opt_einsum==3.3.0",
+    "astor",
+    "decorator",
+    "safetensors",
+    "setuptools<81",
+]
 TARGET = ["--python-version", "3.12", "--implementation", "cp", "--only-binary", ":all:", "--no-deps", "--quiet"]
 PLATFORMS = [f"--platform={name}_x86_64" for name in ("manylinux1", "manylinux2014", "manylinux_2_17")]
 LIBRARIES = ("base/libpaddle.so", "libs/libphi.so")

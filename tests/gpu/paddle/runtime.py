@@ -1,5 +1,5 @@
-"""Rank script: the triton backend under Paddle's own CUDA runtime. Everything of `triton_calls.py` and `faults.py`, and
-what only Paddle's runtime can show: a function for each below.
+"""Rank script: the triton backend under Paddle's own CUDA runtime. All of `triton_calls.py` and `faults.py`, and what
+only Paddle's runtime can show: a function for each below.
 
     runtime.py WHAT ... --device gpu [--hidden H] [--calls N]
 """

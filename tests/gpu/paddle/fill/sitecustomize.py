@@ -8,15 +8,15 @@ FD_FILL_ALL=1 sends every op through that way on a CPU, to test it where there i
 import ctypes
 import functools
 import importlib
+import importlib.metadata
 import importlib.util
 import os
 import sys
 import types
 
 ALL = os.environ.get("FD_FILL_ALL") == "1"
-OPERATORS = (
-    "add radd sub rsub mul rmul truediv rtruediv div rdiv floordiv mod pow rpow matmul eq ne lt le gt ge".split()
-)
+_BOTH_WAYS = ("add", "sub", "mul", "truediv", "div", "floordiv", "mod", "pow", "matmul")
+OPERATORS = [*_BOTH_WAYS, *(f"r{name}" for name in _BOTH_WAYS), "eq", "ne", "lt", "le", "gt", "ge"]
 VIEWS = {"slice", "transpose", "squeeze", "unsqueeze", "empty", "empty_like", "share_data", "as_strided"}
 WHOLE = {
     "reshape",
@@ -27,6 +27,7 @@ WHOLE = {
     "assign",
     "assign_out_",
 }  # views of contiguous ones
+NO_VERSION = "0.0.0"  # of a nightly build
 METHODS = {"clone", "contiguous", "copy_", "numpy", "_copy_to"}  # native for contiguous tensors
 cpu_calls = {}  # how often each op went over the CPU
 
@@ -48,7 +49,7 @@ class Finder:
 def fill(paddle):
     if not paddle.__version__.startswith("2.6"):
         return
-    paddle.__version__ = "0.0.0"  # a build whose version says nothing
+    paddle.__version__ = NO_VERSION
     _names(paddle)
     if ALL or paddle.device.cuda.device_count():
         Wrapper(paddle).install()
@@ -73,6 +74,11 @@ def _names(paddle):
     stream = core._get_current_stream
     paddle._C = types.SimpleNamespace(_cuda_getCurrentRawStream=lambda number: stream(number).cuda_stream)
     importlib.import_module("paddle.base.dygraph.base").in_sot_simulation_mode = lambda: False
+    tensor = core.eager.Tensor
+    tensor.stride = lambda x, axis=None: x.get_strides() if axis is None else x.get_strides()[axis]
+    tensor.is_cuda = property(lambda x: x.place.is_gpu_place())
+    paddle.static.MetaTensor = types.SimpleNamespace  # for graphs that are traced: eager alone runs here
+    paddle.static.register_op = lambda **about: lambda function: function
 
 
 class Wrapper:
@@ -118,7 +124,7 @@ class Wrapper:
     def wrapped(self, name, op, native=None):
         @functools.wraps(op, assigned=("__name__", "__doc__"))
         def call(*args, **kwargs):
-            if native is not None and native(args) or not self.concerns((*args, *kwargs.values())):
+            if (native is not None and native(args)) or not self.concerns((*args, *kwargs.values())):
                 return op(*args, **kwargs)
             return self.over_the_cpu(name, op, args, kwargs)
 
@@ -258,4 +264,6 @@ def _bits(values, x):
     return values.view(_numpy_dtype(x))
 
 
+_version = importlib.metadata.version
+importlib.metadata.version = lambda name: NO_VERSION if name == "paddlepaddle-gpu" else _version(name)
 sys.meta_path.insert(0, Finder())
