@@ -28,11 +28,16 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[2]
 sys.path.insert(0, str(ROOT))
 
+import numpy as np
+
+from fd_fusion.cli.processes.ranks import free_ports
+from tests.support.launch import launch
 from tests.support.ranks import run_ranks
 
 PIECES = ROOT / ".paddle_gpu"
 LIMIT_S = int(os.environ.get("LIMIT_S", "340"))
 DIES = -signal.SIGKILL
+ROWS = ("--rows", 1, 3, 15, 17, 600, 2)
 
 
 class Pieces:
@@ -114,6 +119,30 @@ def ranks(script: str, *what: object, seconds: int = 60, dies: bool = False):
     return run
 
 
+def launched(script: str, *args: str, seconds: int = 100):
+    """A case of a rank script under Paddle's launcher, with NCCL and TCPStore; the same on the CPU by gloo.
+
+    What the ranks record as `bits` must be the same on both ranks, and float32 numbers close to those of the CPU.
+    """
+
+    def run(limit: float) -> tuple[bool, str]:
+        path = os.pathsep.join([os.environ["PYTHONPATH"], str(ROOT)])
+
+        def on(backend: str) -> list[np.ndarray]:
+            env = {"PYTHONPATH": path, "PADDLE_DISTRI_BACKEND": backend}
+            with tempfile.TemporaryDirectory() as folder:
+                found = launch(script, 2, Path(folder), *args, timeout_s=min(seconds, limit), env=env)
+            return [np.frombuffer(bytes.fromhex(one["bits"]), np.float32) for one in found]
+
+        with ThreadPoolExecutor(2) as pool:
+            gpu, cpu = pool.map(on, ("nccl", "gloo"))
+        worst = max(float(np.abs(one - cpu[0]).max()) for one in gpu)
+        text = f"largest number {np.abs(cpu[0]).max():.4f}; GPU and CPU differ by at most {worst:.2e}"
+        return (gpu[0] == gpu[1]).all() and worst <= 1e-5 * float(np.abs(cpu[0]).max()), text
+
+    return run
+
+
 def command(*words: object, seconds: int = 60, env: dict | None = None):
     """A case of one command line, which starts its own processes."""
 
@@ -125,24 +154,36 @@ def command(*words: object, seconds: int = 60, env: dict | None = None):
     return run
 
 
-def cases() -> tuple[dict, dict]:
+def cases(scratch: str) -> tuple[dict, dict]:
     """Those that may run beside others, and those whose times are read or that need the GPUs for themselves."""
     wide = "--hidden", 4096
     python = sys.executable
     beside = {
-        "numbers": ranks("runtime.py", "numbers", "payload", "delayed", "together", "--hidden", 1024, seconds=100),
-        "strange_inputs": ranks("runtime.py", "strange_inputs", *wide),
+        "own_layers": launched("bind_model.py", "triton", "eager"),
+        "demo": command(python, "-m", "fd_fusion", "demo", "--device", "gpu", "--backend", "triton", seconds=120),
+        "numbers": ranks("runtime.py", "numbers", "payload", "together", "--hidden", 1024, *ROWS, seconds=100),
+        "two_ranks_launched": command(
+            *(python, "-m", "paddle.distributed.launch", "--nproc_per_node", 2),
+            *("--log_dir", f"{scratch}/log", "examples/two_ranks.py"),
+            env={"PYTHONPATH": os.pathsep.join([os.environ["PYTHONPATH"], str(ROOT)])},
+        ),
+        "nccl_in_turn": ranks("runtime.py", "nccl_in_turn", *wide),
         "graph_modes": ranks("runtime.py", "graph_modes", *wide),
-        "growing_pools": ranks("runtime.py", "growing_pools", *wide),
-        "two_streams": ranks("runtime.py", "two_streams", *wide),
         "graph_after_reset": ranks("runtime.py", "graph_after_reset", *wide, seconds=90),
-        "late": ranks("runtime.py", "late", *wide, seconds=90),
-        "dies_eager": ranks("runtime.py", "dies_eager", *wide, dies=True),
         "dies_in_replay": ranks("runtime.py", "dies_in_replay", *wide, dies=True),
         "dies_between_replays": ranks("runtime.py", "dies_between_replays", *wide, dies=True),
+        "dies_eager": ranks("runtime.py", "dies_eager", *wide, dies=True),
+        "late": ranks("runtime.py", "late", *wide, seconds=90),
+        "growing_pools": ranks("runtime.py", "growing_pools", *wide),
+        "two_streams": ranks("runtime.py", "two_streams", *wide),
+        "qk_norm": ranks("runtime.py", "qk_norm"),
         "leaves_open": ranks("runtime.py", "leaves_open", *wide),
-        "demo": command(python, "-m", "fd_fusion", "demo", "--backend", "triton", seconds=120),
         "doctor": command(python, "-m", "fd_fusion", "doctor", seconds=90),
+        "strange_inputs": ranks("runtime.py", "strange_inputs", *wide),
+        "tune": command(
+            *(python, "-m", "fd_fusion", "tune", "--nproc", 2, "--hidden-size", 4096),
+            env={"XDG_CACHE_HOME": scratch},
+        ),
     }
     alone = {
         "host_time": ranks("host_time.py", "host_time", *wide),
@@ -165,16 +206,18 @@ def run_case(results: Results, name: str, case) -> None:
 
 def main(out: Path, wanted: list[str]) -> int:
     results, start = Results(out), time.monotonic()
+    os.environ["FD_PORTS"] = ",".join(map(str, free_ports(3)))
     os.environ.update(environment(unpack()))
     results.add("unpack", True, time.monotonic() - start, "")
     say = "import paddle; print(paddle.__version__, paddle.version.full_version, paddle.device.cuda.device_count())"
     run_case(results, "import", command(sys.executable, "-c", say))
-    beside, alone = cases()
-    for together, group in ((1, alone), (4, beside)):
-        with ThreadPoolExecutor(together) as pool:
-            for name, case in group.items():
-                if not wanted or name in wanted:
-                    pool.submit(run_case, results, name, case)
+    with tempfile.TemporaryDirectory() as scratch:
+        beside, alone = cases(scratch)
+        for together, group in ((1, alone), (3, beside)):
+            with ThreadPoolExecutor(together) as pool:
+                for name, case in group.items():
+                    if not wanted or name in wanted:
+                        pool.submit(run_case, results, name, case)
     return 0 if all(case["passed"] for case in results.cases.values()) else 1
 
 

@@ -5,6 +5,7 @@ only Paddle's runtime can show: a function for each below.
 """
 
 import contextlib
+import ctypes
 import gc
 import os
 import signal
@@ -21,6 +22,8 @@ import paddle
 import triton_calls as calls
 from paddle.device.cuda.graphs import CUDAGraph
 
+from fd_fusion.backends.qk_rms_norm import qk_rms_norm
+from fd_fusion.cli.processes.ranks import join_paddle
 from fd_fusion.comm.symmetric_memory import barrier
 from fd_fusion.reasons import FusionTimeout
 from tests.support import tensors
@@ -52,12 +55,20 @@ class Call:
         self.first = self.first or [one.tobytes() for one in bits]
         assert self.first == [one.tobytes() for one in bits], "other bits than the first call's"
 
+    def nan_or_right(self):
+        """What a call that ran out of time may have left: NaN, or what came before the other rank died."""
+        paddle.device.synchronize()
+        bits = self.bits()
+        for one, right in zip(bits, self.first):
+            values = tensors.from_bits(one, self.case.dtype)
+            assert (values != values).all() or one.tobytes() == right, "numbers that nobody sent"
+
     def spoil(self):
         """Write over the outputs, so that a replay that writes nothing is found."""
-        for out in self.outputs:
-            out.get_tensor().set(
-                np.full(out.shape, 0x7FC0, np.uint16), paddle.CUDAPlace(paddle.cuda.current_device())
-            )
+        paddle.device.synchronize()
+        for out in self.outputs:  # 0xFFFF is a NaN
+            nbytes = ctypes.c_size_t(out.element_size() * self.case.rows * self.case.hidden)
+            assert ctypes.CDLL("libcuda.so.1").cuMemsetD8_v2(ctypes.c_uint64(out.data_ptr()), 0xFF, nbytes) == 0
 
 
 @contextlib.contextmanager
@@ -230,8 +241,7 @@ def _killed(group, options, when):
             break
     else:
         raise AssertionError("no FusionTimeout")
-    values = [tensors.from_bits(bits, case.dtype) for bits in call.bits()]
-    assert all((one != one).all() for one in values), "finite numbers after a death"
+    call.nan_or_right()
     start = time.monotonic()
     op.close()
     assert time.monotonic() - start < 20, "close waits for a dead rank"
@@ -297,11 +307,67 @@ def little_memory(group, options):
 
 
 def _free():
-    import ctypes
-
     free, total = ctypes.c_size_t(), ctypes.c_size_t()
     assert ctypes.CDLL("libcuda.so.1").cuMemGetInfo_v2(ctypes.byref(free), ctypes.byref(total)) == 0
     return free.value
+
+
+def nccl_in_turn(group, options):
+    """All-reduces of Paddle's NCCL group, which is made after the op, and replays in turn."""
+    op, case = opened(group, options)
+    op.freeze()
+    join_paddle(group.rank, group.size, [int(port) for port in os.environ["FD_PORTS"].split(",")], "nccl")
+    summed = paddle.to_tensor(np.full((4, 8), 1.0, np.float32))
+    paddle.distributed.all_reduce(summed)
+    assert (summed.numpy() == group.size).all()
+    call = Call(op, case, group)
+    with captured() as graph:
+        call.run()
+    for step in range(500):
+        graph.replay()
+        paddle.distributed.all_reduce(summed)
+        if step % 20 == 19:
+            assert np.isfinite(summed.numpy()).all()
+            summed = paddle.to_tensor(np.full((4, 8), 1.0, np.float32))
+    call.right()
+    op.check()
+    op.close()
+    paddle.distributed.barrier()
+
+
+def qk_norm(group, options):
+    """The q/k norm in place on rows that are strided: q and k are right, all else keeps its bits."""
+    heads, kv_heads, dim, rows, eps = 8, 2, 128, 33, 1e-6
+    width, used = (heads + 2 * kv_heads) * dim, (heads + kv_heads) * dim
+    for dtype in ("float32", "bfloat16", "float16"):
+        for left in (0, 16):
+            generator = np.random.default_rng(left)
+            bits = tensors.to_bits(generator.standard_normal((rows, left + width + 16)), dtype)
+            weights = [tensors.to_bits(generator.standard_normal(dim), dtype) for _ in range(2)]
+            scale = [tensors.tensor(one, dtype, "gpu") for one in weights]
+            want = tensors.from_bits(bits, dtype)[:, left : left + used].reshape(rows, -1, dim).astype(np.float64)
+            want = want / np.sqrt((want**2).mean(-1, keepdims=True) + eps)
+            by_head = [weights[0]] * heads + [weights[1]] * kv_heads
+            want *= np.stack([tensors.from_bits(one, dtype) for one in by_head])
+            for graphed in (False, True):
+                whole = tensors.tensor(bits, dtype, "gpu")
+                qkv = whole[:, left : left + width]
+                assert not qkv.is_contiguous() and qkv.data_ptr() == whole.data_ptr() + left * whole.element_size()
+                paddle.device.synchronize()
+                if graphed:
+                    with captured() as graph:
+                        qk_rms_norm(qkv, *scale, q_heads=heads, kv_heads=kv_heads, head_dim=dim, eps=eps)
+                    graph.replay()
+                else:
+                    qk_rms_norm(qkv, *scale, q_heads=heads, kv_heads=kv_heads, head_dim=dim, eps=eps)
+                paddle.device.synchronize()
+                got = tensors.bits_of(whole, dtype)
+                kept = np.r_[0:left, left + used : bits.shape[1]]
+                assert (got[:, kept] == bits[:, kept]).all(), "something else was written"
+                values = tensors.from_bits(got, dtype)[:, left : left + used].reshape(want.shape)
+                close = {"float32": 2e-6, "bfloat16": 2**-8, "float16": 2**-11}[dtype] * np.abs(want) + 1e-6
+                assert (np.abs(values - want) <= close).all(), (dtype, np.abs(values - want).max())
+    print("q/k norm: three dtypes, strided, eager and by graph")
 
 
 def leaves_open(group, options):

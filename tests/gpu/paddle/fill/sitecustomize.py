@@ -5,6 +5,7 @@ its inputs, and its results go back: memcpy needs no kernel. What makes only vie
 FD_FILL_ALL=1 sends every op through that way on a CPU, to test it where there is no GPU.
 """
 
+import contextlib
 import ctypes
 import functools
 import importlib
@@ -13,6 +14,8 @@ import importlib.util
 import os
 import sys
 import types
+
+import numpy as np
 
 ALL = os.environ.get("FD_FILL_ALL") == "1"
 _BOTH_WAYS = ("add", "sub", "mul", "truediv", "div", "floordiv", "mod", "pow", "matmul")
@@ -36,10 +39,11 @@ class Finder:
     """Fills in Paddle when it has been imported."""
 
     def find_spec(self, name, path=None, target=None):
-        if name != "paddle":
+        if name != "paddle" or name in sys.modules:
             return None
-        sys.meta_path.remove(self)
+        sys.meta_path.remove(self)  # for the moment: somebody may only ask whether there is a Paddle
         spec = importlib.util.find_spec(name)
+        sys.meta_path.insert(0, self)
         if spec is not None:
             run = spec.loader.exec_module
             spec.loader.exec_module = lambda module: (run(module), fill(module))
@@ -59,8 +63,10 @@ def _names(paddle):
     cuda = types.ModuleType("paddle.cuda")
     core, device = paddle.base.core, paddle.device.cuda
 
-    def current():
-        return int(paddle.device.get_device().partition(":")[2] or 0)
+    own = int(os.environ.get("FLAGS_selected_gpus", "0").partition(",")[0] or 0)  # noqa: SIM112
+
+    def current():  # while an op runs on the CPU, the device from before
+        return int(paddle.device.get_device().partition(":")[2] or own)
 
     cuda.current_device = current
     cuda.set_device = lambda number: paddle.device.set_device(f"gpu:{number}")
@@ -74,11 +80,27 @@ def _names(paddle):
     stream = core._get_current_stream
     paddle._C = types.SimpleNamespace(_cuda_getCurrentRawStream=lambda number: stream(number).cuda_stream)
     importlib.import_module("paddle.base.dygraph.base").in_sot_simulation_mode = lambda: False
+    _mean_of_no_rows(paddle)
     tensor = core.eager.Tensor
     tensor.stride = lambda x, axis=None: x.get_strides() if axis is None else x.get_strides()[axis]
     tensor.is_cuda = property(lambda x: x.place.is_gpu_place())
     paddle.static.MetaTensor = types.SimpleNamespace  # for graphs that are traced: eager alone runs here
     paddle.static.register_op = lambda **about: lambda function: function
+
+
+def _mean_of_no_rows(paddle):
+    mean = paddle._C_ops.mean
+
+    def call(x, axis, keepdim):
+        if 0 not in x.shape:
+            return mean(x, axis, keepdim)
+        gone = {one % x.ndim for one in ([axis] if isinstance(axis, int) else axis)}
+        sizes = [
+            1 if number in gone else size for number, size in enumerate(x.shape) if keepdim or number not in gone
+        ]
+        return paddle.zeros(sizes, x.dtype)
+
+    paddle._C_ops.mean = call
 
 
 class Wrapper:
@@ -111,6 +133,9 @@ class Wrapper:
             x if self.whole((x,)) else self.device(self.host(x)), place, blocking
         )
 
+    def gpu(self):
+        return self.core.CUDAPlace(self.paddle.cuda.current_device())
+
     def on_gpu(self, x):
         return isinstance(x, self.tensor) and (ALL or x.place.is_gpu_place())
 
@@ -124,8 +149,11 @@ class Wrapper:
     def wrapped(self, name, op, native=None):
         @functools.wraps(op, assigned=("__name__", "__doc__"))
         def call(*args, **kwargs):
-            if (native is not None and native(args)) or not self.concerns((*args, *kwargs.values())):
+            if not self.concerns((*args, *kwargs.values())):
                 return op(*args, **kwargs)
+            if native is not None and native(args):
+                with contextlib.suppress(RuntimeError, OSError, ValueError):  # a kernel is needed after all
+                    return op(*args, **kwargs)
             return self.over_the_cpu(name, op, args, kwargs)
 
         return call
@@ -154,8 +182,9 @@ class Wrapper:
                 result = op(*args, **kwargs)
         finally:
             self.set_place(before)
+        given_back = {id(one) for one in _flat([result])}
         for key, (x, copy) in copies.items():
-            if copy.inplace_version != versions[key]:
+            if copy.inplace_version != versions[key] or (name.endswith("_") and id(copy) in given_back):
                 self.write(x, copy)
         return self.raise_(result, {id(copy): x for x, copy in copies.values()})
 
@@ -185,7 +214,9 @@ class Wrapper:
 
     def host(self, x):
         """A copy on the CPU, contiguous; of a tensor without memory one without memory."""
-        if not x._is_initialized():
+        if 0 in x.shape:
+            made = self.paddle.to_tensor(np.zeros(x.shape, _numpy_dtype(x)), place=self.cpu)
+        elif not x._is_initialized():
             made = self.tensor(dtype=x.dtype, dims=x.shape, name="", type=x.type, persistable=False)
         elif ALL:
             made = self.own["clone"](self.own["contiguous"](x))
@@ -201,23 +232,23 @@ class Wrapper:
         copy = self.own["contiguous"](copy)
         if ALL:
             return copy
-        place = self.paddle.framework._current_expected_place()
-        if not place.is_gpu_place():
-            place = self.core.CUDAPlace(0)
-        return self.own["_copy_to"](copy, place, True)
+        if 0 in copy.shape:
+            return self.paddle.empty(copy.shape, copy.dtype)
+        return self.own["_copy_to"](copy, self.gpu(), True)
 
     def write(self, x, copy):
         """Give a changed copy back to the tensor it was made of, and count the change as Paddle does."""
-        copy = self.own["contiguous"](copy)
-        if not x._is_initialized() or (x.is_contiguous() and not ALL):
-            place = self.cpu if ALL else self.paddle.framework._current_expected_place()
-            x.get_tensor().set(self.own["numpy"](copy), place)
+        values = self.own["numpy"](self.own["contiguous"](copy))
+        if 0 in x.shape:
+            return
+        if not x._is_initialized():
+            x.get_tensor().set(values, self.cpu if ALL else self.gpu())
         elif ALL:
             base = (ctypes.c_char * _span_bytes(x)).from_address(x.data_ptr())
-            _strided(x, base)[...] = _bits(self.own["numpy"](copy), x)
+            _strided(x, base)[...] = values.view(_numpy_dtype(x))
         else:
             base = _read_span(self.paddle, x)
-            _strided(x, base)[...] = _bits(self.own["numpy"](copy), x)
+            _strided(x, base)[...] = values.view(_numpy_dtype(x))
             _cuda("cuMemcpyHtoD_v2", ctypes.c_uint64(x.data_ptr()), base, ctypes.c_size_t(len(base)))
         x._bump_inplace_version()
 
@@ -253,15 +284,9 @@ def _numpy_dtype(x):
 
 
 def _strided(x, base):
-    import numpy as np
-
     kind = np.dtype(_numpy_dtype(x))
     steps = [step * kind.itemsize for step in x.get_strides()]
     return np.lib.stride_tricks.as_strided(np.frombuffer(base, kind), x.shape, steps)
-
-
-def _bits(values, x):
-    return values.view(_numpy_dtype(x))
 
 
 _version = importlib.metadata.version
