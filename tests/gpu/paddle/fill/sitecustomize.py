@@ -18,8 +18,9 @@ import types
 import numpy as np
 
 ALL = os.environ.get("FD_FILL_ALL") == "1"
+COMPARISONS = ("eq", "ne", "lt", "le", "gt", "ge")
 _BOTH_WAYS = ("add", "sub", "mul", "truediv", "div", "floordiv", "mod", "pow", "matmul")
-OPERATORS = [*_BOTH_WAYS, *(f"r{name}" for name in _BOTH_WAYS), "eq", "ne", "lt", "le", "gt", "ge"]
+OPERATORS = [*_BOTH_WAYS, *(f"r{name}" for name in _BOTH_WAYS), *COMPARISONS]
 VIEWS = {"slice", "transpose", "squeeze", "unsqueeze", "empty", "empty_like", "share_data", "as_strided"}
 WHOLE = {
     "reshape",
@@ -55,8 +56,7 @@ def fill(paddle):
         return
     paddle.__version__ = NO_VERSION
     _names(paddle)
-    if ALL or paddle.device.cuda.device_count():
-        Wrapper(paddle).install()
+    Wrapper(paddle).install()
 
 
 def _names(paddle):
@@ -149,6 +149,12 @@ class Wrapper:
     def wrapped(self, name, op, native=None):
         @functools.wraps(op, assigned=("__name__", "__doc__"))
         def call(*args, **kwargs):
+            if (
+                name in OPERATORS
+                and "matmul" not in name
+                and any(isinstance(x, self.tensor) and 0 in x.shape for x in args)
+            ):
+                return self.nothing(name, args)
             if not self.concerns((*args, *kwargs.values())):
                 return op(*args, **kwargs)
             if native is not None and native(args):
@@ -157,6 +163,12 @@ class Wrapper:
             return self.over_the_cpu(name, op, args, kwargs)
 
         return call
+
+    def nothing(self, name, args):
+        """The result of an operator on no rows, which 2.6.2 broadcasts nowhere."""
+        tensors = [x for x in args if isinstance(x, self.tensor)]
+        shape = np.broadcast_shapes(*(x.shape for x in tensors))
+        return self.paddle.empty(list(shape), "bool" if name in COMPARISONS else tensors[0].dtype)
 
     def concerns(self, values):
         """Whether an op with these arguments would run on the GPU."""
@@ -174,6 +186,7 @@ class Wrapper:
     def over_the_cpu(self, name, op, args, kwargs):
         copies, before = {}, self.paddle.framework._current_expected_place()
         cpu_calls[name] = cpu_calls.get(name, 0) + 1
+        originals = (*args, *kwargs.values())
         args, kwargs = self.lower(args, copies), self.lower(kwargs, copies)
         versions = {key: copy.inplace_version for key, (_, copy) in copies.items()}
         self.set_place(self.cpu)
@@ -182,11 +195,14 @@ class Wrapper:
                 result = op(*args, **kwargs)
         finally:
             self.set_place(before)
-        given_back = {id(one) for one in _flat([result])}
+        changed = None
+        if name.endswith("_"):  # in place: the first tensor, and the second where it is called `out`
+            tensors = [value for value in _flat(originals) if isinstance(value, self.tensor)]
+            changed = tensors[1 if name == "assign_out_" else 0]
         for key, (x, copy) in copies.items():
-            if copy.inplace_version != versions[key] or (name.endswith("_") and id(copy) in given_back):
+            if copy.inplace_version != versions[key] or x is changed:
                 self.write(x, copy)
-        return self.raise_(result, {id(copy): x for x, copy in copies.values()})
+        return changed if changed is not None and isinstance(result, self.tensor) else self.raise_(result)
 
     def lower(self, value, copies):
         """Replace the GPU tensors and places among arguments by those of the CPU."""
@@ -203,13 +219,11 @@ class Wrapper:
         is_gpu = isinstance(value, (self.core.Place, self.core.CUDAPlace)) and "gpu" in str(value)
         return self.cpu if is_gpu else value
 
-    def raise_(self, result, originals):
+    def raise_(self, result):
         if isinstance(result, (list, tuple)):
-            return type(result)(self.raise_(one, originals) for one in result)
+            return type(result)(self.raise_(one) for one in result)
         if not isinstance(result, self.tensor):
             return result
-        if id(result) in originals:
-            return originals[id(result)]
         return self.device(result) if result._is_initialized() else result
 
     def host(self, x):
@@ -218,15 +232,25 @@ class Wrapper:
             made = self.paddle.to_tensor(np.zeros(x.shape, _numpy_dtype(x)), place=self.cpu)
         elif not x._is_initialized():
             made = self.tensor(dtype=x.dtype, dims=x.shape, name="", type=x.type, persistable=False)
-        elif ALL:
-            made = self.own["clone"](self.own["contiguous"](x))
+        elif ALL and x.is_contiguous():
+            made = self.own["clone"](x)
         elif x.is_contiguous():
             self.paddle.device.cuda.synchronize()
             made = self.own["_copy_to"](x, self.cpu, True)
         else:
-            made = self.paddle.to_tensor(_strided(x, _read_span(self.paddle, x)).copy(), place=self.cpu)
+            made = self.paddle.to_tensor(_strided(x, self.span(x)).copy(), place=self.cpu)
         made.stop_gradient = True
         return made
+
+    def span(self, x):
+        """The bytes from the first element of a tensor to its last: a copy of the GPU's, or the CPU's own."""
+        size = (1 + sum((size - 1) * step for size, step in zip(x.shape, x.get_strides()))) * x.element_size()
+        if ALL:
+            return (ctypes.c_char * size).from_address(x.data_ptr())
+        self.paddle.device.cuda.synchronize()
+        base = (ctypes.c_char * size)()
+        _cuda("cuMemcpyDtoH_v2", base, ctypes.c_uint64(x.data_ptr()), ctypes.c_size_t(size))
+        return base
 
     def device(self, copy):
         copy = self.own["contiguous"](copy)
@@ -243,13 +267,11 @@ class Wrapper:
             return
         if not x._is_initialized():
             x.get_tensor().set(values, self.cpu if ALL else self.gpu())
-        elif ALL:
-            base = (ctypes.c_char * _span_bytes(x)).from_address(x.data_ptr())
-            _strided(x, base)[...] = values.view(_numpy_dtype(x))
         else:
-            base = _read_span(self.paddle, x)
+            base = self.span(x)
             _strided(x, base)[...] = values.view(_numpy_dtype(x))
-            _cuda("cuMemcpyHtoD_v2", ctypes.c_uint64(x.data_ptr()), base, ctypes.c_size_t(len(base)))
+            if not ALL:
+                _cuda("cuMemcpyHtoD_v2", ctypes.c_uint64(x.data_ptr()), base, ctypes.c_size_t(len(base)))
         x._bump_inplace_version()
 
 
@@ -264,18 +286,6 @@ def _flat(values):
 def _cuda(name, *args):
     code = getattr(ctypes.CDLL("libcuda.so.1"), name)(*args)
     assert code == 0, f"{name}: error {code}"
-
-
-def _span_bytes(x):
-    return (1 + sum((size - 1) * step for size, step in zip(x.shape, x.get_strides()))) * x.element_size()
-
-
-def _read_span(paddle, x):
-    """The bytes of GPU memory from the first element of a strided tensor to its last."""
-    paddle.device.cuda.synchronize()
-    base = (ctypes.c_char * _span_bytes(x))()
-    _cuda("cuMemcpyDtoH_v2", base, ctypes.c_uint64(x.data_ptr()), ctypes.c_size_t(len(base)))
-    return base
 
 
 def _numpy_dtype(x):
