@@ -21,6 +21,7 @@ ALL = os.environ.get("FD_FILL_ALL") == "1"
 COMPARISONS = ("eq", "ne", "lt", "le", "gt", "ge")
 _BOTH_WAYS = ("add", "sub", "mul", "truediv", "div", "floordiv", "mod", "pow", "matmul")
 OPERATORS = [*_BOTH_WAYS, *(f"r{name}" for name in _BOTH_WAYS), *COMPARISONS]
+NOTHING = {*OPERATORS, "linear"} - {"rmatmul"}  # what 2.6.2 cannot do with no rows
 VIEWS = {"slice", "transpose", "squeeze", "unsqueeze", "empty", "empty_like", "share_data", "as_strided"}
 WHOLE = {
     "reshape",
@@ -149,11 +150,7 @@ class Wrapper:
     def wrapped(self, name, op, native=None):
         @functools.wraps(op, assigned=("__name__", "__doc__"))
         def call(*args, **kwargs):
-            if (
-                name in OPERATORS
-                and "matmul" not in name
-                and any(isinstance(x, self.tensor) and 0 in x.shape for x in args)
-            ):
+            if name in NOTHING and any(isinstance(x, self.tensor) and 0 in x.shape for x in args):
                 return self.nothing(name, args)
             if not self.concerns((*args, *kwargs.values())):
                 return op(*args, **kwargs)
@@ -167,7 +164,10 @@ class Wrapper:
     def nothing(self, name, args):
         """The result of an operator on no rows, which 2.6.2 broadcasts nowhere."""
         tensors = [x for x in args if isinstance(x, self.tensor)]
-        shape = np.broadcast_shapes(*(x.shape for x in tensors))
+        if name in ("matmul", "linear"):
+            shape = [*tensors[0].shape[:-1], tensors[1].shape[-1]]
+        else:
+            shape = np.broadcast_shapes(*(x.shape for x in tensors))
         return self.paddle.empty(list(shape), "bool" if name in COMPARISONS else tensors[0].dtype)
 
     def concerns(self, values):
