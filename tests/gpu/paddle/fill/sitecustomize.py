@@ -113,6 +113,7 @@ class Wrapper:
         self.own = {name: getattr(self.tensor, name) for name in METHODS}
         self.cpu = self.core.CPUPlace()
         self.set_place = paddle.base.framework._set_expected_place
+        self.expected = paddle.framework._current_expected_place
 
     def install(self):
         for module in (self.paddle._C_ops, self.paddle._legacy_C_ops):
@@ -125,7 +126,8 @@ class Wrapper:
             if hasattr(tensor, f"__{name}__"):
                 setattr(tensor, f"__{name}__", self.wrapped(name, getattr(tensor, f"__{name}__")))
         for name in ("clone", "contiguous", "copy_"):
-            setattr(tensor, name, self.wrapped(name, self.own[name], self.whole))
+            native = self.copies_whole if name == "copy_" else self.whole
+            setattr(tensor, name, self.wrapped(name, self.own[name], native))
         tensor._setitem_dygraph = self.wrapped("setitem", tensor._setitem_dygraph)
         tensor._getitem_dygraph = self.wrapped("getitem", tensor._getitem_dygraph, self.plain_index)
         own = self.own
@@ -138,7 +140,16 @@ class Wrapper:
         return self.core.CUDAPlace(self.paddle.cuda.current_device())
 
     def on_gpu(self, x):
-        return isinstance(x, self.tensor) and (ALL or x.place.is_gpu_place())
+        """Whether x lies on the GPU, or will as soon as it has memory."""
+        if not isinstance(x, self.tensor):
+            return False
+        if ALL:
+            return True
+        return x.place.is_gpu_place() if x._is_initialized() else "gpu" in str(self.expected())
+
+    def copies_whole(self, args):
+        """A tensor that has no memory yet takes the shape of its source, which `copy_` does well by itself."""
+        return self.whole(args) or (not args[0]._is_initialized() and args[1].is_contiguous())
 
     def whole(self, args):
         return not ALL and all(x.is_contiguous() for x in args if self.on_gpu(x) and x._is_initialized())
@@ -181,10 +192,10 @@ class Wrapper:
         if places:
             return any(not isinstance(place, self.core.CPUPlace) and "gpu" in str(place) for place in places)
         here = any(isinstance(value, self.tensor) for value in flat)
-        return not here and "gpu" in str(self.paddle.framework._current_expected_place())
+        return not here and "gpu" in str(self.expected())
 
     def over_the_cpu(self, name, op, args, kwargs):
-        copies, before = {}, self.paddle.framework._current_expected_place()
+        copies, before = {}, self.expected()
         cpu_calls[name] = cpu_calls.get(name, 0) + 1
         originals = (*args, *kwargs.values())
         args, kwargs = self.lower(args, copies), self.lower(kwargs, copies)
