@@ -141,7 +141,11 @@ class Server:
         a thread of its own still receives (engine/common_engine.py, _exit_sub_services).
         """
         closed = "Shutting down: Master" in self.out() and not _listens(self.port)
-        return not self._of_workers() and (closed or self.process.poll() is not None)
+        return self.has_no_ranks() and (closed or self.process.poll() is not None)
+
+    def has_no_ranks(self):
+        """Whether no rank and no launcher of it is left."""
+        return not self._of_workers()
 
     def _of_workers(self):
         return [process for process in self.processes() if "worker_process.py" in _command(process)]
