@@ -25,6 +25,7 @@ from fd_fusion.tuning import table as tuning_table
 
 _MARK = "fd_fusion doctor: "
 _FUSING = {"cpu": ("triton",), "gpu": ("triton", "flashinfer")}  # those with a kernel
+LAUNCHED_ROWS = {"cpu": (1, 3), "gpu": (1, 5, 64)}  # T of each call of the launch
 
 
 def ask(what: str, *args: Any, timeout_s: float = 120) -> list[CheckResult]:

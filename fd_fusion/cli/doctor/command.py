@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from fd_fusion import __version__
@@ -30,8 +30,8 @@ def main(argv: list[str]) -> int:
     args = _parser().parse_args(argv)
     if args.nproc not in range(1, 9):
         _parser().error(f"--nproc {args.nproc}: give 1 to 8")
-    with ending_well(), progress_line("importing the packages, and launching the kernel on every rank"):
-        findings = find(args.nproc, launch=not args.no_run)
+    with ending_well(), progress_line("checking packages") as show:
+        findings = find(args.nproc, launch=not args.no_run, show=show)
     outcome = judge(findings)
     print(to_json(outcome, 2) if args.json else "\n".join(lines(outcome)))
     return outcome["exit_code"]
@@ -49,20 +49,27 @@ def _parser() -> Parser:
     return parser
 
 
-def find(size: int, *, launch: bool) -> list[CheckResult]:
-    """Everything that is to be found, topic by topic. Imports run in children, at the same time."""
+def find(size: int, *, launch: bool, show: Callable[[str], None] = lambda text: None) -> list[CheckResult]:
+    """Run all checks, topic by topic; imports in child processes, at the same time. `show` gets the topic, n of m."""
     found = run_checks("packages", packages)
     present = {one.name: one.state in ("ok", "warn") for one in found}
     children = ["framework", *(name for name in ("flashinfer", "fastdeploy") if present.get(name))]
+    topics = ["machine", "config", *children, *["launch"] * (launch and size > 1)]
+
+    def start(topic: str) -> str:
+        show(f"checking {topic}, {1 + topics.index(topic)} of {len(topics)}")
+        return topic
+
     with contextlib.ExitStack() as stack:
         sizes = [[size] if name == "framework" else [] for name in children]
         asked = [stack.enter_context(doctor_child.asking(name, *more)) for name, more in zip(children, sizes)]
-        found += run_checks("machine", machine)
-        found += run_checks("config", config)
-        for answer in asked:
+        found += run_checks(start("machine"), machine)
+        found += run_checks(start("config"), config)
+        for name, answer in zip(children, asked):
+            start(name)
             found += answer()
-    if launch and size > 1:
-        found += run_checks("launch", lambda: _launch(size, found), "broken")
+    if "launch" in topics:
+        found += run_checks(start("launch"), lambda: _launch(size, found, show), "broken")
     return found
 
 
@@ -100,7 +107,7 @@ def _plugin(allowed: str | None) -> Iterator[CheckResult]:
         )
 
 
-def _launch(size: int, found: list[CheckResult]) -> Iterator[CheckResult]:
+def _launch(size: int, found: list[CheckResult], show: Callable[[str], None]) -> Iterator[CheckResult]:
     """One verified fused launch a rank, as real processes; on a CPU under Triton's interpreter."""
     by_name = {(one.topic, one.name): one for one in found}
     here, triton = by_name.get(("framework", "import")), by_name.get(("backends", "triton"))
@@ -112,8 +119,14 @@ def _launch(size: int, found: list[CheckResult]) -> Iterator[CheckResult]:
     env = {"TRITON_INTERPRET": "1"} if device == "cpu" else {"CUDA_MODULE_LOADING": "EAGER"}
     gpus = min(size, here.data["gpus"])
     where = "under the interpreter" if device == "cpu" else f"on {gpus} GPU{'s' * (gpus > 1)}"
+    calls = len(doctor_child.LAUNCHED_ROWS[device])
+
+    def watch(done: list[int]) -> bool:
+        show(f"launching the kernel on {size} ranks, {min(done)} of {calls} calls")
+        return False
+
     try:
-        results = run_ranks("doctor.rank", size, {}, timeout_s=300, env=env)
+        results = run_ranks("doctor.rank", size, {}, timeout_s=300, env=env, watch=watch)
     except RanksFailed as error:
         remedy = "fix what the sentence names; with `--no-run` this step is left out"
         yield CheckResult("launch", "triton", "broken", f"{size} ranks {where}: {error}", remedy, {"log": error.log})

@@ -10,13 +10,11 @@ from typing import Any
 import numpy as np
 
 from fd_fusion import reference
-from fd_fusion.cli.doctor.child import spec_for
-from fd_fusion.cli.processes.ranks import rank_main
+from fd_fusion.cli.doctor.child import LAUNCHED_ROWS, spec_for
+from fd_fusion.cli.processes.ranks import Progress, rank_main
 from fd_fusion.comm.group import Group, working
 from fd_fusion.frameworks.tensors import numbers, place, tensor
 from fd_fusion.spec import FusedOp, OpSpec
-
-_ROWS = {"cpu": (1, 3), "gpu": (1, 5, 64)}
 
 
 def run(job: dict[str, Any], group: Group) -> dict[str, Any]:
@@ -25,7 +23,7 @@ def run(job: dict[str, Any], group: Group) -> dict[str, Any]:
     """
     from fd_fusion.backends import triton as backend
 
-    framework, device, arch = place(group.rank)
+    progress, (framework, device, arch) = Progress(), place(group.rank)
     spec = spec_for(group.size, device, arch, group.rank)
     start = time.monotonic()
     with working(group):
@@ -33,13 +31,14 @@ def run(job: dict[str, Any], group: Group) -> dict[str, Any]:
     try:
         opened_s = time.monotonic() - start
         worst, digest, before = 0.0, hashlib.sha256(), op.stats()["device"]["rows"]
-        for rows in _ROWS[device]:
+        for rows in LAUNCHED_ROWS[device]:
             error, bits = one_call(framework, op, spec, rows)
+            progress.step()
             worst = max(worst, error)
             digest.update(bits)
         op.check()
         counted = op.stats()["device"]["rows"] - before
-        right = {"worst": worst, "digest": digest.hexdigest(), "counted": counted == sum(_ROWS[device])}
+        right = {"worst": worst, "digest": digest.hexdigest(), "counted": counted == sum(LAUNCHED_ROWS[device])}
         return {**right, "bytes": op.bytes, "opened_s": opened_s}
     finally:
         op.close()

@@ -97,8 +97,9 @@ class Progress:
     def __init__(self) -> None:
         self._path, self._done = Path(sys.argv[1], f"progress.{sys.argv[2]}"), 0
 
-    def step(self) -> None:
-        self._done += 1
+    def step(self, to: int | None = None) -> None:
+        """Count one step, or set the number of steps."""
+        self._done = self._done + 1 if to is None else to
         write_whole(self._path, str(self._done))
 
 

@@ -180,7 +180,7 @@ def test_a_framework_whose_gpu_does_not_answer_is_broken(on_path):
     fake(on_path, "paddle", "__version__ = '3.3.1'\ndef is_compiled_with_cuda():\n    raise OSError('error 719')")
     (found,) = told = doctor_child.ask("framework", 2)
     assert found.state == "broken" and "OSError: error 719" in found.text
-    told += doctor._launch(2, told)
+    told += doctor._launch(2, told, None)
     assert told[1].text == "not tried: the framework does not work" and doctor.judge(told)["exit_code"] == 2
 
 
@@ -193,8 +193,10 @@ def test_a_framework_that_does_not_come_to_an_end_is_broken(on_path):
 def test_a_launch_that_cannot_be_started_is_broken(monkeypatch):
     monkeypatch.setattr(doctor_child, "asking", lambda *_: contextlib.nullcontext(list))
     monkeypatch.setattr(doctor, "_launch", lambda *_: 1 / 0)
-    launch = doctor.find(2, launch=True)[-1]
+    launch = doctor.find(2, launch=True, show=(shown := []).append)[-1]
     assert launch.topic == "launch" and launch.state == "broken" and launch.remedy
+    count = len(shown)
+    assert shown[0] == f"checking machine, 1 of {count}" and shown[-1] == f"checking launch, {count} of {count}"
 
 
 def test_a_build_for_cpus_among_gpus(on_path, monkeypatch):
