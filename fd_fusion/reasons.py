@@ -1,7 +1,7 @@
 """Every reason why something is off, and every error, of the package: one table, in one place.
 
 A reason is a code, the facts that fill its sentence, and a remedy. `Report` and the commands
-read this table, so a reason cannot be told in two ways, and none can be missing from the documents.
+read this table, so a reason has one sentence, and none can be missing from the documents.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 class Entry:
     """A row of the table: `sentence` with {named} facts, and the `remedy` that a user can act on.
 
-    rule: what is left out by design, or because nobody asked for it: never an error, under `strict` neither.
+    rule: what is left out by design, or was not asked for: never an error, under `strict` neither.
     """
 
     sentence: str
@@ -59,7 +59,7 @@ TABLE: dict[str, Entry] = {
         "use one tensor-parallel group for the block",
     ),
     "not_reduced": Entry(
-        "{producer} has reduce_results=False: somebody else owes its reduction",
+        "{producer} has reduce_results=False: another layer owes its reduction",
         "leave it, or set reduce_results=True",
     ),
     "reduced_inside": Entry(
@@ -250,7 +250,7 @@ TABLE: dict[str, Entry] = {
     ),
     "mig": Entry("rank {rank} is on a MIG instance, which has no peer access", "turn MIG off, or use one rank"),
     "same_pid": Entry(
-        "ranks {first} and {second} both have pid {pid}, so the CUDA driver cannot tell them apart",
+        "ranks {first} and {second} both have pid {pid}, so they are one process to the CUDA driver",
         "start the ranks as processes of one pid namespace (for containers: --pid=host)",
     ),
     "no_peer_access": Entry(
@@ -262,7 +262,7 @@ TABLE: dict[str, Entry] = {
         "P2P between these two GPUs does not work (IOMMU or ACS settings): see `nvidia-smi topo -p2p r`",
     ),
     "triton_mode": Entry(
-        "Triton was imported before fd_fusion in the other mode (TRITON_INTERPRET={need} is needed here)",
+        "Triton was imported before fd_fusion in the other mode (TRITON_INTERPRET={need} is needed)",
         "set TRITON_INTERPRET={need} for the whole process",
     ),
     "workspace_small": Entry(
@@ -298,13 +298,14 @@ TABLE: dict[str, Entry] = {
         "the tuning table {path} cannot be used: {error}", "run `python -m fd_fusion tune` again, or remove the file"
     ),
     "table_stale": Entry(
-        "the tuning table was measured with {got}; here is {need}", "run `python -m fd_fusion tune` again"
+        "the tuning table was measured with {got}, and this process has {need}",
+        "run `python -m fd_fusion tune` again",
     ),
     "table_differs": Entry(
         "the ranks read different tuning tables, so none is used", "give all ranks one XDG_CACHE_HOME"
     ),
     "never_wins": Entry(
-        "the tuning table says that fusing never wins here for {size} ranks, H={hidden_size}, {dtype}",
+        "the tuning table shows that fusing wins for no number of rows with {size} ranks, H={hidden_size}, {dtype}",
         "set max_token_num to fuse all the same",
         rule=True,
     ),
@@ -335,7 +336,7 @@ TABLE: dict[str, Entry] = {
         _OTHER_FLASHINFER,
     ),
     "flashinfer_signature": Entry(
-        "FlashInfer {version} takes {names}, which is unknown here",
+        "FlashInfer {version} takes {names}, which fd_fusion does not know",
         _OTHER_FLASHINFER,
     ),
     "flashinfer_build": Entry("FlashInfer {version} did not build its kernel: {error}", "see the log of this rank"),
@@ -370,34 +371,34 @@ TABLE: dict[str, Entry] = {
 class Reason:
     """Why something is off: a code of `TABLE` and the facts of its sentence. `str()` gives the sentence.
 
-    told: sentence and remedy of a rank with another version, whose code or facts are not in this table.
-    cause: what that rank said, where the code is "refused".
+    texts: sentence and remedy of a rank with another version, whose code or facts are not in this table.
+    cause: the reason of that rank, where the code is "refused".
     """
 
     code: str
     facts: tuple[tuple[str, Any], ...] = ()
-    told: tuple[str, str] | None = None
+    texts: tuple[str, str] | None = None
     cause: Reason | None = None
 
     def __str__(self) -> str:
-        return self.told[0] if self.told else TABLE[self.code].sentence.format(**dict(self.facts))
+        return self.texts[0] if self.texts else TABLE[self.code].sentence.format(**dict(self.facts))
 
     @property
     def remedy(self) -> str:
-        if self.told:
-            return self.told[1]
+        if self.texts:
+            return self.texts[1]
         if self.cause is not None:
             return f"on rank {dict(self.facts)['rank']}: {self.cause.remedy}"
         return TABLE[self.code].remedy.format(**dict(self.facts))
 
     @property
     def is_rule(self) -> bool:
-        """Whether this is never an error."""
+        """Return whether this is never an error."""
         return self.code in TABLE and TABLE[self.code].rule
 
     @property
     def root(self) -> Reason:
-        """What was wrong in the first place: the innermost cause."""
+        """Return what was wrong in the first place: the innermost cause."""
         return self if self.cause is None else self.cause.root
 
     def to_dict(self) -> dict[str, Any]:
@@ -406,13 +407,13 @@ class Reason:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Reason:
-        """Of another rank: what this version does not know is kept as it was told. Raises ValueError."""
+        """Read a reason of another rank; what this version does not know is kept as text. Raises ValueError."""
         try:
             code, facts = data["code"], dict(data["facts"])
             if _facts_of(code) == set(facts):
                 cause = data.get("cause")
                 return cls(code, _sorted(facts), cause=cls.from_dict(cause) if cause else None)
-            return cls(code, _sorted(facts), told=(str(data["text"]), str(data["remedy"])))
+            return cls(code, _sorted(facts), texts=(str(data["text"]), str(data["remedy"])))
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"not a reason: {type(error).__name__}: {error}") from None
 
@@ -426,12 +427,12 @@ def because(code: str, **facts: Any) -> Reason:
 
 
 def refused_by(rank: int, why: Reason) -> Reason:
-    """That `rank` refused, and all that it said: its sentence, its remedy, its code."""
+    """Make the reason that `rank` refused, with its sentence, its remedy and its code."""
     return Reason("refused", _sorted({"rank": rank, "why": str(why)}), cause=why)
 
 
 def _facts_of(code: str) -> set[str] | None:
-    """The names in the sentence and the remedy of a code; None if there is no such code."""
+    """Return the names in the sentence and the remedy of a code; None if there is no such code."""
     entry = TABLE.get(code)
     if entry is None:
         return None
@@ -443,7 +444,7 @@ def _sorted(facts: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
 
 
 class FusionError(RuntimeError):
-    """An error of this package. `reason` says what and what to do."""
+    """An error of this package, with its `reason` and remedy."""
 
     def __init__(self, reason: Reason):
         super().__init__(f"fd_fusion: {reason}. Remedy: {reason.remedy}.")
@@ -451,7 +452,7 @@ class FusionError(RuntimeError):
 
 
 def closed(*_: Any, **__: Any) -> NoReturn:
-    """Put in the place of what was closed: every call of it raises, and a call before that pays nothing."""
+    """Raise, in the place of what was closed: no call before that pays for a check."""
     raise FusionError(because("closed"))
 
 

@@ -51,7 +51,7 @@ def bind(
     refusal: Reason | None = None,
     freezes_itself: bool = False,
 ) -> Report:
-    """Collective: give the pairs of `model` their Sites. `fd_fusion.bind` says what that means.
+    """Collective: give the pairs of `model` their Sites. `fd_fusion.bind` has the contract.
 
     Args:
         pairs, qk_norms: what the host has found.
@@ -60,7 +60,7 @@ def bind(
         example_of: (forward, args, kwargs) -> example, in place of copies of the first forward's arguments.
         deterministic: the host is in its deterministic or batch-invariant mode.
         group: ranks that vote in any case, also for a model in which this rank finds no pair.
-        refusal: why this rank cannot bind; the others receive it in the vote.
+        refusal: why this rank cannot bind; the others read it in the vote.
         freezes_itself: no host calls `freeze` after its graphs were captured.
     """
     with lifecycle.lock:
@@ -118,7 +118,7 @@ def unbind(model: Any) -> None:
 
 
 def report() -> list[Report]:
-    """The reports of the models of this process for which `bind` was called, those that are off too."""
+    """Return the reports of the models of this process for which `bind` was called, those that are off too."""
     with lifecycle.lock:
         bound = [state.report for state in _bound.values()]
         return bound + [one for one in _reports.values() if not any(one is other for other in bound)]
@@ -138,7 +138,7 @@ def note_off(model: Any, resolved: Resolved, reason: Reason) -> None:
 def check() -> None:
     """Raise FusionTimeout if a fused call of any bound model ran out of time. For use before tokens are published.
 
-    Nothing else is raised: what goes wrong with the metrics, which it writes once a minute, is one line in the log.
+    Nothing else is raised: it writes the metrics once a minute, and what goes wrong with them is one line in the log.
     """
     try:
         lifecycle.check()
@@ -149,7 +149,7 @@ def check() -> None:
 
 
 def error_pages() -> list[int]:
-    """Descriptors of the pages on which fused kernels of this process say that a rank is missing."""
+    """Return the descriptors of the pages on which fused kernels of this process write which rank is missing."""
     pages = [selected.op.error_page for state in _bound.values() for selected in state.selected]
     return [page for page in pages if page is not None]
 
@@ -187,7 +187,7 @@ def reset() -> None:
 
 
 def _choose_qk(state: Bound, norms: Sequence[QKNorm]) -> Reason | None:
-    """Choose what the q and k norms run. Returns a failure that the user does not want to be spared."""
+    """Choose what the q and k norms run. Returns the failure that `strict` or a named backend makes an error."""
     config, report = state.report.config, state.report
     state.qk_norms, report.qk_stock = choose_qk_norms(norms, config)
     report.qk_fused = [norm.name for norm in state.qk_norms]
@@ -203,7 +203,7 @@ def _open(
     failure: Reason | None,
     labels: Mapping[Group, tuple[str, int]],
 ) -> None:
-    """Settle, group by group, which pairs get a Site. `failure` of this rank is a refusal that all ranks hear of."""
+    """Collective: give the pairs their Sites, group by group. `failure` of this rank is its refusal in each vote."""
     report, failure = state.report, failure or state.broken
     report.rejected += [Rejected(pair.name, because("one_rank")) for pair in pairs if pair.group.size == 1]
     pairs_of = {group: [pair for pair in pairs if pair.group == group] for group in labels}
@@ -222,7 +222,7 @@ def _open(
 
 
 def _leave_stock(state: Bound, pairs: list[Pair], reason: Reason, ranks: tuple[int, ...]) -> None:
-    """Of one group; the others go on, and `conclude_opening` tells all of them."""
+    """Leave the pairs of one group stock; the others go on, and the vote of `conclude_opening` is for all of them."""
     leave_stock(state.report, pairs, reason, ranks)
     state.failures.append(reason)
 
@@ -230,7 +230,7 @@ def _leave_stock(state: Bound, pairs: list[Pair], reason: Reason, ranks: tuple[i
 def _open_group(
     state: Bound, group: Group, pairs: list[Pair], config: FusionConfig, deterministic: bool, workspace_bytes: int
 ) -> None:
-    """One workspace for each hidden size and dtype of the group; a Site for each of its pairs."""
+    """Collective: open one workspace for each hidden size and dtype of the group, and make a Site for each pair."""
     spaces: dict[tuple[int, str], list[Pair]] = {}
     for pair in pairs:
         spaces.setdefault((pair.hidden_size, pair.dtype), []).append(pair)

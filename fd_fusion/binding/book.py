@@ -1,7 +1,7 @@
 """Which models are bound: each holds its own state, and this module keeps no model alive.
 
-A state reaches the model's layers, and a layer may know its model. Kept here, even under a weak key, it would keep
-such a model for ever; kept by the model it is a cycle, which the garbage collector takes with all that is in it.
+A state reaches the model's layers, and a layer may hold its model. A book that kept the state, even under a weak key,
+would keep such a model for ever; a state that the model keeps is a cycle, which the garbage collector takes whole.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _ATTRIBUTE = "_fd_fusion_state"
 class Book:
     """model -> its state. A state must give None where it is copied or pickled: it belongs to this model alone.
 
-    One that reaches no layer (`reaches_layers`) is kept here, and leaves no trace in its model.
+    A state that reaches no layer (`reaches_layers`) is kept by the book, and leaves no trace in its model.
     """
 
     def __init__(self) -> None:

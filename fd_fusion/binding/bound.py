@@ -1,4 +1,4 @@
-"""What a bound model holds, what is off that the user insists on, and how all of it is undone."""
+"""What a bound model holds, what `strict` or a named backend makes an error, and how all of it is undone."""
 
 from __future__ import annotations
 
@@ -49,12 +49,12 @@ class Bound:
         return bool(self.sites or self.undo or self.qk_norms or self.undo_qk)
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
-        """None in a copy of the model, which is not bound."""
+        """Give None to a copy of the model, which is not bound."""
         return type(None), ()
 
 
 def refuse(report: Report, pairs: list[Pair], reason: Reason, ranks: tuple[int, ...], config: FusionConfig) -> None:
-    """Leave the pairs stock; an error instead if the user insisted. All ranks come here with the same verdict."""
+    """Leave the pairs stock, or raise BindError where `strict` or a named backend insists: alike on all ranks."""
     leave_stock(report, pairs, reason, ranks)
     if not reason.root.is_rule and config.insists:
         raise BindError(reason)
@@ -65,7 +65,7 @@ def leave_stock(report: Report, pairs: list[Pair], reason: Reason, ranks: tuple[
 
 
 def insisted_failure(state: Bound) -> Reason | None:
-    """What is off on this rank though the user insists on it: the meaning of `strict` and of a named backend.
+    """Return what is off on this rank though `strict` or a named backend insists on it.
 
     A named backend must not fail where it is tried. Strict: nothing may be off, whatever the reason, but what a rule
     of the table of reasons leaves out.
@@ -80,16 +80,16 @@ def insisted_failure(state: Bound) -> Reason | None:
 
 
 def give_up(state: Bound, error: BaseException) -> None:
-    """What bind, or the pass in the first forward, raises: nothing stays bound, and the next bind tries anew."""
-    told = because("bind_raised", error=f"{type(error).__name__}: {error}")
+    """Undo the bind that raised `error`: nothing stays bound, and the next bind tries anew."""
+    raised = because("bind_raised", error=f"{type(error).__name__}: {error}")
     error = error if isinstance(error, FusionError) else error.__cause__  # of the caller's own, when out of step
     state.on, state.report.waiting = False, None
-    state.report.off = error.reason if isinstance(error, FusionError) else told
+    state.report.off = error.reason if isinstance(error, FusionError) else raised
     state.report.sites.clear()
     state.report.qk_fused.clear()
     try:
         undo_all(state)
-    except Exception:  # told, and not raised: what the caller is to hear is the first error
+    except Exception:  # logged, and not raised: the caller gets the first error
         logger.exception("fd_fusion: not all of the model could be restored")
 
 

@@ -1,4 +1,4 @@
-"""Around the opening of a model's backends: who takes part, whether all built the same, and what came of it."""
+"""The frame of the opening of backends: which ranks take part, whether all built the same, and the outcome."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _models: dict[str, list[tuple[int, weakref.ref]]] = {}  # by what their ranks co
 
 
 def by_group(pairs: list[Pair], also: Group | None) -> dict[Group, list[Pair]]:
-    """The pairs of each group of several ranks. `also`: a group that is there in any case."""
+    """Sort the pairs by their groups of several ranks. `also`: a group that is there in any case."""
     found: dict[Group, list[Pair]] = {also: []} if also is not None and also.size > 1 else {}
     for pair in pairs:
         if pair.group.size > 1:
@@ -32,14 +32,15 @@ def by_group(pairs: list[Pair], also: Group | None) -> dict[Group, list[Pair]]:
 
 
 def group_of_last_resort(report: Report, pairs: Sequence[Pair]) -> Group | None:
-    """Where a failure of q and k norms is told in a model without pairs, if the user insists: to all ranks."""
+    """Return the group that votes on a failure of q and k norms in a model without pairs, if the user insists."""
     config = report.config
     tried = report.qk_fused or any(not reason.is_rule for reason in report.qk_stock.values())
     return paddle_ops.group_of() if tried and config.insists and not pairs else None
 
 
 def label_of(model: Any, pairs: list[Pair], config: FusionConfig, deterministic: bool) -> tuple[str, int]:
-    """(what must be equal on all ranks of a group, the number of this model among those of which it is the same).
+    """Return (what must be equal on all ranks of a group, the number of this model among those of which it is the
+    same).
 
     A rank that is late for one model must not bind it together with the next one of the others.
     """
@@ -65,14 +66,14 @@ def join(state: Bound, labels: Mapping[Group, str]) -> None:
 
 
 def conclude_opening(state: Bound) -> None:
-    """Collective: tell the circle what is open, and what was insisted on in vain.
+    """Collective: vote in the circle on what is open, and on what was insisted on in vain.
 
     Sets `circle` to the ranks that the open groups tie together.
     Raises: BindError: on every rank of the circle alike.
     """
     config, failure = state.report.config, insisted_failure(state)
     circle = None if state.broken is not None else circle_of(state.live, state.known)
-    if circle is None:  # nobody to tell, or a rank that did not come: every live group has heard of it
+    if circle is None:  # no other rank; or a rank that did not come, which every live group's vote has named
         state.on = state.broken is None and not state.failures
         if failure is None and config.insists:
             failure = state.broken
@@ -92,7 +93,7 @@ def conclude_opening(state: Bound) -> None:
 
 
 def _give_up(state: Bound, reason: Reason, ranks: tuple[int, ...]) -> None:
-    """A rank went missing in between: what this one had opened is closed again, as on every other."""
+    """Close what this rank opened, as every other does, when a rank went missing in between."""
     undo_all(state)
     state.on = False
     state.report.sites.clear()
@@ -109,8 +110,9 @@ def structure_refusal(
     room: tuple[int, int],
     config: FusionConfig,
 ) -> tuple[tuple[Reason, tuple[int, ...]] | None, int]:
-    """The first vote of a group: None if every rank built the same, else (reason, ranks); and the bytes that each of
-    its workspaces may have, so that all fit into what is left of `workspace_mb` on every rank.
+    """Collective: hold the first vote of a group. Returns None if every rank built the same, else (reason, ranks);
+    and the bytes that each of its workspaces may have, so that all fit into what is left of `workspace_mb` on every
+    rank.
 
     Args: room: how many workspaces this rank needs, of all its groups, and the bytes that are left for them.
     """

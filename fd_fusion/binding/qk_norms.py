@@ -1,6 +1,6 @@
 """The RMSNorm of q and k by one kernel: chosen, tried and compared with the stock formula at bind, layer by layer.
 
-Nothing is exchanged between ranks here, so nothing is voted on: each rank normalises its own heads.
+The ranks exchange nothing, so they do not vote: each rank normalises its own heads.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class Kernel:
 
 
 def _why_stock(config: FusionConfig) -> Reason | None:
-    """The rule that leaves the layers stock, or None. It is never an error."""
+    """Return the rule that leaves the layers stock, or None. It is never an error."""
     if not config.enable_qk_rms_norm:
         return because("disabled", flag="enable_qk_rms_norm")
     if config.backend == "triton" or (config.backend == "auto" and paddle_runtime.device_of()[0] == "gpu"):
@@ -114,9 +114,10 @@ def _try(norm: QKNorm) -> Reason | None:
 
 
 def _rows(norm: QKNorm, dtype: str) -> np.ndarray:
-    """Both signs, the same on every run; the root mean square of a head is 1/4, 1, and many times that of eps.
+    """Return rows of both signs, the same on every run; the root mean square of a head is 1/4, 1, and many times that
+    of eps.
 
-    The first kind shows eps, the last the rest. No generator but our own is touched.
+    The first kind shows eps, the last the rest. No generator but our own is used.
     """
     sizes = np.array([0.25, 1.0, 0.0, 0.0]) * max(norm.eps, _LEAST_SQUARE[dtype]) ** 0.5 + [0.0, 0.0, 1.0, 30.0]
     values = np.random.default_rng(0).standard_normal((len(sizes), norm.width))
@@ -124,7 +125,8 @@ def _rows(norm: QKNorm, dtype: str) -> np.ndarray:
 
 
 def _allowed(head_dim: int, dtype: str) -> float:
-    """The relative error of an element. We round once; a host three times at most: x * scale, the weight with its
-    offset, and their product. Beside it float32 arithmetic: D additions in any order, half of whose error is in the
-    root, and ten roundings and approximations of either side."""
+    """Return the relative error that an element may have. We round once; a host three times at most: x * scale, the
+    weight with its offset, and their product. Beside it float32 arithmetic: D additions in any order, half of whose
+    error is in the root, and ten roundings and approximations of either side.
+    """
     return 4 * UNIT_ROUNDOFF[dtype] + (head_dim + 20) * UNIT_ROUNDOFF["float32"]

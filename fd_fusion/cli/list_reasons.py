@@ -31,5 +31,5 @@ def main(argv: list[str]) -> int:
 
 
 def _plain(sentence: str) -> str:
-    """The {facts} stay in braces; doubled braces, which stand for themselves, become single."""
+    """Leave the {facts} in braces; make doubled braces, which stand for themselves, single."""
     return re.sub(r"\{(\w+)![rs]\}", r"{\1}", sentence).replace("{{", "{").replace("}}", "}")

@@ -73,7 +73,7 @@ def _command(tree: Path, path: Path, *, back: bool, check: bool = False) -> list
 
 
 def _failure(tree: Path, path: Path, *, back: bool) -> str:
-    """The first line of why the patch does not apply; empty where it does."""
+    """Return the first line of why the patch does not apply; empty where it does."""
     done = subprocess.run(_command(tree, path, back=back, check=True), capture_output=True, text=True)
     lines = [*(done.stderr + done.stdout).splitlines(), f"exit code {done.returncode}"]
     return lines[0] if done.returncode else ""

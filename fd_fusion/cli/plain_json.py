@@ -1,4 +1,4 @@
-"""JSON that every reader takes. Python's own writes NaN and Infinity, which JSON does not have: null here."""
+"""JSON that every reader takes. Python's own has NaN and Infinity, which JSON has not: they become null."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def to_json(data: Any, indent: int | None = None) -> str:
-    """`data` as JSON text; a float that is no finite number is null."""
+    """Return `data` as JSON text; a float that is no finite number is null."""
     return json.dumps(_finite(data), indent=indent, allow_nan=False)
 
 

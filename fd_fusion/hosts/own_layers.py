@@ -39,7 +39,7 @@ def bind(
     The model's class and its attributes may have any names. What it is made of:
     - layers that end in an all-reduce: `RowParallelLinear`, or a block with `site = None`, `group` and
       `reduce_results` whose forward ends in `fd_fusion.layers.reduce_or_hand_over`;
-    - `RMSNorm`, called with the very tensor that such a layer returned, which nobody else reads;
+    - `RMSNorm`, called with the very tensor that such a layer returned, which nothing else reads;
     - `QKRMSNorm`, which needs no pair.
 
     Which layer feeds which norm, by dotted paths: {i} is every number at its place, {i+1} the next one, -1 the last:
@@ -53,7 +53,7 @@ def bind(
     Nothing is fused before a proving pass, in eager mode, has shown on all ranks:
     1. Data flow: with the hand-overs in place, nothing fused, and NaN in every tensor that was handed over, the
        model's outputs are the bits of a stock forward. Where two stock forwards differ from each other they are
-       within twice that, and the report's `spread` says so. What does not reach an output is not seen.
+       within twice that, and the report has a `spread`. What does not reach an output is not compared.
     2. Kernel: every variant that can be launched gave known answers at open (`paddle` has no kernel of its own). At
        each Site, with and without the residual, the fused call gives the same sums as the host on exact integers, and
        norms within roundings of the host's; and on up to four rows of the real partial sums, at sixteen columns, the
@@ -90,7 +90,7 @@ def bind(
 
 
 def _resolve(model: Any, config: Any, source: str) -> Resolved:
-    """The config that wins; the layers' own one where none is given."""
+    """Return the config that wins; the layers' own one where none is given."""
     if config is None:
         carried = {
             layer.fusion_config: None
@@ -105,7 +105,7 @@ def _resolve(model: Any, config: Any, source: str) -> Resolved:
 
 
 def find_pairs(model: Any, pairs: Pairs | None = None) -> list[Pair | Rejected]:
-    """The pairs that were named, or that the order of the model's layers shows."""
+    """Return the pairs that were named, or that the order of the model's layers shows."""
     if pairs is not None:
         links = named_links(model, pairs)
         left = [Rejected(path, because("unnamed", layer=path)) for path in unnamed(model, links)]
@@ -139,7 +139,7 @@ def _pair(link: Link) -> Pair | Rejected:
 
 
 class OwnStock:
-    """What this package's layers do without a Site; `site.Stock` says what is asked of it."""
+    """This package's layers without a Site; `site.Stock` has the contract."""
 
     def __init__(self, producer: Any, norm: RMSNorm):
         self._producer, self._norm, self.norm = producer, norm, norm.stock_forward
@@ -154,14 +154,15 @@ class OwnStock:
         return self._norm.eps, self._norm.weight_offset
 
     def attach(self, site: Site) -> Callable[[], None]:
-        """As a plain attribute of the instance."""
+        """Set the Site as a plain attribute of both instances."""
         undo = [set_attribute(end, "site", site) for end in (self._producer, self._norm)]
         return functools.partial(undo_in_turn, undo)
 
 
 def _partial_dtype(producer: Any) -> str:
-    """Of what is handed over: the dtype of the row-parallel layers, since a product has that of its weight. A block
-    without any is taken by most of its numbers: its experts, not a router or a scale in float32 beside them.
+    """Return the dtype of what is handed over: that of the row-parallel layers, since a product has that of its
+    weight. A block without any has the dtype of most of its numbers: its experts, not a router or a scale in float32
+    beside them.
     """
     elements: Counter[str] = Counter()
     for layer in producer.sublayers(include_self=True):
@@ -175,7 +176,7 @@ def _partial_dtype(producer: Any) -> str:
 
 
 def find_qk_norms(model: Any) -> list[QKNorm]:
-    """Every `QKRMSNorm` of `model`."""
+    """Return every `QKRMSNorm` of `model`."""
     layers = model.named_sublayers(include_self=True)
     return [_qk_norm(name, layer) for name, layer in layers if isinstance(layer, QKRMSNorm)]
 

@@ -34,7 +34,7 @@ from fd_fusion.site import Rejected, Site
 @pytest.mark.parametrize(
     "config, environ, code, source",
     [
-        (None, {}, "not_asked", "nobody"),
+        (None, {}, "not_asked", "no source"),
         (FusionConfig(), {"FD_FUSION_DISABLE": "1"}, "kill_switch", "FD_FUSION_DISABLE"),
         (FusionConfig(enable_all_reduce_rms_norm=False), {}, "disabled", "an argument"),
         (None, {"FD_FUSION_CONFIG": '{"enable_all_reduce_rms_norm": false}'}, "disabled", "FD_FUSION_CONFIG"),

@@ -53,7 +53,7 @@ def test_doctor(monkeypatch, capsys):
     found = [CheckResult("launch", "triton", "broken", "wrong numbers", data={"error_over_budget": float("inf")})]
     monkeypatch.setattr(doctor, "find", lambda *args, **how: found)
     assert doctor.main(["--json"]) == 2
-    assert strict(capsys.readouterr().out)["findings"][0]["data"] == {"error_over_budget": None}
+    assert strict(capsys.readouterr().out)["checks"][0]["data"] == {"error_over_budget": None}
 
 
 def test_tune(monkeypatch, capsys):

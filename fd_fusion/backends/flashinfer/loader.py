@@ -1,9 +1,9 @@
-"""Loads FlashInfer on first use, with Paddle standing in for torch, and leaves the process as it was.
+"""The load of FlashInfer on first use, with Paddle standing in for torch, and leaves the process as it was.
 
 FlashInfer is written for torch; Paddle's torch proxy (`paddle.compat`) can take torch's place. Paddle's own switch
-puts the proxy into `sys.modules["torch"]`, where every thread of the process finds it. Here the scope is narrower:
-the code of FlashInfer's own modules gets an `__import__` of its own, which answers `torch` with the proxy. Nothing
-named torch ever enters `sys.modules`, so a host with real torch, in any thread, keeps it; and a function that
+puts the proxy into `sys.modules["torch"]`, where every thread of the process finds it. The scope of this loader is
+narrower: the code of FlashInfer's own modules gets an `__import__` of its own, which answers `torch` with the proxy.
+Nothing named torch ever enters `sys.modules`, so a host with real torch, in any thread, keeps it; and a function that
 imports torch when it is called, long after the load, still gets the proxy.
 
 Where the import fails (the upstream wheels use torch modules that Paddle has no counterpart of), a kernel that
@@ -56,7 +56,7 @@ class FlashInfer:
 
 
 def installed_version() -> str | None:
-    """The installed version, without importing it; "0" for a copy without a version; None for none."""
+    """Return the installed version, without importing it; "0" for a copy without a version; None for none."""
     for name in DISTRIBUTIONS:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             return importlib.metadata.version(name)
@@ -80,7 +80,7 @@ def load() -> FlashInfer:
 
 
 def compiled_module(version: str) -> Path | None:
-    """Where FlashInfer's own build of the kernel lies: shipped with it, or in its cache; None if it must be built."""
+    """Return FlashInfer's own build of the kernel: shipped with it, or in its cache; None if it must be built."""
     found: list[Path] = []
     for package, inside in ((PACKAGE, "data/aot"), ("flashinfer_jit_cache", "jit_cache")):
         with contextlib.suppress(ValueError):  # a module that was put into sys.modules without a spec
@@ -123,7 +123,7 @@ def _load() -> FlashInfer:
 
 
 def _framework() -> ModuleType:
-    """Paddle if the process runs on it; on a machine without Paddle the tensors are torch's own."""
+    """Return Paddle if the process runs on it; on a machine without Paddle the tensors are torch's own."""
     try:
         return sys.modules.get("paddle") or importlib.import_module("torch")
     except ImportError as error:
@@ -131,7 +131,7 @@ def _framework() -> ModuleType:
 
 
 def _load_compiled(version: str, framework: ModuleType, error: str) -> FlashInfer:
-    """The second way: the compiled kernel alone, by tvm_ffi."""
+    """Load the compiled kernel alone, by tvm_ffi: the second way."""
     reason = because("flashinfer_import", version=version, framework=framework.__name__, error=error)
     path = compiled_module(version)
     if path is None or importlib.util.find_spec("tvm_ffi") is None:
@@ -144,7 +144,7 @@ def _load_compiled(version: str, framework: ModuleType, error: str) -> FlashInfe
 
 
 def _refuse_foreign(framework: ModuleType) -> None:
-    """FlashInfer may have been imported before, by somebody else, with real torch: then it takes torch tensors."""
+    """Raise if FlashInfer was imported before with real torch, by the host perhaps: it takes torch tensors then."""
     for name, module in list(sys.modules.items()):
         if name == PACKAGE or name.startswith(f"{PACKAGE}."):
             torch = vars(module).get("torch")
@@ -173,7 +173,7 @@ def _map_cuda_runtime() -> None:
 
 @contextlib.contextmanager
 def scoped_torch() -> Iterator[None]:
-    """Inside it, modules of FlashInfer that get imported see Paddle's proxy as `torch`, and no other module does.
+    """Give modules of FlashInfer that are imported inside Paddle's proxy as `torch`, and no other module.
 
     Raises: FusionError: this Paddle has no torch proxy.
     """
@@ -201,7 +201,7 @@ class Proxies:
         self._modules: dict[str, ModuleType] = {}
 
     def load(self, name: str) -> ModuleType:
-        """The stand-in of one module. Raises ImportError where Paddle has no counterpart."""
+        """Return the stand-in of one module. Raises ImportError where Paddle has no counterpart."""
         if name in self._modules:
             return self._modules[name]
         parent, _, child = name.rpartition(".")
@@ -212,16 +212,16 @@ class Proxies:
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         if name in _ADDED:
-            attribute, home = _ADDED[name]
+            attribute, module_of = _ADDED[name]
             if not hasattr(module, attribute):
-                setattr(module, attribute, getattr(importlib.import_module(home), attribute))
+                setattr(module, attribute, getattr(importlib.import_module(module_of), attribute))
         self._modules[name] = module
         if above is not None:
             setattr(above, child, module)
         return module
 
     def import_(self, name: str, globals: Any = None, locals: Any = None, fromlist: Any = (), level: int = 0) -> Any:
-        """The `__import__` of FlashInfer's modules: torch is the proxy, all else is as ever."""
+        """Import for FlashInfer's modules: torch is the proxy, all else is as ever."""
         if level == 0 and name.partition(".")[0] == "torch":
             module = self.load(name)
             for attribute in fromlist or ():
@@ -235,7 +235,7 @@ class Proxies:
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Finds FlashInfer's modules as Python's own finders do, and has them executed with `Proxies.import_`."""
+    """Find FlashInfer's modules as Python's own finders do, and execute them with `Proxies.import_`."""
 
     def __init__(self, proxies: Proxies):
         self._proxies = proxies
@@ -262,7 +262,7 @@ class _Loader(importlib.abc.Loader):
         return self._inner.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        # A module's code, and every function defined in it, takes its builtins from here.
+        # A module's code, and every function defined in it, takes its builtins from this.
         module.__dict__["__builtins__"] = {**vars(builtins), "__import__": self._proxies.import_}
         module.__spec__.loader = module.__loader__ = self._inner
         self._inner.exec_module(module)

@@ -29,7 +29,7 @@ def write_checkpoint(folder: Path, config: DecoderConfig, seed: int) -> None:
     weights = {name: _random(rng, name, weight) for name, weight in expected_weights(config).items()}
     try:
         save_file(weights, folder / "model.safetensors", metadata={"format": "np"})
-    except SafetensorError as error:  # a full disk is told in this way too
+    except SafetensorError as error:  # a full disk raises it too
         text = f"the checkpoint cannot be written to {folder}: {error}; set TMPDIR to a folder with room"
         raise OSError(text) from None
     (folder / "config.json").write_text(to_json(config.to_json(), 2) + "\n")
@@ -70,7 +70,7 @@ class Checkpoint:
         self._check()
 
     def read(self, name: str, rank: int = 0, size: int = 1) -> np.ndarray:
-        """A copy of a weight as float32 (float64 stays); with `size` > 1 only the part of this rank."""
+        """Copy a weight as float32 (float64 stays); with `size` > 1 only the part of this rank."""
         stored, split = self.stored[name], self.expected[name].split
         whole = np.memmap(stored.file, DTYPES[stored.dtype], "r", stored.offset, stored.shape)
         if split is not None and size > 1:
@@ -81,7 +81,7 @@ class Checkpoint:
         return np.array(whole, np.float64 if stored.dtype == "F64" else np.float32)
 
     def _leave_out_prediction_layers(self) -> None:
-        """GLM-4.5 stores its multi-token-prediction layers behind the decoder's; the decoder has no use for them."""
+        """Leave out the multi-token-prediction layers, which GLM-4.5 stores behind the decoder's."""
         first = self.config.num_hidden_layers
         for name in list(self.stored):
             layer = re.match(r"model\.layers\.(\d+)\.", name)
@@ -131,7 +131,7 @@ def _read_config(folder: Path) -> dict:
 
 
 def _read_header(file: Path) -> dict[str, Stored]:
-    """The names in a safetensors file: eight bytes of length, a JSON header, then the data."""
+    """Read the names in a safetensors file: eight bytes of length, a JSON header, then the data."""
     try:
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")

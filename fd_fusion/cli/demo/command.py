@@ -54,7 +54,7 @@ def main(argv: list[str]) -> int:
             return _demo(args)
     except ValueError as error:
         return say(error, 2)
-    except BrokenPipeError:  # nobody reads our output: the caller's business
+    except BrokenPipeError:  # no reader of our output: the caller handles it
         raise
     except FusionError as error:
         return say(error, 1)

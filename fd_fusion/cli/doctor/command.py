@@ -1,7 +1,7 @@
-"""`python -m fd_fusion doctor`: what is here, whether fusion can run on it, and what to do if it cannot.
+"""`python -m fd_fusion doctor`: check this machine, whether fusion can run on it, and what to do if it cannot.
 
-Ends with one launch of the fused kernel on every rank, compared with the reference. Exit code: 0 fusion works here,
-1 only the unfused path works, 2 something is broken.
+Ends with one launch of the fused kernel on every rank, compared with the reference. Exit code: 0 fusion works, 1 only
+the unfused path works, 2 something is broken.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ def main(argv: list[str]) -> int:
     if args.nproc not in range(1, 9):
         _parser().error(f"--nproc {args.nproc}: give 1 to 8")
     with ending_well(), progress_line("checking packages") as show:
-        findings = find(args.nproc, launch=not args.no_run, show=show)
-    outcome = judge(findings)
+        results = find(args.nproc, launch=not args.no_run, show=show)
+    outcome = judge(results)
     print(to_json(outcome, 2) if args.json else "\n".join(lines(outcome)))
     return outcome["exit_code"]
 
@@ -41,7 +41,7 @@ def _parser() -> Parser:
     parser = Parser(
         prog="fd-fusion doctor",
         description=__doc__.partition("\n")[0],
-        epilog="exit code: 0 fusion works here, 1 only the unfused path works, 2 something is broken",
+        epilog="exit code: 0 fusion works on this machine, 1 only the unfused path works, 2 something is broken",
     )
     parser.add_json()
     parser.add_argument("--nproc", type=int, default=2, help="ranks of the launch (default: 2)")
@@ -74,7 +74,7 @@ def find(size: int, *, launch: bool, show: Callable[[str], None] = lambda text: 
 
 
 def config() -> Iterator[CheckResult]:
-    """Which source of the configuration wins, as this shell has it."""
+    """Check which source of the configuration wins in this shell."""
     try:
         resolved = resolve()
     except ValueError as error:
@@ -92,7 +92,7 @@ def config() -> Iterator[CheckResult]:
 
 
 def _plugin(allowed: str | None) -> Iterator[CheckResult]:
-    """Whether a FastDeploy that is started from this shell, without `serve`, would load the plugin."""
+    """Check whether a FastDeploy that is started from this shell, without `serve`, would load the plugin."""
     if "fd_fusion" in (allowed or "").split(","):
         return
     names = ",".join(name for name in (allowed, "fd_fusion") if name)
@@ -108,16 +108,16 @@ def _plugin(allowed: str | None) -> Iterator[CheckResult]:
 
 
 def _launch(size: int, found: list[CheckResult], show: Callable[[str], None]) -> Iterator[CheckResult]:
-    """One verified fused launch a rank, as real processes; on a CPU under Triton's interpreter."""
+    """Launch the kernel once on every rank and verify it, as real processes; on a CPU under Triton's interpreter."""
     by_name = {(one.topic, one.name): one for one in found}
-    here, triton = by_name.get(("framework", "import")), by_name.get(("backends", "triton"))
-    if here is None or here.state != "ok" or triton is None or triton.state != "ok":
-        who = "triton backend said no" if here and here.state == "ok" else "framework does not work"
+    framework, triton = by_name.get(("framework", "import")), by_name.get(("backends", "triton"))
+    if framework is None or framework.state != "ok" or triton is None or triton.state != "ok":
+        who = "triton backend refused" if framework and framework.state == "ok" else "framework does not work"
         yield CheckResult("launch", "triton", "note", f"not tried: the {who}")
         return
-    device = here.data["device"]
+    device = framework.data["device"]
     env = {"TRITON_INTERPRET": "1"} if device == "cpu" else {"CUDA_MODULE_LOADING": "EAGER"}
-    gpus = min(size, here.data["gpus"])
+    gpus = min(size, framework.data["gpus"])
     where = "under the interpreter" if device == "cpu" else f"on {gpus} GPU{'s' * (gpus > 1)}"
     calls = len(doctor_child.LAUNCHED_ROWS[device])
 
@@ -151,21 +151,23 @@ def _launch(size: int, found: list[CheckResult], show: Callable[[str], None]) ->
     yield CheckResult("launch", "triton", "ok", text, data=data)
 
 
-def judge(findings: list[CheckResult]) -> dict[str, Any]:
-    """The verdict, as data. Keys and codes are stable; new findings may be added."""
-    broken = [one for one in findings if one.state == "broken"]
-    off = [one for one in findings if one.state == "off"]
+def judge(results: list[CheckResult]) -> dict[str, Any]:
+    """Return the verdict as data. Keys and codes are stable; new checks may be added."""
+    broken = [one for one in results if one.state == "broken"]
+    off = [one for one in results if one.state == "off"]
     verdict = "broken" if broken else "unfused" if off else "works"
-    on_cpu = any(one.topic == "framework" and one.data.get("device") == "cpu" for one in findings)
-    works = "fusion works here" + (", by the interpreter: there is no GPU, so nothing is gained" if on_cpu else "")
-    launched = any(one.topic == "launch" and one.state == "ok" for one in findings)
+    on_cpu = any(one.topic == "framework" and one.data.get("device") == "cpu" for one in results)
+    works = "fusion works on this machine" + (
+        ", by the interpreter: there is no GPU, so nothing is gained" if on_cpu else ""
+    )
+    launched = any(one.topic == "launch" and one.state == "ok" for one in results)
     works += "" if launched else "; nothing was launched"
     sentence = {
         "works": works,
-        "unfused": f"only the unfused path works here: {off[0].text if off else ''}",
+        "unfused": f"only the unfused path works on this machine: {off[0].text if off else ''}",
         "broken": f"broken: {broken[0].text if broken else ''}",
     }[verdict]
-    warned = [one for one in findings if one.state == "warn"]
+    warned = [one for one in results if one.state == "warn"]
     todo = list(dict.fromkeys(one.remedy for one in [*broken, *off, *warned] if one.remedy))
     return {
         "schema": 1,
@@ -174,14 +176,14 @@ def judge(findings: list[CheckResult]) -> dict[str, Any]:
         "exit_code": VERDICTS[verdict],
         "sentence": sentence,
         "todo": todo,
-        "findings": [one.to_dict() for one in findings],
+        "checks": [one.to_dict() for one in results],
     }
 
 
 def lines(outcome: dict[str, Any]) -> list[str]:
-    """The report for people."""
+    """Return the report for people."""
     out, topic = [f"fd_fusion {outcome['fd_fusion']} doctor"], None
-    for one in outcome["findings"]:
+    for one in outcome["checks"]:
         if one["topic"] != topic:
             topic = one["topic"]
             out += ["", topic]

@@ -18,8 +18,8 @@ from fd_fusion.spec import FusedOp, OpSpec
 
 
 def run(job: dict[str, Any], group: Group) -> dict[str, Any]:
-    """Returns: worst error over its budget (at most 1 is right), a digest of all bits, whether the device counted
-    as many rows as were asked for, what the workspace took.
+    """Return worst error over its budget (at most 1 is right), a digest of all bits, whether the device counted as
+    many rows as were asked for, what the workspace took.
     """
     from fd_fusion.backends import triton as backend
 
@@ -45,7 +45,7 @@ def run(job: dict[str, Any], group: Group) -> dict[str, Any]:
 
 
 def one_call(framework: Any, op: FusedOp, spec: OpSpec, rows: int) -> tuple[float, bytes]:
-    """One fused call on known numbers: (error over budget, the bits of both outputs)."""
+    """Make one fused call on known numbers: (error over budget, the bits of both outputs)."""
     partials, residual, weight = _values(spec, rows)
     arrays = partials[spec.rank], residual, weight
     got = op.finish(*(tensor(framework, x, spec.dtype, spec.device) for x in arrays), spec.eps, 0.0)
@@ -72,7 +72,7 @@ def _values(spec: OpSpec, rows: int) -> tuple[list[np.ndarray], np.ndarray, np.n
 
 
 def _plain(partials: list, residual: np.ndarray, weight: np.ndarray, spec: OpSpec) -> tuple[np.ndarray, np.ndarray]:
-    """What an all-reduce and a norm in the same dtype give, every sum rounded: the measure of the budget."""
+    """Return what an all-reduce and a norm in the same dtype give, every sum rounded: the measure of the budget."""
     total = partials[0]
     for part in [*partials[1:], residual]:
         total = reference.round_to(total + part, spec.dtype).astype(np.float32)

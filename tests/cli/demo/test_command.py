@@ -129,7 +129,7 @@ def test_a_truth_that_is_no_number_agrees_with_nothing(number):
     outcome = demo_report.judge(DecoderConfig(), 2, dataclasses.replace(truth, plain_error=float(number)), results)
     last = demo_report.lines(outcome)[-1]
     assert not outcome["agree"] and last.startswith("verdict: the numbers do not agree: ")
-    assert "the exact result, or the same in float32, holds NaN or Inf; look at the weights" in last
+    assert "the exact result, or the same in float32, holds NaN or Inf; check the weights" in last
     text = to_json(outcome)
     assert "NaN" not in text and "Infinity" not in text and json.loads(text)["difference"]["bound"] is None
 

@@ -24,8 +24,8 @@ ROOT = Path(__file__).parents[3]
 SANE = {"paddlepaddle-gpu": "3.3.0", "triton": "3.6.0", "fastdeploy-gpu": "2.6.0", "flashinfer-python": "0.6.12"}
 
 
-def of(findings, name):
-    return next(one for one in findings if one.name == name)
+def of(results, name):
+    return next(one for one in results if one.name == name)
 
 
 def installed(**changes):
@@ -121,7 +121,7 @@ def test_a_probe_that_fails_is_a_sentence():
 
     first, second = run_checks("t", probe)
     assert first.name == "first" and second.name == "probe" and second.state == "warn"
-    assert second.text == "t could not be looked at: OSError: no such thing"
+    assert second.text == "t could not be checked: OSError: no such thing"
 
 
 @pytest.mark.parametrize("states, code", [(["ok", "warn"], 0), (["ok", "off"], 1), (["off", "broken"], 2)], ids=str)
@@ -259,10 +259,10 @@ def test_the_whole_command_on_this_machine():
     done = command("--json")
     outcome = json.loads(done.stdout)
     assert done.returncode == outcome["exit_code"] == 0, done.stdout
-    assert set(outcome) == {"schema", "fd_fusion", "verdict", "exit_code", "sentence", "todo", "findings"}
+    assert set(outcome) == {"schema", "fd_fusion", "verdict", "exit_code", "sentence", "todo", "checks"}
     keys = {"topic", "name", "state", "text", "remedy", "data"}
-    assert outcome["schema"] == 1 and all(set(one) == keys for one in outcome["findings"])
-    launch = next(one for one in outcome["findings"] if one["topic"] == "launch")
+    assert outcome["schema"] == 1 and all(set(one) == keys for one in outcome["checks"])
+    launch = next(one for one in outcome["checks"] if one["topic"] == "launch")
     assert launch["state"] == "ok" and launch["data"]["bit_equal"] and launch["data"]["error_over_budget"] <= 1
     assert launch["data"]["counted_on_device"]
     assert none_left(before)
@@ -271,7 +271,7 @@ def test_the_whole_command_on_this_machine():
 def test_without_the_launch_and_disabled():
     done = command("--no-run", env={"FD_FUSION_DISABLE": "1"})
     assert done.returncode == 1 and not done.stderr
-    assert "verdict: only the unfused path works here: FD_FUSION_DISABLE is set" in done.stdout
+    assert "verdict: only the unfused path works on this machine: FD_FUSION_DISABLE is set" in done.stdout
 
 
 def test_bad_arguments():

@@ -144,8 +144,8 @@ def fd_config_of(flag=None, explicit=None, size=2):
 @pytest.mark.parametrize(
     "flag, explicit, environ, source, backend",
     [
-        (None, None, {}, "nobody", None),
-        (False, None, {}, "nobody", None),
+        (None, None, {}, "no source", None),
+        (False, None, {}, "no source", None),
         (True, None, {}, "--enable-flashinfer-allreduce-fusion", "auto"),
         (False, None, {ENV_CONFIG: '{"backend": "triton"}'}, ENV_CONFIG, "triton"),
         (True, None, {ENV_CONFIG: '{"backend": "triton"}'}, ENV_CONFIG, "triton"),
