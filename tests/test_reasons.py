@@ -5,8 +5,8 @@ import string
 from pathlib import Path
 
 import pytest
+from support.flashinfer_releases import RELEASES
 
-from fd_fusion.backends.flashinfer.releases import RELEASES
 from fd_fusion.reasons import TABLE, FusionError, Reason, because, refused_by
 
 SOURCES = sorted((Path(__file__).parents[1] / "fd_fusion").rglob("*.py"))
