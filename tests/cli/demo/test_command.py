@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.launch import launch
+from support.launch import ranks as rank_script
 from support.processes import alive, rank_pid, state
 
 from fd_fusion import __main__
@@ -313,7 +313,7 @@ def test_a_process_lives_until_its_last_thread_has_gone():
 
 @pytest.mark.timeout(300)
 def test_seeded_bugs_are_caught(tmp_path):
-    results = launch("seeded_bug.py", 2, tmp_path)
+    results = rank_script("seeded_bug.py", 2, tmp_path)
     assert results[0].keys() == results[1].keys()
     codes = {
         "forgets_to_reduce": ["nothing_handed_over"],
