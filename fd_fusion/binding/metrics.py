@@ -27,15 +27,10 @@ from fd_fusion.binding.report import Report
 logger = logging.getLogger("fd_fusion")
 EVERY_S = 60.0
 _Key = tuple[str, ...]  # name of the metric, then the values of its labels
-_LABELS = {
-    "finished": ("path", "reason"),
-    "device_rows": ("backend",),
-    "timeouts": (),
-}
-_HELP = {
-    "finished": "Finished pairs by path and reason, counted by Python: eager, or once at capture",
-    "device_rows": "Rows finished by fused kernels, counted on the device",
-    "timeouts": "Fused calls that ran out of time",
+COUNTERS = {  # name: (help, labels)
+    "finished": ("Finished pairs, counted by Python: eager, or once at capture", ("path", "reason")),
+    "device_rows": ("Rows finished by fused kernels, counted on the device", ("backend",)),
+    "timeouts": ("Fused calls that ran out of time", ()),
 }
 _next = 0.0
 _failures: set[str] = set()
@@ -115,9 +110,7 @@ class Prometheus:
         from prometheus_client import Counter as PrometheusCounter
         from prometheus_client import Gauge
 
-        self._counters = {
-            name: PrometheusCounter(f"fd_fusion_{name}", _HELP[name], labels) for name, labels in _LABELS.items()
-        }
+        self._counters = {name: PrometheusCounter(f"fd_fusion_{name}", *of) for name, of in COUNTERS.items()}
         text = "Memory of all workspaces of fd_fusion"
         self._bytes = Gauge("fd_fusion_workspace_bytes", text, multiprocess_mode="livesum")
         self._written: Counter[_Key] = Counter()

@@ -5,8 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 
-from fd_fusion.cli.messages import Parser, say
-from fd_fusion.cli.plain_json import to_json
+from fd_fusion.cli.messages import Parser, say, to_json
 from fd_fusion.reasons import TABLE
 
 

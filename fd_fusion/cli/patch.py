@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import fd_fusion
-from fd_fusion.cli.messages import Parser, say
-from fd_fusion.cli.plain_json import to_json
+from fd_fusion.cli.messages import Parser, say, to_json
 
 _HOME = Path(fd_fusion.__file__).parent
 # A wheel holds a copy, made when it is built; a clone has the folder itself.

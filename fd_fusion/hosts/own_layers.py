@@ -187,10 +187,8 @@ def _qk_norm(name: str, layer: QKRMSNorm) -> QKNorm:
         kv_heads=layer.kv_heads,
         head_dim=layer.head_dim,
         width=(layer.q_heads + 2 * layer.kv_heads) * layer.head_dim,
-        eps=layer.eps,
-        weight_offset=layer.q_norm.weight_offset,
+        numbers=lambda: (layer.eps, layer.q_norm.weight_offset),
         weights=lambda: (layer.q_norm.weight, layer.k_norm.weight),
         stock=layer.stock_forward,
         attach=lambda kernel: set_attribute(layer, "kernel", kernel),
-        numbers=lambda: (layer.eps, layer.q_norm.weight_offset),
     )

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fd_fusion.cli.demo.config import DecoderConfig, Weight, expected_weights
-from fd_fusion.cli.plain_json import to_json
+from fd_fusion.cli.messages import to_json
 
 # The names that safetensors gives to dtypes. NumPy has no bfloat16: its bits are widened after reading.
 DTYPES = {"F32": np.float32, "F16": np.float16, "F64": np.float64, "BF16": np.uint16}

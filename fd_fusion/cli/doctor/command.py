@@ -16,8 +16,7 @@ from fd_fusion.cli.doctor import child as doctor_child
 from fd_fusion.cli.doctor.checks import CheckResult, of_reason, run_checks
 from fd_fusion.cli.doctor.machine import machine
 from fd_fusion.cli.doctor.packages import packages
-from fd_fusion.cli.messages import Parser, progress_line
-from fd_fusion.cli.plain_json import to_json
+from fd_fusion.cli.messages import Parser, progress_line, to_json
 from fd_fusion.cli.processes.ranks import RanksFailed, run_ranks
 from fd_fusion.cli.processes.signals import ending_well
 from fd_fusion.config import resolve

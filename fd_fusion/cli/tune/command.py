@@ -15,8 +15,7 @@ from typing import Any
 
 from fd_fusion import __version__
 from fd_fusion.cli.doctor import child as doctor_child
-from fd_fusion.cli.messages import Parser, progress_line, say
-from fd_fusion.cli.plain_json import to_json
+from fd_fusion.cli.messages import Parser, progress_line, say, to_json
 from fd_fusion.cli.processes.ranks import RanksFailed, free_ports, run_ranks
 from fd_fusion.cli.processes.signals import ending_well
 from fd_fusion.cli.tune import limits as tune_limits

@@ -93,13 +93,12 @@ def _qk_norm(name: str, layer: Any, dtype: str) -> QKNorm:
         kv_heads=layer.kv_size // layer.head_dim,
         head_dim=layer.head_dim,
         width=layer.q_size + 2 * layer.kv_size,
-        eps=layer.q_norm.eps,  # the host's own kernel takes layer.eps, which a caller may have left at its default
-        weight_offset=0.0,
+        # The host's own kernel takes layer.eps, which a caller may have left at its default.
+        numbers=lambda: (layer.q_norm.eps, 0.0),
         weights=lambda: (layer.q_norm.weight, layer.k_norm.weight),
         stock=lambda qkv: stock(qkv, _NoGraph),
         attach=lambda kernel: _set_forward(layer, _qk_forward(stock, kernel)),
         dtype=dtype,
-        numbers=lambda: (layer.q_norm.eps, 0.0),
     )
 
 

@@ -24,7 +24,7 @@ from fd_fusion.cli.demo import command as demo
 from fd_fusion.cli.demo import report as demo_report
 from fd_fusion.cli.demo.config import DecoderConfig
 from fd_fusion.cli.demo.reference import Truth
-from fd_fusion.cli.plain_json import to_json
+from fd_fusion.cli.messages import to_json
 from fd_fusion.cli.processes import run_folder
 
 ROOT = Path(__file__).parents[3]

@@ -11,7 +11,7 @@ from bench import qk_rms_norm as bench_qk_norm
 
 from fd_fusion.cli.doctor import command as doctor
 from fd_fusion.cli.doctor.checks import CheckResult
-from fd_fusion.cli.plain_json import to_json
+from fd_fusion.cli.messages import to_json
 from fd_fusion.cli.tune import command as tune
 
 PACKAGE = Path(__file__).parents[2] / "fd_fusion"
