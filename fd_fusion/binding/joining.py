@@ -39,8 +39,7 @@ def group_of_last_resort(report: Report, pairs: Sequence[Pair]) -> Group | None:
 
 
 def label_of(model: Any, pairs: list[Pair], config: FusionConfig, deterministic: bool) -> tuple[str, int]:
-    """Return (what must be equal on all ranks of a group, the number of this model among those of which it is the
-    same).
+    """Return (what must be equal on all ranks of a group, the number of this model among its equals).
 
     A rank that is late for one model must not bind it together with the next one of the others.
     """

@@ -83,8 +83,7 @@ def within_spread(got: Sequence[Any], want: Sequence[Any], again: Sequence[Any])
 
 
 class Trace:
-    """The input and the output of each pair's norm in a forward, as hashes of their first and last row, by the pair's
-    name.
+    """The input and output of each pair's norm in a forward, by the pair's name: hashes of first and last row.
 
     It names the first Site at which two forwards part.
 

@@ -100,8 +100,7 @@ def meet_again(state: Bound) -> Reason | None:
 
 
 def _try_again(state: Bound, reason: Reason) -> bool:
-    """Leave the outcome open, but for a third time of no pass at all, or under `strict` a fourth pass that showed
-    nothing.
+    """Leave the outcome open, but not a third time without a pass, nor under `strict` a fourth that showed nothing.
 
     Returns: whether this is the end of it.
     """

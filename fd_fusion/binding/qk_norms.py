@@ -112,17 +112,12 @@ def _try(norm: QKNorm) -> Reason | None:
 
 
 def _rows(norm: QKNorm, dtype: str) -> np.ndarray:
-    """Return rows of both signs, the same on every run; the root mean square of a head is 1/4, 1, and many times that
-    of eps.
+    """Return rows of both signs; the root mean square of a head is 1/4, 1, and many times that of eps.
 
     The first kind shows eps, the last the rest. No generator but our own is used.
     """
-    sizes = np.array([0.25, 1.0, 0.0, 0.0]) * max(norm.numbers()[0], _LEAST_SQUARE[dtype]) ** 0.5 + [
-        0.0,
-        0.0,
-        1.0,
-        30.0,
-    ]
+    of_eps = max(norm.numbers()[0], _LEAST_SQUARE[dtype]) ** 0.5
+    sizes = np.array([0.25, 1.0, 0.0, 0.0]) * of_eps + [0.0, 0.0, 1.0, 30.0]
     values = np.random.default_rng(0).standard_normal((len(sizes), norm.width))
     return (values * sizes[:, None]).astype(np.float32)
 

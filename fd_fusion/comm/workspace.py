@@ -89,8 +89,7 @@ class Workspace:
             return self.memory.provider.read(address, nbytes)
 
     def check(self) -> None:
-        """Raise if a call ran out of time; before results leave the process, when the calls that made them have
-        ended.
+        """Raise if a call ran out of time; for results of calls that have ended, before they leave the process.
 
         Raises: FusionTimeout: a call ran out of time, on this rank or on another. A rank that was merely late, and
         started no call since, has an empty error page; there the abort word is read.
