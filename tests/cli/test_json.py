@@ -17,7 +17,7 @@ from fd_fusion.cli.tune import command as tune
 PACKAGE = Path(__file__).parents[2] / "fd_fusion"
 # Read back by Python alone, in the same job: there "the error is infinite" must arrive as that.
 BETWEEN_OURS = {
-    "binding/joining.py",
+    "binding/opening.py",
     "cli/demo/rank.py",
     "cli/doctor/child.py",
     "cli/processes/ranks.py",
@@ -57,7 +57,7 @@ def test_doctor(monkeypatch, capsys):
 
 
 def test_tune(monkeypatch, capsys):
-    monkeypatch.setattr(tune, "tune", lambda args: {"times": {"one_shot": {1: float("nan")}}})
+    monkeypatch.setattr(tune, "tune", lambda args, show: {"times": {"one_shot": {1: float("nan")}}})
     tune.main(["--hidden-size", "256", "--json"])
     assert strict(capsys.readouterr().out)["times"] == {"one_shot": {"1": None}}
 
