@@ -49,7 +49,7 @@ def main(argv: list[str]) -> int:
             "fd_fusion is importable but not installed, so FastDeploy cannot see it: pip install --no-deps .", 2
         )
     log = Path(env.get("FD_LOG_DIR", "log")) / "fd_fusion.log"
-    # FastDeploy makes a file a day, and the name a link to it: earlier lines are in the file of now.
+    # FastDeploy makes a file a day, and the name a link to it: lines of before are in that file.
     before = {log.resolve(): log.stat().st_size} if log.exists() else {}
     run = f"{os.getpid()}-{time.time_ns() // 10**6:x}"
     server = _start(rest, {**env, ENV_RUN: run})

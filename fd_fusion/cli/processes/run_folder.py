@@ -24,9 +24,8 @@ def run_folder(name: str = "") -> Iterator[Path]:
     remove_old()
     folder = Path(tempfile.mkdtemp(prefix=PREFIX + name))
     try:
-        if (
-            shutil.disk_usage(folder).free < _ROOM_BYTES
-        ):  # a rank would die without a sentence: its log is in this folder too
+        # A rank on a full disk would die without a sentence: its log is in this folder too.
+        if shutil.disk_usage(folder).free < _ROOM_BYTES:
             text = "there is no room for a run; set TMPDIR to a folder with some"
             raise OSError(errno.ENOSPC, text, str(folder.parent))
         with open(folder / f"{_LOCK}.part", "wb") as lock:

@@ -37,9 +37,8 @@ _READER = "fd_fusion.kernels.all_reduce.error_page:reason_of"
 _RUNNER = "fastdeploy.worker.gpu_model_runner"
 _WORKER = "fastdeploy.worker.gpu_worker"
 _undo: list[Callable[[], None]] = []
-_opened: dict[
-    tuple[int, ...], tuple[PresenceMemory, float]
-] = {}  # by the ranks of a group: the memory of their counts, and timeout_s
+# By the ranks of a group: the memory of their counts, and timeout_s.
+_opened: dict[tuple[int, ...], tuple[PresenceMemory, float]] = {}
 _sentinels: dict[tuple[int, ...], subprocess.Popen] = {}
 _up = False  # whether the host has come up
 _for_us = False  # whether a forward is under way that the stock host would not run
