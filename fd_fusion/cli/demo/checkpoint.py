@@ -89,23 +89,15 @@ class Checkpoint:
                 del self.stored[name]
 
     def _check(self) -> None:
-        expected = self.expected
+        expected = {name: weight.shape for name, weight in self.expected.items()}
         shapes = {name: stored.shape for name, stored in self.stored.items()}
-        faults = {
-            "missing": [name for name in expected if name not in shapes],
-            "not expected": [name for name in shapes if name not in expected],
-            "misshapen": [
-                f"{name} is {list(shapes[name])} instead of {list(weight.shape)}"
-                for name, weight in expected.items()
-                if shapes.get(name, weight.shape) != weight.shape
-            ],
-        }
-        found = [
-            f"{_first(names)} {what}" if what != "misshapen" else _first(names)
-            for what, names in faults.items()
-            if names
-        ]
-        if found:
+        wrong = [name for name, shape in expected.items() if shapes.get(name, shape) != shape]
+        faults = (
+            ([name for name in expected if name not in shapes], " missing"),
+            ([name for name in shapes if name not in expected], " not expected"),
+            ([f"{name} is {list(shapes[name])} instead of {list(expected[name])}" for name in wrong], ""),
+        )
+        if found := [f"{_first(names)}{what}" for names, what in faults if names]:
             raise ValueError(
                 f"checkpoint {self.folder}: {'; '.join(found)}; give a checkpoint whose weights fit its config.json"
             )
