@@ -11,8 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from fd_fusion.binding import lifecycle, metrics
-from fd_fusion.binding.book import Book
-from fd_fusion.binding.bound import Bound, give_up, logger, undo_all
+from fd_fusion.binding.bound import Book, Bound, give_up, logger, undo_all
 from fd_fusion.binding.first_forward import attach_and_prove
 from fd_fusion.binding.forwards import ExampleOf
 from fd_fusion.binding.opening import by_group, conclude_opening, group_of_last_resort, join, label_of, open_sites

@@ -1,10 +1,12 @@
-"""What a bound model holds, what `strict` or a named backend makes an error, and how all of it is undone."""
+"""Which models are bound, what each of them holds, what is an error of bind, and how all of it is undone."""
 
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from fd_fusion.binding import lifecycle
 from fd_fusion.binding.backend_selection import SelectedBackend
@@ -18,6 +20,7 @@ from fd_fusion.reasons import BindError, FusionError, Reason, because
 from fd_fusion.site import ForwardCount, Rejected, Site
 
 logger = logging.getLogger("fd_fusion")
+_ATTRIBUTE = "_fd_fusion_state"  # of a model: its Bound
 
 
 @dataclass(eq=False)
@@ -51,6 +54,47 @@ class Bound:
     def __reduce__(self) -> tuple[type, tuple[()]]:
         """Give None to a copy of the model, which is not bound."""
         return type(None), ()
+
+
+class Book:
+    """model -> its state. A state must give None where it is copied or pickled: it belongs to this model alone.
+
+    A state that reaches no layer (`reaches_layers`) is kept by the book, and leaves no trace in its model.
+
+    A state reaches the model's layers, and a layer may hold its model. A book that kept the state, even under a weak
+    key, would keep such a model for ever; a state that the model keeps is a cycle, which the garbage collector takes
+    whole.
+    """
+
+    def __init__(self) -> None:
+        self._states: weakref.WeakKeyDictionary[Any, Callable[[], Any]] = weakref.WeakKeyDictionary()
+
+    def __setitem__(self, model: Any, state: Any) -> None:
+        if state.reaches_layers:
+            model.__dict__[_ATTRIBUTE] = state
+            self._states[model] = weakref.ref(state)
+        else:
+            self._states[model] = lambda: state
+
+    def get(self, model: Any, default: Any = None) -> Any:
+        found = self._states.get(model)
+        state = None if found is None else found()
+        return default if state is None else state
+
+    def pop(self, model: Any, default: Any = None) -> Any:
+        state = self.get(model, default)
+        if self._states.pop(model, None) is not None:
+            model.__dict__.pop(_ATTRIBUTE, None)
+        return state
+
+    __delitem__ = pop
+
+    def values(self) -> list[Any]:
+        states = [found() for found in list(self._states.values())]
+        return [state for state in states if state is not None]
+
+    def __len__(self) -> int:
+        return len(self.values())
 
 
 def refuse(report: Report, pairs: list[Pair], reason: Reason, ranks: tuple[int, ...], config: FusionConfig) -> None:
