@@ -119,8 +119,9 @@ def ranks(script: str, *what: object, seconds: int = 60, dies: bool = False):
     return run
 
 
-def launched(script: str, *args: str, seconds: int = 100):
-    """A case of a rank script under Paddle's launcher, with NCCL and TCPStore; the same on the CPU by gloo.
+def launched(script: str, backend: str, *args: str, seconds: int = 100):
+    """A case of a rank script under Paddle's launcher, with NCCL and TCPStore; the same on the CPU by gloo and the
+    `paddle` backend: Triton 3.6's interpreter does not run with the NumPy that this Paddle needs.
 
     What the ranks record as `bits` must be the same on both ranks, and float32 numbers close to those of the CPU.
     """
@@ -128,10 +129,11 @@ def launched(script: str, *args: str, seconds: int = 100):
     def run(limit: float) -> tuple[bool, str]:
         path = os.pathsep.join([os.environ["PYTHONPATH"], str(ROOT)])
 
-        def on(backend: str) -> list[np.ndarray]:
-            env = {"PYTHONPATH": path, "PADDLE_DISTRI_BACKEND": backend}
+        def on(collectives: str) -> list[np.ndarray]:
+            env = {"PYTHONPATH": path, "PADDLE_DISTRI_BACKEND": collectives}
+            chosen = backend if collectives == "nccl" else "paddle"
             with tempfile.TemporaryDirectory() as folder:
-                found = launch(script, 2, Path(folder), *args, timeout_s=min(seconds, limit), env=env)
+                found = launch(script, 2, Path(folder), chosen, *args, timeout_s=min(seconds, limit), env=env)
             return [np.frombuffer(bytes.fromhex(one["bits"]), np.float32) for one in found]
 
         with ThreadPoolExecutor(2) as pool:
@@ -181,7 +183,7 @@ def cases(scratch: str) -> tuple[dict, dict]:
         "doctor": command(python, "-m", "fd_fusion", "doctor", seconds=90),
         "strange_inputs": ranks("runtime.py", "strange_inputs", *wide),
         "tune": command(
-            *(python, "-m", "fd_fusion", "tune", "--nproc", 2, "--hidden-size", 4096),
+            *(python, "-m", "fd_fusion", "tune", "--nproc", 2, "--hidden-size", 4096, "--rows", "1,8"),
             env={"XDG_CACHE_HOME": scratch},
         ),
     }

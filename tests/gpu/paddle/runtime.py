@@ -71,9 +71,14 @@ class Call:
             assert ctypes.CDLL("libcuda.so.1").cuMemsetD8_v2(ctypes.c_uint64(out.data_ptr()), 0xFF, nbytes) == 0
 
 
+_graphs = []
+
+
 @contextlib.contextmanager
 def captured(mode="thread_local"):
+    """Capture a graph, and keep it: Paddle ends a process that destroys a graph during the next capture."""
     graph = CUDAGraph(mode=mode, place=paddle.CUDAPlace(paddle.cuda.current_device()))
+    _graphs.append(graph)
     graph.capture_begin()
     try:
         yield graph

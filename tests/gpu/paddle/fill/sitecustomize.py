@@ -18,7 +18,7 @@ import types
 import numpy as np
 
 ALL = os.environ.get("FD_FILL_ALL") == "1"
-os.environ["CUDA_MODULE_LOADING"] = "LAZY"  # whoever started this process: the kernels that were zeroed cannot be loaded
+os.environ["CUDA_MODULE_LOADING"] = "LAZY"  # in every process: the kernels that were zeroed cannot be loaded
 COMPARISONS = ("eq", "ne", "lt", "le", "gt", "ge")
 _BOTH_WAYS = ("add", "sub", "mul", "truediv", "div", "floordiv", "mod", "pow", "matmul")
 OPERATORS = [*_BOTH_WAYS, *(f"r{name}" for name in _BOTH_WAYS), *COMPARISONS]
@@ -70,7 +70,13 @@ def _names(paddle):
     def current():  # while an op runs on the CPU, the device from before
         return int(paddle.device.get_device().partition(":")[2] or own)
 
-    cuda.mem_get_info = _memory
+    def memory():
+        device.synchronize()  # makes the context
+        free, total = ctypes.c_size_t(), ctypes.c_size_t()
+        _cuda("cuMemGetInfo_v2", ctypes.byref(free), ctypes.byref(total))
+        return free.value, total.value
+
+    cuda.mem_get_info = memory
     cuda.current_device = current
     cuda.set_device = lambda number: paddle.device.set_device(f"gpu:{number}")
     cuda.get_device_capability = lambda number=None: device.get_device_capability(
@@ -299,12 +305,6 @@ def _flat(values):
 def _cuda(name, *args):
     code = getattr(ctypes.CDLL("libcuda.so.1"), name)(*args)
     assert code == 0, f"{name}: error {code}"
-
-
-def _memory():
-    free, total = ctypes.c_size_t(), ctypes.c_size_t()
-    _cuda("cuMemGetInfo_v2", ctypes.byref(free), ctypes.byref(total))
-    return free.value, total.value
 
 
 def _numpy_dtype(x):
