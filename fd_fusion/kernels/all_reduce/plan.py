@@ -192,14 +192,12 @@ def constants(
     results = 1 if residual_stays else 2
     assert not two_shot or plan.places >= results, "opened without two-shot: its results have no place"
     units = plan.units
-    # Found by compiling: nothing spills, but for 24 bytes of one-shot with N=2 on sm_100. Fewer registers are more
-    # rows in flight, which is speed for large T: 136 in place of 128 cure that spill, and cost 13 % on sm_90.
+    # Found by compiling; what spills, 24 bytes at most, none on sm_90, is named in test_sass.py. Fewer registers are
+    # more rows in flight, which is speed for large T: 136 in place of 128 cost 13 % on sm_90.
     if plan.dtype == "float32":
         registers = 192 if two_shot else 168
-    elif two_shot and plan.size in (2, 8) and units > 1:
-        registers = 168 if plan.size == 2 else 176
     else:
-        registers = 128
+        registers = 168 if two_shot and plan.size in (2, 8) and units > 1 else 128
     return {
         "N": plan.size,
         "WORDS": plan.words,
