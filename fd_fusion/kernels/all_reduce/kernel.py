@@ -40,6 +40,7 @@ import triton.language as tl
 from fd_fusion.kernels.all_reduce import plan
 from fd_fusion.kernels.all_reduce.context import Addresses, Call, Memory, Polling, Row, Shape
 from fd_fusion.kernels.all_reduce.packing import mask_if, pointer, without_sentinel
+from fd_fusion.kernels.all_reduce.quantising import Quantising, fail_quantised, store_quantised
 from fd_fusion.kernels.all_reduce.row import fail, finish, push, push_results, receive_results
 from fd_fusion.kernels.all_reduce.slice_sums import clear_sums, sums_of
 from fd_fusion.kernels.all_reduce.wait import (
@@ -63,7 +64,7 @@ HEAD_WORDS = tl.constexpr(plan.HEAD_WORDS)
 
 
 @triton.jit
-def _work_on_rows(addresses, rows, rank, op, eps, weight_offset, shape, polling):
+def work_on_rows(addresses, rows, rank, op, eps, weight_offset, shape, polling, quantising):
     """Push and finish the rows of one program."""
     stride = tl.num_programs(0) // shape.C
     number = tl.program_id(0) // shape.C
@@ -108,12 +109,17 @@ def _work_on_rows(addresses, rows, rank, op, eps, weight_offset, shape, polling)
                 row, residual + start, addresses.weight, abort_bits, memory, call, shape, polling)  # fmt: skip
             if shape.TWO_SHOT:
                 push_results(row, norm, summed, wait_state, memory, shape)
-        tl.store(norm_out + start + offsets, norm, mask=mask)
+        if quantising.OUTPUT != "codes":
+            tl.store(norm_out + start + offsets, norm, mask=mask)
         residual_stays = shape.RESULTS == 1 and shape.TWO_SHOT  # with its owner
         owned = mask_if(mask, number % shape.N == rank) if residual_stays else mask
         tl.store(residual_out + start + offsets, summed, mask=owned)
+        if quantising.OUTPUT != "norm":  # last, when the registers of the sum are free
+            store_quantised(norm, row, c, quantising, shape, polling.INTERPRETED)
         if wait_state != 0:
             fail(norm_out + start + offsets, residual_out + start + offsets, row, wait_state, memory, call, shape)
+            if quantising.OUTPUT != "norm":
+                fail_quantised(row, c, quantising, shape)
         if shows_two_streams(counter_now, launch):
             report_failure(memory, call, number, wait_state | WAIT_TWO_STREAMS, 0, 0, shape.N)
         if shape.C > 1:
@@ -146,7 +152,8 @@ def all_reduce_rms_norm(x, residual, weight, norm_out, residual_out, state_memor
     if PDL:  # started while the kernel in front ends: its stores, of slots and counter too, are visible from here on
         gdc_wait()
     addresses = Addresses(x, residual, weight, norm_out, residual_out, state_memory, own_slots)
-    _work_on_rows(
+    work_on_rows(
         addresses, rows, rank, op, eps, weight_offset,
         Shape(N, WORDS, SLICE, BLOCK, C, PLACES, DTYPE, WEIGHT_DTYPE, HAS_RESIDUAL, TWO_SHOT, RESULTS),
-        Polling(POLL, POLL_RESULTS, OPERANDS, UNITS, INTERPRETED))  # fmt: skip
+        Polling(POLL, POLL_RESULTS, OPERANDS, UNITS, INTERPRETED),
+        Quantising(0, 0, 0, 0, 0.0, "norm", ""))  # fmt: skip

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fd_fusion.kernels.all_reduce.poll_ptx import poll
-from fd_fusion.reference import DTYPE_BYTES
+from fd_fusion.reference import DTYPE_BYTES, FP8_GROUP
 
 SIZES = range(2, 9)
 SLOT_FILL = 0xFF  # the byte that all slots are filled with before the first call and at a reset
@@ -121,6 +121,16 @@ def _two_shot_rows(size: int, row_bytes: int) -> int | None:
     return math.ceil(1.5 / saved_us) if saved_us > 0 else None
 
 
+def refuses_fp8(plan: Plan) -> str | None:
+    """Return what the plan lacks to quantise in groups, or None."""
+    if plan.dtype == "float32":
+        return "bfloat16 or float16"
+    if plan.hidden_size % FP8_GROUP:
+        return f"a multiple of {FP8_GROUP}"
+    straddles = plan.split > 1 and plan.slice_words * 2 % FP8_GROUP
+    return f"slices of whole groups of {FP8_GROUP}" if straddles else None
+
+
 def symmetric_bytes(plan: Plan, slots: int) -> int:
     """Return the bytes of symmetric memory of each rank: the control page, then the slots."""
     return CONTROL_BYTES + slots * plan.slot_bytes
@@ -183,14 +193,17 @@ def constants(
     two_shot: bool,
     pdl: bool = False,
     residual_stays: bool = False,
+    fp8: tuple[str, str] | None = None,
 ) -> dict[str, Any]:
     """Return the kernel's constexpr arguments and launch options, by name.
 
     pdl: start while the kernel in front ends. residual_stays: by two-shot residual_out is right in the
-    rows that this rank owns, and untouched in the others.
+    rows that this rank owns, and untouched in the others. fp8: for `all_reduce_rms_norm_fp8`: its OUTPUT, "codes" or
+        "both", and a formula of `reference.quantise`.
     """
     results = 1 if residual_stays else 2
     assert not two_shot or plan.places >= results, "opened without two-shot: its results have no place"
+    assert not fp8 or refuses_fp8(plan) is None
     units = plan.units
     # Found by compiling; what spills, 24 bytes at most, none on sm_90, is named in test_sass.py. Fewer registers are
     # more rows in flight, which is speed for large T: 136 in place of 128 cost 13 % on sm_90.
@@ -217,6 +230,7 @@ def constants(
         "PDL": pdl,
         "INTERPRETED": plan.interpreted,
         **({"launch_pdl": True} if pdl else {}),
+        **(dict(zip(("OUTPUT", "FORMULA"), fp8)) if fp8 else {}),
         "num_warps": plan.num_warps,
         "num_stages": 1,
         # At least two programs fit on a multiprocessor.

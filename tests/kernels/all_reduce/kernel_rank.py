@@ -66,7 +66,8 @@ class Rank:
         self.state_memory[plans.COUNTER] = case.get("launches", 0) * plans.COUNTER_STEP
 
     def call(self, step, rows, x, residual, weight, two_shot=False):
-        """Returns norm_out and residual_out, as bits. x and residual may be written over."""
+        """Returns norm_out and residual_out, as bits, by name, of a case with FP8 codes and scales too. x and
+        residual may be written over."""
         aliased = self.case.get("aliased")
         norm_out = x if aliased else np.full_like(x, 0x1234)
         residual_out = residual if aliased else np.full_like(x, 0x1234)
@@ -76,17 +77,44 @@ class Rank:
             has_residual=self.case.get("residual", True),
             two_shot=two_shot,
             residual_stays=self.case.get("residual_stays", False),
+            fp8=self.case.get("fp8"),
         )
+        fp8 = Fp8(self.case, rows) if self.case.get("fp8") else None
         # Imported here: the test process reads this module's inputs, and must not load Triton in this mode.
         from fd_fusion.kernels.all_reduce.kernel import all_reduce_rms_norm
+        from fd_fusion.kernels.all_reduce.kernel_fp8 import all_reduce_rms_norm_fp8
 
         for start, count in plans.launches(self.case["slots"], rows):
             address = [t.ctypes.data + start * x.strides[0] for t in (x, residual, weight, norm_out, residual_out)]
             address[2:3] = [weight.ctypes.data]
             address += [self.state_memory.ctypes.data, int(self.state_memory[2 + self.rank])]
-            launch = all_reduce_rms_norm[plans.grid(self.plan, self.case["programs"], count)]
-            launch(*address, count, self.rank, step, 1e-5, self.case.get("weight_offset", 0.0), **constants)
-        return norm_out, residual_out
+            kernel = all_reduce_rms_norm_fp8 if fp8 else all_reduce_rms_norm
+            launch = kernel[plans.grid(self.plan, self.case["programs"], count)]
+            numbers = count, self.rank, step, 1e-5, self.case.get("weight_offset", 0.0)
+            launch(*address, *numbers, *(fp8.arguments(start) if fp8 else ()), **constants)
+        return {"norm": norm_out, "residual": residual_out, **(fp8.outputs() if fp8 else {})}
+
+
+class Fp8:
+    """Codes and scales of one call, with room behind them that nobody may touch."""
+
+    def __init__(self, case, rows):
+        self.rows, self.hidden, self.by_column = rows, case["hidden_size"], case.get("scales") == "by column"
+        groups = self.hidden // 128
+        self.codes = aligned(np.full((rows + 1, self.hidden), 0xA5, np.uint8))
+        self.scales = np.full((groups, rows + 3) if self.by_column else (rows + 1, groups), -7, np.float32)
+        self.static_scale = case.get("static_scale", 1.0)
+
+    def arguments(self, start):
+        strides = [stride // 4 for stride in self.scales.strides]
+        row_stride, group_stride = strides[::-1] if self.by_column else strides
+        scales = self.scales.ctypes.data + 4 * start * row_stride
+        return self.codes.ctypes.data + start * self.hidden, scales, row_stride, group_stride, self.static_scale
+
+    def outputs(self):
+        scales = self.scales.T if self.by_column else self.scales
+        assert (self.codes[self.rows :] == 0xA5).all() and (scales[self.rows :] == -7).all(), "stores behind the rows"
+        return {"codes": self.codes[: self.rows], "scales": np.ascontiguousarray(scales[: self.rows])}
 
 
 def aligned(bits):
@@ -126,7 +154,7 @@ def main(folder, rank):
                 threading.Timer(1, member.state_memory.__setitem__, (plans.COUNTER, 7 * plans.COUNTER_STEP)).start()
             x, residual, weight = (aligned(bits) for bits in inputs(case, rank, step))
             outputs = member.call(step, rows, x, residual, weight, two_shot=case["two_shot"][step])
-            results[f"{number}.{step}.norm"], results[f"{number}.{step}.residual"] = outputs
+            results |= {f"{number}.{step}.{name}": output for name, output in outputs.items()}
         results[f"{number}.page"] = member.page
         assert (member.state_memory[-64:] == -1).all(), "stores behind the state memory"
     np.savez(folder / f"{rank}.npz", **results)

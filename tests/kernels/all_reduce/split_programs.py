@@ -22,7 +22,7 @@ from triton.runtime import interpreter
 from fd_fusion.frameworks import triton_launch
 from fd_fusion.kernels.all_reduce import plan as plans
 from fd_fusion.kernels.all_reduce.error_page import ERROR_PAGE_BYTES
-from tests.kernels.all_reduce.kernel_rank import fill, inputs
+from tests.kernels.all_reduce.kernel_rank import Fp8, fill, inputs
 
 
 class SharedRank:
@@ -37,7 +37,9 @@ class SharedRank:
         self.state_memory = shared(8 * len(words)).view(np.int64)
         self.state_memory[:] = words
         self.state_memory[plans.COUNTER] = case.get("launches", 0) * plans.COUNTER_STEP
-        self.calls = []
+        self.calls, self.fp8 = [], [Fp8(case, rows) for rows in case["rows"]] if case.get("fp8") else []
+        for call in self.fp8:
+            call.codes, call.scales = like(call.codes, call.codes), like(call.scales, call.scales)
         for step in range(len(case["rows"])):
             x, residual, weight = inputs(case, rank, step)
             tensors = [like(x, x), like(x, residual), like(weight, weight), like(x), like(x)]
@@ -55,7 +57,7 @@ def like(tensor, values=None):
     return made
 
 
-def run_program(kernel, case, plan, member, rank, pid, own_slots):
+def run_program(kernels, case, plan, member, rank, pid, own_slots):
     """All calls of one program. A launch begins when all programs of the one before are done, as on a stream."""
     builder = interpreter.interpreter_builder
     set_dim, set_idx = builder.set_grid_dim, builder.set_grid_idx
@@ -69,13 +71,19 @@ def run_program(kernel, case, plan, member, rank, pid, own_slots):
         builder.set_grid_dim = lambda *_, grid=grid: set_dim(*grid, 1, 1)
         builder.set_grid_idx = lambda *_: set_idx(pid, 0, 0)
         constants = plans.constants(
-            plan, weight_dtype=case["weight_dtype"], has_residual=True, two_shot=case["two_shot"][step]
+            plan,
+            weight_dtype=case["weight_dtype"],
+            has_residual=True,
+            two_shot=case["two_shot"][step],
+            fp8=case.get("fp8"),
         )
         addresses = [tensor.ctypes.data for tensor in (*member.calls[step], member.state_memory)]
-        kernel[(1,)](*addresses, own_slots, rows, rank, step, 1e-5, case.get("weight_offset", 0.0), **constants)
+        numbers = rows, rank, step, 1e-5, case.get("weight_offset", 0.0)
+        fp8 = member.fp8[step].arguments(0) if member.fp8 else ()
+        kernels[bool(fp8)][(1,)](*addresses, own_slots, *numbers, *fp8, **constants)
 
 
-def start(kernel, case, forks):
+def start(kernels, case, forks):
     """Start every program of a case. Returns (processes, ranks)."""
     plan = plans.plan_for(case["size"], case["hidden_size"], case["dtype"], interpreted=True)
     plan = dataclasses.replace(plan, split=case["split"])
@@ -88,7 +96,7 @@ def start(kernel, case, forks):
     for rank, member in enumerate(ranks):
         member.barrier = forks.Barrier(count)  # kept: its memory would go to the next one
         for pid in range(count):
-            args = (kernel, case, plan, member, rank, pid, addresses[rank])
+            args = (kernels, case, plan, member, rank, pid, addresses[rank])
             processes.append(forks.Process(target=run_program, args=args))
             processes[-1].start()
     return processes, ranks
@@ -106,16 +114,19 @@ def wait(processes):
 
 
 def main(folder):
-    kernel, forks = triton_launch.load_kernel("all_reduce.kernel", "all_reduce_rms_norm"), get_context("fork")
+    kernel = triton_launch.load_kernel("all_reduce.kernel", "all_reduce_rms_norm")
+    fp8, forks = triton_launch.load_kernel("all_reduce.kernel_fp8", "all_reduce_rms_norm_fp8"), get_context("fork")
     results = {}
     for number, case in enumerate(json.loads((folder / "cases.json").read_text())):
-        processes, ranks = start(kernel, case, forks)
+        processes, ranks = start((kernel, fp8), case, forks)
         wait(processes)
         for rank, member in enumerate(ranks):
             mine = results.setdefault(rank, {})
             mine[f"{number}.page"] = member.page
             for step, (*_, norm, residual) in enumerate(member.calls):
                 mine[f"{number}.{step}.norm"], mine[f"{number}.{step}.residual"] = norm, residual
+                if member.fp8:
+                    mine |= {f"{number}.{step}.{key}": value for key, value in member.fp8[step].outputs().items()}
     for rank, mine in results.items():
         np.savez(folder / f"{rank}.npz", **mine)
 

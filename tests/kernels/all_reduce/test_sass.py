@@ -26,6 +26,14 @@ DEFAULT = [  # arch, N, H, dtype, weight dtype, two-shot
     (90, 8, 8192, "bfloat16", "bfloat16", False),
     (90, 8, 7168, "bfloat16", "float32", True),
     (100, 6, 6144, "float32", "float32", False),
+    # Behind these: OUTPUT and FORMULA of the kernel that quantises.
+    (89, 3, 5120, "float16", "float16", True, "both", "divide_7"),
+    (90, 2, 4096, "bfloat16", "bfloat16", False, "both", "multiply"),
+    (90, 2, 7168, "bfloat16", "bfloat16", False, "both", "multiply"),
+    (90, 2, 7168, "bfloat16", "bfloat16", True, "codes", "multiply"),
+    (90, 4, 5120, "bfloat16", "float32", False, "codes", "divide"),
+    (90, 8, 8192, "bfloat16", "bfloat16", True, "both", "static"),
+    (100, 4, 7168, "bfloat16", "bfloat16", False, "both", "multiply_pow2"),
 ]
 EVERY = [
     (arch, size, hidden, dtype, dtype, two_shot)
@@ -35,23 +43,37 @@ EVERY = [
         ((2880, "bfloat16"), (7168, "float16"), (8192, "bfloat16"), (5120, "float32")),
         (False, True),
     )
+] + [
+    (arch, size, hidden, dtype, dtype, two_shot, output, "multiply")
+    for arch, size, (hidden, dtype), two_shot, output in itertools.product(
+        (89, 90, 100),
+        range(2, 9),
+        ((4096, "bfloat16"), (5120, "float16"), (7168, "bfloat16")),
+        (False, True),
+        ("both", "codes"),
+    )
 ]
 
 
-def compile_case(arch, size, hidden, dtype, weight_dtype, two_shot):
+def compile_case(arch, size, hidden, dtype, weight_dtype, two_shot, *fp8):
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from fd_fusion.kernels.all_reduce.kernel import all_reduce_rms_norm as kernel
+    from fd_fusion.kernels.all_reduce.kernel import all_reduce_rms_norm
+    from fd_fusion.kernels.all_reduce.kernel_fp8 import all_reduce_rms_norm_fp8
+
+    kernel = all_reduce_rms_norm_fp8 if fp8 else all_reduce_rms_norm
 
     plan = plans.plan_for(size, hidden, dtype)
     plan = dataclasses.replace(plan, two_shot_rows=1) if two_shot else plan
     pdl = arch >= 90
-    constants = plans.constants(plan, weight_dtype=weight_dtype, has_residual=True, two_shot=two_shot, pdl=pdl)
+    constants = plans.constants(plan, weight_dtype=weight_dtype, has_residual=True, two_shot=two_shot, pdl=pdl,
+                                fp8=fp8 or None)  # fmt: skip
     options = {key: constants.pop(key) for key in ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")}
     options["launch_pdl"] = constants.pop("launch_pdl", False)
-    types = {"rows": "i32", "rank": "i32", "op": "i32", "eps": "fp32", "weight_offset": "fp32"}
+    types = dict.fromkeys(("rows", "rank", "op", "row_stride", "group_stride"), "i32")
+    types |= dict.fromkeys(("eps", "weight_offset", "static_scale"), "fp32")
     signature = {n: "constexpr" if n in constants else types.get(n, "i64") for n in kernel.arg_names}
     source, target = ASTSource(kernel, signature, constants), GPUTarget("cuda", arch, 32)
     compiled = triton.compile(source, target=target, options=options)
@@ -106,7 +128,7 @@ def may_spill(case, got):
 
 
 def check(case, got):
-    _, size, *_, two_shot = case
+    _, size, *_, two_shot = case[:6]
     name, sass = f"{case}", got["sass"]
     local = any(re.search(r"\b(LDL|STL)\b", line) for line in sass)
     assert got["stack"] <= may_spill(case, got), f"{name} spills {got['stack']} bytes"
@@ -138,6 +160,18 @@ def check(case, got):
     assert not any("PREEXIT" in line for line in sass), f"{name}: the next kernel may start too early"
     wide = [line for line in sass if re.search(r"\b(LDG|STG)\.E\.(U8|U16|S8|S16)", line)]
     assert not wide, (name, wide)
+    if case[6:]:
+        check_quantised(name, got, case[6] == "both", case[7] != "static")
+
+
+def check_quantised(name, got, stores_norm, stores_scales):
+    """A thread stores the codes of each of its units in 8 bytes, twice for a row that failed, and a scale a unit."""
+    stores = [line for line in got["sass"] if re.search(r"\bSTG\.E\b", line) and ".STRONG" not in line]
+    by_bytes = [len([line for line in stores if re.search(rf"STG\.E{width} ", line)]) for width in (r"\.64", "")]
+    assert by_bytes[0] >= 2 * got["units"], (name, by_bytes)
+    assert by_bytes[1] == stores_scales * got["units"], (name, by_bytes)
+    whole = [line for line in stores if "STG.E.128 " in line]
+    assert len(whole) == (4 if stores_norm else 3) * got["units"], (name, len(whole))
 
 
 @pytest.fixture(scope="module")

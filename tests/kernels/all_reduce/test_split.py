@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from fd_fusion.kernels.all_reduce.error_page import ERROR_TIMED_OUT, read_error_page
+from tests.kernels.all_reduce.test_fp8 import check_codes
 from tests.kernels.all_reduce.test_kernel import case, check_results, is_nan
 from tests.support.tensors import from_bits
 
@@ -29,6 +30,10 @@ CASES = {  # a slice is 32 words, of two halves or one float
     "4 of two, empty": split(2, 4, 192, rows=[2]),
     "2 of three, empty": split(3, 2, 64, rows=[2]),
     "4 of three, short": split(3, 4, 200, "float16", rows=[2, 1], two_shot=[False, True]),
+    "2 of two, FP8": split(2, 2, 512, fp8=["both", "multiply"], scales="by column"),
+    "4 of three, short, FP8": split(
+        3, 4, 896, "float16", fp8=["both", "divide"], rows=[2, 1], two_shot=[False, True]
+    ),
     "no rank": split(2, 2, 72, absent=[1, 1], **MISSING),
     "no program": split(2, 2, 72, absent_program=[0, 1, 1], **MISSING),
 }
@@ -56,6 +61,8 @@ def results(tmp_path_factory):
 def test_programs_that_share_a_row(name, results):
     """One-shot and two-shot, rows that are pushed ahead, a last slice that is short, or empty."""
     check_results([CASES[name]], results[name])
+    if "fp8" in CASES[name]:
+        check_codes(CASES[name], 0, results[name])
 
 
 @pytest.mark.parametrize("name, one, missing", [("no rank", 0, 1), ("no program", 1, 0)])
