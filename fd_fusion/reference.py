@@ -124,7 +124,7 @@ def quantise(norm: np.ndarray, formula: str, static_scale: float = 1.0) -> tuple
         norm: [T, H] float32, H a multiple of 128.
     Returns: (codes [T, H] uint8, scales [T, H / 128] float32): x is about value(code) * scale.
     """
-    x = norm.astype(np.float32).reshape(len(norm), -1, FP8_GROUP)
+    x = norm.astype(np.float32).reshape(len(norm), norm.shape[1] // FP8_GROUP, FP8_GROUP)
     one, most = np.float32(1), np.float32(FP8_MAX)
     with np.errstate(all="ignore"):
         if formula == "static":

@@ -13,6 +13,21 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class Fp8:
+    """How a norm is quantised: by a formula of `reference.quantise`, and where its scales lie."""
+
+    formula: str = "multiply"
+    by_column: bool = False  # as [H / 128, T], T padded to a multiple of 4, and given as a view [T, H / 128]
+    keeps_norm: bool = True  # norm_out is written too
+    static_scale: float = 1.0
+
+    @property
+    def kernel(self) -> tuple[str, str]:
+        """OUTPUT and FORMULA of the kernel."""
+        return "both" if self.keeps_norm else "codes", self.formula
+
+
+@dataclass(frozen=True)
 class OpSpec:
     """The fused op of one workspace: its group, its shape and its limits. Equal on all ranks, except `rank`."""
 
@@ -31,6 +46,7 @@ class OpSpec:
     workspace_bytes: int = FusionConfig.workspace_mb << 20
     timeout_s: float = FusionConfig.timeout_s
     tuned_rows: int | None = None  # the tuning table's limit for the backend that is asked, if it has one
+    fp8: tuple[Fp8, ...] = ()  # what `finish_fp8` may be asked for
     two_shot_rows: int | None = None  # the tuning table's, NEVER for never; None leaves it to the backend
 
     def __post_init__(self) -> None:

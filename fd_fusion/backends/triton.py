@@ -11,7 +11,8 @@ import struct
 from collections.abc import Callable
 from typing import Any
 
-from fd_fusion.backends.triton_first_calls import run_all
+from fd_fusion.backends.triton_first_calls import run_all, run_all_fp8
+from fd_fusion.backends.triton_fp8 import Outputs, compile_fp8, refuses_fp8
 from fd_fusion.backends.triton_setup import ANY_ADDRESS, compile_kernels, layout_of, plan_of, supports
 from fd_fusion.comm.cuda_ipc import CudaIpc
 from fd_fusion.comm.group import Group
@@ -26,7 +27,7 @@ from fd_fusion.reasons import closed
 from fd_fusion.spec import OpSpec
 from fd_fusion.tuning.limits import row_limit
 
-__all__ = ["TritonOp", "open", "supports"]
+__all__ = ["TritonOp", "open", "refuses_fp8", "supports"]
 _CPU_PROGRAMS = 4  # rows in flight under the interpreter, where programs run one after another anyway
 
 
@@ -57,10 +58,11 @@ class TritonOp:
         self._spec, self._group, self._plan = spec, group, plan_of(spec)
         triton_launch.require_mode(spec.device)
         self._provider: MemoryProvider = CudaIpc() if spec.device == "gpu" else PosixShm()
-        kernels = self._compile()
+        kernels, fp8 = self._compile(), compile_fp8(spec, self._plan)
         self._launches = {variant: kernel.launch for variant, kernel in kernels.items()}
+        self._fp8_launches = {variant: kernel.launch for variant, kernel in fp8.items()}
         # All programs of a call must run at once; half of what fits leaves room for other streams' kernels.
-        resident = min(kernel.resident for kernel in kernels.values())
+        resident = min(kernel.resident for kernel in (*kernels.values(), *fp8.values()))
         room = _CPU_PROGRAMS if spec.device == "cpu" else resident * self._provider.multiprocessors() // 2
         self.programs, self._slots = plans.programs_and_slots(
             self._plan, workspace_bytes=spec.workspace_bytes, at_once=room, limit=self.limit
@@ -71,9 +73,10 @@ class TritonOp:
         self._framework = paddle_or_torch()
         self._empty_like = empty_like()
         self._dtype = getattr(self._framework, spec.dtype)
+        launches = self._launches | self._fp8_launches
         # By a weight's dtype, compared by identity: to compare or to hash two dtypes takes a microsecond.
         self._of_weights = [
-            (getattr(self._framework, name), {key[1:]: run for key, run in self._launches.items() if key[0] == name})
+            (getattr(self._framework, name), {key[1:]: run for key, run in launches.items() if key[0] == name})
             for name in spec.weight_dtypes
         ]
         self._two_shot_rows = self._plan.two_shot_rows or 1 << 62
@@ -94,18 +97,38 @@ class TritonOp:
         Raises: ValueError: another shape or dtype than the workspace was opened for; a weight may have been replaced.
             FusionTimeout: on a CPU, at once.
         """
+        launches, rows = self._checked(partial, residual, weight)
+        partial = _ready(partial)  # before it is copied: torch's empty_like keeps the order of a transposed tensor
+        norm_out, residual_out = self._empty_like(partial), self._empty_like(partial)
+        if rows:
+            self._launch(launches, partial, residual, weight, norm_out, residual_out, rows, eps, weight_offset)
+        return norm_out, residual_out
+
+    def finish_fp8(self, partial, residual, weight, eps, weight_offset, fp8):
+        """Compute `finish`, and codes and scales of its norm_out by `reference.quantise`, in the same kernel.
+
+        Args: those of `finish`, and fp8: one of `spec.fp8`.
+        Returns: (norm_out or None, codes, scales, residual_out). codes [T, H], float8_e4m3fn; scales [T, H / 128] as
+            `fp8` says, None for a static scale. If a rank is missing all codes are NaN.
+        """
+        launches, rows = self._checked(partial, residual, weight)
+        partial = _ready(partial)
+        norm_out = self._empty_like(partial) if fp8.keeps_norm else None
+        residual_out, outputs = self._empty_like(partial), Outputs(self._framework, partial, fp8)
+        if rows:
+            into = residual_out if norm_out is None else norm_out
+            self._launch(launches, partial, residual, weight, into, residual_out, rows, eps, weight_offset, outputs)
+        return norm_out, outputs.codes, outputs.scales, residual_out
+
+    def _checked(self, partial, residual, weight):
+        """Return the launches for this weight, and T. Raises ValueError."""
         rows, hidden = partial.shape
         alike = residual is None or (residual.shape == partial.shape and self._is_of_dtype(residual))
         if hidden != self._spec.hidden_size or not alike or not self._is_of_dtype(partial):
             got = [None if tensor is None else (list(tensor.shape), tensor.dtype) for tensor in (partial, residual)]
             expected = f"{self._spec.hidden_size} {self._spec.dtype}"
             raise ValueError(f"opened for rows of {expected}, got partial {got[0]}, residual {got[1]}")
-        launches = self._launches_for(weight)
-        partial = _ready(partial)  # before it is copied: torch's empty_like keeps the order of a transposed tensor
-        norm_out, residual_out = self._empty_like(partial), self._empty_like(partial)
-        if rows:
-            self._launch(launches, partial, residual, weight, norm_out, residual_out, rows, eps, weight_offset)
-        return norm_out, residual_out
+        return self._launches_for(weight), rows
 
     def check(self) -> None:
         """Raise FusionTimeout if a call ran out of time, on this rank or another; before results are published."""
@@ -157,7 +180,7 @@ class TritonOp:
 
     def close(self) -> None:
         """Free the workspace; may be repeated, and waits no more than seconds for the other ranks."""
-        self.finish = closed
+        self.finish = self.finish_fp8 = closed
         self._launches_for = closed  # a `finish` that a caller kept launches nothing either
         if self._workspace is not None:
             self._workspace.close()
@@ -165,8 +188,8 @@ class TritonOp:
     def _is_of_dtype(self, tensor) -> bool:
         return tensor.dtype is self._dtype or tensor.dtype == self._dtype  # a comparison takes a microsecond
 
-    def _launches_for(self, weight) -> dict[tuple[bool, bool], Callable[..., None]]:
-        """Return the launches for this weight, by (two-shot, without residual). Raises ValueError.
+    def _launches_for(self, weight) -> dict[tuple, Callable[..., None]]:
+        """Return the launches for this weight, by (two-shot, without residual), and of FP8. Raises ValueError.
 
         With another weight the kernel would read past its end, or one dtype as another.
         """
@@ -181,11 +204,14 @@ class TritonOp:
         expected = f"[{self._spec.hidden_size}] of {' or '.join(self._spec.weight_dtypes)}"
         raise ValueError(f"opened for weights {expected}, got {list(weight.shape)} of {dtype}; bind the model anew")
 
-    def _launch(self, launches, partial, residual, weight, norm_out, residual_out, rows, eps, weight_offset):
+    def _launch(
+        self, launches, partial, residual, weight, norm_out, residual_out, rows, eps, weight_offset, fp8=None
+    ):
         """Launch on the current stream. `call_id`, `op` on the error page, counts calls, or captures of them."""
         weight, bare = _ready(weight), residual is None
         residual = partial if bare else _ready(residual)  # without one its address is not read
-        launch = launches[rows >= self._two_shot_rows, bare]
+        variant = rows >= self._two_shot_rows, bare
+        launch = launches[variant if fp8 is None else (*variant, fp8.kernel)]
         parts = [(0, rows)] if rows <= self._slots else plans.launches(self._slots, rows)
         call_id, row_bytes = next(self._calls) & 0xFFFFFF, 4 * self._plan.words
         for start, count in parts:
@@ -202,6 +228,7 @@ class TritonOp:
                 call_id,
                 eps,
                 weight_offset,
+                *(() if fp8 is None else fp8.arguments(start)),
             )
         if self._spec.device == "cpu" and (reason := self._workspace.error()) is not None:
             self._workspace.fail(reason)
@@ -226,6 +253,7 @@ class TritonOp:
     def _run_once(self) -> None:
         """Run every kernel that a call can choose, and compare its results: a first launch may allocate."""
         run_all(self, self._spec, self._framework)
+        run_all_fp8(self, self._spec, self._framework)
         self._provider.synchronize()
         self.check()
 

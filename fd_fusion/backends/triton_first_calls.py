@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 from fd_fusion import exact
-from fd_fusion.frameworks.tensors import numbers, tensor
+from fd_fusion.frameworks.tensors import bytes_of, numbers, tensor
 from fd_fusion.kernels.all_reduce import plan as plans
 from fd_fusion.reasons import FusionError, Reason
-from fd_fusion.reference import round_to
-from fd_fusion.spec import OpSpec
+from fd_fusion.reference import quantise, round_to
+from fd_fusion.spec import Fp8, OpSpec
 
 _EPS, _OFFSET = 100.0, 1.0  # about the mean of squares, so that the norm depends on it
 
@@ -42,6 +42,39 @@ def run_all(op: Any, spec: OpSpec, framework: Any) -> None:
         raise FusionError(wrong)
 
 
+def run_all_fp8(op: Any, spec: OpSpec, framework: Any) -> None:
+    """Collective: launch each kernel of `spec.fp8` likewise. Raises as above.
+
+    Norm and sum must be the bits of the call without FP8, codes and scales those of `reference.quantise` of its norm.
+    """
+    wrong, stock = None, op._two_shot_rows
+    try:
+        for weight_dtype, two_shot, bare, kernel in op._fp8_launches:
+            fp8 = next(one for one in spec.fp8 if one.kernel == kernel)
+            op._two_shot_rows = 1 if two_shot else 1 << 62
+            for rows, _ in _shapes(op.programs, op._slots, spec.device, bare)[:2]:
+                variant = f"FP8 ({', '.join(kernel)}) of " + _name(two_shot, bare, rows, 1)
+                tensors = _tensors(spec, framework, rows, bare, weight_dtype)[0]
+                plain = op.finish(*tensors, _EPS, _OFFSET)
+                wrong = wrong or _wrong_fp8(variant, plain, op.finish_fp8(*tensors, _EPS, _OFFSET, fp8), fp8)
+    finally:
+        op._two_shot_rows = stock
+    if wrong:
+        raise FusionError(wrong)
+
+
+def _wrong_fp8(variant: str, plain: Any, got: Any, fp8: Fp8) -> Reason | None:
+    norm, codes, scales, summed = got
+    want = [numbers(output) for output in plain]
+    want_codes, want_scales = quantise(want[0], fp8.formula, fp8.static_scale)
+    wrong = {"residual_out": ~exact.same_bits(numbers(summed), want[1]), "codes": bytes_of(codes) != want_codes}
+    if norm is not None:
+        wrong["norm_out"] = ~exact.same_bits(numbers(norm), want[0])
+    if scales is not None:
+        wrong["scales"] = ~exact.same_bits(numbers(scales), want_scales)
+    return exact.first_wrong_word(variant, wrong)
+
+
 def _shapes(programs: int, slots: int, device: str, bare: bool) -> list[tuple[int, int]]:
     """Return (T, slots) of the calls of a variant. A call is cut into launches as if there were few slots.
 
@@ -61,6 +94,17 @@ def _run(
     op: Any, spec: OpSpec, framework: Any, variant: str, rows: int, bare: bool, weight_dtype: str
 ) -> Reason | None:
     """Compare a call with the contract: the sum bit for bit, its norm within one rounding. Returns the reason."""
+    dtype = spec.dtype
+    tensors, total, weight = _tensors(spec, framework, rows, bare, weight_dtype)
+    norm_out, residual_out = (numbers(out) for out in op.finish(*tensors, _EPS, _OFFSET))
+    same = exact.same_bits(residual_out, round_to(total, dtype).astype(np.float32))
+    limits = {"eps": _EPS, "weight_offset": _OFFSET, "dtype": dtype, "rounded": False}
+    excess = exact.norm_excess(norm_out, total, weight, **limits)
+    return exact.first_wrong_word(variant, {"residual_out": ~same, "norm_out": excess > 1})
+
+
+def _tensors(spec: OpSpec, framework: Any, rows: int, bare: bool, weight_dtype: str) -> tuple[Any, Any, Any]:
+    """Return this rank's tensors of a call, the sum in float32, and the weight."""
     hidden, dtype = spec.hidden_size, spec.dtype
     partials = [exact.known_partial(rank, rows, hidden, dtype) for rank in range(spec.size)]
     residual = None if bare else exact.known_partial(spec.size, rows, hidden, dtype)
@@ -69,9 +113,4 @@ def _run(
         None if values is None else tensor(framework, values, of, spec.device)
         for values, of in ((partials[spec.rank], dtype), (residual, dtype), (weight, weight_dtype))
     ]
-    norm_out, residual_out = (numbers(out) for out in op.finish(*tensors, _EPS, _OFFSET))
-    total = exact.rank_order_sum(partials, residual)
-    same = exact.same_bits(residual_out, round_to(total, dtype).astype(np.float32))
-    limits = {"eps": _EPS, "weight_offset": _OFFSET, "dtype": dtype, "rounded": False}
-    excess = exact.norm_excess(norm_out, total, weight, **limits)
-    return exact.first_wrong_word(variant, {"residual_out": ~same, "norm_out": excess > 1})
+    return tensors, exact.rank_order_sum(partials, residual), weight

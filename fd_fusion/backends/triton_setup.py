@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+from collections.abc import Iterator
+from typing import Any
 
 from fd_fusion.comm.workspace import Layout
 from fd_fusion.frameworks import triton_launch
@@ -15,6 +17,7 @@ from fd_fusion.spec import OpSpec
 from fd_fusion.tuning.limits import NEVER
 
 ANY_ADDRESS = 1 << 40  # what a kernel is compiled for: an int64; nothing is specialized on its value
+LIKE = (*(ANY_ADDRESS,) * 7, 2, 0, 0, 1e-5, 0.0)
 
 
 def supports(spec: OpSpec) -> Reason | None:
@@ -52,19 +55,20 @@ def compile_kernels(spec: OpSpec, plan: plans.Plan) -> dict[tuple[str, bool, boo
     No kernel is specialized on the value of an argument, so that each is right for all calls.
     """
     kernel = triton_launch.load_kernel("all_reduce.kernel", "all_reduce_rms_norm")
-    like = (*(ANY_ADDRESS,) * 7, 2, 0, 0, 1e-5, 0.0)
-    pdl = spec.device == "gpu" and triton_launch.uses_pdl()
     return {
-        (name, two_shot, bare): triton_launch.prepare(
-            kernel,
-            like,
-            plans.constants(plan, weight_dtype=name, has_residual=not bare, two_shot=two_shot, pdl=pdl),
-            spec.device,
-        )
-        for name in spec.weight_dtypes
-        for two_shot in {False, plan.two_shot_rows is not None or spec.device == "cpu"}
-        for bare in (False, True)
+        variant: triton_launch.prepare(kernel, LIKE, plans.constants(plan, **how), spec.device)
+        for variant, how in variants(spec, plan)
     }
+
+
+def variants(spec: OpSpec, plan: plans.Plan) -> Iterator[tuple[tuple[str, bool, bool], dict[str, Any]]]:
+    """Yield (weight dtype, two-shot, without residual) of each kernel, and them as arguments of `plans.constants`."""
+    pdl = spec.device == "gpu" and triton_launch.uses_pdl()
+    for name in spec.weight_dtypes:
+        for two_shot in {False, plan.two_shot_rows is not None or spec.device == "cpu"}:
+            for bare in (False, True):
+                how = {"weight_dtype": name, "has_residual": not bare, "two_shot": two_shot, "pdl": pdl}
+                yield (name, two_shot, bare), how
 
 
 def layout_of(plan: plans.Plan, slots: int) -> Layout:

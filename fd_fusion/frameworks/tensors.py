@@ -64,6 +64,11 @@ def numbers(tensor: Any) -> np.ndarray:
     return (tensor.float().cpu() if hasattr(tensor, "float") else tensor.astype("float32")).numpy()
 
 
+def bytes_of(tensor: Any) -> np.ndarray:
+    """Copy a tensor of one-byte elements, float8_e4m3fn for example, into an array of uint8."""
+    return tensor.view(paddle_or_torch().uint8).cpu().numpy()
+
+
 def empty_like() -> Callable[[Any], Any]:
     """Return a function: tensor -> a new one of its shape, dtype and place, as fast as the framework can make one.
 

@@ -56,6 +56,29 @@ def test_several_workspaces_and_strange_inputs_of_two_ranks():
     agreed(2, "together", "strange_inputs", "weights", "few_slots", "wrap")
 
 
+def test_fp8_of_two_ranks():
+    agreed(2, "fp8", "--two_shot_rows", 5)
+
+
+@pytest.mark.parametrize(
+    "changes, want",
+    [
+        ({}, None),
+        ({"device": "gpu", "arch": 89}, None),
+        ({"device": "gpu", "arch": 86}, ("old_gpu", {"got": 86, "need": 89})),
+        ({"hidden_size": 2880}, ("no_fp8", {"got": "H=2880 bfloat16, 2 ranks", "need": "a multiple of 128"})),
+        ({"dtype": "float32"}, ("no_fp8", {"got": "H=4096 float32, 2 ranks", "need": "bfloat16 or float16"})),
+        (
+            {"hidden_size": 5760, "device": "gpu", "arch": 90},
+            ("no_fp8", {"got": "H=5760 bfloat16, 2 ranks", "need": "slices of whole groups of 128"}),
+        ),
+    ],
+)
+def test_where_the_backend_quantises(changes, want):
+    reason = backend.refuses_fp8(OpSpec(**{**PLAIN, "hidden_size": 4096, **changes}))
+    assert (reason and (reason.code, dict(reason.facts))) == want
+
+
 def test_subgroups_beside_the_whole_group():
     agreed(4, "subgroups")
 

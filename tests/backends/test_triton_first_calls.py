@@ -6,10 +6,10 @@ import pytest
 
 from fd_fusion import exact, reference
 from fd_fusion.backends import triton_first_calls
-from fd_fusion.backends.triton_first_calls import run_all
+from fd_fusion.backends.triton_first_calls import run_all, run_all_fp8
 from fd_fusion.kernels.all_reduce import plan as plans
 from fd_fusion.reasons import FusionError
-from fd_fusion.spec import OpSpec
+from fd_fusion.spec import Fp8, OpSpec
 from tests.backends.test_triton import PLAIN
 
 SIZE, HIDDEN = 2, 64
@@ -102,3 +102,38 @@ def test_a_call_of_several_launches_is_compared_too(two_shot):
     with pytest.raises(FusionError, match=r"T=3 in 2 launches, .*row 2"):
         run_all(op, spec_of("bfloat16"), paddle)
     assert (op._two_shot_rows, op._slots) == (7, 100), "also where it raises"
+
+
+class FakeFp8Op(FakeOp):
+    """Quantises by the contract, with a bug."""
+
+    def __init__(self, forms, bug="nothing"):
+        super().__init__("bfloat16")
+        self._fp8_launches = {(*variant, form.kernel): None for variant in self._launches for form in forms}
+        self._fp8_bug = bug
+
+    def finish_fp8(self, partial, residual, weight, eps, weight_offset, fp8):
+        norm, summed = self.finish(partial, residual, weight, eps, weight_offset)
+        codes, scales = reference.quantise(norm.astype("float32").numpy(), fp8.formula)
+        if self._fp8_bug == "one code":
+            codes[-1, 77] ^= 1
+        if self._fp8_bug == "one scale":
+            scales[0, 0] = np.nextafter(scales[0, 0], np.float32(1))
+        if self._fp8_bug == "norm":
+            norm[0, 5] = norm[0, 5] * 1.01
+        norm_out = norm if fp8.keeps_norm else None
+        return norm_out, paddle.to_tensor(codes).view("float8_e4m3fn"), paddle.to_tensor(scales), summed
+
+
+@pytest.mark.parametrize("bug", ["nothing", "one code", "one scale", "norm"])
+def test_fp8_is_compared_bit_for_bit(bug, monkeypatch):
+    monkeypatch.setattr("tests.backends.test_triton_first_calls.HIDDEN", 128)
+    forms = (Fp8("divide"), Fp8("multiply", keeps_norm=False))
+    op, spec = FakeFp8Op(forms, bug), spec_of("bfloat16", hidden_size=128, fp8=forms)
+    if bug == "nothing":
+        run_all_fp8(op, spec, paddle)
+        assert len(op.seen) == 2 * 2 * 2 * 3, "each kernel, and beside it the one without FP8; T of 1, or 5 and 3"
+    else:
+        wrong = {"one code": "codes", "one scale": "scales", "norm": "norm_out"}[bug]
+        with pytest.raises(FusionError, match=f"FP8.*{wrong}"):
+            run_all_fp8(op, spec, paddle)

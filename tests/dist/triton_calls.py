@@ -14,11 +14,14 @@ import time
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 
+from fd_fusion import reference
 from fd_fusion.backends import triton as backend
 from fd_fusion.comm.group import working
 from fd_fusion.kernels.all_reduce import plan as plans
 from fd_fusion.reasons import FusionError
-from fd_fusion.spec import OpSpec
+from fd_fusion.frameworks.tensors import bytes_of
+from fd_fusion.frameworks.tensors import numbers as numbers_of
+from fd_fusion.spec import Fp8, OpSpec
 from tests.support import tensors
 from tests.support.all_reduce_cases import Case, judge
 from tests.support.ranks import this_group, this_rank
@@ -222,6 +225,53 @@ def few_slots(group, options):
     after = op.stats()["device"]
     assert (after["rows"] - before["rows"], after["calls"] - before["calls"]) == (21, 10), (before, after)
     op.close()
+
+
+FP8 = (
+    Fp8(),
+    Fp8("divide", by_column=True, keeps_norm=False),
+    Fp8("multiply_pow2", by_column=True),
+    Fp8("static", static_scale=0.02),
+)
+
+
+def fp8(group, options):
+    """Codes and scales are the contract's bits for the norm that the call without FP8 gives, which it still gives."""
+    case = Case(group.size, 7, max(256, options.hidden))
+    plan = plans.plan_for(group.size, case.hidden, case.dtype, interpreted=options.device == "cpu")
+    few = plans.total_bytes(plan, 3)  # then a call of more rows is several launches
+    for forms, room in ((FP8[:2], options.workspace_mb << 20), (FP8[2:], few)):
+        op = open_op(group, case, options, workspace_bytes=room, fp8=forms)
+        for rows in (1, 5, 0, 3):
+            one = dataclasses.replace(case, rows=rows, seed=rows, residual=rows != 3)
+            norm, summed = check(op, one, group.rank, options.device)
+            residual, weight = one.common()
+            x = tensors.tensor(one.partial(group.rank), one.dtype, options.device)
+            residual = None if residual is None else tensors.tensor(residual, one.dtype, options.device)
+            weight = tensors.tensor(weight, one.weight_dtype, options.device)
+            for form in forms:
+                check_fp8(form, op.finish_fp8(x, residual, weight, one.eps, 0.0, form), norm, summed, one.dtype)
+        op.close()
+
+
+def check_fp8(form, outputs, norm, summed, dtype):
+    """One call with FP8 against the bits of the same call without."""
+    norm_out, codes, scales, residual_out = outputs
+    want = reference.quantise(tensors.from_bits(norm, dtype), form.formula, form.static_scale)
+    assert (tensors.bits_of(residual_out, dtype) == summed).all()
+    assert (norm_out is None) != form.keeps_norm
+    assert norm_out is None or (tensors.bits_of(norm_out, dtype) == norm).all()
+    assert str(codes.dtype).endswith("float8_e4m3fn") and list(codes.shape) == list(norm.shape)
+    assert (bytes_of(codes) == want[0]).all(), f"{form}: codes"
+    digest.update(bytes_of(codes).tobytes())
+    if form.formula == "static":
+        assert scales is None
+    elif len(norm):
+        assert list(scales.shape) == list(want[1].shape)
+        assert (numbers_of(scales).view("uint32") == want[1].view("uint32")).all(), f"{form}: scales"
+        padded = -(-len(norm) // 4) * 4
+        strides = scales.strides if hasattr(scales, "strides") else scales.stride()
+        assert list(strides) == ([1, padded] if form.by_column else [want[1].shape[1], 1])
 
 
 def wrap(group, options):

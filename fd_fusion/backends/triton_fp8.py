@@ -1,0 +1,73 @@
+"""FP8 out of the triton backend: whether it can be had, its kernels, and the tensors that they write."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fd_fusion.backends.triton_setup import LIKE, plan_of, variants
+from fd_fusion.frameworks import triton_launch
+from fd_fusion.kernels.all_reduce import plan as plans
+from fd_fusion.reasons import Reason, because
+from fd_fusion.reference import FP8_GROUP
+from fd_fusion.spec import Fp8, OpSpec
+
+_OLDEST = 89  # of the GPUs that convert to e4m3
+_PADDING = 4  # rows: a column of scales is a whole number of 16-byte units, as FastDeploy's GEMM reads it
+
+
+def refuses_fp8(spec: OpSpec) -> Reason | None:
+    """Return why `finish_fp8` cannot be had for `spec`, which is supported otherwise, or None."""
+    if spec.device == "gpu" and (spec.arch or 0) < _OLDEST:
+        return because("old_gpu", got=spec.arch, need=_OLDEST)
+    need = plans.refuses_fp8(plan_of(spec))
+    return because("no_fp8", got=f"H={spec.hidden_size} {spec.dtype}, {spec.size} ranks", need=need) if need else None
+
+
+def compile_fp8(spec: OpSpec, plan: plans.Plan) -> dict[tuple, triton_launch.Loaded]:
+    """Compile the kernels for `spec.fp8`, by (weight dtype, two-shot, without residual, `Fp8.kernel`)."""
+    if not spec.fp8:
+        return {}
+    kernel = triton_launch.load_kernel("all_reduce.kernel_fp8", "all_reduce_rms_norm_fp8")
+    like = (*LIKE, LIKE[0], LIKE[0], 2, 2, 1.0)
+    return {
+        (*variant, fp8): triton_launch.prepare(kernel, like, plans.constants(plan, fp8=fp8, **how), spec.device)
+        for fp8 in sorted({one.kernel for one in spec.fp8})
+        for variant, how in variants(spec, plan)
+    }
+
+
+class Outputs:
+    """Codes and scales of one call. Rows between T and the padding of the scales are not written."""
+
+    def __init__(self, framework: Any, partial: Any, fp8: Fp8):
+        rows, hidden = partial.shape
+        groups, self.kernel, self._hidden, self._static_scale = (
+            hidden // FP8_GROUP,
+            fp8.kernel,
+            hidden,
+            fp8.static_scale,
+        )
+        self.codes = _empty(framework, (rows, hidden), "float8_e4m3fn", partial)
+        self.scales, self._strides = None, (0, 0)
+        if fp8.formula == "static":
+            return
+        if fp8.by_column:
+            padded = -(-rows // _PADDING) * _PADDING
+            self.scales = _empty(framework, (groups, padded), "float32", partial).T[:rows]
+            self._strides = 1, padded
+        else:
+            self.scales = _empty(framework, (rows, groups), "float32", partial)
+            self._strides = groups, 1
+
+    def arguments(self, start: int) -> tuple:
+        """Return what the kernel takes behind its other arguments, for rows from `start` on."""
+        codes = self.codes.data_ptr()
+        scales = codes if self.scales is None else self.scales.data_ptr() + 4 * start * self._strides[0]
+        return codes + start * self._hidden, scales, *self._strides, self._static_scale
+
+
+def _empty(framework: Any, shape: tuple[int, ...], dtype: str, like: Any) -> Any:
+    """Return a new tensor beside `like`."""
+    if framework.__name__ == "paddle":
+        return framework.empty(shape, dtype)
+    return framework.empty(shape, dtype=getattr(framework, dtype), device=like.device)
