@@ -1,0 +1,251 @@
+"""Rank script: FP8 out of the fused kernel, on torch tensors: its bits against the contract, then its speed.
+
+The rival is the same op without FP8 and a quantiser of its own behind it, in the best of several shapes; it uses the
+same code for a row and starts, like the op, while the kernel in front ends. Started by tests/gpu/bench_fp8.py, which
+has the method of the figures from bench_rank.py.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import statistics
+import sys
+import time
+
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+REHEARSED = "TRITON_INTERPRET" in os.environ  # on a CPU, with no graphs: the times mean nothing
+
+import bench_rank as bench
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+
+from fd_fusion import reference
+from fd_fusion.backends import triton as backend
+from fd_fusion.comm.group import Group
+from fd_fusion.comm.vote import Vote, agree
+from fd_fusion.frameworks import triton_launch
+from fd_fusion.frameworks.tensors import bytes_of, numbers
+from fd_fusion.kernels.all_reduce import plan as plans
+from fd_fusion.kernels.all_reduce.context import Row, Shape
+from fd_fusion.kernels.all_reduce.kernel import gdc_wait
+from fd_fusion.kernels.all_reduce.packing import pointer
+from fd_fusion.kernels.all_reduce.quantising import Quantising, store_quantised
+from fd_fusion.spec import Fp8, OpSpec
+from tests.support.ranks import this_group, this_rank
+
+EPS = bench.EPS
+BOTH, ALONE = Fp8(), Fp8(keeps_norm=False, by_column=True)
+EVERY = (*(Fp8(formula, static_scale=0.02) for formula in reference.FP8_FORMULAS), ALONE)
+SHAPES = {"128 words": (128, 1), "512 words": (512, 4), "1024 words": (1024, 4), "a row": (None, 4), "a row, 8": (None, 8)}
+
+
+@triton.jit
+def quantise_rows(x, codes, scales, row_stride, group_stride, WORDS: tl.constexpr, SLICE: tl.constexpr,
+                  BLOCK: tl.constexpr, C: tl.constexpr, PDL: tl.constexpr, INTERPRETED: tl.constexpr):  # fmt: skip
+    """Quantise rows of bfloat16 by `multiply`; C programs share a row."""
+    if PDL:
+        gdc_wait()
+    number, c = tl.program_id(0) // C, tl.program_id(0) % C
+    offsets = tl.arange(0, BLOCK)
+    mask = offsets < tl.minimum(SLICE, WORDS - c * SLICE)
+    words = tl.load(pointer(x, tl.uint32) + number.to(tl.int64) * WORDS + c * SLICE + offsets, mask=mask, other=0)
+    store_quantised(
+        words, Row(number, words, offsets, mask, 0, 0), c,
+        Quantising(codes, scales, row_stride, group_stride, 1.0, "codes", "multiply"),
+        Shape(2, WORDS, SLICE, BLOCK, C, 0, "bfloat16", "bfloat16", True, False, 1), INTERPRETED)  # fmt: skip
+
+
+class Quantiser:
+    """The kernel above in one shape, with outputs as those of the op."""
+
+    def __init__(self, hidden, words, warps, device):
+        total = hidden // 2
+        words = min(words or total, total)
+        pdl = device == "gpu" and triton_launch.uses_pdl()
+        self._parts, block = -(-total // words), max(128 * warps, 1 << (words - 1).bit_length())
+        constants = {"WORDS": total, "SLICE": words, "BLOCK": block, "C": self._parts, "PDL": pdl}
+        constants |= {"INTERPRETED": device == "cpu", "num_warps": warps, "enable_fp_fusion": False}
+        constants |= {"launch_pdl": True} if pdl else {}
+        address = 1 << 40
+        self._launch = triton_launch.prepare(quantise_rows, (*(address,) * 3, 2, 2), constants, device).launch
+
+    def __call__(self, norm, fp8):
+        from fd_fusion.backends.triton_fp8 import Outputs
+
+        made = Outputs(torch, norm, fp8)
+        codes, scales, row_stride, group_stride, _ = made.arguments(0)
+        self._launch(norm.shape[0] * self._parts, norm.data_ptr(), codes, scales, row_stride, group_stride)
+        return made
+
+
+def opened(options, size, rank):
+    """What is compiled and opened: (name, OpSpec). The first of each H is what is timed."""
+    device = {"device": "cpu"}
+    if not REHEARSED:
+        major, minor = torch.cuda.get_device_capability()
+        device = {"device": "gpu", "arch": 10 * major + minor}
+    limits = {"max_token_num": 1 << 20, "workspace_bytes": options.workspace_mb << 20, "timeout_s": 20}
+    specs = {}
+    for hidden in options.hidden:
+        base = OpSpec(rank, size, hidden, "bfloat16", eps=EPS, fp8=(BOTH, ALONE), **device, **limits)
+        specs[f"H={hidden}"] = base
+        if hidden == options.hidden[0]:
+            specs |= {f"{one.formula}, H={hidden}": dataclasses.replace(base, fp8=(one,)) for one in EVERY[1:5]}
+            specs[f"two-shot, H={hidden}"] = dataclasses.replace(base, two_shot_rows=1)
+    return specs
+
+
+def inputs(group, rows, hidden, special):
+    """x of this rank, residual, weight; `special`: a row of zeros, huge and tiny numbers, Inf and NaN."""
+    device = "cpu" if REHEARSED else "cuda"
+    own, common = (torch.Generator(device).manual_seed(seed) for seed in (1000 * rows + group.rank, 7))
+
+    def draw(generator, *shape):
+        return torch.randn(*shape, device=device, generator=generator).to(torch.bfloat16)
+
+    x, residual, weight = draw(own, rows, hidden), draw(common, rows, hidden), draw(common, hidden)
+    if special:
+        x[0], residual[0] = 0, 0
+        odd = torch.tensor([float("inf"), -float("inf"), float("nan"), 3e38, -0.0, 1e-38], device=device)
+        weight[: len(odd)] = odd.to(torch.bfloat16)  # not x: one Inf there is NaN in the whole row
+        weight[128:256] *= 1e-37
+    return x, residual, weight
+
+
+def check_bits(group, op, form, rows, hidden, special):
+    """Codes and scales against `reference.quantise` of the norm, and all of it against the call without FP8."""
+    x, residual, weight = inputs(group, rows, hidden, special)
+    norm, summed = op.finish(x, residual, weight, EPS, 0.0)
+    norm_out, codes, scales, residual_out = op.finish_fp8(x, residual, weight, EPS, 0.0, form)
+    op.check()
+    want_codes, want_scales = reference.quantise(numbers(norm), form.formula, form.static_scale)
+    wrong = {"codes": int((bytes_of(codes) != want_codes).sum())}
+    if scales is not None:
+        wrong["scales"] = int((numbers(scales).view(np.uint32) != want_scales.view(np.uint32)).sum())
+    for name, got, plain in (("norm", norm_out, norm), ("sum", residual_out, summed)):
+        wrong[name] = 0 if got is None else int((bytes_of(got) != bytes_of(plain)).sum())
+    return wrong, bytes_of(codes).tobytes()
+
+
+def values(group, specs, options):
+    """Every spec, several T; the ranks compare their bits. Returns how many cases were right, and those that were not."""
+    right, wrong = 0, []
+    for name, spec in specs.items():
+        op = backend.open(spec, group)
+        for rows, special in ((1, False), (3, True), (options.most, False), (7, True)):
+            for form in spec.fp8:
+                found, codes = check_bits(group, op, form, rows, spec.hidden_size, special)
+                everybody = agree(group, "bits", Vote(data=[found, hash_of(codes)]), timeout_s=60).data
+                if any(any(one[0].values()) for one in everybody) or len({one[1] for one in everybody}) > 1:
+                    wrong.append([name, form.formula, rows, special, [one[0] for one in everybody]])
+                right += 1
+        op.close()
+    return right - len(wrong), wrong
+
+
+def hash_of(data):
+    import hashlib
+
+    return hashlib.sha256(data).hexdigest()
+
+
+def contenders(op, quantisers, x, residual, weight):
+    """The op alone, with FP8 beside and in the place of its norm, and with each quantiser behind it."""
+
+    def plain():
+        return op.finish(x, residual, weight, EPS, 0.0)
+
+    def with_fp8(form):
+        return lambda: op.finish_fp8(x, residual, weight, EPS, 0.0, form)
+
+    def behind(quantiser, form=ALONE):
+        def call():
+            norm, summed = op.finish(x, residual, weight, EPS, 0.0)
+            return norm, quantiser(norm, form), summed
+
+        return call
+
+    found = {"bf16": plain, "bf16 + FP8": with_fp8(BOTH), "FP8": with_fp8(ALONE)}
+    return found | {f"bf16, quantiser ({name})": behind(one) for name, one in quantisers.items()}
+
+
+def measure(calls_of, options, calls, rows):
+    if not REHEARSED:
+        return bench.measure(calls_of, options.rounds, calls, rows, None)
+    times = {}
+    for name, call in calls_of.items():
+        start = time.monotonic()
+        call()
+        times[name] = [(time.monotonic() - start) * 1e6] * options.rounds
+    return times
+
+
+def speed(group, specs, options, began):
+    """us a call of each contender, by (H, T); the slowest rank's, the median over the rounds."""
+    results = []
+    for hidden in options.hidden:
+        spec = specs[f"H={hidden}"]
+        op = backend.open(spec, group)
+        op.freeze()
+        quantisers = {name: Quantiser(hidden, *shape, spec.device) for name, shape in SHAPES.items()}
+        for rows in options.rows:
+            spent = agree(group, "time", Vote(data=time.monotonic() - began), timeout_s=60).data
+            if max(spent) > options.seconds:
+                print(f"no time for H={hidden} T={rows}", flush=True)
+                continue
+            x, residual, weight = inputs(group, rows, hidden, False)
+            norm, _ = op.finish(x, residual, weight, EPS, 0.0)
+            want = op.finish_fp8(x, residual, weight, EPS, 0.0, ALONE)
+            for name, one in quantisers.items():  # the rival does the same work
+                made = one(norm, ALONE)
+                same = torch.equal(made.codes.view(torch.uint8), want[1].view(torch.uint8))
+                assert same and torch.equal(made.scales, want[2]), (name, hidden, rows)
+            calls = 2 if REHEARSED else 20 if rows <= 128 else 6
+            mine = measure(contenders(op, quantisers, x, residual, weight), options, calls, rows)
+            everybody = agree(group, "times", Vote(data=mine), timeout_s=60).data
+            slowest = {n: [max(one[n][i] for one in everybody) for i in range(options.rounds)] for n in mine}
+            for name, all_of in slowest.items():
+                cell = {"N": group.size, "H": hidden, "T": rows, "name": name, "programs": op.programs}
+                results.append(cell | {"us": round(statistics.median(all_of), 3), "min_us": round(min(all_of), 3)})
+        op.check()
+        op.close()
+        if group.rank == 0:
+            print("RESULT", json.dumps(results), flush=True)
+            print(f"H={hidden} done at {time.monotonic() - began:.0f} s", flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--hidden", type=int, nargs="+", default=[4096, 5120, 7168])
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048])
+    parser.add_argument("--most", type=int, default=130, help="rows of the largest call whose bits are compared")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--seconds", type=float, default=80)
+    parser.add_argument("--workspace_mb", type=int, default=40)
+    parser.add_argument("--compile", type=int, help="compile the spec of this number for two ranks, and run nothing")
+    options = parser.parse_args()
+    began = time.monotonic()
+    if not REHEARSED:
+        torch.cuda.set_device(0 if options.compile is not None else this_rank() % torch.cuda.device_count())
+        torch.zeros(1, device="cuda")
+    if options.compile is not None:
+        spec = list(opened(options, 2, 0).values())[options.compile]
+        backend.TritonOp(spec, Group("compile", 0, 2, (0, 1), None))
+        for shape in SHAPES.values() if spec.fp8 == (BOTH, ALONE) else ():
+            Quantiser(spec.hidden_size, *shape, spec.device)
+        return
+    group = this_group()
+    specs = opened(options, group.size, group.rank)
+    right, wrong = values(group, specs, options)
+    if group.rank == 0:
+        print("VALUES", json.dumps({"right": right, "wrong": wrong}), flush=True)
+        print(f"values done at {time.monotonic() - began:.0f} s", flush=True)
+    speed(group, specs, options, began)
+    agree(group, "end", Vote(), timeout_s=30)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""FP8 out of the fused kernel: virtual ranks on one GPU, two processes over NVLink, then speed against a quantiser.
+
+python tests/gpu/bench_fp8.py --out FOLDER     two GPUs, 150 s at most; fp8.json, fp8.md, ranks.log, virtual.log
+
+`--rehearse`: on a CPU, by the interpreter, at small sizes: the times mean nothing.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+
+from tests.support.ranks import run_ranks  # noqa: E402
+
+SMALL = ["--hidden", 256, "--rows", 1, 3, "--most", 5, "--rounds", 1, "--workspace_mb", 2]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", required=True, type=Path)
+    parser.add_argument("--rehearse", action="store_true")
+    parser.add_argument("--seconds", type=int, default=145, help="for everything")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    os.environ["PYTHONUNBUFFERED"], began, failed = "1", time.monotonic(), []
+
+    def left():
+        return options.seconds - (time.monotonic() - began)
+
+    if options.rehearse:
+        os.environ["TRITON_INTERPRET"] = "1"
+    else:
+        os.environ.setdefault("CUDA_MODULE_LOADING", "EAGER")
+        compile_all()
+        failed += virtual_ranks(options.out, min(45, left() - 60))
+    args = [*(SMALL if options.rehearse else []), "--seconds", int(left() - 25)]
+    ended = run_ranks("fp8_rank.py", 2, *args, timeout_s=int(left() - 5))
+    text = "".join(f"--- rank {rank}, status {one.status}\n{one.text}\n" for rank, one in enumerate(ended))
+    (options.out / "ranks.log").write_text(text)
+    found = {key: json.loads(line[len(key) :]) for line in ended[0].text.splitlines() for key in
+             ("VALUES", "RESULT") if line.startswith(key)}  # fmt: skip
+    values, rows = found.get("VALUES", {"right": 0, "wrong": ["not reached"]}), found.get("RESULT", [])
+    result = {**circumstances(options), "values": values, "rows": rows}
+    (options.out / "fp8.json").write_text(json.dumps(result, indent=1))
+    (options.out / "fp8.md").write_text(table(rows))
+    print(table(rows))
+    print(f"bits: {values['right']} cases right, {len(values['wrong'])} wrong {values['wrong'][:3]}")
+    failed += [f"rank {rank}: status {one.status}" for rank, one in enumerate(ended) if one.status]
+    failed += ["wrong bits"] if values["wrong"] else []
+    print(f"{time.monotonic() - began:.0f} s; {'; '.join(failed) or 'nothing failed'}")
+    if failed:
+        print(text[-3000:])
+    sys.exit(bool(failed or not rows))
+
+
+def compile_all():
+    """All at once, into Triton's cache: specs 0 to 7 of fp8_rank.py."""
+    command = [sys.executable, "-W", "ignore", str(ROOT / "tests/dist/fp8_rank.py"), "--compile"]
+    env, start = {**os.environ, "CUDA_MODULE_LOADING": "LAZY", "PYTHONPATH": str(ROOT)}, time.monotonic()
+    jobs = [subprocess.Popen([*command, str(number)], env=env, cwd=ROOT) for number in range(8)]
+    for job in jobs:
+        try:
+            job.wait(timeout=max(1, 60 - (time.monotonic() - start)))
+        except subprocess.TimeoutExpired:
+            job.kill()
+    print(f"compiled in {time.monotonic() - start:.0f} s: {[job.returncode for job in jobs]}", flush=True)
+
+
+def virtual_ranks(out, seconds):
+    command = [sys.executable, "-m", "pytest", "-q", "-rA", "-p", "no:cacheprovider", "-o", "addopts=",
+               "tests/gpu/test_fp8_virtual_ranks.py"]  # fmt: skip
+    with open(out / "virtual.log", "w") as log:
+        try:
+            status = subprocess.run(
+                command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, timeout=seconds
+            ).returncode
+        except subprocess.TimeoutExpired:
+            status = "out of time"
+    print(f"virtual ranks: {status}", flush=True)
+    return [f"virtual ranks: {status}"] if status else []
+
+
+def circumstances(options):
+    if options.rehearse:
+        return {"device": "rehearsed on a CPU"}
+    from tests.gpu.bench_processes import circumstances as of_processes
+
+    options.size, options.flashinfer = 2, None
+    return of_processes(options)
+
+
+def table(rows):
+    """us a call; the quantiser in its best shape for each cell."""
+    lines = [
+        "| H | T | bf16 | bf16 + FP8 | FP8 | bf16, quantiser | its shape | FP8 added | fused / apart |",
+        "|---" * 9 + "|",
+    ]
+    for hidden, count in sorted({(row["H"], row["T"]) for row in rows}):
+        us = {row["name"]: row["us"] for row in rows if (row["H"], row["T"]) == (hidden, count)}
+        rivals = {name: value for name, value in us.items() if "quantiser" in name}
+        best = min(rivals, key=rivals.get)
+        plain, both, alone = us["bf16"], us["bf16 + FP8"], us["FP8"]
+        shape = best.partition("(")[2][:-1]
+        lines.append(
+            f"| {hidden} | {count} | {plain:.2f} | {both:.2f} | {alone:.2f} | {rivals[best]:.2f} | {shape} "
+            f"| {both - plain:+.2f} | {both / rivals[best]:.2f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()
