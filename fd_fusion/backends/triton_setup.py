@@ -43,7 +43,8 @@ def supports(spec: OpSpec) -> Reason | None:
 
 def plan_of(spec: OpSpec) -> plans.Plan:
     """Return the kernel's plan, with the tuning table's limit of one-shot where there is one."""
-    plan = plans.plan_for(spec.size, spec.hidden_size, spec.dtype, interpreted=spec.device == "cpu")
+    how = {"interpreted": spec.device == "cpu", "fp8": bool(spec.fp8)}
+    plan = plans.plan_for(spec.size, spec.hidden_size, spec.dtype, **how)
     if spec.two_shot_rows is None:
         return plan
     return dataclasses.replace(plan, two_shot_rows=None if spec.two_shot_rows == NEVER else spec.two_shot_rows)

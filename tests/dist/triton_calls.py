@@ -237,8 +237,8 @@ FP8 = (
 
 def fp8(group, options):
     """Codes and scales are the contract's bits for the norm that the call without FP8 gives, which it still gives."""
-    case = Case(group.size, 7, max(256, options.hidden))
-    plan = plans.plan_for(group.size, case.hidden, case.dtype, interpreted=options.device == "cpu")
+    case, on_cpu = Case(group.size, 7, max(256, options.hidden)), options.device == "cpu"
+    plan = plans.plan_for(group.size, case.hidden, case.dtype, interpreted=on_cpu, fp8=True)
     few = plans.total_bytes(plan, 3)  # then a call of more rows is several launches
     for forms, room in ((FP8[:2], options.workspace_mb << 20), (FP8[2:], few)):
         op = open_op(group, case, options, workspace_bytes=room, fp8=forms)

@@ -35,6 +35,7 @@ class Plan:
     num_warps: int
     two_shot_rows: int | None  # calls of at least so many rows are better served by two-shot; None: never
     interpreted: bool
+    fp8: bool = False  # slices hold whole groups of FP8_GROUP elements; another slice is another order of the sums
 
     @property
     def words(self) -> int:
@@ -44,7 +45,8 @@ class Plan:
     @property
     def slice_words(self) -> int:
         """Words of a slice, in whole 128-byte lines. The last slice of a row may be shorter."""
-        return -(-self.words // (self.split * 32)) * 32
+        whole = FP8_GROUP // 2 if self.fp8 else 32
+        return -(-self.words // (self.split * whole)) * whole
 
     @property
     def units(self) -> int:
@@ -62,7 +64,7 @@ class Plan:
         return 2 * self.places * self.split * self.slice_words * 4
 
 
-def plan_for(size: int, hidden_size: int, dtype: str, *, interpreted: bool = False) -> Plan:
+def plan_for(size: int, hidden_size: int, dtype: str, *, interpreted: bool = False, fp8: bool = False) -> Plan:
     """Return the plan for N ranks and rows of H elements. The interpreter runs programs one after another, so under
     the interpreter a row is never split.
 
@@ -76,7 +78,7 @@ def plan_for(size: int, hidden_size: int, dtype: str, *, interpreted: bool = Fal
         raise ValueError(f"H={hidden_size} of {dtype} is not a whole number of 16-byte units")
     words = hidden_size * DTYPE_BYTES[dtype] // 4
     split, num_warps = (1, 1) if interpreted else _MEASURED.get((size, words)) or _split(size, words)
-    return Plan(size, hidden_size, dtype, split, num_warps, _two_shot_rows(size, words * 4), interpreted)
+    return Plan(size, hidden_size, dtype, split, num_warps, _two_shot_rows(size, words * 4), interpreted, fp8)
 
 
 # Where something else than `_split` says was measured to be faster, on H100 or H200: (N, words): (split, warps).
@@ -125,10 +127,7 @@ def refuses_fp8(plan: Plan) -> str | None:
     """Return what the plan lacks to quantise in groups, or None."""
     if plan.dtype == "float32":
         return "bfloat16 or float16"
-    if plan.hidden_size % FP8_GROUP:
-        return f"a multiple of {FP8_GROUP}"
-    straddles = plan.split > 1 and plan.slice_words * 2 % FP8_GROUP
-    return f"slices of whole groups of {FP8_GROUP}" if straddles else None
+    return f"rows of whole groups of {FP8_GROUP}" if plan.hidden_size % FP8_GROUP else None
 
 
 def symmetric_bytes(plan: Plan, slots: int) -> int:
@@ -203,7 +202,7 @@ def constants(
     """
     results = 1 if residual_stays else 2
     assert not two_shot or plan.places >= results, "opened without two-shot: its results have no place"
-    assert not fp8 or refuses_fp8(plan) is None
+    assert not fp8 or (plan.fp8 and refuses_fp8(plan) is None)
     units = plan.units
     # Found by compiling; what spills, 24 bytes at most, none on sm_90, is named in test_sass.py. Fewer registers are
     # more rows in flight, which is speed for large T: 136 in place of 128 cost 13 % on sm_90.

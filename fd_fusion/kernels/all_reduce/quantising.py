@@ -1,7 +1,7 @@
 """Quantise a row of the norm to FP8 while it is in registers: `reference.quantise`, bit for bit.
 
 The rounded norm is what is quantised, so that both paths, which end in the same words, give the same codes. A group
-of 128 elements is in 16 threads of one warp; no group straddles two programs (`plan.refuses_fp8`).
+of 128 elements is in 16 threads of one warp; no group straddles two programs (`Plan.fp8`).
 """
 
 from typing import NamedTuple

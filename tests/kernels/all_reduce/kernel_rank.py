@@ -51,7 +51,7 @@ class Rank:
 
     def __init__(self, case, rank, region):
         self.case, self.rank = case, rank
-        self.plan = plans.plan_for(case["size"], case["hidden_size"], case["dtype"], interpreted=True)
+        self.plan = plan_of(case)
         size = plans.symmetric_bytes(self.plan, case["slots"])
         self.page = np.zeros(ERROR_PAGE_BYTES // 8, np.int64)
         base = region.ctypes.data
@@ -126,9 +126,13 @@ def aligned(bits):
     return copy
 
 
+def plan_of(case):
+    fp8 = bool(case.get("fp8"))
+    return plans.plan_for(case["size"], case["hidden_size"], case["dtype"], interpreted=True, fp8=fp8)
+
+
 def region_bytes(case):
-    plan = plans.plan_for(case["size"], case["hidden_size"], case["dtype"], interpreted=True)
-    return case["size"] * plans.symmetric_bytes(plan, case["slots"])
+    return case["size"] * plans.symmetric_bytes(plan_of(case), case["slots"])
 
 
 def fill(case, region):

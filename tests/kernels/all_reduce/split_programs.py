@@ -22,7 +22,7 @@ from triton.runtime import interpreter
 from fd_fusion.frameworks import triton_launch
 from fd_fusion.kernels.all_reduce import plan as plans
 from fd_fusion.kernels.all_reduce.error_page import ERROR_PAGE_BYTES
-from tests.kernels.all_reduce.kernel_rank import Fp8, fill, inputs
+from tests.kernels.all_reduce.kernel_rank import Fp8, fill, inputs, plan_of
 
 
 class SharedRank:
@@ -85,8 +85,7 @@ def run_program(kernels, case, plan, member, rank, pid, own_slots):
 
 def start(kernels, case, forks):
     """Start every program of a case. Returns (processes, ranks)."""
-    plan = plans.plan_for(case["size"], case["hidden_size"], case["dtype"], interpreted=True)
-    plan = dataclasses.replace(plan, split=case["split"])
+    plan = dataclasses.replace(plan_of(case), split=case["split"])
     nbytes = plans.symmetric_bytes(plan, case["slots"])
     region = shared(case["size"] * nbytes)
     fill(case, region)

@@ -68,12 +68,16 @@ def test_a_missing_rank(two_shot):
 
 
 @pytest.mark.parametrize("size", range(2, 9))
-def test_which_rows_have_whole_groups_in_every_slice(size):
+def test_slices_have_whole_groups(size):
+    """And cover the row; none is empty where they were not without FP8."""
     for hidden in range(128, 16385, 128):
-        plan = plans.plan_for(size, hidden, "bfloat16")
-        straddles = plan.split > 1 and plan.slice_words % 64
-        assert (plans.refuses_fp8(plan) is not None) == bool(straddles)
-    for hidden in (2048, 4096, 5120, 6144, 7168, 8192):
-        assert plans.refuses_fp8(plans.plan_for(size, hidden, "bfloat16")) is None
-    assert "128" in plans.refuses_fp8(plans.plan_for(size, 2880, "bfloat16"))
-    assert "float16" in plans.refuses_fp8(plans.plan_for(size, 4096, "float32"))
+        plan, plain = (plans.plan_for(size, hidden, "bfloat16", fp8=fp8) for fp8 in (True, False))
+        assert plans.refuses_fp8(plan) is None
+        assert plan.slice_words % 64 == 0 and plan.slice_words * plan.split >= plan.words
+        assert plan.split == plain.split and 0 <= plan.slice_words - plain.slice_words < 64
+        block = plans.constants(plan, weight_dtype="bfloat16", has_residual=True, two_shot=False)["BLOCK"]
+        assert block >= plan.slice_words
+        if hidden in (2048, 4096, 5120, 6144, 7168, 8192):
+            assert (plan.split - 1) * plan.slice_words < plan.words
+    assert "128" in plans.refuses_fp8(plans.plan_for(size, 2880, "bfloat16", fp8=True))
+    assert "float16" in plans.refuses_fp8(plans.plan_for(size, 4096, "float32", fp8=True))

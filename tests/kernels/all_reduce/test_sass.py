@@ -65,7 +65,7 @@ def compile_case(arch, size, hidden, dtype, weight_dtype, two_shot, *fp8):
 
     kernel = all_reduce_rms_norm_fp8 if fp8 else all_reduce_rms_norm
 
-    plan = plans.plan_for(size, hidden, dtype)
+    plan = plans.plan_for(size, hidden, dtype, fp8=bool(fp8))
     plan = dataclasses.replace(plan, two_shot_rows=1) if two_shot else plan
     pdl = arch >= 90
     constants = plans.constants(plan, weight_dtype=weight_dtype, has_residual=True, two_shot=two_shot, pdl=pdl,
@@ -121,7 +121,7 @@ def polling_loops(sass):
 
 def may_spill(case, got):
     """Return the bytes that a variant may spill: registers that cure it cost rows in flight on sm_90."""
-    arch, size, hidden, *_, two_shot = case
+    arch, size, hidden, *_, two_shot = case[:6]
     if (arch, size) == (100, 2) and not two_shot and got["split"] > 1:
         return 24
     return 16 if (arch, size, hidden, two_shot) == (80, 8, 8192, True) else 0

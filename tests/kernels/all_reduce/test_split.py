@@ -31,6 +31,7 @@ CASES = {  # a slice is 32 words, of two halves or one float
     "2 of three, empty": split(3, 2, 64, rows=[2]),
     "4 of three, short": split(3, 4, 200, "float16", rows=[2, 1], two_shot=[False, True]),
     "2 of two, FP8": split(2, 2, 512, fp8=["both", "multiply"], scales="by column"),
+    "3 of two, short, FP8": split(2, 3, 640, fp8=["both", "multiply"], rows=[2, 1]),  # five groups
     "4 of three, short, FP8": split(
         3, 4, 896, "float16", fp8=["both", "divide"], rows=[2, 1], two_shot=[False, True]
     ),
