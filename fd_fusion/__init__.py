@@ -27,6 +27,7 @@ if TYPE_CHECKING:  # what runs is __getattr__
     from fd_fusion.config import FusionConfig as FusionConfig
     from fd_fusion.hosts.decoder import Decoder as Decoder
     from fd_fusion.hosts.own_layers import bind as bind
+    from fd_fusion.layers.fp8 import Fp8Linear as Fp8Linear
     from fd_fusion.layers.qk_rms_norm import QKRMSNorm as QKRMSNorm
     from fd_fusion.layers.rms_norm import RMSNorm as RMSNorm
     from fd_fusion.layers.row_parallel_linear import RowParallelLinear as RowParallelLinear
@@ -34,6 +35,7 @@ if TYPE_CHECKING:  # what runs is __getattr__
     from fd_fusion.reasons import FusionError as FusionError
     from fd_fusion.reasons import FusionTimeout as FusionTimeout
     from fd_fusion.reasons import HandOverError as HandOverError
+    from fd_fusion.spec import Fp8 as Fp8
 
 __version__ = "0.1.0"
 
@@ -50,6 +52,8 @@ _HOME = {
     "check": "binding.bind",
     "freeze": "binding.bind",
     "reset": "binding.bind",
+    "Fp8": "spec",
+    "Fp8Linear": "layers.fp8",
     "RMSNorm": "layers.rms_norm",
     "RowParallelLinear": "layers.row_parallel_linear",
     "QKRMSNorm": "layers.qk_rms_norm",
@@ -57,6 +61,8 @@ _HOME = {
 __all__ = [
     "BindError",
     "Decoder",
+    "Fp8",
+    "Fp8Linear",
     "FusionConfig",
     "FusionError",
     "FusionTimeout",

@@ -202,7 +202,7 @@ world_size: {got} ranks; this backend takes {allowed}
 hidden_size: hidden size {got} is not {need}
     -> pad the hidden size, or leave this pair unfused
 no_fp8: {got}: the kernel quantises {need}
-    -> nothing to do: the norm is quantised behind the kernel
+    -> nothing to do
 deterministic: deterministic mode is on and the {backend} backend is not batch invariant
     -> name the triton backend
 qk_zero: {site}: its weights are zero, so nothing shows whether the kernel is right

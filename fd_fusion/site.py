@@ -52,6 +52,7 @@ class Op(Protocol):
     """An open backend: one fused call. `limit` is the most rows that are fused; None means any number."""
 
     limit: int | None
+    fp8: tuple[Any, ...]  # what `finish_fp8` may be asked for
 
     def finish(
         self, partial: Tensor, residual: Tensor | None, weight: Tensor, eps: float, weight_offset: float
@@ -265,6 +266,20 @@ class Site:
         outputs = self._op.finish(partial.reshape(flat), residual, stock.weight(), *stock.numbers())
         return outputs[0].reshape(shape), outputs[1].reshape(shape)
 
+    def finish_fp8(
+        self, partial: Tensor, residual: Tensor | None, form: Any, quantise: Callable[[Tensor, Any], tuple]
+    ) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor]:
+        """Finish [T, H], the norm quantised -> (norm_out or None, codes, scales, residual_out). Raises as `finish`.
+
+        In the kernel where the call is fused and the op has that `Fp8`; else by `quantise`, from the finished norm.
+        """
+        partial = self._take(partial)
+        if form not in self._op.fp8 or not self.fuses(_rows(partial)):
+            norm, residual = self.complete(partial, residual)
+            return norm if form.keeps_norm else None, *quantise(norm, form), residual
+        self.calls["fused"] += 1
+        return self._op.finish_fp8(partial, residual, self.stock.weight(), *self.stock.numbers(), form)
+
     def run_stock(self, partial: Tensor, residual: Tensor | None) -> Finished:
         """All-reduce, then run the host's norm: what the host does without us, bit for bit."""
         return self.stock.norm(self.total(partial), residual)
@@ -297,7 +312,8 @@ class Site:
         self.end_proof(False)
         self._op = self.stock = _CLOSED  # whoever kept a method comes to one of these
         self._caller = self._wrong = closed
-        for entry in ("hand_over", "finish", "finish_stock", "complete", "fused", "run_stock", "total"):
+        entries = "hand_over", "finish", "finish_stock", "finish_fp8", "complete", "fused", "run_stock", "total"
+        for entry in entries:
             setattr(self, entry, closed)
 
 

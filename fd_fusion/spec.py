@@ -74,6 +74,11 @@ class FusedOp(Protocol):
         """Return the most rows T of a call; None for any number."""
 
     @property
+    def fp8(self) -> tuple[Fp8, ...]:
+        """What `finish_fp8(*arguments of finish, fp8)` gives, (norm_out or None, codes, scales, residual_out); ()
+        without that method."""
+
+    @property
     def in_rank_order(self) -> bool:
         """Return whether `residual_out` is the contract's sum, bit for bit."""
 

@@ -30,6 +30,7 @@ class PaddleOp:
     """Gather the partial sums and add them in rank order, in float32. There is no workspace."""
 
     bytes = 0
+    fp8 = ()
     in_rank_order = True
     error_page = None
     _closed = False

@@ -6,6 +6,7 @@ Triton's interpreter, each rank a process. All that a call needs beside its tens
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import struct
 from collections.abc import Callable
@@ -18,12 +19,13 @@ from fd_fusion.comm.cuda_ipc import CudaIpc
 from fd_fusion.comm.group import Group
 from fd_fusion.comm.posix_shm import PosixShm
 from fd_fusion.comm.symmetric_memory import MemoryProvider, agree_or_raise, as_refusal
+from fd_fusion.comm.vote import Vote, agree
 from fd_fusion.comm.workspace import Workspace, open_workspace
 from fd_fusion.frameworks import triton_launch
 from fd_fusion.frameworks.tensors import empty_like, paddle_or_torch
 from fd_fusion.kernels.all_reduce import plan as plans
 from fd_fusion.kernels.all_reduce.counts import Counts
-from fd_fusion.reasons import closed
+from fd_fusion.reasons import Reason, closed
 from fd_fusion.spec import OpSpec
 from fd_fusion.tuning.limits import row_limit
 
@@ -36,10 +38,15 @@ def open(spec: OpSpec, group: Group) -> TritonOp:
 
     Raises: FusionError: on all ranks alike, with the first rank that refused and its reason.
     """
+    no_fp8 = None
+    if spec.fp8:
+        no_fp8 = agree(group, "triton.fp8", Vote(refuses_fp8(spec)), timeout_s=spec.timeout_s).reason
+        spec = spec if no_fp8 is None else dataclasses.replace(spec, fp8=())
     with triton_launch.interpreting(spec.device):
         op, refusal = as_refusal(lambda: TritonOp(spec, group))
         agree_or_raise(group, "triton", refusal, None, spec.timeout_s)
         try:
+            op.no_fp8 = no_fp8
             op._open()
         except BaseException:
             op.close()
@@ -51,10 +58,11 @@ class TritonOp:
     """The kernels of one workspace, and their launch; `spec.FusedOp` has the contract of each method."""
 
     in_rank_order = True
+    no_fp8: Reason | None = None  # why it quantises nothing, where that was asked for
 
     def __init__(self, spec: OpSpec, group: Group):
         """Compile the kernels: the half of `open` that needs no vote and no memory."""
-        self.limit = row_limit(spec)
+        self.limit, self.fp8 = row_limit(spec), spec.fp8
         self._spec, self._group, self._plan = spec, group, plan_of(spec)
         triton_launch.require_mode(spec.device)
         self._provider: MemoryProvider = CudaIpc() if spec.device == "gpu" else PosixShm()

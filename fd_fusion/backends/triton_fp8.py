@@ -18,7 +18,7 @@ _PADDING = 4  # rows: a column of scales is a whole number of 16-byte units, as 
 def refuses_fp8(spec: OpSpec) -> Reason | None:
     """Return why `finish_fp8` cannot be had for `spec`, which is supported otherwise, or None."""
     if spec.device == "gpu" and (spec.arch or 0) < _OLDEST:
-        return because("old_gpu", got=spec.arch, need=_OLDEST)
+        return because("no_fp8", got=f"sm_{spec.arch}", need=f"from sm_{_OLDEST} on")
     need = plans.refuses_fp8(plan_of(spec))
     return because("no_fp8", got=f"H={spec.hidden_size} {spec.dtype}, {spec.size} ranks", need=need) if need else None
 

@@ -67,6 +67,7 @@ def _spec_of(
     return OpSpec(
         *(group.rank, group.size, pairs[0].hidden_size, pairs[0].dtype),
         weight_dtypes=tuple(pair.weight_dtype for pair in pairs),
+        fp8=tuple(dict.fromkeys(pair.fp8 for pair in pairs if pair.fp8 is not None)),
         device=device,
         arch=arch,
         deterministic=deterministic,

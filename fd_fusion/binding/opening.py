@@ -46,9 +46,9 @@ def label_of(model: Any, pairs: list[Pair], config: FusionConfig, deterministic:
 
     A rank that is late for one model must not bind it together with the next one of the others.
     """
-    spec = ("name", "hidden_size", "dtype", "weight_dtype", "weight_offset", "eps")
+    spec = ("name", "hidden_size", "dtype", "weight_dtype", "weight_offset", "eps", "fp8")
     shape = [[getattr(pair, fact) for fact in spec] for pair in pairs]
-    text = json.dumps([__version__, shape, config.to_dict(), deterministic])
+    text = json.dumps([__version__, shape, config.to_dict(), deterministic], default=str)
     digest = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
     alike = _models.setdefault(digest, [])
     number = next((number for number, known in alike if known() is model), None)
@@ -184,6 +184,6 @@ def _open_group(
         for pair in spaces[key]:
             site = Site(pair.name, selected.op, pair.stock, hooks=pair.hooks, **shared)
             state.sites.append((pair, site))
-            state.report.add_site(site, selected, group)
+            state.report.add_site(site, selected, group, pair.fp8)
     if any(pair.group == group for pair, _ in state.sites):
         state.groups.append(group)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import paddle
 
+from fd_fusion.frameworks.tensors import dtype_name
 from fd_fusion.reasons import Reason, because
 
 
@@ -111,7 +112,10 @@ class Trace:
                     layer.__dict__["_built"] = before
 
     def _add(self, name: str, inputs: Any, outputs: Any) -> None:
-        first = outputs[0] if isinstance(outputs, list | tuple) else outputs
+        first = outputs
+        while isinstance(first, list | tuple):  # also the first of a norm that is quantised
+            first = next(one for one in first if one is not None)
+        first = first.view("uint8") if dtype_name(first) == "float8_e4m3fn" else first  # Paddle cuts no FP8
         self.norms.setdefault(name, (digest(inputs[0]) if inputs else None, digest(first)))
 
     def parts_at(self, other: Trace) -> str | None:

@@ -9,6 +9,7 @@ from typing import Any
 from fd_fusion.comm.group import Group
 from fd_fusion.reasons import because
 from fd_fusion.site import Rejected, Stock
+from fd_fusion.spec import Fp8
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Pair:
     stock: Stock
     producer: Any = None
     reader: Any = None
+    fp8: Fp8 | None = None  # how the norm gives its first result, if that is quantised
 
     @property
     def eps(self) -> float:

@@ -11,8 +11,9 @@ from fd_fusion import __version__
 from fd_fusion.binding.backend_selection import SelectedBackend
 from fd_fusion.comm.group import Group
 from fd_fusion.config import FusionConfig
-from fd_fusion.reasons import Reason
+from fd_fusion.reasons import Reason, because
 from fd_fusion.site import Rejected, Site
+from fd_fusion.spec import Fp8
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,15 @@ class SiteLine:
     site: Site
     selected: SelectedBackend
     ranks: tuple[int, ...]
+    fp8: Fp8 | None = None
+
+    @property
+    def quantised_apart(self) -> Reason | None:
+        """Why the norm is quantised behind the kernel, or None: in it, or not at all."""
+        op = self.selected.op
+        if self.fp8 is None or self.fp8 in op.fp8:
+            return None
+        return getattr(op, "no_fp8", None) or because("no_fp8", got=f"the {self.backend} backend", need="nothing")
 
     @property
     def backend(self) -> str:
@@ -61,8 +71,8 @@ class Report:
     qk_stock: dict[str, Reason] = field(default_factory=dict)
     _logged: bool = field(default=False, repr=False)
 
-    def add_site(self, site: Site, selected: SelectedBackend, group: Group) -> None:
-        self.sites.append(SiteLine(site, selected, group.ranks))
+    def add_site(self, site: Site, selected: SelectedBackend, group: Group, fp8: Fp8 | None = None) -> None:
+        self.sites.append(SiteLine(site, selected, group.ranks, fp8))
 
     @property
     def workspaces(self) -> list[SiteLine]:
@@ -81,6 +91,9 @@ class Report:
         for reason in dict.fromkeys(line.selected.note for line in self.workspaces if line.selected.note):
             lines.append(f"fd_fusion: {reason}; {reason.remedy}")
         lines += [f"fd_fusion: {reason}" for reason in (self.waiting, self.spread) if reason is not None]
+        apart = [line.quantised_apart for line in self.sites]
+        for reason, count in Counter(_with_remedy(one) for one in apart if one is not None).items():
+            lines.append(f"fd_fusion: {count} norm{'s' * (count != 1)} quantised behind the kernel: {reason}")
         for reason, count in Counter(map(_with_remedy, self.qk_stock.values())).items():
             lines.append(f"fd_fusion: {count} q and k norm{'s' * (count != 1)} stock: {reason}")
         return lines
@@ -118,6 +131,7 @@ class Report:
                     "limit": line.limit,
                     "ranks": list(line.ranks),
                     "workspace_bytes": line.workspace_bytes,
+                    "fp8": line.fp8 and (line.fp8.formula if line.quantised_apart is None else "apart"),
                     "calls": dict(line.calls),
                 }
                 for line in self.sites

@@ -134,6 +134,7 @@ def _pair(link: Link) -> Pair | Rejected:
         stock=OwnStock(link.producer, norm),
         producer=link.producer,
         reader=norm,
+        fp8=norm.quantised,
     )
 
 

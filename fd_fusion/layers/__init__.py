@@ -4,18 +4,22 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # what runs is __getattr__, which loads Paddle on first use
+    from fd_fusion.layers.fp8 import Fp8Linear as Fp8Linear
+    from fd_fusion.layers.fp8 import Quantised as Quantised
     from fd_fusion.layers.qk_rms_norm import QKRMSNorm as QKRMSNorm
     from fd_fusion.layers.rms_norm import RMSNorm as RMSNorm
     from fd_fusion.layers.row_parallel_linear import RowParallelLinear as RowParallelLinear
     from fd_fusion.layers.row_parallel_linear import reduce_or_hand_over as reduce_or_hand_over
 
 _HOME = {
+    "Fp8Linear": "fp8",
     "QKRMSNorm": "qk_rms_norm",
+    "Quantised": "fp8",
     "RMSNorm": "rms_norm",
     "RowParallelLinear": "row_parallel_linear",
     "reduce_or_hand_over": "row_parallel_linear",
 }
-__all__ = ["QKRMSNorm", "RMSNorm", "RowParallelLinear", "reduce_or_hand_over"]
+__all__ = ["Fp8Linear", "QKRMSNorm", "Quantised", "RMSNorm", "RowParallelLinear", "reduce_or_hand_over"]
 
 
 def __getattr__(name: str) -> Any:

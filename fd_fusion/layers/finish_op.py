@@ -13,10 +13,12 @@ from typing import Any
 import paddle
 from paddle.static import MetaTensor, register_op
 
-from fd_fusion.frameworks import paddle_ops
+from fd_fusion.frameworks import paddle_fp8, paddle_ops
 from fd_fusion.frameworks.paddle_ops import is_eager
 from fd_fusion.reasons import FusionError, because
+from fd_fusion.reference import FP8_GROUP
 from fd_fusion.site import Site, site_of
+from fd_fusion.spec import Fp8
 
 
 def _like_partial(partial, *rest):
@@ -65,6 +67,45 @@ def finish(site: Site, partial: paddle.Tensor, residual: paddle.Tensor | None, w
     if alone:
         return _finish_without_residual(partial, site.number)
     return _finish(partial, residual, site.number)
+
+
+def finish_fp8(site: Site, partial, residual, weight, form: Fp8):
+    """Return (norm_out or None, codes, scales, residual_out): by one kernel where the Site can; a traced graph
+    quantises by Paddle's ops, behind the opaque op."""
+    if is_eager():
+        refuse_gradients(site, partial, residual, weight)
+        return site.finish_fp8(partial, residual, form, quantise)
+    norm, residual = finish(site, partial, residual, weight)
+    return norm if form.keeps_norm else None, *quantise(norm, form), residual
+
+
+def _like_quantised(norm, formula, by_column, static_scale):
+    groups = MetaTensor(shape=[norm.shape[0], norm.shape[1] // FP8_GROUP], dtype=paddle.float32)
+    return MetaTensor(shape=norm.shape, dtype=paddle.float8_e4m3fn), groups
+
+
+@register_op(
+    name="fd_fusion_quantise",
+    infer_meta=_like_quantised,
+    input_names=["norm"],
+    output_names=["codes", "scales"],
+)
+def _quantise(norm, formula, by_column, static_scale):
+    codes, scales = paddle_fp8.quantise(norm, formula, by_column, static_scale)
+    return codes, paddle.ones([norm.shape[0], norm.shape[1] // FP8_GROUP]) if scales is None else scales
+
+
+def quantise(norm: paddle.Tensor, form: Fp8) -> tuple[paddle.Tensor, paddle.Tensor | None]:
+    """Return codes and scales of a norm [T, H]: `paddle_fp8.quantise`, opaque to a graph that is being traced.
+
+    Raises: FusionError: a gradient would have to pass; without a word it would be zero.
+    """
+    if is_eager():
+        if is_recorded(norm):
+            raise FusionError(because("gradients", layer="FP8"))
+        return paddle_fp8.quantise(norm, form.formula, form.by_column, form.static_scale)
+    codes, scales = _quantise(norm, form.formula, form.by_column, form.static_scale)
+    return codes, None if form.formula == "static" else scales
 
 
 def refuse_gradients(site: Site, *tensors: paddle.Tensor | None) -> None:

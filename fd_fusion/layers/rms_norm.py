@@ -8,9 +8,12 @@ from paddle import nn
 from fd_fusion.config import FusionConfig
 from fd_fusion.frameworks import paddle_ops
 from fd_fusion.frameworks.tensors import dtype_name
-from fd_fusion.layers.finish_op import finish
+from fd_fusion.layers.finish_op import finish, finish_fp8, quantise
+from fd_fusion.layers.fp8 import Quantised
 from fd_fusion.layers.shapes import cannot_fit, known_sizes
+from fd_fusion.reference import FP8_GROUP
 from fd_fusion.site import Site
+from fd_fusion.spec import Fp8
 
 
 class RMSNorm(nn.Layer):
@@ -23,6 +26,8 @@ class RMSNorm(nn.Layer):
         eps: added to the mean of squares.
         weight_offset: added to the weight in float32; 1.0 for Gemma.
         dtype: of the weight; the default dtype when None. A float32 weight with half x is allowed.
+        quantised: give `out` as `Quantised`, codes and scales beside it or in its place; with a Site and the triton
+            backend in the same kernel. x is [T, H] then, H a multiple of 128.
         fusion_config: kept for `bind`; this layer alone fuses nothing.
     Parameters: weight [H], ones at first.
     """
@@ -36,11 +41,14 @@ class RMSNorm(nn.Layer):
         *,
         weight_offset: float = 0.0,
         dtype: str | None = None,
+        quantised: Fp8 | None = None,
         fusion_config: FusionConfig | None = None,
     ):
         super().__init__()
         self.hidden_size, self.eps, self.weight_offset = hidden_size, eps, weight_offset
-        self.fusion_config = fusion_config
+        self.quantised, self.fusion_config = quantised, fusion_config
+        if quantised is not None and hidden_size % FP8_GROUP:
+            raise ValueError(f"RMSNorm: to quantise, hidden_size={hidden_size} must be a multiple of {FP8_GROUP}")
         self.weight = self.create_parameter(
             [hidden_size],
             dtype=dtype or self._helper.get_default_dtype(),
@@ -54,9 +62,18 @@ class RMSNorm(nn.Layer):
         Raises: ValueError: another hidden size, or a residual of another shape or dtype.
         """
         self._check(x, residual_input)
+        if self.quantised is not None:
+            return self._quantised_forward(x, residual_input, self.quantised)
         if self.site is None:
             return self.stock_forward(x, residual_input)
         return finish(self.site, x, residual_input, self.weight)
+
+    def _quantised_forward(self, x, residual_input, form: Fp8) -> tuple[Quantised, paddle.Tensor]:
+        if self.site is not None:
+            norm, codes, scales, residual = finish_fp8(self.site, x, residual_input, self.weight, form)
+            return Quantised(norm, codes, scales), residual
+        norm, residual = self.stock_forward(x, residual_input)
+        return Quantised(norm if form.keeps_norm else None, *quantise(norm, form)), residual
 
     def stock_forward(self, x: paddle.Tensor, residual_input: paddle.Tensor | None = None):
         """Compute the norm alone: x is already the whole sum."""
@@ -65,6 +82,8 @@ class RMSNorm(nn.Layer):
         )
 
     def _check(self, x, residual_input) -> None:
+        if self.quantised is not None and len(x.shape) != 2:
+            raise ValueError(f"RMSNorm: x has shape {known_sizes(x.shape)}, expected [T, H] to quantise")
         if cannot_fit(x.shape[-1:], [self.hidden_size]):
             raise ValueError(
                 f"RMSNorm: x has shape {known_sizes(x.shape)}, expected a last dimension of {self.hidden_size}"

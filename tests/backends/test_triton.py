@@ -65,7 +65,7 @@ def test_fp8_of_two_ranks():
     [
         ({}, None),
         ({"device": "gpu", "arch": 89}, None),
-        ({"device": "gpu", "arch": 86}, ("old_gpu", {"got": 86, "need": 89})),
+        ({"device": "gpu", "arch": 86}, ("no_fp8", {"got": "sm_86", "need": "from sm_89 on"})),
         (
             {"hidden_size": 2880},
             ("no_fp8", {"got": "H=2880 bfloat16, 2 ranks", "need": "rows of whole groups of 128"}),

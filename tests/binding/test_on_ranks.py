@@ -10,6 +10,12 @@ def test_bind_model(nproc, args, tmp_path):
     assert len({result.get("bits") for result in results}) == 1, "all ranks hold the same bits"
 
 
+@pytest.mark.parametrize("backend", ["triton", "paddle"])
+def test_a_model_with_quantised_norms(backend, tmp_path):
+    results = ranks("fp8_model.py", 2, tmp_path, backend)
+    assert results[0] == results[1], "all ranks hold the same bits"
+
+
 @pytest.mark.parametrize("nproc", [2, 4])
 def test_ops(nproc, tmp_path):
     start = launch if nproc == 2 else ranks

@@ -28,6 +28,7 @@ class FlashInferOp:
     """FlashInfer's kernel over one workspace, for one group, hidden size and dtype."""
 
     in_rank_order = False  # its tree changes with T, and the sum is rounded before the residual is added
+    fp8 = ()
     error_page = None  # its watchdog names the rank itself
 
     def __init__(
