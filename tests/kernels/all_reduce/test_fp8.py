@@ -32,6 +32,9 @@ TWO_RANKS = [
     fp8(2, 384, "multiply_pow2", scales="by column", weight_dtype="float32", weight_offset=1.0),
     fp8(2, 128, "divide", dtype="float16", scales="by column", slots=2, rows=[1, 3, 5, 4]),  # several launches
     fp8(2, 640, "divide_7", residual=False),
+    fp8(2, 384, "multiply", tiny=True, rows=[2], two_shot=[False]),
+    fp8(2, 384, "multiply_pow2", tiny=True, rows=[2], two_shot=[True]),
+    fp8(2, 384, "divide", tiny=True, rows=[2], two_shot=[False]),
     fp8(2, 256, "static", static_scale=0.011, aliased=True),
     fp8(2, 256, "multiply", payload="special", rows=[1, 3], two_shot=[False, True]),
     fp8(2, 256, "divide", payload="special", dtype="float16", rows=[1, 3], two_shot=[True, False]),
