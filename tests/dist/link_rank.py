@@ -242,7 +242,7 @@ def main():
         torch.cuda.synchronize()
         for one in ops.values():
             one.close()
-        yardstick.memory.close()
+        yardstick.close()
     if not options.size:
         agree(group, "end", Vote(), timeout_s=30)
     os._exit(0)
