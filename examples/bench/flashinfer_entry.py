@@ -11,16 +11,16 @@ import torch
 from bench.rivals import Rival
 from fd_fusion.comm.cuda_ipc import CudaIpc
 from fd_fusion.comm.group import Group
-from fd_fusion.comm.symmetric_memory import open_symmetric_memory
+from fd_fusion.comm.symmetric_memory import as_refusal, open_symmetric_memory
 from fd_fusion.comm.vote import Vote, agree
 
 
 class FlashInfer(Rival):
     """The C entry of FlashInfer, 23 arguments (0.6.12 to 0.7.2), in a workspace laid out as it expects."""
 
-    def __init__(self, file: str, group: Group, plain: torch.Tensor, rows: int, push: Any, eps: float):
-        self._call = importlib.import_module("tvm_ffi").load_module(file).trtllm_allreduce_fusion
-        self._group, self._plain, self._eps, self._hidden = group, plain, eps, plain.shape[1]
+    def __init__(self, entry: Any, group: Group, plain: torch.Tensor, push: Any, eps: float):
+        rows, self._hidden = plain.shape
+        self._call, self._group, self._plain, self._eps = entry, group, plain, eps
         self.one_shot_rows = min(rows, 256)  # one-shot alone uses the buffers behind the flags
         provider, size = CudaIpc(), group.size
         comm, flags = size * rows * self._hidden * 2, size * 256 * 4
@@ -44,3 +44,19 @@ class FlashInfer(Rival):
 
     def close(self):
         self.memory.close()
+
+
+def open_flashinfer(file: Any, group: Group, plain: torch.Tensor, push: Any, eps: float) -> FlashInfer | None:
+    """Collective: None where no file is given, or where it cannot be loaded on some rank, which is told."""
+    if not file:
+        return None
+
+    def load() -> Any:
+        return importlib.import_module("tvm_ffi").load_module(str(file)).trtllm_allreduce_fusion
+
+    entry, refusal = as_refusal(load)
+    verdict = agree(group, "flashinfer loaded", Vote(refusal), timeout_s=60)
+    if verdict.ok:
+        return FlashInfer(entry, group, plain, push, eps)
+    print(f"without FlashInfer: {verdict.reason}", flush=True)
+    return None

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import datetime
 import importlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,10 @@ class Norm:
             return
         x = torch.randn(rows, self._pull.spec.hidden_size, device="cuda").bfloat16()
         residual, weight = x.clone(), torch.ones_like(x[0])
-        times = {warps: _replayed_ms(lambda w=warps: self._pull.norm(x, residual, weight, w)) for warps in NORM_WARPS}
+        times = {}
+        for warps in NORM_WARPS:
+            replay = captured(lambda w=warps: self._pull.norm(x, residual, weight, w), 20)
+            times[warps] = min(event_us(replay) for _ in range(5))
         self._warps[rows] = min(times, key=times.get)
 
 
@@ -177,20 +181,27 @@ def view(address: int, shape: tuple[int, int], dtype: torch.dtype, device: str) 
     return torch.as_tensor(holder, device="cuda").view(dtype)
 
 
-def _replayed_ms(call: Any, calls: int = 20) -> float:
-    """The best of five replays of a graph of calls."""
-    call()
-    torch.cuda.synchronize()
+def captured(call: Callable[[], Any], calls: int = 1) -> Callable[[], None]:
+    """Capture a CUDA graph of some calls, one after another. Returns what replays it."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call()
+    stream.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL has threads
-        for _ in range(calls):
-            call()
-    times = []
-    for _ in range(5):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):  # NCCL has threads
+        kept = [call() for _ in range(calls)]
+
+    def replay(_kept: Any = kept) -> None:  # the graph writes into these outputs
         graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return min(times)
+
+    return replay
+
+
+def event_us(work: Callable[[], None]) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    work()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) * 1e3

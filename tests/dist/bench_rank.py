@@ -22,7 +22,7 @@ import torch
 import triton
 import triton.language as tl
 from bench import rivals
-from bench.flashinfer_entry import FlashInfer
+from bench.flashinfer_entry import open_flashinfer
 
 from fd_fusion.backends import triton as backend
 from fd_fusion.cli.tune.pull import Pull
@@ -91,10 +91,8 @@ class Rivals:
         self.pull = Pull(spec, group, rows)
         self.norm = rivals.Norm(self.pull)
         self.ways = rivals.open_rivals(group, spec, rows, self.pull, self.norm)
-        self.flashinfer = None
-        if options.flashinfer:
-            plain = torch.empty(rows, hidden, dtype=torch.bfloat16, device="cuda")
-            self.flashinfer = FlashInfer(options.flashinfer, group, plain, rows, push, EPS)
+        plain = torch.empty(rows, hidden, dtype=torch.bfloat16, device="cuda")
+        self.flashinfer = open_flashinfer(options.flashinfer, group, plain, push, EPS)
 
     def contenders(self, case, x, residual, weight):
         self.norm.tune(case.rows)
