@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import os
@@ -16,7 +17,8 @@ import numpy as np
 
 from fd_fusion.binding.backend_selection import load_backend
 from fd_fusion.cli.doctor.rank import one_call
-from fd_fusion.cli.processes.ranks import join_paddle, rank_main
+from fd_fusion.cli.processes.ranks import rank_main
+from fd_fusion.cli.tune.rival import Rival, open_rivals, told
 from fd_fusion.comm.group import Group, working
 from fd_fusion.comm.vote import Vote, agree
 from fd_fusion.frameworks.tensors import place, synchronize, tensor
@@ -31,7 +33,7 @@ _COLUMNS = {"one_shot": ("triton", NEVER), "two_shot": ("triton", 1), "flashinfe
 
 
 def run(job: dict[str, Any], group: Group) -> dict[str, Any]:
-    """Returns {"times": {column: {rows: us}}, "skipped": {column: why}, "gpu": name}."""
+    """Returns {"times": {column: {rows: us}}, "skipped": {column: why}, "rival": what "unfused" is, "gpu": name}."""
     framework, device, arch = place(group.rank)
     limits = {"max_token_num": max(job["rows"]), "timeout_s": job["timeout_s"]}
     limits["workspace_bytes"] = job["workspace_mb"] << 20
@@ -43,14 +45,11 @@ def run(job: dict[str, Any], group: Group) -> dict[str, Any]:
             times[column] = _column(framework, group, dataclasses.replace(spec, two_shot_rows=switch), backend, job)
         except FusionError as error:  # told by all ranks alike, since opening is collective
             skipped[column] = str(error.reason)
-    try:
-        call = _unfused(framework, spec, job)
-        times["unfused"] = {rows: _time(framework, spec, partial(call, rows), job["rounds"]) for rows in job["rows"]}
-    except (RuntimeError, ImportError) as error:
-        skipped["unfused"] = f"{type(error).__name__}: {error}".splitlines()[0]
+    times["unfused"], rival, without = _unfused(framework, spec, group, job)
+    skipped |= without
     agree(group, "end", Vote(), timeout_s=job["timeout_s"])  # the framework's store lives on rank 0
     gpu = framework.cuda.get_device_name() if device == "gpu" else None
-    return {"times": times, "skipped": skipped, "gpu": gpu, "framework": framework.__name__}
+    return {"times": times, "skipped": skipped, "rival": rival, "gpu": gpu, "framework": framework.__name__}
 
 
 def _column(framework: Any, group: Group, spec: OpSpec, backend: str, job: dict[str, Any]) -> dict[int, float]:
@@ -88,7 +87,9 @@ def _tensors(framework: Any, spec: OpSpec, rows: int) -> tuple[Any, Any, Any]:
     return tuple(tensor(framework, values, spec.dtype, spec.device) for values in arrays)
 
 
-def _time(framework: Any, spec: OpSpec, call: Callable[[], Any], rounds: int) -> float:
+def _time(
+    framework: Any, spec: OpSpec, call: Callable[[], Any], rounds: int, capturing: Callable = contextlib.nullcontext
+) -> float:
     """Median time of a call in microseconds: of graph replays on a GPU, of plain calls under the interpreter."""
     if spec.device == "cpu":
         call()
@@ -96,7 +97,8 @@ def _time(framework: Any, spec: OpSpec, call: Callable[[], Any], rounds: int) ->
     for _ in range(3):
         call()
     synchronize(framework)
-    replay = _graph(framework, call)
+    with capturing():
+        replay = _graph(framework, call)
 
     def replays() -> None:
         for _ in range(_REPLAYS):
@@ -132,54 +134,28 @@ def _graph(framework: Any, call: Callable[[], Any]) -> Callable[[], Any]:
     return replay
 
 
-def _unfused(framework: Any, spec: OpSpec, job: dict[str, Any]) -> Callable[[int], Any]:
-    """The rival: the framework's all-reduce, then add and norm. Returns a function of the number of rows."""
-    tensors = {rows: _tensors(framework, spec, rows) for rows in job["rows"]}
-    if framework.__name__ == "paddle":
-        reduce, norm = _paddle_ops(spec, job["ports"])
-    else:
-        reduce, norm = _torch_ops(framework, spec, job["ports"][0])
-
-    def call(rows: int) -> Any:
-        x, residual, weight = tensors[rows]
-        return norm(reduce(x), residual, weight)
-
-    return call
-
-
-def _paddle_ops(spec: OpSpec, ports: list[int]) -> tuple[Callable, Callable]:
-    import paddle
-    import paddle.distributed as dist
-
-    join_paddle(spec.rank, spec.size, ports, "gloo" if spec.device == "cpu" else "nccl")
-    if spec.device == "cpu":
-        from fd_fusion.frameworks import paddle_ops
-
-        return paddle_ops.all_reduce, lambda x, r, w: paddle_ops.rms_norm(x, w, eps=spec.eps, residual=r)
-
-    def reduce(x: Any) -> Any:
-        dist.stream.all_reduce(x, sync_op=True, use_calc_stream=True)  # on the stream that is captured
-        return x
-
-    fused = paddle.incubate.nn.functional.fused_rms_norm
-    return reduce, lambda x, r, w: fused(x, w, None, spec.eps, begin_norm_axis=1, residual=r)
-
-
-def _torch_ops(torch: Any, spec: OpSpec, port: int) -> tuple[Callable, Callable]:
-    dist = importlib.import_module("torch.distributed")
-    place = f"tcp://127.0.0.1:{port}"
-    backend = "nccl" if spec.device == "gpu" else "gloo"
-    dist.init_process_group(backend, init_method=place, rank=spec.rank, world_size=spec.size)
-
-    def reduce(x: Any) -> Any:
-        dist.all_reduce(x)
-        return x
-
-    def norm(x: Any, residual: Any, weight: Any) -> Any:
-        total = x + residual
-        return torch.nn.functional.rms_norm(total, weight.shape, weight, spec.eps), total
-
-    return reduce, norm
+def _unfused(
+    framework: Any, spec: OpSpec, group: Group, job: dict[str, Any]
+) -> tuple[dict[int, float], str, dict[str, str]]:
+    """The times of what is not fused, what that is, and what of it could not be measured, with why."""
+    rivals, skipped = open_rivals(framework, spec, group, job)
+    times: dict[int, float] = {}
+    right: list[Rival] = []
+    for rival in rivals:
+        mine = [t for t in job["rows"] if t <= rival.most_rows and t not in times]
+        errors = [one_call(framework, rival, spec, t)[0] for t in mine if t <= _CHECKED_ROWS][:1]
+        worst = max(agree(group, "rival", Vote(data=max(errors, default=0.0)), timeout_s=job["timeout_s"]).data)
+        if not worst <= 1:
+            skipped[rival.name] = f"wrong numbers: {worst:.2f} of the budget"
+            continue
+        right += [rival] if mine else []
+        for t in mine:
+            call = partial(rival.call, *_tensors(framework, spec, t))
+            times[t] = _time(framework, spec, call, job["rounds"], rival.capturing)
+    synchronize(framework)
+    for rival in rivals:
+        rival.close()
+    return times, told(right) if right else "", skipped
 
 
 if __name__ == "__main__":

@@ -76,6 +76,7 @@ def test_never_winning_and_a_missing_rival():
 RESULT = {
     "times": {"one_shot": {"1": 3.0, "8": 4.0}, "unfused": {"1": 9.0, "8": 3.0}},
     "skipped": {"flashinfer": "FlashInfer is not installed"},
+    "rival": "a pull up to 8 rows, NCCL",
     "gpu": "GPU X",
     "framework": "paddle",
 }
@@ -101,6 +102,7 @@ def test_what_is_measured_on_gpus_is_stored_for_bind(cache, monkeypatch, capsys)
     told = capsys.readouterr().out
     assert "triton: fusing wins up to 1 rows" in told and f"stored in {table_path()}" in told
     assert "flashinfer: not measured: FlashInfer is not installed" in told
+    assert "unfused: a pull up to 8 rows, NCCL" in told
 
 
 @pytest.mark.parametrize(
@@ -196,6 +198,7 @@ def test_the_whole_command_under_the_interpreter(cache):
     assert outcome["mode"] == "cpu" and outcome["stored"] is None
     assert set(outcome["times"]) == {"one_shot", "two_shot", "unfused"}
     assert "GPU" in outcome["skipped"]["flashinfer"] and not table_path().exists()
+    assert outcome["rival"] == "a pull of this package and its norm, in the place of a host's own all-reduce"
 
 
 def test_without_a_home_tune_says_so(monkeypatch, capsys):

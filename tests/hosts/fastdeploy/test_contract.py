@@ -131,6 +131,15 @@ def test_the_layers():
     assert "self.reduce_results" in ast.unparse(methods(moe, "forward"))
     reduce = one("distributed/communication.py", "tensor_model_parallel_all_reduce")
     assert arguments(reduce) == ["input_", "group_"]
+    # What `tune` measures against: the host's own all-reduce, opened, called and captured as the host does.
+    start = arguments(one("distributed/communication.py", "use_custom_allreduce"))
+    assert start and set(start) <= {"tp_group", "custom_all_reduce_max_bytes"}
+    assert arguments(one("distributed/communication.py", "capture_custom_allreduce")) == []
+    assert "_TP_AR = CustomAllreduce(" in (SRC / "distributed/communication.py").read_text()
+    own = (SRC / "distributed/custom_all_reduce/custom_all_reduce.py").read_text()
+    assert "\ncustom_ar = False" in own or "    custom_ar = False" in own
+    assert "self._initialized = " in own or "_initialized = False" in own
+    assert '"FD_CUSTOM_AR_MAX_SIZE_MB"' in (SRC / "envs.py").read_text()
     # Defined here in older versions, and in a package of its own in newer ones.
     logger = SRC / "logger/__init__.py"
     if "    get_logger," in (SRC / "utils.py").read_text() and logger.exists():
