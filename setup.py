@@ -33,7 +33,7 @@ setup(
     long_description=README.read_text(encoding="utf-8") if README.exists() else "",
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    url="https://github.com/PaddlePaddle/FastDeploy",  # the host that this package stands beside
+    project_urls={"Host (FastDeploy)": "https://github.com/PaddlePaddle/FastDeploy"},
     classifiers=[
         "Development Status :: 4 - Beta",
         "Environment :: GPU :: NVIDIA CUDA",

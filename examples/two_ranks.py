@@ -1,9 +1,7 @@
-"""Two ranks on a CPU: a small decoder of fd_fusion's layers runs stock, then with the fused Triton kernel.
+"""Two ranks: a small decoder of fd_fusion's layers runs stock, then with the fused Triton kernel.
 
 python -m paddle.distributed.launch --nproc_per_node 2 examples/two_ranks.py
 """
-
-import os
 
 import paddle
 import paddle.distributed as dist
@@ -41,8 +39,6 @@ class Model(nn.Layer):
         return self.norm(x, residual)[0]
 
 
-if not paddle.is_compiled_with_cuda():
-    os.environ.setdefault("PADDLE_DISTRI_BACKEND", "gloo")
 dist.init_parallel_env()
 paddle.set_grad_enabled(False)
 x = paddle.linspace(-1, 1, 4 * H).reshape([4, H])  # the same on every rank

@@ -2,14 +2,14 @@
 
 Importing this package loads no Paddle, Triton, FlashInfer or torch: every public name is loaded on first use.
 
-Words, each with one meaning in all of the code (fd_fusion/README.md says more):
+Words, each with one meaning in all of the code (fd_fusion/README.md has more):
     partial sum   what a row-parallel linear has before the all-reduce: one rank's part of y
     pair          a layer that makes a partial sum, and the norm that reads the whole sum
     Site          a bound pair: the linear hands its partial sum over, the norm finishes it
     owner         of a row, by two-shot: the rank that sums it; of a reduction: the Site
     slot          where the other ranks' words of one row arrive
     sentinel      the word of ones in an empty slot, which is never sent
-    launch        one run of the kernel; its number says which half of the slots it uses
+    launch        one run of the kernel; its number names the half of the slots that it uses
     abort word    the word of a rank's memory that ends all waiting on it
     error page    host memory in which a kernel writes that it ran out of time, and which ranks it waited for
     refusal       a rank's "no" in a vote, with a reason

@@ -16,7 +16,7 @@ COMMANDS = {
     "serve": ("fd_fusion.cli.serve", "run FastDeploy's api server with fusion on"),
     "demo": ("fd_fusion.cli.demo.command", "run a small tensor-parallel decoder, stock and fused, and compare"),
     "doctor": ("fd_fusion.cli.doctor.command", "whether fusion works on this machine, and what to do if it does not"),
-    "tune": ("fd_fusion.cli.tune.command", "measure up to how many rows fusing wins here, and keep it for `bind`"),
+    "tune": ("fd_fusion.cli.tune.command", "measure up to how many rows fusing wins, and keep it for `bind`"),
     "patch": ("fd_fusion.cli.patch", "the patches of FastDeploy, and whether one applies to a source tree"),
     "reasons": ("fd_fusion.cli.list_reasons", "every reason why something is off, and what to do about it"),
 }
@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = Parser(
         prog="fd-fusion",
         description="All-reduce + residual + RMSNorm in one kernel, for PaddlePaddle and FastDeploy.",
-        epilog=f"commands:\n{listing}\n\n`python -m fd_fusion COMMAND --help` tells the options of one.",
+        epilog=f"commands:\n{listing}\n\n`python -m fd_fusion COMMAND --help` lists the options of one.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"fd_fusion {__version__}")
@@ -49,10 +49,10 @@ def main(argv: list[str] | None = None) -> int:
         return code
     except KeyboardInterrupt:
         return say("interrupted", 130)
-    except BrokenPipeError:  # `| head`: nobody reads on. At exit Python flushes once more
+    except BrokenPipeError:  # `| head`: no reader any more. At exit Python flushes once more
         _forget_output()
-        return 141  # as a shell tells SIGPIPE
-    except OSError as error:  # what the machine refuses: a full disk, a folder of somebody else, no more processes
+        return 141  # as a shell does for SIGPIPE
+    except OSError as error:  # what the machine refuses: a full disk, another user's folder, no more processes
         try:
             sys.stdout.flush()
         except OSError:

@@ -36,7 +36,7 @@ class FusionConfig:
         timeout_s: how long a fused call waits for a missing rank, in seconds.
         strict: nothing may be off: what would be one warning is an error at bind, on all ranks. Left out are only
             what was not asked for and what a rule of the table of reasons excludes: one rank, a draft model, a layer
-            on another pipeline rank, a tuning table that says fusing never wins, q and k with another backend.
+            on another pipeline rank, a tuning table in which fusing never wins, q and k with another backend.
     Raises: ValueError: a value of the wrong type or out of range; the message names the key.
     """
 
@@ -60,12 +60,12 @@ class FusionConfig:
 
     @property
     def insists(self) -> bool:
-        """Whether a failure of what was asked for is an error: under `strict`, or of a named backend."""
+        """Return whether a failure of what was asked for is an error: under `strict`, or of a named backend."""
         return self.strict or self.backend != "auto"
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> FusionConfig:
-        """A config from plain data. Raises ValueError for an unknown key, naming it and the known ones."""
+        """Make a config from plain data. Raises ValueError for an unknown key, naming it and the known ones."""
         if not isinstance(data, Mapping):
             raise ValueError(f"fusion config: got {type(data).__name__}, expected an object of key and value")
         known = [field.name for field in dataclasses.fields(cls)]
@@ -76,7 +76,7 @@ class FusionConfig:
 
     @classmethod
     def from_json(cls, text: str) -> FusionConfig:
-        """A config from JSON text such as '{"backend": "triton"}'. Raises ValueError."""
+        """Make a config from JSON text such as '{"backend": "triton"}'. Raises ValueError."""
         try:
             data = json.loads(text)
         except (ValueError, RecursionError) as error:  # also a number or a nesting beyond Python's own limits
@@ -120,7 +120,7 @@ def resolve(
         return Resolved(_as_config(environ[ENV_CONFIG], ENV_CONFIG), ENV_CONFIG)
     if upstream_flag:
         return Resolved(FusionConfig(), "--enable-flashinfer-allreduce-fusion")
-    return Resolved(None, "nobody", because("not_asked"))
+    return Resolved(None, "no source", because("not_asked"))
 
 
 def _as_config(value: FusionConfig | Mapping[str, Any] | str, source: str) -> FusionConfig:

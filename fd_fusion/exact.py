@@ -1,6 +1,6 @@
 """Numbers whose answer is known, and how far from it a right kernel may be: NumPy alone.
 
-What a backend runs at open, and what the proving pass looks at, is judged here. No allowance grows with the number of
+They judge what a backend runs at open, and what the proving pass tries. No allowance grows with the number of
 layers, and none is a fraction of a total that the residual dominates.
 """
 
@@ -16,19 +16,19 @@ _FP32_ULPS = 16  # of a mean, an rsqrt and three products in float32, as any ord
 
 
 def known_partial(rank: int, rows: int, hidden: int, dtype: str) -> np.ndarray:
-    """Random rows of one rank that every rank can make, in sizes from 2^-4 to 2^4, so that every sum rounds."""
+    """Return random rows of one rank that every rank can make, in sizes from 2^-4 to 2^4: every sum rounds."""
     random = np.random.default_rng([13, rank])
     values = random.standard_normal((rows, hidden)) * 2.0 ** random.integers(-4, 5, (rows, hidden))
     return round_to(values.astype(np.float32), dtype).astype(np.float32)
 
 
 def known_weight(hidden: int, dtype: str) -> np.ndarray:
-    """[H], around one."""
+    """Return a weight around one, [H]."""
     return round_to(np.random.default_rng(17).uniform(0.5, 1.5, hidden).astype(np.float32), dtype).astype(np.float32)
 
 
 def rank_order_sum(partials: list[np.ndarray], residual: np.ndarray | None) -> np.ndarray:
-    """((x_0 + x_1) + ... + x_{N-1}) + residual in float32: what the contract rounds once."""
+    """Return ((x_0 + x_1) + ... + x_{N-1}) + residual in float32: what the contract rounds once."""
     total = partials[0].astype(np.float32)
     with np.errstate(over="ignore", invalid="ignore"):
         for partial in [*partials[1:], *([] if residual is None else [residual])]:
@@ -37,7 +37,7 @@ def rank_order_sum(partials: list[np.ndarray], residual: np.ndarray | None) -> n
 
 
 def same_bits(got: np.ndarray, want: np.ndarray) -> np.ndarray:
-    """Where two arrays of floats hold the same number, with NaN as one number and subnormals of float32 as zero."""
+    """Return where two arrays hold the same number, with NaN as one number and float32's subnormals as zero."""
     got, want = (np.ascontiguousarray(x, np.float32) for x in (got, want))
     tiny = np.finfo(np.float32).tiny
     nothing = (np.abs(got) < tiny) & (np.abs(want) < tiny)
@@ -45,7 +45,7 @@ def same_bits(got: np.ndarray, want: np.ndarray) -> np.ndarray:
 
 
 def half_ulp(x: np.ndarray, dtype: str) -> np.ndarray:
-    """Half a unit in the last place of each x in `dtype`: what one rounding may change."""
+    """Return half a unit in the last place of each x in `dtype`: what one rounding may change."""
     size = np.maximum(np.abs(np.where(np.isfinite(x), x, 0.0)), 2.0**-140)
     return np.maximum(UNIT_ROUNDOFF[dtype] * 2.0 ** np.floor(np.log2(size)), _SUBNORMAL[dtype] / 2)
 
@@ -60,13 +60,13 @@ def norm_excess(
     dtype: str,
     rounded: bool,
 ) -> np.ndarray:
-    """[T, H]: |norm_out - RMSNorm(total)| over what is allowed; more than one is wrong.
+    """Return |norm_out - RMSNorm(total)| over what is allowed, [T, H]; more than one is wrong.
 
         allowed = half an ulp of the result + a few ulps of float32
         `rounded`: total was rounded to `dtype`, and the norm was made from it before that: twice u more, once for
         the value itself and once for the mean of squares, and half the smallest subnormal for tiny ones.
 
-    Rows whose total is not finite say nothing: they give 0.
+    Rows whose total is not finite give 0.
     """
     s, w = total.astype(np.float64), weight.astype(np.float64) + weight_offset
     finite = np.isfinite(s).all(axis=-1, keepdims=True)
@@ -85,7 +85,7 @@ def norm_excess(
 
 
 def sum_spread(partials: np.ndarray, residual: np.ndarray | None, dtype: str) -> np.ndarray:
-    """What independent roundings may do to a sum of [N, ...] that is made in any order: six standard deviations.
+    """Return what independent roundings may do to a sum of [N, ...] in any order: six standard deviations.
 
         6 u / sqrt(3) * sqrt((N - 1) (sum |x_r|)^2 + sum^2 + (sum + residual)^2)
 
@@ -99,7 +99,7 @@ def sum_spread(partials: np.ndarray, residual: np.ndarray | None, dtype: str) ->
 
 
 def regrouped(total: np.ndarray, host: np.ndarray, partial: np.ndarray, size: int, dtype: str) -> bool:
-    """Whether two sums of the same parts in another order agree, row by row: 4 u (||host|| + sqrt(N) ||own share||).
+    """Return whether two sums of the same parts agree row by row: 4 u (||host|| + sqrt(N) ||own share||).
 
     A part that is reduced twice, or not at all, is off by about the size of the part.
     """
@@ -110,10 +110,10 @@ def regrouped(total: np.ndarray, host: np.ndarray, partial: np.ndarray, size: in
 
 
 def probe_partial(rank: int, size: int, hidden: int, eps: float, dtype: str) -> np.ndarray:
-    """[2, H] of rank `rank`, or of the residual for `rank == size`: small integers times a power of two.
+    """Return [2, H] of a rank, or of the residual for `rank == size`: small integers times a power of two.
 
     Every sum of them is exact in every dtype and order, and their mean of squares is about eps, so that eps, the
-    weight, its offset, the residual and each rank are seen in the norm's output in bfloat16 too.
+    weight, its offset, the residual and each rank change the norm's output in bfloat16 too.
     """
     values = np.random.default_rng([29, rank]).integers(-3, 4, (2, hidden))
     if rank == size:
@@ -124,8 +124,9 @@ def probe_partial(rank: int, size: int, hidden: int, eps: float, dtype: str) -> 
 
 
 def probe_excess(norm_out: np.ndarray, host: np.ndarray, dtype: str) -> np.ndarray:
-    """[T, H]: |norm_out - host's| over what is allowed, for the same exact total: one rounding of the kernel, up to
-    three of the host, which may round the scaled number and the weight by themselves, and float32's few ulps of both.
+    """Return |norm_out - host's| over what is allowed for the same exact total, [T, H]: one rounding of the kernel,
+    up to three of the host, which may round the scaled number and the weight by themselves, and float32's few ulps of
+    both.
     """
     host = host.astype(np.float64)
     allowed = 4 * UNIT_ROUNDOFF[dtype] * np.abs(host) + 2 * _FP32_ULPS * 2.0**-24 * np.abs(host) + _SUBNORMAL[dtype]

@@ -39,7 +39,7 @@ def all_reduce_rms_norm(
         partials: the partial sum of each rank in rank order, [T, H] each.
         residual: [T, H], or None for none.
         weight: [H].
-        dtype: of the arithmetic, float64 or float32. Nothing is rounded to a half here.
+        dtype: of the arithmetic, float64 or float32. Nothing is rounded to a half.
     Returns: (norm_out, residual_out), [T, H] each, of `dtype`.
     """
     total = partials[0].astype(dtype)

@@ -1,11 +1,11 @@
 """The one owner of a reduction: a `Site` is one (producer of a partial sum, norm that reads it) pair.
 
 The producer hands its partial sum over; the norm always finishes it, in one kernel or as all-reduce and then the
-stock norm. So there is nothing for the two to agree on, and the fallback is right by construction: it starts from
-the partial sum. The only decision at run time is `fuses(T)`, pure and equal on all ranks.
+stock norm. So the two need not agree on anything, and the fallback is right by construction: it starts from the
+partial sum. The only decision at run time is `fuses(T)`, pure and equal on all ranks.
 
-This module knows no framework: tensors are opaque to it, and what it calls is given to it at bind, the `Op` of an
-open backend and the `Stock` of the host.
+This module imports no framework: tensors are opaque, and `bind` gives each Site what it calls, the `Op` of an open
+backend and the `Stock` of the host.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ by_number: weakref.WeakValueDictionary[str, Site] = weakref.WeakValueDictionary(
 
 
 def site_of(number: str) -> Site:
-    """The Site of a traced graph. Raises: FusionError: its model was unbound, or is gone."""
+    """Return the Site of a traced graph. Raises: FusionError: its model was unbound, or is gone."""
     site = by_number.get(number)
     return closed() if site is None else site
 
@@ -59,7 +59,7 @@ class Op(Protocol):
 
 
 class Stock(Protocol):
-    """What a host does at a pair without us, so that the fallback is bit-equal to it, and how its layers take a Site.
+    """A host's own way at a pair, so that the fallback is bit-equal to it, and how its layers take a Site.
 
     `weight()` and `numbers()`, which are eps and weight_offset, are read at each call, as the host reads them.
     """
@@ -67,7 +67,7 @@ class Stock(Protocol):
     norm: Norm  # (sum, residual or None) -> (norm_out, residual_out)
 
     def reduce(self, partial: Tensor) -> Tensor:
-        """The all-reduce; it may work in place."""
+        """All-reduce; it may work in place."""
 
     def weight(self) -> Tensor: ...
     def numbers(self) -> tuple[float, float]: ...
@@ -77,20 +77,20 @@ class Stock(Protocol):
 
 
 class Prover(Protocol):
-    """The proving pass, as a Site sees it. While it runs a misuse is recorded there instead of raised."""
+    """The proving pass, for a Site. While it runs a misuse is recorded, not raised."""
 
     def keep(self, site: Site, partial: Tensor) -> Tensor:
-        """What was handed over, for the finish; `partial` itself may be spoilt after this. It may have no rows."""
+        """Return what the finish gets; `partial` itself may be spoilt after this. It may have no rows."""
 
     def take(self, site: Site, partial: Tensor, kept: Tensor | None) -> Tensor:
-        """What to finish, in place of the very tensor that was handed over; `kept` None: it was not handed over."""
+        """Return what to finish in place of the tensor that was handed over; `kept` None: it was not handed over."""
 
     def prove(self, site: Site, partial: Tensor, residual: Tensor | None) -> Finished: ...
     def miss(self, reason: Reason) -> None: ...
 
 
 class ForwardCount:
-    """Counts the forwards of one model. All its Sites share it, and so tell what an earlier forward left behind.
+    """The number of forwards of one model: all its Sites share it, and drop what an earlier forward left behind.
 
     A copy of the model, whose hook it is there too, counts by itself.
     """
@@ -101,14 +101,14 @@ class ForwardCount:
         self._then: tuple[int, Callable[[], bool]] | None = None
 
     def start(self, *_: Any) -> None:
-        """At the start of each eager forward, the hook of the model: what is pending from before counts no more."""
+        """Count a forward at its start, as the hook of the model: what is pending from before counts no more."""
         self.number += 1
         self._whole += 1
         if self._then is not None and self._whole >= self._then[0] and self._then[1]():
             self._then = None
 
     def start_inside(self, *_: Any) -> None:
-        """The hook of a layer that holds all pairs, a model's decoder for example: it may be called by itself."""
+        """Count the forward of a layer that holds all pairs, such as a model's decoder, which may be called alone."""
         self.number += 1
 
     def at_second(self, action: Callable[[], bool]) -> None:
@@ -158,15 +158,15 @@ class Site:
 
     @property
     def proven(self) -> bool:
-        """Whether the proving pass has switched this site on."""
+        """Return whether the proving pass has switched this Site on."""
         return self._proven
 
     def fuses(self, rows: int) -> bool:
-        """Whether a call of so many rows runs as one kernel. Pure: from `rows` and numbers frozen at bind."""
+        """Return whether a call of so many rows runs as one kernel. Pure: from `rows` and numbers frozen at bind."""
         return self._proven and rows > 0 and (self.limit is None or rows <= self.limit)
 
     def why_not(self, rows: int) -> Reason:
-        """Why `fuses(rows)` is false."""
+        """Return why `fuses(rows)` is false."""
         if rows <= 0:
             return because("no_rows")
         if not self._proven:
@@ -174,14 +174,14 @@ class Site:
         return because("too_many_rows", rows=rows, limit=self.limit)
 
     def hand_over(self, partial: Tensor) -> Tensor:
-        """The producer's end: give the partial sum away unreduced. Returns it, the very same object.
+        """Give the partial sum away unreduced, for the producer. Returns the very same tensor.
 
         One that a forward left behind when it raised is dropped.
         Raises: HandOverError: one of this forward is still unfinished. A second try after the error starts afresh.
         """
         for hooks in self._hooks:
             if hooks:
-                self._say_hooked()
+                self._warn_of_hook()
         if not _rows(partial):  # a host may skip its norm where there are no rows
             if self._prover is not None:
                 self._prover.keep(self, partial)
@@ -200,7 +200,7 @@ class Site:
         return partial
 
     def finish(self, partial: Tensor, residual: Tensor | None) -> Finished:
-        """The norm's end, eager: check that this is what was handed over, then `complete` it.
+        """Check, for an eager norm, that this is what was handed over, then `complete` it.
 
         Raises: HandOverError: nothing, or another tensor, was handed over, or by another caller, or it was changed in
             place since.
@@ -208,11 +208,11 @@ class Site:
         return self.complete(self._take(partial), residual)
 
     def finish_stock(self, partial: Tensor, residual: Tensor | None, norm: Norm) -> Finished:
-        """The norm's end where the host asks for another norm in this call: never fused. Raises as `finish` does."""
+        """Finish by another norm, which the host asks for in this call: never fused. Raises as `finish` does."""
         return norm(self.total(self._take(partial)), residual)
 
     def _take(self, partial: Tensor) -> Tensor:
-        """What is to be finished: the tensor itself, once it is known to be what was handed over."""
+        """Return what is to be finished: the tensor itself, once it is known to be what was handed over."""
         if not _rows(partial) or not (self.checked or self._prover is not None):
             return partial
         pending, self._pending = self._pending, None
@@ -229,14 +229,14 @@ class Site:
         return partial if self._prover is None else self._prover.take(self, partial, kept)
 
     def _wrong(self, code: str, **facts: str) -> None:
-        """Raise, or in the proving pass record: there the other ranks are still to be heard."""
+        """Raise, or in the proving pass record, so that this rank still comes to the votes."""
         reason = because(code, site=self.name, **facts)
         if self._prover is None:
             raise HandOverError(reason)
         self._prover.miss(reason)
 
-    def _say_hooked(self) -> None:
-        """Once. What a hook changes, the next finish finds; one that only looks gets a partial sum."""
+    def _warn_of_hook(self) -> None:
+        """Log once that a hook reads a partial sum. What the hook changes, the next finish finds."""
         self._hooks = ()
         reason = because("hooked", layer=self.name)
         logger.warning("fd_fusion: %s; %s", reason, reason.remedy)
@@ -256,7 +256,7 @@ class Site:
         return self.run_stock(partial, residual)
 
     def fused(self, partial: Tensor, residual: Tensor | None) -> Finished:
-        """The fused call by itself, on [..., H]."""
+        """Run the fused call by itself, on [..., H]."""
         shape, stock = partial.shape, self.stock
         if len(shape) == 2:
             return self._op.finish(partial, residual, stock.weight(), *stock.numbers())
@@ -266,11 +266,11 @@ class Site:
         return outputs[0].reshape(shape), outputs[1].reshape(shape)
 
     def run_stock(self, partial: Tensor, residual: Tensor | None) -> Finished:
-        """All-reduce, then the host's norm: what the host does without us, bit for bit."""
+        """All-reduce, then run the host's norm: what the host does without us, bit for bit."""
         return self.stock.norm(self.total(partial), residual)
 
     def total(self, partial: Tensor) -> Tensor:
-        """The host's own all-reduce."""
+        """Run the host's own all-reduce."""
         return self.stock.reduce(partial) if _rows(partial) else partial
 
     @property
@@ -278,22 +278,22 @@ class Site:
         return self._prover is not None
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
-        """None in a copy of a layer: what a Site calls belongs to the layers that it was made for."""
+        """Give None to a copy of a layer: what a Site calls belongs to the layers that it was made for."""
         return type(None), ()
 
     def start_proof(self, prover: Prover) -> None:
-        """Until `end_proof`, nothing is fused, every finish goes through `prover`, and a misuse is told to it."""
+        """Fuse nothing until `end_proof`: every finish goes through `prover`, which records a misuse."""
         self._proven, self._prover, self._pending, self.handed = False, prover, None, 0
 
     def end_proof(self, proven: bool) -> None:
         self._proven, self._prover, self._pending, self.whole = proven, None, None, None
 
     def holds(self, tensor: Any) -> bool:
-        """Whether this very tensor is handed over and not finished."""
+        """Return whether this very tensor is handed over and not finished."""
         return self._pending is not None and self._pending[0] is tensor
 
     def close(self) -> None:
-        """Every later use raises `closed`, from a layer that was kept or a graph that was traced."""
+        """Make every later use raise `closed`, from a layer that was kept or a graph that was traced."""
         self.end_proof(False)
         self._op = self.stock = _CLOSED  # whoever kept a method comes to one of these
         self._caller = self._wrong = closed
@@ -311,6 +311,6 @@ _CLOSED = _Closed()
 
 
 def _rows(tensor: Tensor) -> int:
-    """T of [..., H]."""
+    """Return T of [..., H]."""
     shape = tensor.shape
     return shape[0] if len(shape) == 2 else math.prod(shape[:-1])

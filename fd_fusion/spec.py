@@ -55,19 +55,19 @@ class FusedOp(Protocol):
 
     @property
     def limit(self) -> int | None:
-        """The most rows T of a call; None for any number."""
+        """Return the most rows T of a call; None for any number."""
 
     @property
     def in_rank_order(self) -> bool:
-        """Whether `residual_out` is the contract's sum, bit for bit."""
+        """Return whether `residual_out` is the contract's sum, bit for bit."""
 
     @property
     def error_page(self) -> int | None:
-        """The file descriptor of the page that a kernel writes its errors to, if there is one."""
+        """Return the file descriptor of the page that a kernel writes its errors to, if there is one."""
 
     @property
     def bytes(self) -> int:
-        """The size of the workspace."""
+        """Return the size of the workspace."""
 
     def finish(self, partial: Any, residual: Any, weight: Any, eps: float, weight_offset: float) -> tuple[Any, Any]:
         """Compute `reference.all_reduce_rms_norm`: [T, H], [T, H] or None, [H] -> (norm_out, residual_out), [T, H].

@@ -54,8 +54,8 @@ OFF = {"FD_FUSION_DISABLE": "1"}
 @pytest.mark.parametrize(
     "explicit, flag, environ, source, limit",
     [
-        (None, None, {}, "nobody", None),
-        (None, False, {}, "nobody", None),
+        (None, None, {}, "no source", None),
+        (None, False, {}, "no source", None),
         (None, True, {}, FLAG, None),
         (None, True, ENV, "FD_FUSION_CONFIG", 7),
         (None, False, ENV, "FD_FUSION_CONFIG", 7),  # upstream's false default vetoes nothing
@@ -63,14 +63,14 @@ OFF = {"FD_FUSION_DISABLE": "1"}
         ({"max_token_num": 5}, False, {}, "--fusion-config", 5),
         (FusionConfig(max_token_num=5), None, ENV, "--fusion-config", 5),
         ('{"max_token_num": 5}', True, {**ENV, **OFF}, "FD_FUSION_DISABLE", None),
-        (None, None, {"FD_FUSION_CONFIG": "  "}, "nobody", None),
+        (None, None, {"FD_FUSION_CONFIG": "  "}, "no source", None),
         (None, None, {**ENV, "FD_FUSION_DISABLE": "0"}, "FD_FUSION_CONFIG", 7),
     ],
 )
 def test_precedence(explicit, flag, environ, source, limit):
     got = resolve(explicit, explicit_source="--fusion-config", upstream_flag=flag, environ=environ)
     assert got.source == source
-    off = source in ("nobody", "FD_FUSION_DISABLE")
+    off = source in ("no source", "FD_FUSION_DISABLE")
     assert (got.config is None) == off == (got.reason is not None)
     if not off:
         assert got.config.max_token_num == limit

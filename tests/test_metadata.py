@@ -89,6 +89,8 @@ def test_the_sdist_holds_everything_and_its_wheel_types_and_patches(clone, tmp_p
     sources = {name for name in files_of("fd_fusion") if name.endswith(".py")}
     patches = {f"fd_fusion/{name}" for name in files_of("patches")}
     assert {"fd_fusion/py.typed"} | sources | patches <= names
+    (about,) = (tmp_path / "site").glob("*.dist-info/METADATA")
+    assert "\nHome-page:" not in about.read_text(), "FastDeploy's page is the host's, not this package's"
     assert {name.split("/")[0] for name in names} == {"fd_fusion", f"fd_fusion-{fd_fusion.__version__}.dist-info"}
     argv = [sys.executable, "-m", "fd_fusion", "patch"]
     env = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}

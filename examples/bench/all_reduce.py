@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.all_reduce_report import draw, tables
-from fd_fusion.cli.plain_json import to_json
+from fd_fusion.cli.messages import to_json
 from fd_fusion.cli.processes.run_folder import run_folder
 from fd_fusion.cli.processes.signals import ending_well
 from fd_fusion.cli.processes.tied import child_environment, end_with_parent

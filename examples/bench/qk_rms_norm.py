@@ -22,7 +22,7 @@ from typing import Any
 
 from bench.qk_rms_norm_report import draw, tables
 from bench.timing import copy_gbps, event_us, graph_of, provenance
-from fd_fusion.cli.plain_json import to_json
+from fd_fusion.cli.messages import to_json
 
 D, EPS, HIDDEN = 128, 1e-6, 4096
 L2_BYTES = 40 << 20  # buffers of fewer bytes together count as warm

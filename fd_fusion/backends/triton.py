@@ -152,7 +152,7 @@ class TritonOp:
 
     @property
     def error_page(self) -> int | None:
-        """The file descriptor of the error page, for a process beside this one; None where there is no page."""
+        """Return the file descriptor of the error page, for a process beside this one; None without a page."""
         return self._workspace.page
 
     def close(self) -> None:

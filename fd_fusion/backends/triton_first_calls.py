@@ -16,7 +16,7 @@ from fd_fusion.reasons import FusionError, Reason
 from fd_fusion.reference import round_to
 from fd_fusion.spec import OpSpec
 
-_EPS, _OFFSET = 100.0, 1.0  # about the mean of squares, so that it is seen
+_EPS, _OFFSET = 100.0, 1.0  # about the mean of squares, so that the norm depends on it
 
 
 def run_all(op: Any, spec: OpSpec, framework: Any) -> None:

@@ -9,7 +9,7 @@ _ABSENT = object()
 
 
 def follow(start: Any, path: str) -> Any:
-    """The attribute at a dotted path, or None where the path ends early."""
+    """Return the attribute at a dotted path, or None where the path ends early."""
     for name in path.split("."):
         start = getattr(start, name, None)
         if start is None:

@@ -1,8 +1,8 @@
-"""The votes of the proving pass: what each rank found in a forward becomes one outcome on all of them.
+"""The votes of the proving pass: what a forward showed on each rank becomes one outcome on all of them.
 
 A forward of the pass holds the host's own collectives, which pair by their order alone. A rank that leaves one in the
 middle while the others go on is out of step with them for good: its next all-reduce would be paired with one of
-theirs that is long past, and every sum would be wrong without a word. So each rank votes how far it came.
+theirs that is long past, and every sum would be wrong with no error. So each rank votes how far it came.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from fd_fusion.reasons import Reason, because
 
 @dataclass
 class Ballot:
-    """What the ranks come to: a refusal of some; or that nothing was shown; or that some rank's outputs differ.
+    """One rank's conclusions on a forward of the pass, which a vote makes those of all ranks.
 
-    which, raised, seen: the forward, what it raised on this rank, and the pairs through whose norms it came.
+    which, raised: the forward, and what it raised on this rank. reached: the pairs whose norms it came to. again: why
+    it showed nothing. differs: whether the outputs of some rank differ.
     """
 
     refusal: Reason | None = None
@@ -30,7 +31,7 @@ class Ballot:
     differs: bool = False
     which: str = ""
     raised: Reason | None = None
-    seen: Collection[str] = ()
+    reached: Collection[str] = ()
 
     @property
     def goes_on(self) -> bool:
@@ -40,15 +41,15 @@ class Ballot:
     def is_out_of_step(self) -> bool:
         return self.refusal is not None and self.refusal.root.code == "out_of_step"
 
-    def finds(self) -> dict[str, Any]:
-        """What this rank states beside a refusal."""
+    def data(self) -> dict[str, Any]:
+        """Return what this rank states beside a refusal."""
         return {"again": self.again and self.again.to_dict(), "differs": self.differs}
 
     def refuse(self, reason: Reason, ranks: tuple[int, ...]) -> None:
         self.refusal, self.ranks = reason, ranks
 
-    def hear(self, ranks: Sequence[dict[str, Any]], proof: Proof | None = None) -> None:
-        """The data of all ranks of a group, none of which refused: the same conclusions on each of them."""
+    def conclude(self, ranks: Sequence[dict[str, Any]], proof: Proof | None = None) -> None:
+        """Conclude from the data of all ranks of a group, none of which refused: the same on each of them."""
         self.differs = self.differs or any(data["differs"] for data in ranks)
         for data in ranks:
             self.again = self.again or (data["again"] and Reason.from_dict(data["again"]))
@@ -69,22 +70,22 @@ def vote(
     """
     for group, own in names.items():
         shown = proof.words if proof is not None and ballot.goes_on else {}
-        data = {"words": {name: shown[name] for name in own if name in shown} or None, **ballot.finds()}
+        data = {"words": {name: shown[name] for name in own if name in shown} or None, **ballot.data()}
         data["raised"] = ballot.raised and ballot.raised.to_dict()
-        data["reached"] = len(set(own) & set(ballot.seen))
+        data["reached"] = len(set(own) & set(ballot.reached))
         verdict = agree(group, "proof", Vote(ballot.refusal, data), timeout_s=timeout_s)
         if ballot.is_out_of_step:
             continue
         if reason := _out_of_step(ballot.which, group, data, verdict):
             ballot.refuse(reason, verdict.missing)
-        elif verdict.ok:  # a rank that refuses says so once more, to the whole circle
-            ballot.hear(verdict.data, proof)
-    verdict = agree(circle, "outcome", Vote(ballot.refusal, ballot.finds()), timeout_s=timeout_s)
+        elif verdict.ok:  # a rank that refuses does so once more, in the vote of the whole circle
+            ballot.conclude(verdict.data, proof)
+    verdict = agree(circle, "outcome", Vote(ballot.refusal, ballot.data()), timeout_s=timeout_s)
     if ballot.is_out_of_step:
         return
     if verdict.ok:
-        ballot.again = None  # from here on the first rank's, on all
-        ballot.hear(verdict.data)
+        ballot.again = None  # from now on the first rank's, on all
+        ballot.conclude(verdict.data)
     elif verdict.missing:
         rank = verdict.missing[0]
         ballot.refuse(_left(ballot.which, rank, dict(verdict.refusals)[rank]), verdict.missing)
@@ -93,15 +94,15 @@ def vote(
 
 
 def _out_of_step(which: str, group: Group, own: dict[str, Any], verdict: Verdict) -> Reason | None:
-    """Whether a rank left the forward where another went on; or perhaps did, since its vote is missing."""
-    heard = list(verdict.data)
-    heard[group.rank] = own
-    heard = {rank: data for rank, data in enumerate(heard) if data is not None}
-    raised = {rank: data["raised"] for rank, data in heard.items() if data["raised"]}
-    if not verdict.missing and (not raised or len({data["reached"] for data in heard.values()}) == 1):
+    """Return the reason if a rank left the forward where others went on, or perhaps did: its vote is missing."""
+    of_ranks = list(verdict.data)
+    of_ranks[group.rank] = own
+    known = {rank: data for rank, data in enumerate(of_ranks) if data is not None}
+    raised = {rank: data["raised"] for rank, data in known.items() if data["raised"]}
+    if not verdict.missing and (not raised or len({data["reached"] for data in known.values()}) == 1):
         return None
     if raised:
-        rank = min(raised, key=lambda rank: (heard[rank]["reached"], rank))
+        rank = min(raised, key=lambda rank: (known[rank]["reached"], rank))
         return _left(which, rank, Reason.from_dict(raised[rank]))
     rank = verdict.missing[0]
     return _left(which, rank, dict(verdict.refusals)[rank])

@@ -7,32 +7,21 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from fd_fusion.binding import lifecycle, metrics
-from fd_fusion.binding.backend_selection import select_backend
-from fd_fusion.binding.book import Book
-from fd_fusion.binding.bound import Bound, give_up, leave_stock, logger, undo_all
+from fd_fusion.binding.bound import Book, Bound, give_up, logger, undo_all
 from fd_fusion.binding.first_forward import attach_and_prove
 from fd_fusion.binding.forwards import ExampleOf
-from fd_fusion.binding.joining import (
-    by_group,
-    conclude_opening,
-    group_of_last_resort,
-    join,
-    label_of,
-    structure_refusal,
-)
+from fd_fusion.binding.opening import by_group, conclude_opening, group_of_last_resort, join, label_of, open_sites
 from fd_fusion.binding.pairs import Pair, without_hooked
 from fd_fusion.binding.qk_norms import QKNorm, choose_qk_norms
 from fd_fusion.binding.report import Report
-from fd_fusion.comm.circle import in_order
 from fd_fusion.comm.group import Group
-from fd_fusion.config import FusionConfig, Resolved
-from fd_fusion.frameworks import paddle_runtime
+from fd_fusion.config import Resolved
 from fd_fusion.reasons import BindError, FusionTimeout, Reason, because
-from fd_fusion.site import Rejected, Site
+from fd_fusion.site import Rejected
 
 _bound = Book()
 _reports: weakref.WeakKeyDictionary[Any, Report] = weakref.WeakKeyDictionary()  # of models that hold no state
@@ -51,7 +40,7 @@ def bind(
     refusal: Reason | None = None,
     freezes_itself: bool = False,
 ) -> Report:
-    """Collective: give the pairs of `model` their Sites. `fd_fusion.bind` says what that means.
+    """Collective: give the pairs of `model` their Sites. `fd_fusion.bind` has the contract.
 
     Args:
         pairs, qk_norms: what the host has found.
@@ -60,7 +49,7 @@ def bind(
         example_of: (forward, args, kwargs) -> example, in place of copies of the first forward's arguments.
         deterministic: the host is in its deterministic or batch-invariant mode.
         group: ranks that vote in any case, also for a model in which this rank finds no pair.
-        refusal: why this rank cannot bind; the others receive it in the vote.
+        refusal: why this rank cannot bind; the others read it in the vote.
         freezes_itself: no host calls `freeze` after its graphs were captured.
     """
     with lifecycle.lock:
@@ -92,7 +81,7 @@ def bind(
         labels = {one: label_of(model, of, resolved.config, deterministic) for one, of in pairs_of.items()}
         join(state, {one: "/".join(map(str, label)) for one, label in labels.items()})
         if resolved.config.enable_all_reduce_rms_norm:
-            _open(state, found, resolved.config, deterministic, failure, labels)
+            open_sites(state, found, resolved.config, deterministic, failure, labels)
         conclude_opening(state)
         attach_and_prove(model, state, example, example_of)
     except BaseException as error:
@@ -118,7 +107,7 @@ def unbind(model: Any) -> None:
 
 
 def report() -> list[Report]:
-    """The reports of the models of this process for which `bind` was called, those that are off too."""
+    """Return the reports of the models of this process for which `bind` was called, those that are off too."""
     with lifecycle.lock:
         bound = [state.report for state in _bound.values()]
         return bound + [one for one in _reports.values() if not any(one is other for other in bound)]
@@ -138,7 +127,7 @@ def note_off(model: Any, resolved: Resolved, reason: Reason) -> None:
 def check() -> None:
     """Raise FusionTimeout if a fused call of any bound model ran out of time. For use before tokens are published.
 
-    Nothing else is raised: what goes wrong with the metrics, which it writes once a minute, is one line in the log.
+    Nothing else is raised: it writes the metrics once a minute, and what goes wrong with them is one line in the log.
     """
     try:
         lifecycle.check()
@@ -149,7 +138,7 @@ def check() -> None:
 
 
 def error_pages() -> list[int]:
-    """Descriptors of the pages on which fused kernels of this process say that a rank is missing."""
+    """Return the descriptors of the pages on which fused kernels of this process write which rank is missing."""
     pages = [selected.op.error_page for state in _bound.values() for selected in state.selected]
     return [page for page in pages if page is not None]
 
@@ -187,64 +176,9 @@ def reset() -> None:
 
 
 def _choose_qk(state: Bound, norms: Sequence[QKNorm]) -> Reason | None:
-    """Choose what the q and k norms run. Returns a failure that the user does not want to be spared."""
+    """Choose what the q and k norms run. Returns the failure that `strict` or a named backend makes an error."""
     config, report = state.report.config, state.report
     state.qk_norms, report.qk_stock = choose_qk_norms(norms, config)
     report.qk_fused = [norm.name for norm in state.qk_norms]
     failed = [why for why in report.qk_stock.values() if why.code in ("backend_failed", "qk_differs", "qk_wrote_v")]
     return failed[0] if config.insists and failed else None
-
-
-def _open(
-    state: Bound,
-    pairs: list[Pair],
-    config: FusionConfig,
-    deterministic: bool,
-    failure: Reason | None,
-    labels: Mapping[Group, tuple[str, int]],
-) -> None:
-    """Settle, group by group, which pairs get a Site. `failure` of this rank is a refusal that all ranks hear of."""
-    report, failure = state.report, failure or state.broken
-    report.rejected += [Rejected(pair.name, because("one_rank")) for pair in pairs if pair.group.size == 1]
-    pairs_of = {group: [pair for pair in pairs if pair.group == group] for group in labels}
-    spaces = len({(group, pair.hidden_size, pair.dtype) for group in pairs_of for pair in pairs_of[group]})
-    lifecycle.close_dropped([group for group in in_order(pairs_of) if group in state.live], config.timeout_s)
-    room = spaces, (config.workspace_mb << 20) - lifecycle.taken_bytes()
-    for group in in_order(pairs_of):
-        if group not in state.live:  # a rank did not come
-            refused, each = (state.broken, ()), 0
-        else:
-            refused, each = structure_refusal(group, len(pairs_of[group]), labels[group], failure, room, config)
-        if refused is not None:
-            _leave_stock(state, pairs_of[group], *refused)
-        elif pairs_of[group]:
-            _open_group(state, group, pairs_of[group], config, deterministic, each)
-
-
-def _leave_stock(state: Bound, pairs: list[Pair], reason: Reason, ranks: tuple[int, ...]) -> None:
-    """Of one group; the others go on, and `conclude_opening` tells all of them."""
-    leave_stock(state.report, pairs, reason, ranks)
-    state.failures.append(reason)
-
-
-def _open_group(
-    state: Bound, group: Group, pairs: list[Pair], config: FusionConfig, deterministic: bool, workspace_bytes: int
-) -> None:
-    """One workspace for each hidden size and dtype of the group; a Site for each of its pairs."""
-    spaces: dict[tuple[int, str], list[Pair]] = {}
-    for pair in pairs:
-        spaces.setdefault((pair.hidden_size, pair.dtype), []).append(pair)
-    for key in sorted(spaces):
-        selected, reason, ranks = select_backend(group, spaces[key], config, deterministic, workspace_bytes)
-        if selected is None:
-            _leave_stock(state, spaces[key], reason, ranks)
-            continue
-        state.selected.append(selected)
-        lifecycle.hold(group, selected.op)
-        shared = {"caller": paddle_runtime.caller_function(), "forwards": state.forwards}
-        for pair in spaces[key]:
-            site = Site(pair.name, selected.op, pair.stock, hooks=pair.hooks, **shared)
-            state.sites.append((pair, site))
-            state.report.add_site(site, selected, group)
-    if any(pair.group == group for pair, _ in state.sites):
-        state.groups.append(group)

@@ -1,10 +1,12 @@
-"""What a bound model holds, what is off that the user insists on, and how all of it is undone."""
+"""Which models are bound, what each of them holds, what is an error of bind, and how all of it is undone."""
 
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from fd_fusion.binding import lifecycle
 from fd_fusion.binding.backend_selection import SelectedBackend
@@ -18,6 +20,7 @@ from fd_fusion.reasons import BindError, FusionError, Reason, because
 from fd_fusion.site import ForwardCount, Rejected, Site
 
 logger = logging.getLogger("fd_fusion")
+_ATTRIBUTE = "_fd_fusion_state"  # of a model: its Bound
 
 
 @dataclass(eq=False)
@@ -49,12 +52,53 @@ class Bound:
         return bool(self.sites or self.undo or self.qk_norms or self.undo_qk)
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
-        """None in a copy of the model, which is not bound."""
+        """Give None to a copy of the model, which is not bound."""
         return type(None), ()
 
 
+class Book:
+    """model -> its state. A state must give None where it is copied or pickled: it belongs to this model alone.
+
+    A state that reaches no layer (`reaches_layers`) is kept by the book, and leaves no trace in its model.
+
+    A state reaches the model's layers, and a layer may hold its model. A book that kept the state, even under a weak
+    key, would keep such a model for ever; a state that the model keeps is a cycle, which the garbage collector takes
+    whole.
+    """
+
+    def __init__(self) -> None:
+        self._states: weakref.WeakKeyDictionary[Any, Callable[[], Any]] = weakref.WeakKeyDictionary()
+
+    def __setitem__(self, model: Any, state: Any) -> None:
+        if state.reaches_layers:
+            model.__dict__[_ATTRIBUTE] = state
+            self._states[model] = weakref.ref(state)
+        else:
+            self._states[model] = lambda: state
+
+    def get(self, model: Any, default: Any = None) -> Any:
+        found = self._states.get(model)
+        state = None if found is None else found()
+        return default if state is None else state
+
+    def pop(self, model: Any, default: Any = None) -> Any:
+        state = self.get(model, default)
+        if self._states.pop(model, None) is not None:
+            model.__dict__.pop(_ATTRIBUTE, None)
+        return state
+
+    __delitem__ = pop
+
+    def values(self) -> list[Any]:
+        states = [found() for found in list(self._states.values())]
+        return [state for state in states if state is not None]
+
+    def __len__(self) -> int:
+        return len(self.values())
+
+
 def refuse(report: Report, pairs: list[Pair], reason: Reason, ranks: tuple[int, ...], config: FusionConfig) -> None:
-    """Leave the pairs stock; an error instead if the user insisted. All ranks come here with the same verdict."""
+    """Leave the pairs stock, or raise BindError where `strict` or a named backend insists: alike on all ranks."""
     leave_stock(report, pairs, reason, ranks)
     if not reason.root.is_rule and config.insists:
         raise BindError(reason)
@@ -65,7 +109,7 @@ def leave_stock(report: Report, pairs: list[Pair], reason: Reason, ranks: tuple[
 
 
 def insisted_failure(state: Bound) -> Reason | None:
-    """What is off on this rank though the user insists on it: the meaning of `strict` and of a named backend.
+    """Return what is off on this rank though `strict` or a named backend insists on it.
 
     A named backend must not fail where it is tried. Strict: nothing may be off, whatever the reason, but what a rule
     of the table of reasons leaves out.
@@ -80,16 +124,16 @@ def insisted_failure(state: Bound) -> Reason | None:
 
 
 def give_up(state: Bound, error: BaseException) -> None:
-    """What bind, or the pass in the first forward, raises: nothing stays bound, and the next bind tries anew."""
-    told = because("bind_raised", error=f"{type(error).__name__}: {error}")
+    """Undo the bind that raised `error`: nothing stays bound, and the next bind tries anew."""
+    raised = because("bind_raised", error=f"{type(error).__name__}: {error}")
     error = error if isinstance(error, FusionError) else error.__cause__  # of the caller's own, when out of step
     state.on, state.report.waiting = False, None
-    state.report.off = error.reason if isinstance(error, FusionError) else told
+    state.report.off = error.reason if isinstance(error, FusionError) else raised
     state.report.sites.clear()
     state.report.qk_fused.clear()
     try:
         undo_all(state)
-    except Exception:  # told, and not raised: what the caller is to hear is the first error
+    except Exception:  # logged, and not raised: the caller gets the first error
         logger.exception("fd_fusion: not all of the model could be restored")
 
 

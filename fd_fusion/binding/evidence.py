@@ -1,7 +1,7 @@
 """What a Site's kernel is judged by in the proving pass: pure functions of NumPy arrays, of one rank or of all.
 
-Nothing here is compared with the host's own sum: the ranks' real partial sums are, by a sample of their words that
-goes through the vote. What the host's norm gives is asked of exact numbers alone.
+No result is compared with the host's own sum of real numbers: it is compared with the ranks' real partial sums, by a
+sample of their words that goes through the vote. The host's sum and norm are compared on exact numbers alone.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Contract:
 
 
 def columns_of(hidden: int) -> np.ndarray:
-    """Which words of a row are looked at on all ranks together."""
+    """Return the columns of a row whose words go through the vote."""
     if hidden <= _COLUMNS:
         return np.arange(hidden)
     inner = np.random.default_rng(hidden).choice(np.arange(2, hidden - 2), _COLUMNS - 4, replace=False)
@@ -43,7 +43,7 @@ def columns_of(hidden: int) -> np.ndarray:
 
 
 def words_of(partial: np.ndarray, residual: np.ndarray | None, fused: Outputs) -> dict[str, Any]:
-    """This rank's words for the vote: text of float32, which holds every dtype."""
+    """Return this rank's words for the vote, as text of float32, which holds every dtype."""
     columns = columns_of(partial.shape[-1])
     arrays = {"partial": partial, "residual": residual, **{f"out{form}": out for form, (_, out) in fused.items()}}
     words = {name: _pack(array[:, columns]) for name, array in arrays.items() if array is not None}
@@ -51,7 +51,7 @@ def words_of(partial: np.ndarray, residual: np.ndarray | None, fused: Outputs) -
 
 
 def own_refusal(contract: Contract, weight: np.ndarray, fused: Outputs) -> Reason | None:
-    """What one rank sees: each norm_out is the norm of the very sum that it came with."""
+    """Check on one rank that each norm_out is the norm of the very sum beside it. Returns the reason, or None."""
     numbers = {"eps": contract.eps, "weight_offset": contract.weight_offset, "dtype": contract.dtype, "rounded": True}
     for form, (norm_out, residual_out) in fused.items():
         reason = _too_far(contract, f"norm_out{form}", exact.norm_excess(norm_out, residual_out, weight, **numbers))
@@ -61,7 +61,7 @@ def own_refusal(contract: Contract, weight: np.ndarray, fused: Outputs) -> Reaso
 
 
 def joint_refusal(contract: Contract, ranks: Sequence[dict[str, Any]]) -> Reason | None:
-    """What only all ranks together see, from `words_of` of each in rank order: the same answer on all."""
+    """Check what only all ranks together show, from `words_of` of each in rank order. Equal on all ranks."""
     partials = np.stack([_unpack(words["partial"]) for words in ranks])
     residuals = [_unpack(words["residual"]) for words in ranks if "residual" in words]
     if len(residuals) not in (0, len(ranks)):
@@ -83,7 +83,7 @@ def joint_refusal(contract: Contract, ranks: Sequence[dict[str, Any]]) -> Reason
 
 
 def _sum_excess(contract: Contract, out: np.ndarray, partials: np.ndarray, residual: np.ndarray | None) -> np.ndarray:
-    """[T, words]: 0 where it is right."""
+    """Return the error of a sum over what is allowed, [T, words]: 0 where it is right."""
     total = exact.rank_order_sum(list(partials), residual)
     want = round_to(total, contract.dtype).astype(np.float32)
     if contract.in_rank_order:
@@ -97,7 +97,7 @@ def _sum_excess(contract: Contract, out: np.ndarray, partials: np.ndarray, resid
 
 
 def probe_refusal(contract: Contract, fused: Outputs, host: Outputs) -> Reason | None:
-    """Known numbers, through the kernel and the host's own reduce and norm: equal sums, norms within roundings."""
+    """Compare the kernel on known numbers with the host's reduce and norm: equal sums, norms within roundings."""
     for form, (norm_out, residual_out) in fused.items():
         wrong = residual_out != host[form][1]
         if wrong.any():
@@ -109,12 +109,12 @@ def probe_refusal(contract: Contract, fused: Outputs, host: Outputs) -> Reason |
 
 
 def nothing_to_sum(ranks: Sequence[dict[str, Any]]) -> bool:
-    """Whether every rank handed over zeros: then a reduction that is missing, or made twice, would not show."""
+    """Return whether every rank handed over zeros: a reduction that is missing, or made twice, would not show."""
     return not any(words["summands"] for words in ranks)
 
 
 def nothing_finite(ranks: Sequence[dict[str, Any]]) -> bool:
-    """Whether no row that was tried is finite on every rank: NaN is equal to whatever a fault makes of it."""
+    """Return whether no row that was tried is finite on every rank: NaN is equal to whatever a fault makes of it."""
     return not np.all([words["finite"] for words in ranks], axis=0).any()
 
 

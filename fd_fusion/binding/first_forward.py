@@ -20,7 +20,7 @@ from fd_fusion.reasons import FusionError, Reason
 def attach_and_prove(
     model: Any, state: Bound, example: Callable[[], Any] | None, example_of: ExampleOf | None
 ) -> None:
-    """Run the proving pass here, or leave it to the first forward; what is proven is installed."""
+    """Run the proving pass now, or leave it to the first forward; install what is proven."""
     if not state.sites:
         state.undo_qk += [norm.attach(Kernel(norm)) for norm in state.qk_norms]
         return
@@ -32,10 +32,10 @@ def attach_and_prove(
 
 
 def _prove_in_first_forward(model: Any, state: Bound, example_of: ExampleOf) -> None:
-    """The proving pass comes before the first eager forward, with its arguments; until then the model is stock.
+    """Run the proving pass before the first eager forward, with its arguments; until then the model is stock.
 
     The forward that the caller asked for runs after the pass, once and on the caller's own arguments: bound if the
-    pass proved it, else stock. So a miss is never an error of a request, and its output is right either way.
+    pass proved it, else stock. So a miss is never an error of a request, whose output is right either way.
     """
     armed, stock, own, this = [True], model.forward, model.__dict__.get("forward"), weakref.ref(model)
 
@@ -43,7 +43,7 @@ def _prove_in_first_forward(model: Any, state: Bound, example_of: ExampleOf) -> 
         try:
             if prove(this(), state, example_of(stock, args, kwargs), first_forward=True):
                 disarm()
-        except BaseException as error:  # an error that the user asked for, or no vote any more: not half bound
+        except BaseException as error:  # one that `strict` asks for, or no vote any more: undo it all
             give_up(state, error)
             if state.report.off.root.code == "out_of_step":
                 state.undo.append(_stop(this(), own, state.report.off))
@@ -60,9 +60,9 @@ def _prove_in_first_forward(model: Any, state: Bound, example_of: ExampleOf) -> 
         return stock(*args, **kwargs)
 
     def disarm() -> None:
-        was_armed, here, armed[0] = armed[0], this(), False
-        if was_armed and here is not None and getattr(here.__dict__.get("forward"), "__func__", None) is code():
-            _give_back(here, own)
+        was_armed, kept, armed[0] = armed[0], this(), False
+        if was_armed and kept is not None and getattr(kept.__dict__.get("forward"), "__func__", None) is code():
+            _give_back(kept, own)
 
     # Nothing that the state holds may keep the model alive.
     forward.__wrapped__, forward.binds_at_first_call, code = stock, True, weakref.ref(forward)
@@ -72,7 +72,7 @@ def _prove_in_first_forward(model: Any, state: Bound, example_of: ExampleOf) -> 
 
 
 def _is_turn(state: Bound) -> bool:
-    """Whether this eager forward is tried: after one that showed nothing the 1st, 2nd, 4th, 8th ... is.
+    """Return whether this eager forward is tried: after one that showed nothing the 1st, 2nd, 4th, 8th ... is.
 
     A pass costs two forwards, and a layer may be zero for good. All ranks count the same forwards.
     """
@@ -84,21 +84,21 @@ def _is_turn(state: Bound) -> bool:
 
 
 def _with_self(stock: Callable[..., Any]) -> inspect.Signature:
-    """That of the function behind a model's forward: to_static reads the names of a call's arguments off it."""
+    """Return the signature of the function behind a model's forward: to_static reads argument names off it."""
     signature = inspect.signature(stock)
     own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
     return signature.replace(parameters=[own, *signature.parameters.values()])
 
 
 def _stop(model: Any, own: Any, reason: Reason) -> Callable[[], None]:
-    """No forward of the model any more, until it is unbound: its sums would be wrong. Returns the undo."""
+    """Make every forward of the model raise until it is unbound: its sums would be wrong. Returns the undo."""
 
     def forward(*_: Any, **__: Any) -> NoReturn:
         raise FusionError(reason)
 
     def undo() -> None:
-        if (here := this()) is not None and here.__dict__.get("forward") is forward:
-            _give_back(here, own)
+        if (kept := this()) is not None and kept.__dict__.get("forward") is forward:
+            _give_back(kept, own)
 
     this = weakref.ref(model)
     model.__dict__["forward"] = forward

@@ -29,7 +29,7 @@ STOCK, PROVING, AGAIN = "stock", "proving", "second stock"
 
 
 class Forwards:
-    """Runs a model's forwards on this rank, and compares what they gave. Votes on nothing.
+    """Run a model's forwards on this rank, and compare what they gave, without a vote.
 
     Args: layers: all layers of the model by their paths, to find hooks.
     """
@@ -43,29 +43,29 @@ class Forwards:
         self._traces: dict[str, Trace] = {}
         self.which = ""  # the last one that ran
         self.raised: Exception | None = None  # what it raised
-        self.told: Reason | None = None  # the same as a reason
+        self.reason: Reason | None = None  # the same as a reason
 
     def run(self, which: str) -> Reason | None:
-        """One forward. What it raises is a reason, to be voted on: the ranks must not part ways here."""
+        """Run one forward. Returns what it raised as a reason, for the vote: the ranks stay in step."""
         self._traces[which] = trace = Trace({pair.name: pair.reader for pair, _ in self._pairs})
-        self.which, self.raised, self.told = which, None, None
+        self.which, self.raised, self.reason = which, None, None
         try:
-            with trace.watching(), paddle.no_grad():  # nobody differentiates it, and a Site refuses gradients
+            with trace.watching(), paddle.no_grad():  # it is not differentiated, and a Site refuses gradients
                 outputs = self._example()
                 self._compared = outputs is not NOT_COMPARED
                 self._outputs[which] = tensors_of(outputs) if self._compared else []
         except Exception as error:
-            told = because("forward_raised", which=which, error=f"{type(error).__name__}: {error}")
-            self.raised, self.told = error, error.reason if isinstance(error, FusionError) else told
-        return self.told
+            reason = because("forward_raised", which=which, error=f"{type(error).__name__}: {error}")
+            self.raised, self.reason = error, error.reason if isinstance(error, FusionError) else reason
+        return self.reason
 
     @property
-    def seen(self) -> list[str]:
-        """The pairs through whose norms the last forward came."""
-        return list(self._traces[self.which].seen)
+    def reached(self) -> list[str]:
+        """Return the pairs whose norms the last forward came to."""
+        return list(self._traces[self.which].norms)
 
     def prove(self, qk_norms: Sequence[QKNorm]) -> Reason | None:
-        """The proving forward, with the Sites attached."""
+        """Run the proving forward, with the Sites attached."""
         with contextlib.ExitStack() as undo:
             for pair, site in self._pairs:
                 undo.callback(pair.stock.attach(site))
@@ -73,13 +73,13 @@ class Forwards:
                 undo.callback(site.end_proof, False)
             for norm in qk_norms:
                 undo.callback(norm.attach(_in_place(norm.stock)))
-            undo.enter_context(self._looking_for_hooks())
+            undo.enter_context(self._recording_hooks())
             return self.run(PROVING)
 
     def compare(self) -> tuple[Reason | None, Reason | None, bool]:
-        """After the proving forward: (what the Sites saw, why it showed nothing, whether its outputs differ).
+        """Judge the proving forward: (why a Site refuses, why it showed nothing, whether its outputs differ).
 
-        What raises here is a reason too: the other ranks wait for this one's vote.
+        An error in it is a reason too: the other ranks wait for this one's vote.
         """
         try:
             if self._nothing_computed():
@@ -93,13 +93,13 @@ class Forwards:
             return _not_compared(error), None, False
 
     def _nothing_computed(self) -> bool:
-        """Whether the forward had no rows, that of an idle data-parallel rank for example: it shows nothing."""
+        """Return whether the forward had no rows, as that of an idle data-parallel rank: it shows nothing."""
         outputs = self._outputs[STOCK]
         empty = bool(outputs) and all(0 in tensor.shape for tensor in outputs)
         return not self._proof.finished and (empty or bool(self._proof.without_rows))
 
     def judge_spread(self) -> tuple[Reason | None, bool]:
-        """After the second stock forward: (why the proving one is not stock, whether stock repeats its own bits)."""
+        """Judge the second stock forward: (why the proving one is not stock, whether stock repeats its own bits)."""
         got, want, again = (self._outputs[which] for which in (PROVING, STOCK, AGAIN))
         try:
             if [list(one.shape) for one in again] != [list(one.shape) for one in want]:
@@ -112,22 +112,22 @@ class Forwards:
 
     def _name(self, output: int | str) -> Reason:
         stock = self._traces[STOCK]
-        for name, (norm_input, _) in stock.seen.items():
+        for name, (norm_input, _) in stock.norms.items():
             if name in self._proof.alike and norm_input == self._proof.handed_over.get(name):
                 return because("already_reduced", site=name)
         return outputs_differ(output, stock.parts_at(self._traces[PROVING]))
 
     @contextlib.contextmanager
-    def _looking_for_hooks(self) -> Iterator[None]:
-        """A hook of a layer that returns the producer's very output, an attention for example, sees a partial sum."""
+    def _recording_hooks(self) -> Iterator[None]:
+        """Record the hooks of layers that return the producer's very output: they would get a partial sum."""
 
-        def look(path: str, outputs: Any) -> None:
+        def record(path: str, outputs: Any) -> None:
             first = outputs[0] if isinstance(outputs, list | tuple) and outputs else outputs
             if any(site.holds(first) for _, site in self._pairs):
                 self._proof.miss(because("hooked", layer=path))
 
         hooks = [
-            layer.register_forward_post_hook(lambda _, inputs, outputs, path=path: look(path, outputs))
+            layer.register_forward_post_hook(lambda _, inputs, outputs, path=path: record(path, outputs))
             for path, layer in self._layers.items()
             if getattr(layer, "_forward_post_hooks", None)
         ]
@@ -143,12 +143,12 @@ def _not_compared(error: Exception) -> Reason:
 
 
 def on_copies(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[], Any]:
-    """Runs `forward` on copies of its arguments: what it changes in them, a cache for example, it changes once."""
+    """Return a function that runs `forward` on copies of its arguments, so that a cache, say, changes once."""
 
     def example() -> Any:
         try:
             own_args, own_kwargs = copy.deepcopy((args, kwargs))
-        except Exception as error:  # each type has its own; told as a reason
+        except Exception as error:  # each type has its own; raised as a reason
             text = f"{type(error).__name__}: {error}"
             raise FusionError(because("inputs_not_copied", error=text)) from error
         return forward(*own_args, **own_kwargs)
@@ -157,7 +157,7 @@ def on_copies(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[s
 
 
 def _in_place(stock: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """The stock numbers where the kernel puts its own: the norms of q and k take part in what the pass shows."""
+    """Return the stock norm of q and k as a kernel that works in place: it takes part in what the pass shows."""
 
     def run(qkv: Any) -> Any:
         return paddle.assign(stock(qkv.clone()), output=qkv)

@@ -1,4 +1,4 @@
-"""The workspaces that bound models of this process hold: counted, checked, frozen, reset and closed from here.
+"""The workspaces that bound models of this process hold: counted, checked, frozen, reset and closed.
 
 A model that is dropped without `unbind` leaves its workspaces open: its peers may still run, and device memory goes
 in an order that all ranks keep. They count against `workspace_mb` until all ranks have dropped the model; then the
@@ -51,17 +51,17 @@ def close(op: FusedOp) -> None:
     global _held
     with lock:
         _held = tuple(space for space in _held if space.op is not op)
-    with contextlib.suppress(Exception):  # whatever a driver says at the end: nobody can act on it
+    with contextlib.suppress(Exception):  # whatever a driver raises at the end: no caller can act on it
         op.close()
 
 
 def held() -> tuple[Space, ...]:
-    """Every open workspace, oldest first: the same order on all ranks."""
+    """Return every open workspace, oldest first: the same order on all ranks."""
     return _held
 
 
 def taken_bytes() -> int:
-    """What all open workspaces of this process take, those of dropped models too."""
+    """Return the bytes of all open workspaces of this process, those of dropped models too."""
     return sum(space.op.bytes for space in _held)
 
 
@@ -78,7 +78,7 @@ def close_dropped(groups: Sequence[Group], timeout_s: float) -> None:
         gc.collect()  # a model in a reference cycle is dropped now, not at some later time
     for group in groups:
         mine = {space.number: space for space in _held if space.dropped and space.group.name == group.name}
-        with contextlib.suppress(FusionError):  # no store any more: the vote that follows says so
+        with contextlib.suppress(FusionError):  # no store any more: the vote that follows raises
             verdict = agree(group, "dropped", Vote(None, sorted(mine)), timeout_s=timeout_s)
             if not verdict.ok:
                 continue
@@ -106,7 +106,7 @@ def reset() -> None:
 
 
 def check() -> None:
-    """Raises: FusionTimeout: a call of a model that is bound ran out of time."""
+    """Raise FusionTimeout if a call of a model that is bound ran out of time."""
     for space in _held:
         try:
             if not space.dropped:
@@ -117,7 +117,7 @@ def check() -> None:
 
 
 def _drop(keys: set[tuple[str, int]], name: str) -> None:
-    """The model is gone. Nothing is closed here: the garbage collector calls at any time, on one rank alone."""
+    """Mark the workspaces of a model that is gone; close none: the collector runs at any time, on one rank alone."""
     spaces = [space for space in _held if (space.group.name, space.number) in keys]
     for space in spaces:
         space.dropped = True

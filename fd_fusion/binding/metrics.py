@@ -27,15 +27,10 @@ from fd_fusion.binding.report import Report
 logger = logging.getLogger("fd_fusion")
 EVERY_S = 60.0
 _Key = tuple[str, ...]  # name of the metric, then the values of its labels
-_LABELS = {
-    "finished": ("path", "reason"),
-    "device_rows": ("backend",),
-    "timeouts": (),
-}
-_HELP = {
-    "finished": "Finished pairs by path and reason, counted by Python: eager, or once at capture",
-    "device_rows": "Rows finished by fused kernels, counted on the device",
-    "timeouts": "Fused calls that ran out of time",
+COUNTERS = {  # name: (help, labels)
+    "finished": ("Finished pairs, counted by Python: eager, or once at capture", ("path", "reason")),
+    "device_rows": ("Rows finished by fused kernels, counted on the device", ("backend",)),
+    "timeouts": ("Fused calls that ran out of time", ()),
 }
 _next = 0.0
 _failures: set[str] = set()
@@ -43,16 +38,16 @@ _exporter: Callable[[list[Report]], None] | None = None
 
 
 def tick(reports: Callable[[], list[Report]], *, every_s: float = EVERY_S) -> None:
-    """Tell the numbers if the last time is `every_s` ago. Never raises; each failure is logged once."""
+    """Write the numbers if the last time is `every_s` ago. Never raises; each failure is logged once."""
     global _next, _exporter
     if (now := time.monotonic()) < _next - EVERY_S + every_s:
         return
     _next = now + EVERY_S
     try:
-        told = reports()
-        if any(report.sites for report in told):
+        bound = reports()
+        if any(report.sites for report in bound):
             _exporter = _exporter or choose(os.environ)
-            _exporter(told)
+            _exporter(bound)
     except Exception as error:  # recorded: tokens are not held up, nor a FusionTimeout hidden, by statistics
         text = f"{type(error).__name__}: {error}"
         if text not in _failures:
@@ -61,7 +56,7 @@ def tick(reports: Callable[[], list[Report]], *, every_s: float = EVERY_S) -> No
 
 
 def choose(environ: Mapping[str, str]) -> Callable[[list[Report]], None]:
-    """How the numbers leave this process: prometheus_client's folder, or the log."""
+    """Return the function that writes the numbers: into prometheus_client's folder, or into the log."""
     name = next(filter(environ.get, ("PROMETHEUS_MULTIPROC_DIR", "prometheus_multiproc_dir")), None)
     if name is None:
         return to_log
@@ -69,7 +64,7 @@ def choose(environ: Mapping[str, str]) -> Callable[[list[Report]], None]:
     try:
         from prometheus_client import values
 
-        if getattr(values.ValueClass, "_multiprocess", True):  # which class it is was settled at import
+        if getattr(values.ValueClass, "_multiprocess", True):  # its class is chosen at its import
             return Prometheus()
         why = f"prometheus_client was imported before {name} was set; set it before the server starts"
         logger.warning("fd_fusion: metrics go to this log: %s", why)
@@ -81,7 +76,7 @@ def choose(environ: Mapping[str, str]) -> Callable[[list[Report]], None]:
 
 
 def totals(reports: Sequence[Report]) -> tuple[Counter[_Key], int]:
-    """(counters by metric and labels, bytes of all open workspaces, those of dropped models too)."""
+    """Return (counters by metric and labels, bytes of all open workspaces, those of dropped models too)."""
     counted: Counter[_Key] = Counter()
     for report in reports:
         for line in report.sites:
@@ -97,7 +92,7 @@ def totals(reports: Sequence[Report]) -> tuple[Counter[_Key], int]:
 
 
 def to_log(reports: list[Report]) -> None:
-    """One line of JSON."""
+    """Write one line of JSON."""
     counted, nbytes = totals(reports)
     data: dict[str, Any] = {"pid": os.getpid(), "workspace_bytes": nbytes}
     for (name, *labels), value in counted.items():
@@ -115,19 +110,17 @@ class Prometheus:
         from prometheus_client import Counter as PrometheusCounter
         from prometheus_client import Gauge
 
-        self._counters = {
-            name: PrometheusCounter(f"fd_fusion_{name}", _HELP[name], labels) for name, labels in _LABELS.items()
-        }
+        self._counters = {name: PrometheusCounter(f"fd_fusion_{name}", *of) for name, of in COUNTERS.items()}
         text = "Memory of all workspaces of fd_fusion"
         self._bytes = Gauge("fd_fusion_workspace_bytes", text, multiprocess_mode="livesum")
-        self._told: Counter[_Key] = Counter()
+        self._written: Counter[_Key] = Counter()
 
     def __call__(self, reports: list[Report]) -> None:
         counted, nbytes = totals(reports)
         self._bytes.set(nbytes)
         for key, value in counted.items():
             # A model that was bound anew, or a workspace that was reset, counts from zero.
-            grown = value - self._told[key] if value >= self._told[key] else value
+            grown = value - self._written[key] if value >= self._written[key] else value
             metric = self._counters[key[0]]
             (metric.labels(*key[1:]) if key[1:] else metric).inc(grown)
-            self._told[key] = value
+            self._written[key] = value

@@ -14,7 +14,7 @@ from fd_fusion.reasons import Reason, because
 
 
 def tensors_of(outputs: Any, *, inside: frozenset[int] = frozenset()) -> list[Any]:
-    """Copies of all tensors and arrays in lists, tuples, dicts and plain objects: a host may reuse the tensors.
+    """Copy all tensors and arrays in lists, tuples, dicts and plain objects: a host may reuse the tensors.
 
     An iterator is not run: it would be used up.
     Args: inside: the ids of what `outputs` is a part of: one that holds itself is gone through once.
@@ -48,7 +48,7 @@ NOT_COMPARED = object()
 
 
 def nothing_shown(tensors: Sequence[Any]) -> Reason | None:
-    """Why outputs are no evidence, whatever others are compared with them."""
+    """Return why outputs are no evidence, whatever others are compared with them, or None."""
     if all(0 in tensor.shape for tensor in tensors):
         return because("no_outputs")
     floating = [tensor for tensor in tensors if tensor.is_floating_point() and 0 not in tensor.shape]
@@ -63,14 +63,14 @@ def _has_finite_row(tensor: Any) -> bool:
 
 
 def first_difference(got: Sequence[Any], want: Sequence[Any]) -> int | str | None:
-    """The number of the first output that is not the same bits (NaN where NaN is), "count", or None."""
+    """Return the number of the first output that is not the same bits (NaN where NaN is), "count", or None."""
     if len(got) != len(want):
         return "count"
     return next((i for i, pair in enumerate(zip(got, want)) if not _same(*pair)), None)
 
 
 def within_spread(got: Sequence[Any], want: Sequence[Any], again: Sequence[Any]) -> int | str | None:
-    """The first output of `got` that is farther from `want` than twice what `again`, a second stock forward, is."""
+    """Return the first output of `got` that is farther from `want` than twice what `again`, stock too, is."""
     for i, (ours, stock, second) in enumerate(zip(got, want, again)):
         if _same(ours, stock):
             continue
@@ -83,20 +83,22 @@ def within_spread(got: Sequence[Any], want: Sequence[Any], again: Sequence[Any])
 
 
 class Trace:
-    """What each pair's norm got and gave in a forward, as hashes of its first and last row, by the pair's name.
+    """The input and output of each pair's norm in a forward, by the pair's name: hashes of first and last row.
+
+    It names the first Site at which two forwards part.
 
     With it a difference of the outputs is given the name of the first Site at which the forwards part.
     """
 
     def __init__(self, norms: Mapping[str, Any]):
-        self._norms, self.seen = norms, {}
+        self._layers, self.norms = norms, {}
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
-        layers = {name: layer for name, layer in self._norms.items() if layer is not None}
+        layers = {name: layer for name, layer in self._layers.items() if layer is not None}
         built = [(layer, layer.__dict__.get("_built")) for layer in layers.values()]  # a call with a hook sets it
         hooks = [
-            layer.register_forward_post_hook(lambda _, inputs, outputs, name=name: self._look(name, inputs, outputs))
+            layer.register_forward_post_hook(lambda _, inputs, outputs, name=name: self._add(name, inputs, outputs))
             for name, layer in layers.items()
         ]
         try:
@@ -108,17 +110,18 @@ class Trace:
                 if before is not None:
                     layer.__dict__["_built"] = before
 
-    def _look(self, name: str, inputs: Any, outputs: Any) -> None:
+    def _add(self, name: str, inputs: Any, outputs: Any) -> None:
         first = outputs[0] if isinstance(outputs, list | tuple) else outputs
-        self.seen.setdefault(name, (digest(inputs[0]) if inputs else None, digest(first)))
+        self.norms.setdefault(name, (digest(inputs[0]) if inputs else None, digest(first)))
 
     def parts_at(self, other: Trace) -> str | None:
-        """The first norm, in the order of the forward, that gave something else in `other`."""
-        return next((name for name, (_, out) in self.seen.items() if other.seen.get(name, (0, out))[1] != out), None)
+        """Return the first pair, in the order of the forward, whose norm gave something else in `other`."""
+        theirs = other.norms
+        return next((name for name, (_, out) in self.norms.items() if theirs.get(name, (0, out))[1] != out), None)
 
 
 def digest(tensor: Any) -> str:
-    """Of the bits of the first and the last row."""
+    """Hash the bits of the first and the last row."""
     flat = tensor.reshape([-1, tensor.shape[-1]])
     rows = [_bits(flat[i : i + 1] if i >= 0 else flat[i:]) for i in (0, -1)] if flat.shape[0] else []
     return hashlib.blake2b(b"".join(row.tobytes() for row in rows), digest_size=8).hexdigest()
@@ -129,12 +132,12 @@ def outputs_differ(output: int | str, site: str | None) -> Reason:
 
 
 def as_numpy(tensor: Any) -> np.ndarray | None:
-    """In float32, which holds every dtype of a pair."""
+    """Copy a tensor into an array of float32, which holds every dtype of a pair."""
     return None if tensor is None else tensor.detach().astype("float32").numpy()
 
 
 def relative_errors(got: np.ndarray, want: np.ndarray) -> np.ndarray:
-    """||got - want|| / ||want|| of each row, over finite values; inf where the others are not the same."""
+    """Return ||got - want|| / ||want|| of each row, over finite values; inf where the others are not the same."""
     got, want = got.astype(np.float64), want.astype(np.float64)
     finite = np.isfinite(want)
     odd = ~((finite == np.isfinite(got)) & (finite | (np.isnan(got) == np.isnan(want)))).all(axis=-1)

@@ -37,19 +37,19 @@ class Pair:
 
     @property
     def hooks(self) -> tuple[Any, ...]:
-        """The hooks that would see a partial sum: after the producer, and before the norm."""
+        """Return the hooks that would get a partial sum: after the producer, and before the norm."""
         hooks = (self.producer, "_forward_post_hooks"), (self.reader, "_forward_pre_hooks")
         return tuple(getattr(layer, name) for layer, name in hooks if layer is not None)
 
 
 def holders(model: Any, pairs: Sequence[Pair]) -> list[Any]:
-    """The layers inside `model` that hold both ends of every pair: a forward may be started at any of them."""
+    """Return the layers inside `model` that hold both ends of every pair: a forward may be started at any of them."""
     ends = {id(end) for pair in pairs for end in (pair.producer, pair.reader)}
     return [layer for layer in model.sublayers() if ends <= {id(part) for part in layer.sublayers()}]
 
 
 def without_hooked(pairs: Sequence[Pair | Rejected]) -> list[Pair | Rejected]:
-    """The pairs; one that has a hook between its ends is rejected, and the layer with the hook named."""
+    """Reject each pair that has a hook between its ends, with the layer's name; return the others as they are."""
 
     def hooked(pair: Pair | Rejected) -> bool:
         return isinstance(pair, Pair) and any(pair.hooks)

@@ -1,6 +1,6 @@
 """The proving pass: structure does not prove data flow, and a name does not prove a kernel.
 
-It asks two things apart. *Data flow*: nothing is fused in it, every finish is the host's own reduce and norm of what
+It shows two things apart. *Data flow*: nothing is fused in it, every finish is the host's own reduce and norm of what
 was handed over, and the handed-over tensor itself is filled with NaN; so the model's outputs are the stock forward's,
 bit for bit, unless something but the two ends reads or changes a partial sum. *Kernel*: at each Site the fused call
 is judged on some rows of the real sums and on numbers with a known answer (`evidence`).
@@ -27,7 +27,7 @@ _ROWS = 4  # rows of a call that the kernel is tried on: the first, the last, an
 
 
 class Proof:
-    """What one forward pass showed of the Sites of a model, on this rank. `site.Prover` says what a Site asks of it.
+    """The record of one forward pass over the Sites of a model, on this rank; `site.Prover` has its contract.
 
     Args: sites: each with its contract, a function that gives its weight, and this rank's number in its group.
     """
@@ -43,7 +43,7 @@ class Proof:
         self.failure: Reason | None = None
 
     def keep(self, site: Site, partial: Any) -> Any:
-        """A copy to finish; in the tensor itself is NaN from now on, for whoever reads it."""
+        """Return a copy to finish, and fill the tensor itself with NaN, for whoever reads it."""
         if 0 in partial.shape:
             self.without_rows.add(site.name)
             return partial
@@ -54,7 +54,7 @@ class Proof:
         return kept
 
     def take(self, site: Site, partial: Any, kept: Any) -> Any:
-        if kept is None:  # somebody else's tensor, the model's own input perhaps: a host's all-reduce works in place
+        if kept is None:  # another tensor, the model's own input perhaps: a host's all-reduce works in place
             return partial.clone()
         if not bool(paddle.isnan(partial).all()):  # not every op that writes in place counts a version
             self.miss(because("overwritten", site=site.name))
@@ -64,9 +64,9 @@ class Proof:
         self.failure = self.failure or reason
 
     def prove(self, site: Site, partial: Any, residual: Any) -> Any:
-        """In place of a finish: the host's own result; beside it the kernel is tried on some rows."""
+        """Return the host's own result in place of a finish, and try the kernel on some rows."""
         self.finished[site.name] += 1
-        tried = self.finished[site.name] == 1  # a second one is a miss, whatever the kernel says
+        tried = self.finished[site.name] == 1  # a second one is a miss, whatever the kernel gives
         few = _some_rows(partial, site.limit), None if residual is None else _some_rows(residual, site.limit)
         try:
             stock = site.stock.norm(self._total(site, partial), residual)
@@ -76,8 +76,9 @@ class Proof:
         return stock
 
     def _total(self, site: Site, partial: Any) -> Any:
-        """The host's own sum. Where the host reduces the parts of a block one by one, and the pair their sum once,
-        they differ by roundings: then the host's goes on, so that all behind it are the same bits; ours is near it.
+        """Return the host's own sum. Where the host reduces the parts of a block one by one, and the pair their sum
+        once, they differ by roundings: then the host's goes on, so that all behind it are the same bits; ours is near
+        it.
         """
         size, whole = self._of[site.name][0].size, site.whole
         own = partial if whole is None else as_numpy(partial)
@@ -91,8 +92,7 @@ class Proof:
         return whole
 
     def _try(self, site: Site, partial: Any, residual: Any) -> None:
-        """Every launch of the kernel and of the host's all-reduce comes before anything is judged: the other ranks
-        make theirs, and wait in them for this one."""
+        """Launch the kernel and the host's all-reduce, then judge: other ranks wait for this one in every launch."""
         contract, weight, rank = self._of[site.name]
         calls = _Calls()
         fused = calls.run(site.fused, partial, residual)
@@ -117,7 +117,7 @@ class Proof:
         inputs: tuple[Any, Any],
         fused: dict[str, Any],
     ) -> Reason | None:
-        """What the kernel made of the real sums, as far as this rank can tell; the rest goes into the vote."""
+        """Judge the kernel's outputs of the real sums, as far as one rank can; the rest goes into the vote."""
         numbers = _numbers(fused)
         self.words[site.name] = evidence.words_of(*map(as_numpy, inputs), numbers)
         dtypes = {dtype_name(one) for pair in fused.values() for one in pair}
@@ -126,7 +126,7 @@ class Proof:
         return evidence.own_refusal(contract, as_numpy(weight()), numbers)
 
     def own_refusal(self) -> Reason | None:
-        """What this rank alone can see."""
+        """Return why this rank alone refuses, or None."""
         if self.failure:
             return self.failure
         if not any(site.handed for site in self.sites) and self.finished:
@@ -138,7 +138,7 @@ class Proof:
         return None
 
     def joint_refusal(self, words: Sequence[Mapping[str, Any]]) -> Reason | None:
-        """What all ranks of a group see together, of the sites whose words these are."""
+        """Return why all ranks of a group together refuse, from the words of its sites, or None."""
         for name in words[0]:
             of_ranks = [of_rank.get(name) for of_rank in words]
             if not all(of_ranks):
@@ -151,7 +151,7 @@ class Proof:
 
 
 def vacuous(words: Sequence[Mapping[str, Any]]) -> Reason | None:
-    """The first site of a group at which no rank handed over anything but zeros, or whose sums are not finite."""
+    """Return the first site of a group whose sums are zeros on every rank, or not finite, as a reason."""
     for name in words[0]:
         if evidence.nothing_finite([of_rank[name] for of_rank in words]):
             return because("not_finite", what=name)
@@ -161,7 +161,7 @@ def vacuous(words: Sequence[Mapping[str, Any]]) -> Reason | None:
 
 
 class _Calls:
-    """Runs one call after the other, each whatever became of the last one. `error` is the first that was raised."""
+    """Run one call after the other, each whatever became of the last one. `error` is the first that was raised."""
 
     def __init__(self) -> None:
         self.error: Exception | None = None
@@ -174,7 +174,7 @@ class _Calls:
             return None
 
     def run(self, run: Callable[[Any, Any], Any], partial: Any, residual: Any) -> dict[str, Any]:
-        """With and without the residual, each on copies: a host's all-reduce works in place."""
+        """Run a call with and without the residual, each on copies: a host's all-reduce works in place."""
         forms = {BARE: None} if residual is None else {WITH: residual, BARE: None}
         return {
             form: self.make(lambda rest=rest: run(partial.clone(), None if rest is None else rest.clone()))
@@ -183,7 +183,7 @@ class _Calls:
 
 
 def _known(of: int, contract: Contract, like: Any, limit: int | None) -> Any:
-    """The numbers with a known answer of a rank; those after the last rank's are the residual."""
+    """Return the numbers with a known answer of a rank; those after the last rank's are the residual."""
     rows = exact.probe_partial(of, contract.size, like.shape[-1], contract.eps, contract.dtype)
     return paddle.to_tensor(rows[:limit], place=like.place).astype(like.dtype)
 

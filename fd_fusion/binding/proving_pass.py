@@ -25,10 +25,10 @@ _STRICT_TRIES = 4  # passes that may show nothing under `strict`
 
 
 def prove(model: Any, state: Bound, example: Callable[[], Any], *, first_forward: bool = False) -> bool:
-    """Collective. Up to three forwards, and a vote after each, on whatever it raised or showed on any rank.
+    """Collective: run up to three forwards, and vote after each on what it raised or showed on any rank.
 
     Returns False where nothing was shown, since there was nothing to sum: all stays stock, to be tried again. So it
-    does where the stock forward itself raises in the place of the model's `first_forward`: that is the caller's.
+    does where the stock forward raises in the place of the model's `first_forward`: that error is the caller's.
     """
     if first_forward and (reason := meet_again(state)) is not None:
         return _try_again(state, reason)
@@ -58,14 +58,14 @@ def prove(model: Any, state: Bound, example: Callable[[], Any], *, first_forward
 
 
 def _ballot(forwards: Forwards, refusal: Reason | None) -> Ballot:
-    """Of the forward that has just run."""
-    return Ballot(refusal, which=forwards.which, raised=forwards.told, seen=forwards.seen)
+    """Return the ballot on the forward that has just run."""
+    return Ballot(refusal, which=forwards.which, raised=forwards.reason, reached=forwards.reached)
 
 
 def _vote(
     state: Bound, ballot: Ballot, forwards: Forwards, proof: Proof | None = None, *, is_callers: bool = False
 ) -> None:
-    """Collective. Raises: FusionError: the ranks are out of step; in the caller's forward this rank's own error."""
+    """Collective: vote. Raises FusionError out of step; in the caller's forward this rank's own error."""
     if not state.groups:
         return
     assert state.circle is not None, "a model with Sites has a circle, or no vote"
@@ -79,7 +79,7 @@ def _vote(
 
 
 def _subject(state: Bound, pair: Pair, site: Site) -> tuple[Site, Contract, Callable[[], Any], int]:
-    """What the proof has to know of a Site: what its kernel promises, its weight, and this rank's number."""
+    """Return what the proof needs of a Site: what its kernel promises, its weight, and this rank's number."""
     (op,) = (line.selected.op for line in state.report.sites if line.site is site)
     contract = Contract(pair.name, pair.group.size, pair.dtype, *pair.stock.numbers(), op.in_rank_order)
     return site, contract, pair.stock.weight, pair.group.rank
@@ -100,7 +100,7 @@ def meet_again(state: Bound) -> Reason | None:
 
 
 def _try_again(state: Bound, reason: Reason) -> bool:
-    """No outcome yet, but for a third time of no pass at all, or under `strict` a fourth pass that showed nothing.
+    """Leave the outcome open, but not a third time without a pass, nor under `strict` a fourth that showed nothing.
 
     Returns: whether this is the end of it.
     """
@@ -116,7 +116,7 @@ def _try_again(state: Bound, reason: Reason) -> bool:
 
 
 def _wait(report: Report, reason: Reason) -> None:
-    """Not proven, and no failure: said once."""
+    """Keep the reason why nothing is proven yet; log it once."""
     if report.waiting is None:
         logger.warning("fd_fusion: %s; %s", reason, reason.remedy)
     report.waiting = reason
@@ -147,7 +147,7 @@ def _switch_on_or_undo(state: Bound, refusal: Reason | None, ranks: tuple[int, .
 def _freeze(state: Bound) -> bool:
     """Freeze, unless a graph is being captured: the limit is a word in device memory. Returns whether it was done.
 
-    By now a whole forward has run fused on this rank, so that nothing is left to compile. Ranks may come here in
+    By now a whole forward has run fused on this rank, so that nothing is left to compile. Ranks may freeze in
     different forwards: the limit is each rank's own, and until it freezes a rank only waits longer.
     """
     if paddle_runtime.is_capturing():

@@ -1,6 +1,6 @@
 """The RMSNorm of q and k by one kernel: chosen, tried and compared with the stock formula at bind, layer by layer.
 
-Nothing is exchanged between ranks here, so nothing is voted on: each rank normalises its own heads.
+The ranks exchange nothing, so they do not vote: each rank normalises its own heads.
 """
 
 from __future__ import annotations
@@ -39,13 +39,11 @@ class QKNorm:
     kv_heads: int
     head_dim: int
     width: int
-    eps: float
-    weight_offset: float
+    numbers: Callable[[], tuple[float, float]]  # eps and weight_offset, read at each call, as the stock formula does
     weights: Callable[[], tuple[Any, Any]]
     stock: Callable[[Any], Any]
     attach: Callable[[Callable[[Any], Any]], Callable[[], None]]
     dtype: str | None = None  # of the rows; that of the weights where nothing else is known
-    numbers: Callable[[], tuple[float, float]] | None = None  # eps and weight_offset of now; None: those above stay
 
 
 def choose_qk_norms(norms: Sequence[QKNorm], config: FusionConfig) -> tuple[list[QKNorm], dict[str, Reason]]:
@@ -66,8 +64,7 @@ class Kernel:
         from fd_fusion.backends.qk_rms_norm import qk_rms_norm
 
         heads = {"q_heads": norm.q_heads, "kv_heads": norm.kv_heads, "head_dim": norm.head_dim}
-        fixed = norm.eps, norm.weight_offset
-        self._weights, self._numbers = norm.weights, norm.numbers or (lambda: fixed)
+        self._weights, self._numbers = norm.weights, norm.numbers
         self._run = functools.partial(qk_rms_norm, **heads)
 
     def __call__(self, qkv: Any) -> Any:
@@ -79,7 +76,7 @@ class Kernel:
 
 
 def _why_stock(config: FusionConfig) -> Reason | None:
-    """The rule that leaves the layers stock, or None. It is never an error."""
+    """Return the rule that leaves the layers stock, or None. It is never an error."""
     if not config.enable_qk_rms_norm:
         return because("disabled", flag="enable_qk_rms_norm")
     if config.backend == "triton" or (config.backend == "auto" and paddle_runtime.device_of()[0] == "gpu"):
@@ -89,8 +86,9 @@ def _why_stock(config: FusionConfig) -> Reason | None:
 
 def _try(norm: QKNorm) -> Reason | None:
     """Compile, run on rows that show every part of the formula, compare with the stock one element by element."""
-    if not SMALLEST <= norm.eps < np.inf:
-        return because("eps", got=norm.eps)
+    eps, _ = norm.numbers()
+    if not SMALLEST <= eps < np.inf:
+        return because("eps", got=eps)
     dtype = norm.dtype or dtype_name(norm.weights()[0])
     rows = paddle.to_tensor(_rows(norm, dtype)).astype(dtype)
     before = as_numpy(rows)
@@ -114,17 +112,19 @@ def _try(norm: QKNorm) -> Reason | None:
 
 
 def _rows(norm: QKNorm, dtype: str) -> np.ndarray:
-    """Both signs, the same on every run; the root mean square of a head is 1/4, 1, and many times that of eps.
+    """Return rows of both signs; the root mean square of a head is 1/4, 1, and many times that of eps.
 
-    The first kind shows eps, the last the rest. No generator but our own is touched.
+    The first kind shows eps, the last the rest. No generator but our own is used.
     """
-    sizes = np.array([0.25, 1.0, 0.0, 0.0]) * max(norm.eps, _LEAST_SQUARE[dtype]) ** 0.5 + [0.0, 0.0, 1.0, 30.0]
+    of_eps = max(norm.numbers()[0], _LEAST_SQUARE[dtype]) ** 0.5
+    sizes = np.array([0.25, 1.0, 0.0, 0.0]) * of_eps + [0.0, 0.0, 1.0, 30.0]
     values = np.random.default_rng(0).standard_normal((len(sizes), norm.width))
     return (values * sizes[:, None]).astype(np.float32)
 
 
 def _allowed(head_dim: int, dtype: str) -> float:
-    """The relative error of an element. We round once; a host three times at most: x * scale, the weight with its
-    offset, and their product. Beside it float32 arithmetic: D additions in any order, half of whose error is in the
-    root, and ten roundings and approximations of either side."""
+    """Return the relative error that an element may have. We round once; a host three times at most: x * scale, the
+    weight with its offset, and their product. Beside it float32 arithmetic: D additions in any order, half of whose
+    error is in the root, and ten roundings and approximations of either side.
+    """
     return 4 * UNIT_ROUNDOFF[dtype] + (head_dim + 20) * UNIT_ROUNDOFF["float32"]

@@ -41,13 +41,13 @@ class SiteLine:
 
     @property
     def calls(self) -> Counter[str]:
-        """Python calls so far by "fused" or the code of the reason; a replayed graph counts nothing here."""
+        """Return the Python calls so far by "fused" or the code of the reason; the replay of a graph makes none."""
         return self.site.calls
 
 
 @dataclass
 class Report:
-    """What `bind` did. `off` is the reason when nothing was even tried."""
+    """The outcome of `bind`. `off` is the reason when nothing was even tried."""
 
     config: FusionConfig | None
     source: str
@@ -66,7 +66,7 @@ class Report:
 
     @property
     def workspaces(self) -> list[SiteLine]:
-        """One of the lines of each workspace."""
+        """Return one of the lines of each workspace."""
         return list({id(line.selected): line for line in reversed(self.sites)}.values())[::-1]
 
     @property
@@ -74,14 +74,14 @@ class Report:
         return bool(self.sites) and all(line.site.proven for line in self.sites)
 
     def lines(self) -> list[str]:
-        """One line on what fuses, and one for each reason why something does not, with the number of sites."""
+        """Return one line on what fuses, and one for each reason why something does not, with the number of sites."""
         lines = [self._headline()]
-        for reason, count in Counter(_told(line.reason) for line in self.rejected).items():
+        for reason, count in Counter(_with_remedy(line.reason) for line in self.rejected).items():
             lines.append(f"fd_fusion: {count} pair{'s' * (count != 1)} stock: {reason}")
         for reason in dict.fromkeys(line.selected.note for line in self.workspaces if line.selected.note):
             lines.append(f"fd_fusion: {reason}; {reason.remedy}")
         lines += [f"fd_fusion: {reason}" for reason in (self.waiting, self.spread) if reason is not None]
-        for reason, count in Counter(map(_told, self.qk_stock.values())).items():
+        for reason, count in Counter(map(_with_remedy, self.qk_stock.values())).items():
             lines.append(f"fd_fusion: {count} q and k norm{'s' * (count != 1)} stock: {reason}")
         return lines
 
@@ -97,7 +97,7 @@ class Report:
         return head + ", ".join([*parts, f"config from {self.source}"])
 
     def to_dict(self) -> dict[str, Any]:
-        """The same as plain data."""
+        """Return the same as plain data."""
         return {
             "version": __version__,
             "model": self.model,
@@ -130,7 +130,7 @@ class Report:
         }
 
     def log(self, logger: logging.Logger) -> None:
-        """Say it once the outcome is known, the first line on rank 0; a warning if what was asked for is off."""
+        """Log the lines once the outcome is known, the first on rank 0; a warning if what was asked for is off."""
         waiting = bool(self.sites) and not self.proven
         if self._logged or waiting or self.waiting:
             return
@@ -141,13 +141,13 @@ class Report:
             logger.warning(line)
 
 
-def _told(reason: Reason) -> str:
-    """The sentence, and the remedy where there is something to do."""
+def _with_remedy(reason: Reason) -> str:
+    """Return the sentence, and the remedy where there is something to do."""
     return str(reason) if reason.remedy == "nothing to do" else f"{reason}; {reason.remedy}"
 
 
 def _space(line: SiteLine) -> str:
-    """A workspace in the headline: its paths and their limits, its size, its group."""
+    """Describe a workspace for the headline: its paths and their limits, its size, its group."""
     ranks, limit, two_shot = line.ranks, line.limit, _stats(line.selected).get("two_shot_rows")
     span = f"{ranks[0]}..{ranks[-1]}" if len(ranks) > 1 else str(ranks[0])
     most = "any number of rows" if limit is None else f"<= {limit} rows"
@@ -160,15 +160,15 @@ def _space(line: SiteLine) -> str:
 
 
 def _stats(selected: SelectedBackend) -> dict[str, Any]:
-    """A report is for the time after something went wrong too: what the driver refuses to read is told."""
+    """Return the op's stats, or the error: a report is for the time after something went wrong too."""
     try:
         return selected.op.stats()
-    except Exception as error:  # each driver has its own; recorded here
+    except Exception as error:  # each driver has its own; recorded in the report
         return {"error": f"{type(error).__name__}: {error}"}
 
 
 def _size(nbytes: int) -> str:
-    """In MB with at most one decimal, below 0.1 MB in whole KB."""
+    """Write bytes in MB with at most one decimal, below 0.1 MB in whole KB."""
     if nbytes < 2**20 // 10:
         return f"{-(-nbytes // 1024)} KB"
     return f"{nbytes / 2**20:.1f}".removesuffix(".0") + " MB"

@@ -5,8 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 
-from fd_fusion.cli.messages import Parser, say
-from fd_fusion.cli.plain_json import to_json
+from fd_fusion.cli.messages import Parser, say, to_json
 from fd_fusion.reasons import TABLE
 
 
@@ -31,5 +30,5 @@ def main(argv: list[str]) -> int:
 
 
 def _plain(sentence: str) -> str:
-    """The {facts} stay in braces; doubled braces, which stand for themselves, become single."""
+    """Leave the {facts} in braces; make doubled braces, which stand for themselves, single."""
     return re.sub(r"\{(\w+)![rs]\}", r"{\1}", sentence).replace("{{", "{").replace("}}", "}")

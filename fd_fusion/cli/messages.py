@@ -1,13 +1,15 @@
-"""What the commands print beside their result: on stderr, behind one prefix."""
+"""What the commands print: a result as JSON that every reader takes; all else on stderr, behind one prefix."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import json
+import math
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from typing import NoReturn
+from typing import Any, NoReturn
 
 _SILENT_S = 2.0
 
@@ -26,6 +28,19 @@ class Parser(argparse.ArgumentParser):
 
     def add_json(self) -> None:
         self.add_argument("--json", action="store_true", help="print the result as one JSON object on stdout")
+
+
+def to_json(data: Any, indent: int | None = None) -> str:
+    """Return `data` as JSON text; a float that is no finite number is null."""
+    return json.dumps(_finite(data), indent=indent, allow_nan=False)
+
+
+def _finite(data: Any) -> Any:
+    if isinstance(data, dict):
+        return {key: _finite(value) for key, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [_finite(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
 @contextlib.contextmanager

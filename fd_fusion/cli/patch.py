@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import fd_fusion
-from fd_fusion.cli.messages import Parser, say
-from fd_fusion.cli.plain_json import to_json
+from fd_fusion.cli.messages import Parser, say, to_json
 
 _HOME = Path(fd_fusion.__file__).parent
 # A wheel holds a copy, made when it is built; a clone has the folder itself.
@@ -73,7 +72,7 @@ def _command(tree: Path, path: Path, *, back: bool, check: bool = False) -> list
 
 
 def _failure(tree: Path, path: Path, *, back: bool) -> str:
-    """The first line of why the patch does not apply; empty where it does."""
+    """Return the first line of why the patch does not apply; empty where it does."""
     done = subprocess.run(_command(tree, path, back=back, check=True), capture_output=True, text=True)
     lines = [*(done.stderr + done.stdout).splitlines(), f"exit code {done.returncode}"]
     return lines[0] if done.returncode else ""

@@ -1,8 +1,8 @@
 """`python -m fd_fusion serve --fusion-config '<json>' <the api server's own arguments>`: FastDeploy with fusion on.
 
 No patch of the host is needed: our argument is taken out, put into the environment, which the host hands on to every
-rank, and the host's api server is run with the rest. A line of the ranks' log tells whether fusion is on; this
-command shows it, or warns when it does not come.
+rank, and the host's api server is run with the rest. A line of the ranks' log has the outcome; this command
+shows that line, or warns when none comes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from importlib.metadata import distributions
 from pathlib import Path
 
 from fd_fusion.cli.messages import Parser, say
-from fd_fusion.cli.processes.signals import heard
+from fd_fusion.cli.processes.signals import not_ignored
 from fd_fusion.cli.processes.tied import PARENT
 from fd_fusion.config import ENV_CONFIG, ENV_DISABLE, FusionConfig, resolve
 from fd_fusion.hosts.fastdeploy.log import ENV_RUN, mark_of
@@ -32,7 +32,7 @@ SERVER = "fastdeploy.entrypoints.openai.api_server"
 PLUGIN = "fd_fusion"
 _PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _DRAFT = str(because("draft_model", model=""))
-_OUTCOME = re.compile(r"fd_fusion \S+: (?:\w+: )?(?P<said>\d+ sites?\b.*|off: .*)")
+_OUTCOME = re.compile(r"fd_fusion \S+: (?:\w+: )?(?P<outcome>\d+ sites?\b.*|off: .*)")
 
 
 def main(argv: list[str]) -> int:
@@ -43,21 +43,21 @@ def main(argv: list[str]) -> int:
     except ValueError as error:
         return say(error, 2)
     if importlib.util.find_spec("fastdeploy") is None:
-        return say("FastDeploy is not installed here; install it first, then fd_fusion with pip install --no-deps", 2)
+        return say("FastDeploy is not installed; install it first, then fd_fusion with pip install --no-deps", 2)
     if PLUGIN not in _plugin_names():
         return say(
             "fd_fusion is importable but not installed, so FastDeploy cannot see it: pip install --no-deps .", 2
         )
     log = Path(env.get("FD_LOG_DIR", "log")) / "fd_fusion.log"
-    # FastDeploy makes a file a day, and the name a link to it: what was said before was said in that file.
-    told = {log.resolve(): log.stat().st_size} if log.exists() else {}
+    # FastDeploy makes a file a day, and the name a link to it: lines of before are in that file.
+    before = {log.resolve(): log.stat().st_size} if log.exists() else {}
     run = f"{os.getpid()}-{time.time_ns() // 10**6:x}"
     server = _start(rest, {**env, ENV_RUN: run})
     if resolve(environ=env).source == ENV_DISABLE:
         say(f"off: {ENV_DISABLE} is set")
         return _code(server.wait())
     watcher = threading.Thread(
-        target=_watch, args=(log, told, server, ours.bound_within_s, mark_of(run)), daemon=True
+        target=_watch, args=(log, before, server, ours.bound_within_s, mark_of(run)), daemon=True
     )
     watcher.start()
     code = server.wait()
@@ -66,13 +66,13 @@ def main(argv: list[str]) -> int:
 
 
 def _start(argv: list[str], env: dict[str, str]) -> subprocess.Popen:
-    """The api server, which gets our signals once, and is asked to end where this process is killed.
+    """Start the api server, which gets our signals once, and is asked to end where this process is killed.
 
     It has a session of its own, so that a terminal's Ctrl-C comes to us alone. A second one would end it at once,
     with requests under way.
     """
-    numbers = heard(*_PASSED_ON)
-    early: list[int] = []  # what came before there was a server
+    numbers = not_ignored(*_PASSED_ON)
+    early: list[int] = []  # signals that came before there was a server
     for number in numbers:
         signal.signal(number, lambda got, _: early.append(got))
     command = [sys.executable, "-m", "fd_fusion.cli.processes.tied", "--term", sys.executable, "-m", SERVER, *argv]
@@ -85,13 +85,13 @@ def _start(argv: list[str], env: dict[str, str]) -> subprocess.Popen:
 
 
 def _code(code: int) -> int:
-    return code if code >= 0 else 128 - code  # a shell's way to tell a signal
+    return code if code >= 0 else 128 - code  # as a shell does for a signal
 
 
 def environment(environ: Mapping[str, str], fusion_config: str | None) -> dict[str, str]:
-    """The server's environment: the config and who gave it, and the plugins that FastDeploy may load.
+    """Return the server's environment: the config and its source, and the plugins that FastDeploy may load.
 
-    One version of FastDeploy loads every plugin when FD_PLUGINS is unset, another loads none. So that nobody else's
+    One version of FastDeploy loads every plugin when FD_PLUGINS is unset, another loads none. So that no other
     plugin is lost, an unset one becomes the name of every installed plugin, and a set one gets ours.
     Raises: ValueError: a malformed config.
     """
@@ -106,13 +106,12 @@ def environment(environ: Mapping[str, str], fusion_config: str | None) -> dict[s
 
 
 def outcome(lines: list[str]) -> str | None:
-    """What the ranks said of the outcome, from the lines of fd_fusion.log: the last thing that was said.
+    """Return the outcome in the lines of fd_fusion.log: the last one that a rank wrote.
 
-    A draft model is loaded, and said to be off, before the model itself is bound.
+    A draft model is loaded, with a line that it is off, before the model itself is bound.
     """
-    said = [match["said"] for match in map(_OUTCOME.search, lines) if match]
-    said = [one for one in said if _DRAFT not in one]
-    return said[-1] if said else None
+    found = [match["outcome"] for match in map(_OUTCOME.search, lines) if match and _DRAFT not in match["outcome"]]
+    return found[-1] if found else None
 
 
 def _plugin_names() -> list[str]:
@@ -120,8 +119,8 @@ def _plugin_names() -> list[str]:
     return sorted({point.name for point in points if point.group.startswith("fastdeploy.")})
 
 
-def _watch(log: Path, told: Mapping[Path, int], server: subprocess.Popen, within_s: float, mark: str = "") -> None:
-    """Wait for the outcome in `log`, behind the bytes `told` of a file that was there before.
+def _watch(log: Path, before: Mapping[Path, int], server: subprocess.Popen, within_s: float, mark: str = "") -> None:
+    """Wait for the outcome in `log`, behind the first `before` bytes of a file that was there already.
 
     Another server may write to it too: only lines that end with `mark` are ours.
     """
@@ -129,15 +128,15 @@ def _watch(log: Path, told: Mapping[Path, int], server: subprocess.Popen, within
     while server.poll() is None:
         with contextlib.suppress(FileNotFoundError):  # not yet, or a rank is putting the link anew
             with open(file := log.resolve(), errors="replace") as lines:
-                lines.seek(told.get(file, 0))
+                lines.seek(before.get(file, 0))
                 ours = [line.removesuffix(mark) for line in lines.read().splitlines() if line.endswith(mark)]
-                said = outcome(ours)
-            if said:
-                say(said if said.startswith("off") else f"on: {said}")
+                line = outcome(ours)
+            if line:
+                say(line if line.startswith("off") else f"on: {line}")
                 return
         if time.monotonic() > deadline:
             say(
-                f"warning: no rank has said within {within_s:g} s whether fusion is on. Look for 'fd_fusion' in "
+                f"warning: no rank has logged within {within_s:g} s whether fusion is on. Search for 'fd_fusion' in "
                 f"{log} and in workerlog.0 beside it; FD_PLUGINS must hold {PLUGIN!r} where the ranks run"
             )
             return
@@ -160,6 +159,6 @@ def _parser() -> Parser:
         type=float,
         default=1800,
         metavar="S",
-        help="warn if no rank has said by then whether fusion is on (default: %(default)g)",
+        help="warn if no rank has logged by then whether fusion is on (default: %(default)g)",
     )
     return parser

@@ -22,7 +22,7 @@ Known = dict[str, list[list]]  # global rank -> [name, global ranks, meeting] of
 
 
 def in_order(groups: Sequence[Group]) -> list[Group]:
-    """The order in which every rank goes through its groups, so that no two wait for each other crosswise."""
+    """Sort the groups so that no two ranks wait for each other crosswise: every rank goes through its groups so."""
     return sorted(groups, key=lambda group: (group.size, group.ranks, group.name))
 
 
@@ -73,7 +73,7 @@ def find_circle(
 
 
 def circle_of(groups: Sequence[Group], known: Known, open_names: set[str] | None = None) -> Group | None:
-    """The circle of this rank as a group; None where it has no group. `open_names`: the groups that count, or all."""
+    """Return the circle of this rank as a group; None where it has no group. `open_names`: the groups that count."""
     mine = [group for group in in_order(groups) if open_names is None or group.name in open_names]
     if not mine:
         return None
@@ -100,5 +100,5 @@ def circle_of(groups: Sequence[Group], known: Known, open_names: set[str] | None
 
 
 def _is_whole(gathered: Known) -> bool:
-    """Whether the groups of every rank that is in one of these groups have been gathered."""
+    """Return whether the groups of every rank that is in one of these groups have been gathered."""
     return all(str(rank) in gathered for groups in gathered.values() for _, ranks, _ in groups for rank in ranks)

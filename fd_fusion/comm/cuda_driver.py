@@ -17,7 +17,7 @@ class CudaError(RuntimeError):
 
 
 class CudaDriver:
-    """Calls the driver in the context that was current when this was made, from any thread.
+    """Call the driver in the context that was current when this object was made, from any thread.
 
     Raises: CudaError: there is no driver or no context, or a call failed.
     """

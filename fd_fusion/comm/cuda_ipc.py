@@ -25,7 +25,7 @@ class _IpcHandle(ctypes.Structure):
 
 
 class CudaIpc:
-    """Allocates, exports and opens device memory in the calling thread's current context."""
+    """Allocate, export and open device memory in the calling thread's current context."""
 
     handle_bytes = ctypes.sizeof(_IpcHandle)
     free_waits_for_peers = True
@@ -36,7 +36,7 @@ class CudaIpc:
         self._maps: dict[int, mmap.mmap] = {}
 
     def identity(self) -> dict[str, Any]:
-        """Whether this is a part of a GPU (MIG), which reaches no other one."""
+        """Return whether this is a part of a GPU (MIG), which reaches no other one."""
         device, gpu, part = ctypes.c_int(), ctypes.create_string_buffer(16), ctypes.create_string_buffer(16)
         self._cuda.call("cuCtxGetDevice", ctypes.byref(device))
         self._cuda.call("cuDeviceGetUuid", gpu, device)
@@ -50,7 +50,7 @@ class CudaIpc:
         return count.value
 
     def allocate(self, nbytes: int) -> tuple[int, bytes]:
-        """New device memory, not cleared: its address in this process, and the handle by which peers open it."""
+        """Allocate device memory, not cleared: its address in this process, and the handle by which peers open it."""
         address, handle = ctypes.c_uint64(), _IpcHandle()
         self._cuda.call("cuMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(-(-nbytes // _BLOCK) * _BLOCK))
         try:
@@ -68,7 +68,7 @@ class CudaIpc:
         return address.value
 
     def opened_everywhere(self) -> None:
-        """Handles have no name to remove."""
+        """Do nothing: handles have no name to remove."""
 
     def close(self, address: int) -> None:
         self._cuda.call("cuIpcCloseMemHandle", ctypes.c_uint64(address))
@@ -92,7 +92,7 @@ class CudaIpc:
         self._cuda.call("cuCtxSynchronize")
 
     def host_page(self, nbytes: int) -> tuple[int, int]:
-        """Pinned host memory that a kernel can write, cleared: its address for the host, and for the kernel.
+        """Pin cleared host memory that a kernel can write: its address for the host, and for the kernel.
 
         By a descriptor in `pages` a process beside this one can read the page. Where the system or the driver pins no
         such memory, the page is the driver's own, and no other process reads it.
@@ -131,7 +131,7 @@ class CudaIpc:
 
 
 def process_identity() -> dict[str, Any]:
-    """The machine's boot and this process: ranks share the first, not the second."""
+    """Return the machine's boot and this process: ranks share the first, not the second."""
     with open("/proc/sys/kernel/random/boot_id") as file:
         boot = file.read().strip()
     return {"boot": boot, "pid": os.getpid()}

@@ -40,7 +40,7 @@ class Group:
             raise ValueError(f"group {self.name!r}: rank {self.rank} of {self.size}, global ranks {self.ranks}")
 
     def next_ballot(self, topic: str) -> str:
-        """The prefix of the next vote's keys: equal on all ranks, since voting is collective and in order."""
+        """Return the prefix of the next vote's keys: equal on all ranks, since voting is collective and in order."""
         number, self.place.ballots = self.place.ballots, self.place.ballots + 1
         return f"{meeting_key(self, self.place.meeting)}/{number}/{topic}"
 
@@ -71,7 +71,7 @@ def working(group: Group, *, timeout_s: float = 30.0) -> Iterator[None]:
 
 
 def meetings_key(group: Group) -> str:
-    """How many meetings rank 0 has opened."""
+    """Return the key of the number of meetings that rank 0 has opened."""
     return f"fd_fusion/{group.name}/meetings"
 
 

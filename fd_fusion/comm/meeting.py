@@ -43,7 +43,7 @@ def _open(group: Group, label: str) -> None:
 
 
 def _join(group: Group, label: str, timeout_s: float) -> Reason | None:
-    """Another rank: wait for a meeting that is newer than the last, for as long as rank 0 may take to open one."""
+    """Join, as another rank, a meeting newer than the last; wait for as long as rank 0 may take to open one."""
     place, late = group.place, False
     # Rank 0 may wait up to the limit for a third rank of another group, so it is given one limit more.
     patience, own = (Signs(group.store, group.ranks[0], limit) for limit in (2 * timeout_s, timeout_s))

@@ -25,7 +25,7 @@ _YOUNG_S = 60  # a hidden segment younger than this may still be on its way to i
 
 
 class PosixShm:
-    """Allocates, maps and unmaps segments of this process. Addresses are plain integers."""
+    """Allocate, map and unmap segments of this process. Addresses are plain integers."""
 
     handle_bytes = 16
     free_waits_for_peers = False  # each process has its own mapping
@@ -39,14 +39,14 @@ class PosixShm:
         return {}
 
     def allocate(self, nbytes: int) -> tuple[int, bytes]:
-        """A new zeroed segment: its address in this process, and the handle by which peers map it. Raises OSError."""
+        """Make a zeroed segment: its address in this process, the handle by which peers map it. Raises OSError."""
         remove_left()
         token = secrets.token_bytes(self.handle_bytes)
         hidden, path = _path(token, hidden=True), _path(token)
         fd = os.open(hidden, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         self._names.append((hidden, fd))
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX)  # before anybody can take it for one that was left
+            fcntl.flock(fd, fcntl.LOCK_EX)  # before another process can take it for one that was left
             hidden.rename(path)
             self._names[-1] = path, fd
             os.posix_fallocate(fd, 0, nbytes)
@@ -67,7 +67,7 @@ class PosixShm:
             os.close(fd)
 
     def opened_everywhere(self) -> None:
-        """Nobody needs the names any more: remove them, so that nothing is left whatever happens next."""
+        """Remove the names, which no rank needs any more, so that nothing is left whatever happens next."""
         for path, fd in self._names:
             with contextlib.suppress(FileNotFoundError):
                 path.unlink()
@@ -91,10 +91,10 @@ class PosixShm:
         ctypes.memset(address, byte, nbytes)
 
     def synchronize(self) -> None:
-        """Nothing runs in the background under the interpreter."""
+        """Do nothing: the interpreter runs nothing in the background."""
 
     def host_page(self, nbytes: int) -> tuple[int, int]:
-        """A page for errors: its address for the host and its address for the kernel, which are the same on a CPU."""
+        """Make a page for errors: its address for the host and for the kernel, which are the same on a CPU."""
         fd = shared_page(nbytes)
         address = self._map(fd, nbytes)
         self.pages[address] = fd
@@ -112,7 +112,7 @@ class PosixShm:
 
 
 def shared_page(nbytes: int) -> int:
-    """A descriptor of cleared memory without a name, that other processes can map by it. Raises OSError."""
+    """Make cleared memory without a name. Returns the descriptor by which processes map it. Raises OSError."""
     fd = os.memfd_create("fd_fusion", os.MFD_CLOEXEC)
     os.ftruncate(fd, nbytes)
     return fd
@@ -121,7 +121,7 @@ def shared_page(nbytes: int) -> int:
 def remove_left(since: float = 0) -> None:
     """Remove the segments of this user, made `since` then, that have a name and whose creator is gone."""
     for path in FOLDER.glob(f"*{_PREFIX}*"):
-        with contextlib.suppress(OSError):  # locked, removed by another rank, or somebody else's
+        with contextlib.suppress(OSError):  # locked, removed by another rank, or another user's
             found = path.lstat()
             young = path.name.startswith(".") and time.time() - found.st_ctime < _YOUNG_S
             if found.st_uid != os.geteuid() or found.st_ctime < since or young:

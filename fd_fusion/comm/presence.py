@@ -30,7 +30,7 @@ class Presence:
     """The counts of all ranks of a group, as one of its ranks sees them."""
 
     def __init__(self, counts: Sequence[Any], rank: int, ranks: Sequence[int]):
-        """counts: a ctypes.c_int64 of each rank. rank: the own one in the group. ranks: the global ranks."""
+        """counts: a ctypes.c_int64 of each rank. rank: this one, in the group. ranks: the global ranks."""
         self._counts, self._rank, self._ranks = counts, rank, ranks
 
     def beat(self) -> None:
@@ -43,7 +43,7 @@ class Presence:
     def silence_check(
         self, limit_s: float, clock: Callable[[], float] = time.monotonic
     ) -> Callable[[], Reason | None]:
-        """A function to call again and again: it names the first rank that has been silent for `limit_s`."""
+        """Return a function to call again and again: it names the first rank that is silent for `limit_s`."""
         last_counts, silent_s = [0] * len(self._counts), [0.0] * len(self._counts)
         last = clock()
 
@@ -64,7 +64,7 @@ class Presence:
         return check
 
 
-class Meeting:
+class PresenceMemory:
     """The memory behind a `Presence`, and a descriptor of each rank's page, for another process to map it."""
 
     def __init__(self, group: Group, timeout_s: float):
@@ -75,18 +75,18 @@ class Meeting:
         self.presence = Presence(counts, group.rank, group.ranks)
 
 
-def open_presence(group: Group, *, timeout_s: float) -> Meeting:
-    """Collective. Raises: FusionError: on all ranks alike."""
-    return Meeting(group, timeout_s)
+def open_presence(group: Group, *, timeout_s: float) -> PresenceMemory:
+    """Collective: open the memory of the counts. Raises: FusionError: on all ranks alike."""
+    return PresenceMemory(group, timeout_s)
 
 
 def presence_of(descriptors: Sequence[int], rank: int, ranks: Sequence[int]) -> Presence:
-    """The same in another process, from its own copies of a meeting's descriptors."""
+    """Return the counts in another process, from its own copies of the descriptors."""
     return Presence([ctypes.c_int64.from_buffer(mmap.mmap(fd, PAGE_BYTES)) for fd in descriptors], rank, ranks)
 
 
 class _Kept(PosixShm):
-    """Keeps a descriptor of what it maps. Nothing else outlives the names of the segments."""
+    """Keep a descriptor of what is mapped: the names of the segments are removed."""
 
     def __init__(self) -> None:
         super().__init__()

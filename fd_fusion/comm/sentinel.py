@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from fd_fusion.comm.presence import Meeting, presence_of
+from fd_fusion.comm.presence import PresenceMemory, presence_of
 from fd_fusion.reasons import Reason
 
 _EVERY_S = 0.05
@@ -30,7 +30,12 @@ _CODE = "import sys; sys.path.insert(0, sys.argv[1]); from fd_fusion.comm import
 
 
 def start(
-    meeting: Meeting, limit_s: float, grace_s: float, log: str | None, pages: Sequence[int] = (), reader: str = ""
+    memory: PresenceMemory,
+    limit_s: float,
+    grace_s: float,
+    log: str | None,
+    pages: Sequence[int] = (),
+    reader: str = "",
 ) -> subprocess.Popen:
     """Start a sentinel for this process. The sentinel names a silent rank on stderr and in the file `log`, if there
     is one; when this process still runs `grace_s` later, the sentinel ends it.
@@ -39,9 +44,9 @@ def start(
     """
     facts = {
         "pid": os.getpid(),
-        "descriptors": meeting.descriptors,
-        "rank": meeting.group.rank,
-        "ranks": meeting.group.ranks,
+        "descriptors": memory.descriptors,
+        "rank": memory.group.rank,
+        "ranks": memory.group.ranks,
         "limit_s": limit_s,
         "grace_s": grace_s,
         "log": log,
@@ -50,11 +55,11 @@ def start(
     }
     # Isolated and without site: the process starts at once, and runs no start-up files of the user.
     command = [sys.executable, "-I", "-S", "-c", _CODE, str(_ROOT), json.dumps(facts)]
-    return subprocess.Popen(command, pass_fds=[*meeting.descriptors, *pages], stdin=subprocess.DEVNULL, stdout=2)
+    return subprocess.Popen(command, pass_fds=[*memory.descriptors, *pages], stdin=subprocess.DEVNULL, stdout=2)
 
 
 def main(text: str) -> None:
-    """The sentinel itself."""
+    """Run the sentinel."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # it counts as long as its rank runs, and ends with it
     facts = json.loads(text)
@@ -77,7 +82,7 @@ def main(text: str) -> None:
 
 
 def is_running(pid: int) -> bool:
-    """Whether the process is there and not stopped."""
+    """Return whether the process is there and not stopped."""
     try:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:
@@ -95,7 +100,7 @@ def _write(reason: Reason, log: str | None) -> None:
 
 
 def _reader(pages: Sequence[int], name: str) -> Callable[[], Reason | None]:
-    """A function that reads the error on the first page that holds one."""
+    """Return a function that reads the error on the first page that holds one."""
     mapped = [memoryview(mmap.mmap(fd, os.fstat(fd).st_size)).cast("q") for fd in pages]
     module, _, function = name.partition(":")
     read = getattr(importlib.import_module(module), function) if name else None
@@ -110,6 +115,6 @@ def _ends_within(pid: int, seconds: float) -> bool:
 
 
 def _end(pid: int, grace_s: float) -> None:
-    """The host may end its process by itself within `grace_s`. After that no handler is called: none could run."""
+    """Kill the process if it has not ended within `grace_s`: no handler of a signal could run."""
     if not _ends_within(pid, grace_s):
         os.kill(pid, signal.SIGKILL)

@@ -124,7 +124,7 @@ def open_symmetric_memory(
 
 
 def whole_lines(nbytes: int) -> int:
-    """Rounded up to whole 128-byte lines."""
+    """Round up to whole 128-byte lines."""
     return -(-nbytes // 128) * 128
 
 
@@ -154,7 +154,7 @@ def as_refusal(action: Callable[[], Any]) -> tuple[Any, Reason | None]:
 
 
 def agree_or_raise(group: Group, topic: str, refusal: Reason | None, data: Any, timeout_s: float) -> tuple[Any, ...]:
-    """One vote of the opening: the data of all ranks, or the same FusionError on all."""
+    """Hold one vote of the opening: return the data of all ranks, or raise the same FusionError on all."""
     verdict: Verdict = agree(group, topic, Vote(refusal, data), timeout_s=timeout_s)
     if not verdict.ok:
         raise FusionError(verdict.reason)
@@ -162,7 +162,7 @@ def agree_or_raise(group: Group, topic: str, refusal: Reason | None, data: Any, 
 
 
 def _unreachable(ranks: tuple[dict[str, Any], ...], group: Group) -> Reason | None:
-    """Why these processes cannot share memory. Computed from the same facts on every rank."""
+    """Return why these processes cannot share memory, from the same facts on every rank, or None."""
     for rank, one in enumerate(ranks):
         if one["boot"] != ranks[0]["boot"]:
             return because("other_machine", first=0, second=rank)
@@ -171,7 +171,7 @@ def _unreachable(ranks: tuple[dict[str, Any], ...], group: Group) -> Reason | No
         if one["nbytes"] != ranks[0]["nbytes"]:
             return because("structure_differs", rank=rank, detail=f"{one['nbytes']} bytes of workspace")
         for other in range(rank):
-            if one["pid"] == ranks[other]["pid"]:  # the driver tells a process from its peers by pid
+            if one["pid"] == ranks[other]["pid"]:  # to the driver a process is its pid
                 return because("same_pid", first=other, second=rank, pid=one["pid"])
     return None
 
@@ -213,7 +213,7 @@ def _map(memory: SymmetricMemory, handles: list[bytes], timeout_s: float) -> Non
 
 
 def _prove(memory: SymmetricMemory, push: Push, timeout_s: float) -> None:
-    """Every rank stores its word into every buffer at [rank]; every rank then finds all words in its own."""
+    """Store this rank's word into every buffer at [rank], then find the words of all ranks in its own."""
     group, provider = memory.group, memory.provider
     base = int(memory.nonce, 16) >> 8
 
@@ -238,7 +238,7 @@ def _prove(memory: SymmetricMemory, push: Push, timeout_s: float) -> None:
 
 
 def _ignoring_errors(step: Callable[..., None], *args: int) -> bool:
-    """One step of a close; at exit the driver or the context may be gone already."""
+    """Run one step of a close; at exit the driver or the context may be gone already."""
     try:
         step(*args)
     except (OSError, RuntimeError, BufferError):

@@ -47,7 +47,7 @@ class Verdict:
 
     @property
     def reason(self) -> Reason | None:
-        """The first refusal, naming its rank, or the one that an earlier vote named. All are in `refusals`.
+        """Return the first refusal, naming its rank, or the one that an earlier vote named. All are in `refusals`.
 
         A refusal that all ranks state alike names no rank: all of them found it together.
         """
@@ -87,7 +87,7 @@ def agree(group: Group, topic: str, vote: Vote, *, timeout_s: float) -> Verdict:
 
 
 def _gather(group: Group, ballot: str, timeout_s: float) -> Verdict:
-    """Rank 0: collect the votes, decide, write the verdict."""
+    """Collect the votes as rank 0, decide, write the verdict."""
     keys = {rank: f"{ballot}/vote/{rank}" for rank in range(group.size)}
     missing = _wait(group, keys, timeout_s)
     group.store.add(f"{meeting_key(group, group.place.meeting)}/ended", 1)  # for a rank that has yet to join
@@ -110,7 +110,7 @@ def _gather(group: Group, ballot: str, timeout_s: float) -> Verdict:
 
 
 def _read(group: Group, rank: int, key: str) -> Vote:
-    """The vote of a rank; one that cannot be read, from a rank of another version, is a refusal."""
+    """Read the vote of a rank; one that cannot be read, from a rank of another version, is a refusal."""
     text = group.store.get(key)
     try:
         vote = json.loads(text)
@@ -126,7 +126,7 @@ def _unreadable(rank: int, what: str, error: Exception) -> Reason:
 
 
 def _await_verdict(group: Group, ballot: str, timeout_s: float) -> Verdict:
-    """Another rank: read the verdict, or seal the ballot if rank 0 shows no sign of life."""
+    """Read the verdict as another rank, or seal the ballot if rank 0 shows no sign of life."""
     key, meetings = f"{ballot}/verdict", meetings_key(group)
 
     def is_over(_: int) -> bool:

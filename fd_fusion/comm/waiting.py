@@ -19,17 +19,17 @@ class Store(Protocol):
 
 
 class Signs:
-    """Whether to wait on for a process: up to the limit, and longer while the process shows progress."""
+    """Whether to go on waiting for a process: up to the limit, and longer while the process shows progress."""
 
     def __init__(self, store: Store, process: int, timeout_s: float):
         self._store, self._key, self._timeout_s = store, progress_key(process), timeout_s
         self._start = self._last = time.monotonic()
-        self._seen = store.add(self._key, 0)
+        self._count = store.add(self._key, 0)
 
     def over(self) -> bool:
-        now, seen = time.monotonic(), self._store.add(self._key, 0)
-        if seen != self._seen:
-            self._seen, self._last = seen, now
+        now, count = time.monotonic(), self._store.add(self._key, 0)
+        if count != self._count:
+            self._count, self._last = count, now
         return now - self._last > self._timeout_s or now - self._start > _PATIENCE * self._timeout_s
 
 
@@ -49,7 +49,7 @@ def wait_for(is_there: Callable[[int], bool], signs: dict[int, Signs]) -> set[in
 
 
 def pauses() -> Iterator[float]:
-    """Seconds between two reads of the store: short ones first."""
+    """Yield the seconds between two reads of the store: short ones first."""
     pause = _POLL_S[0]
     while True:
         yield pause
@@ -67,5 +67,5 @@ def is_published(store: Store, key: str) -> bool:
 
 
 def progress_key(process: int) -> str:
-    """Of a process (its global rank), not of a group: a process may be at work for another one of its groups."""
+    """Return the key of a process (its global rank), not of a group: it may be at work for another of its groups."""
     return f"fd_fusion/progress/{process}"

@@ -23,7 +23,7 @@ _thread: threading.Thread | None = None
 
 
 def watch(key: Any, read_error: Callable[[], Any], on_error: Callable[[Any], None]) -> None:
-    """When `read_error()` is no longer None, call `on_error` with the error: once, from the watching thread."""
+    """Call `on_error` with the error when `read_error()` is no longer None: once, from the watching thread."""
     global _thread
     with _lock:
         _watched[key] = read_error, on_error
@@ -39,7 +39,7 @@ def unwatch(key: Any) -> None:
 
 
 def end_process_on_error(grace_s: float | None) -> None:
-    """From now on an error ends this process, `grace_s` after it was read; None: no more.
+    """End this process on an error from now on, `grace_s` after it was read; None: no more.
 
     In that time the host may end the process by itself, with a traceback and its own exit handlers.
     """
@@ -48,7 +48,7 @@ def end_process_on_error(grace_s: float | None) -> None:
 
 
 def end_process(message: str) -> None:
-    """Print why, and end this process at once: the launcher sees a rank that died, instead of one that is silent."""
+    """Print why, and end this process at once: to the launcher this rank died, instead of falling silent."""
     os.write(2, f"fd_fusion: {message}\n".encode())
     os._exit(EXIT_STATUS)
 

@@ -41,7 +41,7 @@ class Layout:
     control_bytes: int  # zeroed, at the start of the symmetric memory
     symmetric_bytes: int  # control page and slots
     fill: int  # the byte that fills the slots before the first call
-    local_bytes: int  # memory that only the own kernel touches
+    local_bytes: int  # memory that only the own kernel addresses
     local_words: Callable[
         [int, int, list[int]], list[int]
     ]  # (limit in ns, error page, addresses) -> its first content
@@ -70,7 +70,7 @@ class Workspace:
 
     @property
     def page(self) -> int | None:
-        """A descriptor of the error page, for another process to map it; None where it has none."""
+        """Return a descriptor of the error page, for another process to map it; None where it has none."""
         return self.memory.provider.pages.get(self._page)
 
     @property
@@ -78,18 +78,18 @@ class Workspace:
         return self._closed
 
     def error(self) -> Reason | None:
-        """What kernels of this rank wrote on the error page, or None. Cheap: reads host memory."""
+        """Return what kernels of this rank wrote on the error page, or None. Cheap: reads host memory."""
         with self._use:
             return self.layout.read_error(self._words[:]) if not self._closed and any(self._words) else None
 
     def read(self, address: int, nbytes: int) -> bytes:
-        """What lies at an address of this workspace. Raises: FusionError: it is closed."""
+        """Read what lies at an address of this workspace. Raises: FusionError: it is closed."""
         with self._use:
             self._need_open()
             return self.memory.provider.read(address, nbytes)
 
     def check(self) -> None:
-        """To be called before results leave the process, when the calls that made them have ended.
+        """Raise if a call ran out of time; for results of calls that have ended, before they leave the process.
 
         Raises: FusionTimeout: a call ran out of time, on this rank or on another. A rank that was merely late, and
         started no call since, has an empty error page; there the abort word is read.
@@ -102,12 +102,12 @@ class Workspace:
             self.fail(reason)
 
     def fail(self, reason: Reason) -> NoReturn:
-        """Log the error, then raise FusionTimeout: who catches it may end the process before the watcher logs."""
+        """Log the error, then raise FusionTimeout: its handler may end the process before the watcher logs."""
         self._on_error(reason)
         raise FusionTimeout(reason)
 
     def freeze(self) -> None:
-        """From now on a call waits `timeout_s`, and nothing allocates."""
+        """End the warm-up: from now on a call waits `timeout_s`, and nothing allocates."""
         with self._use:
             self._need_open()
             self.frozen = True

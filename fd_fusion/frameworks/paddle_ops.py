@@ -1,7 +1,7 @@
 """Paddle's own ops, for a layer that is not fused: all-reduce, norm and product, and the group of a collective.
 
 On a CPU Paddle has no half-precision add, matmul, rsqrt or mean, and gloo's float16 sum silently returns inf. So
-halves are summed and normalised in float32 here, and rounded once.
+halves are summed and normalised in float32, and rounded once.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What Paddle gives us, behind plain functions: its version, its store, its device, its present caller.
 
-Nothing here is imported before it is used: `import fd_fusion` must load neither Paddle nor Triton.
+A framework is imported when it is used: `import fd_fusion` must load neither Paddle nor Triton.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def tcp_store() -> TcpStore | None:
 
 
 def store_address(environ: Mapping[str, str]) -> tuple[str, int] | None:
-    """Return host and port, looked for as `init_parallel_env` does; spawn sets none, so the first rank's are used."""
+    """Return host and port, found as `init_parallel_env` finds them; spawn sets none: the first rank's are used."""
     host, port = environ.get("MASTER_ADDR"), environ.get("MASTER_PORT", "")
     if not (host and port):
         first = environ.get("PADDLE_TRAINER_ENDPOINTS", "").partition(",")[0]

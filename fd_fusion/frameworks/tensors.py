@@ -1,4 +1,4 @@
-"""Tensors of the framework that runs here, Paddle or torch: which one it is, its devices, and NumPy in and out."""
+"""Tensors of the framework of this process, Paddle or torch: which one it is, its devices, and NumPy in and out."""
 
 from __future__ import annotations
 

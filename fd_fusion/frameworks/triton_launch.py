@@ -75,7 +75,7 @@ def triton_driver() -> Iterator[None]:
 def _torch_hides_the_gpu() -> bool:
     """Return whether a torch without GPUs is imported: Triton then finds "0 active drivers", beside Paddle too."""
     torch = sys.modules.get("torch")
-    with contextlib.suppress(AttributeError):  # somebody's stand-in for torch
+    with contextlib.suppress(AttributeError):  # a stand-in for torch
         return torch is not None and not torch.cuda.is_available()
     return False
 
@@ -106,7 +106,7 @@ def make_driver(current_device: Callable, set_device: Callable, capability: Call
 
 
 def load_kernel(module: str, name: str) -> Any:
-    """The kernel `name` of `fd_fusion.kernels.<module>`, compiled or interpreted as `interpreting` says.
+    """Load the kernel `name` of `fd_fusion.kernels.<module>`, compiled or interpreted as `interpreting` asks.
 
     An interpreted function that calls another patches the whole Triton language again each time, which is most of
     its time. Only a kernel has to, so the functions that a kernel calls are replaced by plain ones.

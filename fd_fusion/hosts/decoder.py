@@ -33,7 +33,7 @@ class Decoder:
     final_norm: str = "norm"
 
     def pairs(self) -> list[tuple[tuple[str, ...], str]]:
-        """The same as patterns: {i} is every number, {i+1} the next, -1 the last."""
+        """Return the same as patterns: {i} is every number, {i+1} the next, -1 the last."""
         every, following, last = (f"{self.layers}.{number}." for number in ("{i}", "{i+1}", "-1"))
         attention, mlp = map(_several, (self.attention, self.mlp))
         return [
@@ -56,7 +56,7 @@ class Link:
 
 
 def named_links(model: Any, pairs: Pairs) -> list[Link]:
-    """The pairs that were named. Raises: ValueError: a path that leads nowhere, or to a layer of another kind."""
+    """Return the pairs that were named. Raises ValueError: a path leads nowhere, or to a layer of another kind."""
     named = pairs.pairs() if isinstance(pairs, Decoder) else pairs
     for pair in named:
         is_pair = isinstance(pair, (tuple, list)) and len(pair) == 2
@@ -66,13 +66,13 @@ def named_links(model: Any, pairs: Pairs) -> list[Link]:
 
 
 def unnamed(model: Any, links: Sequence[Link]) -> list[str]:
-    """The paths of the layers that all-reduce by themselves and stand in no pair."""
+    """Return the paths of the layers that all-reduce by themselves and stand in no pair."""
     named, (producers, _) = {id(link.producer) for link in links}, _producers_and_norms(model)
     return [path for path, layer in producers if layer.reduce_results and id(layer) not in named]
 
 
 def links_by_order(model: Any) -> tuple[list[Link], Reason | None]:
-    """The pairs of a model that says nothing about them, or why it is not clear which they are.
+    """Return the pairs of a model that names none, or why it is not clear which they are.
 
     A decoder of n layers that all-reduce has n + 1 norms of their width: each layer feeds the norm behind it, and the
     first norm reads the embedding. The orders in which the model defines the layers and the norms are taken for those
@@ -90,7 +90,7 @@ def links_by_order(model: Any) -> tuple[list[Link], Reason | None]:
 
 
 def _producers_and_norms(model: Any) -> tuple[list[tuple[str, Any]], list[tuple[str, Any]]]:
-    """(path, layer) of each, in the order of definition; what a producer or a norm of q and k holds is its own."""
+    """Return (path, layer) of each, in the order of definition, without those inside a producer or a QKRMSNorm."""
     producers, norms, inside = [], [], ()
     for path, layer in model.named_sublayers():
         if path.startswith(inside):
@@ -105,7 +105,7 @@ def _producers_and_norms(model: Any) -> tuple[list[tuple[str, Any]], list[tuple[
 
 
 def is_producer(layer: Any) -> bool:
-    """Whether the layer can leave its reduction to a Site."""
+    """Return whether the layer can leave its reduction to a Site."""
     return all(hasattr(layer, name) for name in ("site", "group", "reduce_results"))
 
 
@@ -114,7 +114,7 @@ def _several(paths: str | tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _links_of(model: Any, producers: tuple[str, ...], norm: str) -> list[Link]:
-    """Of one pattern: a layer in which no producer is found has no pair by it, and it is an error if none has."""
+    """Return the pairs of one pattern: a layer without a producer has none, and an error if no layer has one."""
     head, is_pattern, _ = f".{producers[0]}".partition(".{i}")
     holder = _at(model, head[1:], 0)[1] if head and is_pattern else model
     count = _count(holder) if is_pattern else 1
@@ -136,7 +136,7 @@ def _links_of(model: Any, producers: tuple[str, ...], norm: str) -> list[Link]:
 
 
 def _at(model: Any, path: str, number: int) -> tuple[str, Any]:
-    """(the path with its numbers, the layer there or None)."""
+    """Return (the path with its numbers, the layer at that path or None)."""
     names, layer = [], model
     for name in path.replace("{i}", str(number)).replace("{i+1}", str(number + 1)).split("."):
         names.append(str(_count(layer) - 1) if name == "-1" else name)
@@ -149,7 +149,7 @@ def _count(layer: Any) -> int:
 
 
 def _unfit(model: Any, path: str, layer: Any, expected: str) -> str:
-    """What is wrong with a path, and what is there."""
+    """Describe what is wrong with a path, and which layers are there."""
     if layer is not None:
         return f"bind: pairs: {path!r} is of class {type(layer).__name__}, expected {expected}"
     holder, names = model, path.split(".")

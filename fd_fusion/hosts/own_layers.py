@@ -34,12 +34,11 @@ def bind(
 ) -> Report:
     """Collective: fuse each all-reduce of `model` with the residual add and the RMSNorm behind it.
 
-    Every rank calls it with the same arguments.
-
-    The model's class and its attributes may have any names. What it is made of:
+    Every rank calls `bind` with the same arguments. The model's class and its attributes may have any names; the
+    model is made of:
     - layers that end in an all-reduce: `RowParallelLinear`, or a block with `site = None`, `group` and
       `reduce_results` whose forward ends in `fd_fusion.layers.reduce_or_hand_over`;
-    - `RMSNorm`, called with the very tensor that such a layer returned, which nobody else reads;
+    - `RMSNorm`, called with the very tensor that such a layer returned, and which no other layer or line reads;
     - `QKRMSNorm`, which needs no pair.
 
     Which layer feeds which norm, by dotted paths: {i} is every number at its place, {i+1} the next one, -1 the last:
@@ -47,39 +46,39 @@ def bind(
                            ("blocks.{i}.ffn.down", "blocks.{i+1}.norm1"),
                            ("blocks.-1.ffn.down", "last_norm")])
     or by a `Decoder`, which gives each role its path. With neither, n such layers and n + 1 norms of their width are
-    paired in the order in which the model defines them. The pass below sees a wrong pair: the model stays stock, and
-    with a named backend, or under `strict`, that is a BindError.
+    paired in the order in which the model defines them. The proving pass finds a wrong pair: the model stays stock,
+    or, with a named backend or under `strict`, `bind` raises BindError.
 
     Nothing is fused before a proving pass, in eager mode, has shown on all ranks:
     1. Data flow: with the hand-overs in place, nothing fused, and NaN in every tensor that was handed over, the
        model's outputs are the bits of a stock forward. Where two stock forwards differ from each other they are
-       within twice that, and the report's `spread` says so. What does not reach an output is not seen.
+       within twice that, and the report has a `spread`. What does not reach an output is not compared.
     2. Kernel: every variant that can be launched gave known answers at open (`paddle` has no kernel of its own). At
        each Site, with and without the residual, the fused call gives the same sums as the host on exact integers, and
        norms within roundings of the host's; and on up to four rows of the real partial sums, at sixteen columns, the
        contract's bits (FlashInfer: within six standard deviations of independent roundings), and norms within a
        rounding of their own sums.
-    It shows that for the inputs and weights of that forward. Zero sums, no rows, no finite row, or no output tensor
-    show nothing: the model stays stock, and the 1st, 2nd, 4th, 8th ... eager forward after it is tried (under strict
-    the fourth pass in vain is an error). So it is, up to three times in all, where the first forward raises or a rank
-    misses the vote before it.
+    The pass holds for the inputs and weights of that forward. Zero sums, no rows, no finite row, or no output tensor
+    prove nothing: the model stays stock, and the 1st, 2nd, 4th, 8th ... eager forward after the pass is tried (under
+    `strict` the fourth pass in vain is an error). Where the first forward raises, or a rank misses the vote before
+    it, up to three forwards are tried in all.
 
     Args:
         model: a built `paddle.nn.Layer`, its weights loaded.
         config: asks for fusion; without it the config that the layers carry, or the environment's, counts.
         pairs: see above.
-        example: runs a forward of two rows and returns the model's outputs, the same input on all ranks; it is run
-            twice, and a third time if the outputs are not the same bits. Without it the model's first eager forward
-            is run so before itself, on copies of its arguments: give an example where they hold large caches, or
-            where a forward changes the model.
+        example: runs a forward of two rows and returns the model's outputs, the same input on all ranks. `bind` runs
+            the example twice, and a third time if the outputs are not the same bits. Without one, the pass runs
+            before the model's first eager forward, on copies of the arguments of that forward: give an example where
+            they hold large caches, or where a forward changes the model.
         deterministic: every number of rows must give the same bits.
         source: where `config` comes from, for the log.
     Returns: the report. Binding twice with one config returns the first report, unless something failed: then it is
         tried again.
     Raises: ValueError: a malformed config, or a path in `pairs` that leads to no such layer. BindError: something is
         off that `strict`, or a named backend, insists on; on all ranks alike. FusionError (`out_of_step`): a rank
-        left a forward of the pass where others went on; on all of them, and it is the first forward that raises it
-        where there is no example. Restart the ranks.
+        left a forward of the pass where others went on; on all ranks, by the first forward where there is no
+        example. Restart the ranks.
     """
     resolved = _resolve(model, config, source)
     found, qk_norms = [], []
@@ -90,7 +89,7 @@ def bind(
 
 
 def _resolve(model: Any, config: Any, source: str) -> Resolved:
-    """The config that wins; the layers' own one where none is given."""
+    """Return the config that wins; the layers' own one where none is given."""
     if config is None:
         carried = {
             layer.fusion_config: None
@@ -105,7 +104,7 @@ def _resolve(model: Any, config: Any, source: str) -> Resolved:
 
 
 def find_pairs(model: Any, pairs: Pairs | None = None) -> list[Pair | Rejected]:
-    """The pairs that were named, or that the order of the model's layers shows."""
+    """Return the pairs that were named, or that the order of the model's layers shows."""
     if pairs is not None:
         links = named_links(model, pairs)
         left = [Rejected(path, because("unnamed", layer=path)) for path in unnamed(model, links)]
@@ -139,7 +138,7 @@ def _pair(link: Link) -> Pair | Rejected:
 
 
 class OwnStock:
-    """What this package's layers do without a Site; `site.Stock` says what is asked of it."""
+    """This package's layers without a Site; `site.Stock` has the contract."""
 
     def __init__(self, producer: Any, norm: RMSNorm):
         self._producer, self._norm, self.norm = producer, norm, norm.stock_forward
@@ -154,14 +153,15 @@ class OwnStock:
         return self._norm.eps, self._norm.weight_offset
 
     def attach(self, site: Site) -> Callable[[], None]:
-        """As a plain attribute of the instance."""
+        """Set the Site as a plain attribute of both instances."""
         undo = [set_attribute(end, "site", site) for end in (self._producer, self._norm)]
         return functools.partial(undo_in_turn, undo)
 
 
 def _partial_dtype(producer: Any) -> str:
-    """Of what is handed over: the dtype of the row-parallel layers, since a product has that of its weight. A block
-    without any is taken by most of its numbers: its experts, not a router or a scale in float32 beside them.
+    """Return the dtype of what is handed over: that of the row-parallel layers, since a product has that of its
+    weight. A block without any has the dtype of most of its numbers: its experts, not a router or a scale in float32
+    beside them.
     """
     elements: Counter[str] = Counter()
     for layer in producer.sublayers(include_self=True):
@@ -175,7 +175,7 @@ def _partial_dtype(producer: Any) -> str:
 
 
 def find_qk_norms(model: Any) -> list[QKNorm]:
-    """Every `QKRMSNorm` of `model`."""
+    """Return every `QKRMSNorm` of `model`."""
     layers = model.named_sublayers(include_self=True)
     return [_qk_norm(name, layer) for name, layer in layers if isinstance(layer, QKRMSNorm)]
 
@@ -187,10 +187,8 @@ def _qk_norm(name: str, layer: QKRMSNorm) -> QKNorm:
         kv_heads=layer.kv_heads,
         head_dim=layer.head_dim,
         width=(layer.q_heads + 2 * layer.kv_heads) * layer.head_dim,
-        eps=layer.eps,
-        weight_offset=layer.q_norm.weight_offset,
+        numbers=lambda: (layer.eps, layer.q_norm.weight_offset),
         weights=lambda: (layer.q_norm.weight, layer.k_norm.weight),
         stock=layer.stock_forward,
         attach=lambda kernel: set_attribute(layer, "kernel", kernel),
-        numbers=lambda: (layer.eps, layer.q_norm.weight_offset),
     )

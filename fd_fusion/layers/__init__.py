@@ -1,4 +1,4 @@
-"""Paddle-native layers, usable with no host: each with or without a Site, in eager mode and under `to_static`."""
+"""Layers on Paddle, usable with no host: each with or without a Site, in eager mode and under `to_static`."""
 
 import importlib
 from typing import TYPE_CHECKING, Any

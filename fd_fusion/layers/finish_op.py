@@ -20,7 +20,7 @@ from fd_fusion.site import Site, site_of
 
 
 def _like_partial(partial, *rest):
-    """Shape inference: both results look like the partial sum."""
+    """Give both results the shape and dtype of the partial sum."""
     return tuple(MetaTensor(shape=partial.shape, dtype=partial.dtype) for _ in range(2))
 
 
@@ -49,7 +49,7 @@ def _finish_without_residual(partial, site):
 
 
 def _own(partial, site):
-    """The partial sum, or a copy where it is reduced in place, or given back as the residual.
+    """Return the partial sum, or a copy where it is reduced in place, or given back as the residual.
 
     A graph may reuse the memory of an input, and two equal products are one value in it, which would be summed twice.
     """
@@ -57,7 +57,7 @@ def _own(partial, site):
 
 
 def finish(site: Site, partial: paddle.Tensor, residual: paddle.Tensor | None, weight: paddle.Tensor | None = None):
-    """`site.finish` in eager mode, with its checks; the opaque op while a graph is being traced."""
+    """Finish by `site.finish` in eager mode, with its checks; by the opaque op while a graph is being traced."""
     if is_eager():
         refuse_gradients(site, partial, residual, weight)
         return site.finish(partial, residual)
@@ -68,19 +68,19 @@ def finish(site: Site, partial: paddle.Tensor, residual: paddle.Tensor | None, w
 
 
 def refuse_gradients(site: Site, *tensors: paddle.Tensor | None) -> None:
-    """Raises: FusionError: a gradient would have to pass to one of these; without a word it would be zero."""
-    wanted = site.refuses_gradients and paddle.is_grad_enabled()  # first: it is off wherever this must cost nothing
-    if wanted and is_recorded(*(tensor for tensor in tensors if tensor is not None)):
+    """Raise FusionError if a gradient would have to pass to one of these tensors; it would be zero, with no error."""
+    refuses = site.refuses_gradients and paddle.is_grad_enabled()  # first: it is off wherever this must cost nothing
+    if refuses and is_recorded(*(tensor for tensor in tensors if tensor is not None)):
         raise FusionError(because("gradients", layer=site.name))
 
 
 def is_recorded(*tensors: paddle.Tensor) -> bool:
-    """Whether what is computed from these, eager, will have a gradient."""
+    """Return whether what is computed from these, eager, will have a gradient."""
     return paddle.is_grad_enabled() and any(not tensor.stop_gradient for tensor in tensors)
 
 
 def hand_over(site: Site, partial: paddle.Tensor) -> paddle.Tensor:
-    """`site.hand_over` in eager mode; nothing to record while a graph is being traced."""
+    """Hand over by `site.hand_over` in eager mode; record nothing while a graph is being traced."""
     if is_eager():
         return site.hand_over(partial)
     return partial
@@ -97,7 +97,7 @@ def _all_reduce(x, group):
 
 
 def all_reduce(x: paddle.Tensor, group: Any) -> paddle.Tensor:
-    """The sum of x over the group: in place in eager mode, a new tensor in a traced graph."""
+    """Sum x over the group: in place in eager mode, into a new tensor in a traced graph."""
     if is_eager():
         return paddle_ops.all_reduce(x, group)
     return _all_reduce(x, group)
@@ -110,5 +110,5 @@ def all_reduce(x: paddle.Tensor, group: Any) -> paddle.Tensor:
     output_names=["out"],
 )
 def run_on_copy(x, kernel):
-    """kernel(a copy of x), opaque to a graph; `kernel` works in place and returns its argument."""
+    """Run kernel(a copy of x), opaque to a graph; `kernel` works in place and returns its argument."""
     return kernel(x.clone())

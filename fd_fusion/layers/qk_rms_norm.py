@@ -12,7 +12,7 @@ from fd_fusion.config import FusionConfig
 from fd_fusion.frameworks import paddle_ops
 from fd_fusion.layers.finish_op import is_recorded, run_on_copy
 from fd_fusion.layers.rms_norm import RMSNorm
-from fd_fusion.layers.shapes import told
+from fd_fusion.layers.shapes import known_sizes
 from fd_fusion.reasons import FusionError, because
 
 
@@ -51,16 +51,16 @@ class QKRMSNorm(nn.Layer):
         self.k_norm = RMSNorm(head_dim, eps, weight_offset=weight_offset, dtype=dtype)
 
     def forward(self, qkv: paddle.Tensor, forward_meta: object = None) -> paddle.Tensor:
-        """qkv [T, (q_heads + kv_heads) D + the width of v], rows may be strided -> the same tensor, changed in place.
+        """Normalise qkv [T, (q_heads + kv_heads) D + the width of v], rows may be strided, in place; return it.
 
         Under `to_static`, and where gradients are recorded, a new tensor is returned. `forward_meta` is accepted, as
         FastDeploy's layer does, and not needed. Raises: ValueError: fewer columns than q and k take, or not two
         dimensions. FusionError: gradients are recorded, and the layer is bound.
         """
         q_size, k_size = self.q_heads * self.head_dim, self.kv_heads * self.head_dim
-        narrow = [size for size in told(qkv.shape[1:]) if size is not None and size < q_size + k_size]
+        narrow = [size for size in known_sizes(qkv.shape[1:]) if size is not None and size < q_size + k_size]
         if qkv.ndim != 2 or narrow:
-            raise ValueError(f"QKRMSNorm: qkv is {told(qkv.shape)}, expected [T, at least {q_size + k_size}]")
+            raise ValueError(f"QKRMSNorm: qkv is {known_sizes(qkv.shape)}, expected [T, at least {q_size + k_size}]")
         traced = not paddle_ops.is_eager()
         recorded = not traced and is_recorded(qkv, self.q_norm.weight, self.k_norm.weight)
         if self.kernel is not None:
@@ -70,14 +70,14 @@ class QKRMSNorm(nn.Layer):
         return self._concatenated(qkv) if traced or recorded else self.stock_forward(qkv)
 
     def stock_forward(self, qkv: paddle.Tensor) -> paddle.Tensor:
-        """The formula in Paddle's own ops, in place."""
+        """Compute the formula in Paddle's own ops, in place."""
         q_size, k_size = self.q_heads * self.head_dim, self.kv_heads * self.head_dim
         with paddle.no_grad():
             qkv[:, :q_size], qkv[:, q_size : q_size + k_size] = self._q_and_k(qkv)
         return qkv
 
     def _concatenated(self, qkv: paddle.Tensor) -> paddle.Tensor:
-        """The same as a new tensor: a graph may not change its input."""
+        """Compute the formula into a new tensor: a graph may not change its input."""
         q, k = self._q_and_k(qkv)
         return paddle.concat([q, k, qkv[:, q.shape[1] + k.shape[1] :]], axis=-1)
 
@@ -88,7 +88,7 @@ class QKRMSNorm(nn.Layer):
         return q, k
 
     def _normalise(self, norm: RMSNorm, part: paddle.Tensor, heads: int) -> paddle.Tensor:
-        """[T, heads D] -> [T, heads D], each head by itself."""
+        """Normalise each head by itself, [T, heads D] -> [T, heads D]."""
         by_head = part.reshape([-1, heads, self.head_dim])
         out, _ = paddle_ops.rms_norm(by_head, norm.weight, eps=self.eps, weight_offset=norm.weight_offset)
         return out.reshape([-1, heads * self.head_dim])

@@ -9,7 +9,7 @@ from fd_fusion.config import FusionConfig
 from fd_fusion.frameworks import paddle_ops
 from fd_fusion.frameworks.tensors import dtype_name
 from fd_fusion.layers.finish_op import finish
-from fd_fusion.layers.shapes import cannot_fit, told
+from fd_fusion.layers.shapes import cannot_fit, known_sizes
 from fd_fusion.site import Site
 
 
@@ -48,7 +48,7 @@ class RMSNorm(nn.Layer):
         )
 
     def forward(self, x: paddle.Tensor, residual_input: paddle.Tensor | None = None):
-        """x and residual_input [..., H], of one dtype -> (out, residual_out), like x.
+        """Normalise x + residual_input, both [..., H] of one dtype -> (out, residual_out), like x.
 
         Without a residual, residual_out is x (or its sum over the ranks). T = 0 is allowed.
         Raises: ValueError: another hidden size, or a residual of another shape or dtype.
@@ -59,18 +59,20 @@ class RMSNorm(nn.Layer):
         return finish(self.site, x, residual_input, self.weight)
 
     def stock_forward(self, x: paddle.Tensor, residual_input: paddle.Tensor | None = None):
-        """The norm alone: x is already the whole sum."""
+        """Compute the norm alone: x is already the whole sum."""
         return paddle_ops.rms_norm(
             x, self.weight, eps=self.eps, weight_offset=self.weight_offset, residual=residual_input
         )
 
     def _check(self, x, residual_input) -> None:
         if cannot_fit(x.shape[-1:], [self.hidden_size]):
-            raise ValueError(f"RMSNorm: x has shape {told(x.shape)}, expected a last dimension of {self.hidden_size}")
+            raise ValueError(
+                f"RMSNorm: x has shape {known_sizes(x.shape)}, expected a last dimension of {self.hidden_size}"
+            )
         if residual_input is None:
             return
         if cannot_fit(residual_input.shape, x.shape) or residual_input.dtype != x.dtype:
             raise ValueError(
-                f"RMSNorm: the residual is {told(residual_input.shape)} {dtype_name(residual_input)}, "
-                f"expected {told(x.shape)} {dtype_name(x)} like x"
+                f"RMSNorm: the residual is {known_sizes(residual_input.shape)} {dtype_name(residual_input)}, "
+                f"expected {known_sizes(x.shape)} {dtype_name(x)} like x"
             )

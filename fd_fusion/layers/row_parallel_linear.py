@@ -1,4 +1,4 @@
-"""A linear layer whose input is split over the ranks: its product is a partial sum, reduced here or by the norm."""
+"""A linear layer whose input is split over the ranks: its product is a partial sum, reduced by it or the norm."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from paddle import nn
 from fd_fusion.config import FusionConfig
 from fd_fusion.frameworks import paddle_ops
 from fd_fusion.layers.finish_op import all_reduce, hand_over
-from fd_fusion.layers.shapes import cannot_fit, told
+from fd_fusion.layers.shapes import cannot_fit, known_sizes
 from fd_fusion.site import Site
 
 
 class RowParallelLinear(nn.Layer):
-    """y = sum over the ranks of (x_r W_r) + bias; with a Site, the partial sum is handed over unreduced.
+    """Compute y = sum over the ranks of (x_r W_r) + bias; with a Site, hand the partial sum over unreduced.
 
     Args:
         in_features: of the whole layer; each rank holds in_features / N rows of W.
@@ -57,18 +57,18 @@ class RowParallelLinear(nn.Layer):
         self.bias = self.create_parameter([out_features], dtype=dtype, is_bias=True) if has_bias else None
 
     def forward(self, x: paddle.Tensor) -> paddle.Tensor:
-        """x [..., in_features / N], this rank's columns -> [..., H]: the sum, or this rank's partial sum."""
+        """Multiply x [..., in_features / N], this rank's columns -> [..., H]: the sum, or this rank's partial sum."""
         expected = self.weight.shape[0]
         if cannot_fit(x.shape[-1:], [expected]):
             raise ValueError(
-                f"RowParallelLinear: x has shape {told(x.shape)}, expected a last dimension of {expected}"
+                f"RowParallelLinear: x has shape {known_sizes(x.shape)}, expected a last dimension of {expected}"
             )
         bias = self.bias if self._adds_bias else None
         return reduce_or_hand_over(self, paddle_ops.linear(x, self.weight, bias))
 
 
 def reduce_or_hand_over(layer: nn.Layer, partial: paddle.Tensor) -> paddle.Tensor:
-    """The end of any layer that produces a partial sum: hand it to the Site, or all-reduce it.
+    """End any layer that produces a partial sum: hand it to the Site, or all-reduce it.
 
     The layer has `site`, `group` and `reduce_results`. A block that adds several partial sums calls this once, on
     their sum, and its inner layers have `reduce_results=False`.

@@ -11,7 +11,7 @@ import paddle
 
 
 def cannot_fit(got: list[Any], expected: list[Any]) -> bool:
-    """Whether two shapes differ in what is known of them."""
+    """Return whether two shapes differ in what is known of them."""
     if paddle.in_dynamic_mode():
         return got != expected
     return len(got) != len(expected) or any(
@@ -19,6 +19,6 @@ def cannot_fit(got: list[Any], expected: list[Any]) -> bool:
     )
 
 
-def told(shape: list[Any]) -> list[int | None]:
-    """The shape for a message: None where a size is not known."""
+def known_sizes(shape: list[Any]) -> list[int | None]:
+    """Return the shape for a message: None where a size is not known."""
     return [size if isinstance(size, int) else None for size in shape]

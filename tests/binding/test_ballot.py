@@ -10,9 +10,9 @@ PAIRS = ["a", "b", "c"]
 RAISED = because("forward_raised", which="proving", error="MemoryError: here")
 
 
-def cast(seen=3, raised=None):
+def cast(reached=3, raised=None):
     def step(group):
-        ballot = Ballot(raised, which="proving", raised=raised, seen=PAIRS[:seen])
+        ballot = Ballot(raised, which="proving", raised=raised, reached=PAIRS[:reached])
         vote(ballot, {group: PAIRS}, group, LIMIT)
         return ballot.refusal and (ballot.refusal.code, str(ballot.refusal))
 
@@ -28,9 +28,9 @@ def test_a_rank_that_left_a_forward_alone_is_an_end_for_all(culprit):
     assert text.startswith(f"rank {culprit} left the proving forward")
 
 
-@pytest.mark.parametrize("seen, codes", [((1, 1, 1), {"forward_raised"}), ((1, 2, 1), {"out_of_step"})])
-def test_ranks_that_raised_at_one_point_are_in_step(seen, codes):
-    found = Ranks().run(*[[cast(one, RAISED)] for one in seen])
+@pytest.mark.parametrize("reached, codes", [((1, 1, 1), {"forward_raised"}), ((1, 2, 1), {"out_of_step"})])
+def test_ranks_that_raised_at_one_point_are_in_step(reached, codes):
+    found = Ranks().run(*[[cast(one, RAISED)] for one in reached])
     assert {told[0] for (told,) in found} == codes
 
 

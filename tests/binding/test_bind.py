@@ -13,7 +13,7 @@ from support.tiny import DemoDecoder, hidden
 
 import fd_fusion
 from fd_fusion import FusionConfig, exact
-from fd_fusion.binding import backend_selection, bound, first_forward, joining, lifecycle, proving_pass
+from fd_fusion.binding import backend_selection, bound, first_forward, lifecycle, opening, proving_pass
 from fd_fusion.binding import bind as binding
 from fd_fusion.binding.bound import Bound
 from fd_fusion.binding.evidence import Contract
@@ -34,7 +34,7 @@ from fd_fusion.site import Rejected, Site
 @pytest.mark.parametrize(
     "config, environ, code, source",
     [
-        (None, {}, "not_asked", "nobody"),
+        (None, {}, "not_asked", "no source"),
         (FusionConfig(), {"FD_FUSION_DISABLE": "1"}, "kill_switch", "FD_FUSION_DISABLE"),
         (FusionConfig(enable_all_reduce_rms_norm=False), {}, "disabled", "an argument"),
         (None, {"FD_FUSION_CONFIG": '{"enable_all_reduce_rms_norm": false}'}, "disabled", "FD_FUSION_CONFIG"),
@@ -572,12 +572,12 @@ def test_workspace_mb_is_shared_by_the_workspaces_of_all_groups_and_models(monke
         given.append((group.name, pairs[0].hidden_size, workspace_bytes))
         return None, because("no_paddle", detail=""), ()
 
-    monkeypatch.setattr(joining, "agree", agree)
-    monkeypatch.setattr(binding, "select_backend", select_backend)
+    monkeypatch.setattr(opening, "agree", agree)
+    monkeypatch.setattr(opening, "select_backend", select_backend)
     monkeypatch.setattr(lifecycle, "_held", ())
     for nbytes in (2 << 20, 1 << 19):
         lifecycle.hold(Group("another", 0, 2, (0, 1), None), SimpleNamespace(bytes=nbytes))
     config = FusionConfig(workspace_mb=10)
     state = Bound(Report(config, "a test", "none"), live=groups)
-    binding._open(state, pairs, config, False, None, dict.fromkeys(groups, ("digest", 0)))
+    opening.open_sites(state, pairs, config, False, None, dict.fromkeys(groups, ("digest", 0)))
     assert given == [("a", 64, 2621440), ("a", 128, 2621440), ("b", 64, 1441792)], "7.5 MiB by 3, and 5.5 by 4"

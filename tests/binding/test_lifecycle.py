@@ -14,8 +14,7 @@ from support.tiny import DemoDecoder
 import fd_fusion
 from fd_fusion.binding import bind as binding
 from fd_fusion.binding import lifecycle
-from fd_fusion.binding.book import Book
-from fd_fusion.binding.bound import Bound
+from fd_fusion.binding.bound import Book, Bound
 from fd_fusion.comm.group import Group
 from fd_fusion.comm.vote import Verdict
 from fd_fusion.config import FusionConfig, Resolved

@@ -263,7 +263,7 @@ def test_the_server_gets_one_signal(how, tmp_path):
 
 def test_the_watcher_warns_when_no_rank_speaks(tmp_path, capsys):
     serve._watch(tmp_path / "fd_fusion.log", {}, _Server(9), within_s=0.05)
-    assert "warning: no rank has said" in capsys.readouterr().err
+    assert "warning: no rank has logged" in capsys.readouterr().err
 
 
 def test_the_watcher_ignores_lines_of_an_earlier_run(tmp_path, capsys):

@@ -12,7 +12,7 @@ import pytest
 
 from fd_fusion import FusionConfig
 from fd_fusion.binding import bind as binding
-from fd_fusion.binding import bound, joining, proving_pass
+from fd_fusion.binding import bound, opening, proving_pass
 from fd_fusion.binding.pairs import Pair
 from fd_fusion.comm.circle import circle_of, find_circle
 from fd_fusion.comm.group import Group
@@ -123,12 +123,12 @@ def bind_all(monkeypatch, family, size, *, fails=(), proof=(), qk=(), stops=(), 
         proving_pass._vote(state, ballot := proving_pass.Ballot(refusal), SimpleNamespace(raised=None))
         proving_pass._switch_on_or_undo(state, ballot.refusal, ballot.ranks)
 
-    monkeypatch.setattr(binding, "select_backend", select_backend)
+    monkeypatch.setattr(opening, "select_backend", select_backend)
     monkeypatch.setattr(binding, "_choose_qk", choose_qk)
     monkeypatch.setattr(binding, "attach_and_prove", prove)
     monkeypatch.setattr(binding, "label_of", lambda model, pairs, *_: (f"{[one.name for one in pairs]}", 0))
     world = {rank: Group("world", rank, size, tuple(range(size)), store) for rank in range(size)}
-    monkeypatch.setattr(joining, "paddle_ops", SimpleNamespace(group_of=lambda: world[here.rank]))
+    monkeypatch.setattr(opening, "paddle_ops", SimpleNamespace(group_of=lambda: world[here.rank]))
     kept = [groups_of(rank, family, store) for rank in range(size)]
 
     def run(rank):

@@ -1,5 +1,6 @@
 """Whether a process runs, read from /proc."""
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -19,13 +20,16 @@ def state(pid):
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].strip()[:1]
 
 
+def commands():
+    """(id, words of the command line) of each process."""
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            yield int(path.parent.name), path.read_bytes().decode(errors="replace").split("\0")
+
+
 def rank_pid(folder, rank):
     """The id of the process that `run_ranks` started as this rank, with its files in `folder`."""
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            words = path.read_bytes().decode().split("\0")
-        except OSError:
-            continue
+    for pid, words in commands():
         if words[-3:] == [str(folder), str(rank), ""]:
-            return int(path.parent.name)
+            return pid
     raise AssertionError(f"no rank {rank} of {folder} runs")

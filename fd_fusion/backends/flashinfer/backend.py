@@ -33,7 +33,7 @@ BUILD_TIMEOUT_S = 120.0  # a silent rank; one that shows progress is waited for 
 
 
 def supports(spec: OpSpec) -> Reason | None:
-    """Why this backend cannot serve `spec`, or None. Local and cheap: FlashInfer is not imported.
+    """Return why this backend cannot serve `spec`, or None. Local and cheap: FlashInfer is not imported.
 
     Whether the ranks reach each other's memory shows in `open`, which gives that reason on all ranks.
     """
@@ -79,7 +79,7 @@ def _room_refusal(spec: OpSpec) -> Reason | None:
 
 
 def _compiler_refusal(version: str) -> Reason | None:
-    """FlashInfer compiles its kernel at first use, unless it was compiled before."""
+    """Return what is missing to compile the kernel, unless it was compiled before."""
     if loader.compiled_module(version):
         return None
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"

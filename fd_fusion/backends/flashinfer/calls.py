@@ -24,7 +24,7 @@ Call = Callable[..., None]  # (x, residual, norm_out, residual_out, weight, eps,
 
 @dataclass(frozen=True)
 class Fixed:
-    """What is the same in every call of a workspace. `pointers` is the device int64 table of 3N + 1 addresses."""
+    """The values that are the same in every call of a workspace. `pointers`: an int64 table of 3N + 1 addresses."""
 
     size: int
     rank: int
@@ -34,7 +34,7 @@ class Fixed:
     pointers: Tensor
 
     def metadata(self) -> dict[str, Any]:
-        """What a version from 0.5.0 compares a call with, as its own workspaces describe themselves."""
+        """Return what a version from 0.5.0 compares a call with, as its own workspaces describe themselves."""
         return {
             "tp_rank": self.rank,
             "tp_size": self.size,
@@ -45,7 +45,7 @@ class Fixed:
 
 
 def parameters(function: Callable[..., Any]) -> dict[str, bool]:
-    """Parameters by name, and whether each must be given; where there is no signature, the oldest release's."""
+    """Return the parameters by name, and whether each must be given; without a signature, the oldest release's."""
     try:
         found = inspect.signature(function).parameters.values()
     except (ValueError, TypeError):
@@ -57,7 +57,7 @@ def parameters(function: Callable[..., Any]) -> dict[str, bool]:
 def python_call(function: Call, fixed: Fixed, version: str) -> tuple[Call, bool]:
     """Call through `trtllm_allreduce_fusion`, by keyword. Returns the call, and whether it adds a bias.
 
-    Raises: FusionError: the version must be given something that is unknown here, or lacks a parameter.
+    Raises: FusionError: the version must be given something that is unknown, or lacks a parameter.
     """
     takes = parameters(function)
     known = {*BASE, "metadata", "block_quant_group_size", "weight_bias"}

@@ -1,10 +1,4 @@
-"""Loads FlashInfer on first use, with Paddle standing in for torch, and leaves the process as it was.
-
-FlashInfer is written for torch; Paddle's torch proxy (`paddle.compat`) can take torch's place. Paddle's own switch
-puts the proxy into `sys.modules["torch"]`, where every thread of the process finds it. Here the scope is narrower:
-the code of FlashInfer's own modules gets an `__import__` of its own, which answers `torch` with the proxy. Nothing
-named torch ever enters `sys.modules`, so a host with real torch, in any thread, keeps it; and a function that
-imports torch when it is called, long after the load, still gets the proxy.
+"""The load of FlashInfer on first use, with Paddle in the place of torch (`torch_proxy`), and nothing left behind.
 
 Where the import fails (the upstream wheels use torch modules that Paddle has no counterpart of), a kernel that
 FlashInfer compiled earlier is loaded by itself: its entry takes Paddle tensors through tvm_ffi, without torch.
@@ -12,33 +6,27 @@ FlashInfer compiled earlier is loaded by itself: its entry takes Paddle tensors 
 
 from __future__ import annotations
 
-import builtins
 import contextlib
 import ctypes
 import importlib
-import importlib.abc
-import importlib.machinery
 import importlib.metadata
 import importlib.util
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
+from fd_fusion.backends.flashinfer.torch_proxy import PACKAGE, scoped_torch
 from fd_fusion.reasons import FusionError, Reason, because
 
-PACKAGE = "flashinfer"
 DISTRIBUTIONS = ("flashinfer-python-paddle", "flashinfer-python")
 MODULE = "trtllm_comm"  # FlashInfer's name of the compiled module
-_ADDED = {"torch.distributed": ("ProcessGroup", "paddle.base.core")}  # what the proxy lacks and FlashInfer names
 
 _lock = threading.RLock()
 _state: FlashInfer | Reason | None = None
-_proxies: Proxies | None = None
 
 
 @dataclass(frozen=True)
@@ -56,7 +44,7 @@ class FlashInfer:
 
 
 def installed_version() -> str | None:
-    """The installed version, without importing it; "0" for a copy without a version; None for none."""
+    """Return the installed version, without importing it; "0" for a copy without a version; None for none."""
     for name in DISTRIBUTIONS:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             return importlib.metadata.version(name)
@@ -80,7 +68,7 @@ def load() -> FlashInfer:
 
 
 def compiled_module(version: str) -> Path | None:
-    """Where FlashInfer's own build of the kernel lies: shipped with it, or in its cache; None if it must be built."""
+    """Return FlashInfer's own build of the kernel: shipped with it, or in its cache; None if it must be built."""
     found: list[Path] = []
     for package, inside in ((PACKAGE, "data/aot"), ("flashinfer_jit_cache", "jit_cache")):
         with contextlib.suppress(ValueError):  # a module that was put into sys.modules without a spec
@@ -123,7 +111,7 @@ def _load() -> FlashInfer:
 
 
 def _framework() -> ModuleType:
-    """Paddle if the process runs on it; on a machine without Paddle the tensors are torch's own."""
+    """Return Paddle if the process runs on it; on a machine without Paddle the tensors are torch's own."""
     try:
         return sys.modules.get("paddle") or importlib.import_module("torch")
     except ImportError as error:
@@ -131,7 +119,7 @@ def _framework() -> ModuleType:
 
 
 def _load_compiled(version: str, framework: ModuleType, error: str) -> FlashInfer:
-    """The second way: the compiled kernel alone, by tvm_ffi."""
+    """Load the compiled kernel alone, by tvm_ffi: the second way."""
     reason = because("flashinfer_import", version=version, framework=framework.__name__, error=error)
     path = compiled_module(version)
     if path is None or importlib.util.find_spec("tvm_ffi") is None:
@@ -144,7 +132,7 @@ def _load_compiled(version: str, framework: ModuleType, error: str) -> FlashInfe
 
 
 def _refuse_foreign(framework: ModuleType) -> None:
-    """FlashInfer may have been imported before, by somebody else, with real torch: then it takes torch tensors."""
+    """Raise if FlashInfer was imported before with real torch, by the host perhaps: it takes torch tensors then."""
     for name, module in list(sys.modules.items()):
         if name == PACKAGE or name.startswith(f"{PACKAGE}."):
             torch = vars(module).get("torch")
@@ -169,100 +157,3 @@ def _map_cuda_runtime() -> None:
         with contextlib.suppress(OSError):
             ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
             return
-
-
-@contextlib.contextmanager
-def scoped_torch() -> Iterator[None]:
-    """Inside it, modules of FlashInfer that get imported see Paddle's proxy as `torch`, and no other module does.
-
-    Raises: FusionError: this Paddle has no torch proxy.
-    """
-    global _proxies
-    if _proxies is None:
-        _proxies = Proxies()
-    finder = _Finder(_proxies)
-    sys.meta_path.insert(0, finder)
-    try:
-        yield
-    finally:
-        sys.meta_path.remove(finder)
-
-
-class Proxies:
-    """Paddle's stand-ins for torch's modules, made by Paddle's own finder and kept out of `sys.modules`."""
-
-    def __init__(self) -> None:
-        try:
-            proxy = importlib.import_module("paddle.compat.proxy")
-            proxy._register_compat_override()
-            self._finder = proxy.TorchProxyMetaFinder()
-        except (ImportError, AttributeError) as error:
-            raise FusionError(because("no_torch_proxy", error=str(error))) from error
-        self._modules: dict[str, ModuleType] = {}
-
-    def load(self, name: str) -> ModuleType:
-        """The stand-in of one module. Raises ImportError where Paddle has no counterpart."""
-        if name in self._modules:
-            return self._modules[name]
-        parent, _, child = name.rpartition(".")
-        above = self.load(parent) if parent else None
-        spec = self._finder.find_spec(name, None)
-        if spec is None:
-            raise ModuleNotFoundError(f"Paddle's torch proxy has no {name}", name=name)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        if name in _ADDED:
-            attribute, home = _ADDED[name]
-            if not hasattr(module, attribute):
-                setattr(module, attribute, getattr(importlib.import_module(home), attribute))
-        self._modules[name] = module
-        if above is not None:
-            setattr(above, child, module)
-        return module
-
-    def import_(self, name: str, globals: Any = None, locals: Any = None, fromlist: Any = (), level: int = 0) -> Any:
-        """The `__import__` of FlashInfer's modules: torch is the proxy, all else is as ever."""
-        if level == 0 and name.partition(".")[0] == "torch":
-            module = self.load(name)
-            for attribute in fromlist or ():
-                if attribute != "*" and not hasattr(module, attribute):
-                    self.load(f"{name}.{attribute}")  # a submodule, or an ImportError that names it
-            return module if fromlist else self.load("torch")
-        if level or name.partition(".")[0] == PACKAGE:
-            with scoped_torch():  # a module of its own, which may be imported when a function is called
-                return builtins.__import__(name, globals, locals, fromlist, level)
-        return builtins.__import__(name, globals, locals, fromlist, level)
-
-
-class _Finder(importlib.abc.MetaPathFinder):
-    """Finds FlashInfer's modules as Python's own finders do, and has them executed with `Proxies.import_`."""
-
-    def __init__(self, proxies: Proxies):
-        self._proxies = proxies
-
-    def find_spec(self, fullname: str, path: Any, target: Any = None) -> importlib.machinery.ModuleSpec | None:
-        if fullname.partition(".")[0] != PACKAGE:
-            return None
-        for finder in list(sys.meta_path):
-            if isinstance(finder, _Finder) or type(finder).__name__ == "TorchProxyMetaFinder":
-                continue
-            spec = finder.find_spec(fullname, path, target)
-            if spec is not None:
-                if spec.loader is not None:
-                    spec.loader = _Loader(spec.loader, self._proxies)
-                return spec
-        return None
-
-
-class _Loader(importlib.abc.Loader):
-    def __init__(self, inner: Any, proxies: Proxies):
-        self._inner, self._proxies = inner, proxies
-
-    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
-        return self._inner.create_module(spec)
-
-    def exec_module(self, module: ModuleType) -> None:
-        # A module's code, and every function defined in it, takes its builtins from here.
-        module.__dict__["__builtins__"] = {**vars(builtins), "__import__": self._proxies.import_}
-        module.__spec__.loader = module.__loader__ = self._inner
-        self._inner.exec_module(module)

@@ -55,7 +55,7 @@ class FlashInferOp:
     def finish(
         self, partial: Tensor, residual: Tensor | None, weight: Tensor, eps: float, weight_offset: float
     ) -> tuple[Tensor, Tensor]:
-        """The formula of `reference.all_reduce_rms_norm` in one kernel, with FlashInfer's own roundings.
+        """Compute `reference.all_reduce_rms_norm` in one kernel, with FlashInfer's own roundings.
 
         Args: partial, residual: [T, H]. weight: [H]. All of the opened dtype, contiguous, 16-byte aligned.
         Returns: (norm_out, residual_out), [T, H] each.
@@ -121,7 +121,7 @@ class FlashInferOp:
             raise
 
     def _require(self, partial: Tensor, residual: Tensor, weight: Tensor, weight_offset: float) -> None:
-        """The kernel checks none of this: it would read past the end, or one dtype as another."""
+        """Raise ValueError for what the kernel does not check; it would read past the end, or a wrong dtype."""
         spec, rows = self._spec, partial.shape[0]
         if rows > self.limit:
             raise ValueError(f"flashinfer: T={rows}; the workspace holds {self.limit} rows")
@@ -139,7 +139,7 @@ class FlashInferOp:
 
 
 def _compare(op: FlashInferOp, spec: OpSpec, framework: Any, rows: int, bare: bool) -> Reason | None:
-    """One call on integers that add up exactly in every dtype and order; its norm rounds once."""
+    """Compare one call on integers that add up exactly in every dtype and order; its norm rounds once."""
     known = [
         np.resize(exact.probe_partial(r, spec.size, spec.hidden_size, 1.0, spec.dtype), (rows, spec.hidden_size))
         for r in range(spec.size + 1)

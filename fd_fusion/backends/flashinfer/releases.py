@@ -1,7 +1,7 @@
 """What is known of FlashInfer's releases: which take which arguments, and which fixed which faults.
 
 Features are found by signature where there is one. The compiled module has none, and a fault shows in no
-signature; for these the version decides, by the rules here.
+signature; for these the version decides, by `rules`.
 """
 
 from __future__ import annotations
@@ -11,57 +11,15 @@ from dataclasses import dataclass
 
 # The 21 parameters of every release, all without a default; always passed by name.
 BASE = (
-    "allreduce_in",
-    "world_size",
-    "world_rank",
-    "token_num",
-    "hidden_dim",
-    "workspace_ptrs",
-    "launch_with_pdl",
-    "trigger_completion_at_end",
-    "fp32_acc",
-    "pattern_code",
-    "use_oneshot",
-    "allreduce_out",
-    "residual_in",
-    "residual_out",
-    "norm_out",
-    "quant_out",
-    "scale_out",
-    "rms_gamma",
-    "rms_eps",
-    "scale_factor",
-    "layout_code",
-)
-
-
-@dataclass(frozen=True)
-class Release:
-    """The arguments of `trtllm_allreduce_fusion` in one release.
-
-    `extra` are the parameters after the 21 of `BASE`; `c_args` counts the arguments of the compiled entry.
-    """
-
-    version: str
-    extra: tuple[str, ...]
-    c_args: int
-    distribution: str = "flashinfer-python"
-
-
-_NOW = ("metadata", "block_quant_group_size", "weight_bias")
-RELEASES = (
-    Release("0.2.9", (), 21),
-    Release("0.4.1", (), 21),
-    Release("0.4.1.1", (), 21, "flashinfer-python-paddle"),
-    Release("0.6.12", _NOW, 23),
-    Release("0.6.17", _NOW, 23),
-    Release("0.7.2.post1", _NOW, 23),
-)
+    "allreduce_in", "world_size", "world_rank", "token_num", "hidden_dim", "workspace_ptrs", "launch_with_pdl",
+    "trigger_completion_at_end", "fp32_acc", "pattern_code", "use_oneshot", "allreduce_out", "residual_in",
+    "residual_out", "norm_out", "quant_out", "scale_out", "rms_gamma", "rms_eps", "scale_factor", "layout_code",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Rules:
-    """What a version can do. A launch with PDL reads a stale residual below 0.7.1; we never launch with it."""
+    """The faults and arguments of a version. A launch with PDL reads a stale residual below 0.7.1: we make none."""
 
     c_args: int
     weight_bias: bool  # adds a number to the weight
@@ -71,7 +29,7 @@ class Rules:
 
 
 def parse(version: str) -> tuple[int, ...]:
-    """A version as numbers that compare: "0.7.2.post1" is (0, 7, 2); a release candidate comes before its release."""
+    """Return a version as numbers: "0.7.2.post1" is (0, 7, 2); a release candidate comes before its release."""
     numbers = re.match(r"\d+(\.\d+)*", version)
     if not numbers:
         return (0,)
@@ -85,7 +43,7 @@ def parse(version: str) -> tuple[int, ...]:
 
 
 def rules(version: str) -> Rules:
-    """The rules of a version; an unknown one follows the newest known release before it."""
+    """Return the rules of a version; an unknown one follows the newest known release before it."""
     v = parse(version)
     named = parse(re.split(r"(?:rc|dev|a|b)\d", version)[0])  # its first candidate already had a release's arguments
     return Rules(
@@ -98,7 +56,7 @@ def rules(version: str) -> Rules:
 
 
 def block_threads(hidden_size: int, element_bytes: int) -> int:
-    """The smallest block that the kernel's launch chooses for a row; larger ones are powers of two times it.
+    """Return the smallest block that the kernel's launch chooses for a row; others are powers of two times it.
 
     A thread takes 16 bytes; a row is a cluster of up to 8 blocks, which are merged while below 128 threads.
     """

@@ -21,7 +21,7 @@ Words = tuple[int, ...]
 
 
 class Watchdog:
-    """Calls `end` once `read` has shown the same running call, or nothing at all, for `limit_s`.
+    """Call `end` once `read` has shown the same running call, or nothing at all, for `limit_s`.
 
     Time is counted in reads, so a process that was stopped for a while is not taken for one that hangs.
     """
@@ -32,7 +32,7 @@ class Watchdog:
         self._read, self._what, self._end = read, what, end
         self.limit_s = limit_s
         self._every_s = min(0.25, limit_s / 8)
-        self._signs = 0  # how often the kernel was seen idle, or further on
+        self._signs = 0  # how often a read found the kernel idle, or further on
         self._stop = threading.Event()
         self._threads = [
             threading.Thread(target=run, name=f"fd_fusion-flashinfer-{run.__name__[1:]}", daemon=True)
@@ -42,7 +42,7 @@ class Watchdog:
             thread.start()
 
     def idle_within(self, seconds: float) -> bool:
-        """Whether the running call, if there is one, ends within `seconds`."""
+        """Return whether the running call, if there is one, ends within `seconds`."""
         for _ in range(max(1, int(seconds / self._every_s))):
             signs = self._signs
             if self._stop.wait(self._every_s) or not self._threads[0].is_alive():
@@ -72,9 +72,9 @@ class Watchdog:
             last = words
 
     def _judge(self) -> None:
-        seen, reads = -1, 0
+        last, reads = -1, 0
         while not self._stop.wait(self._every_s):
-            seen, reads = (seen, reads + 1) if seen == self._signs else (self._signs, 0)
+            last, reads = (last, reads + 1) if last == self._signs else (self._signs, 0)
             if reads * self._every_s > self.limit_s:
                 limit = f"{self.limit_s:g} s"
                 self._end(f"{self._what} has waited for another rank for {limit}; this process ends with it")
@@ -82,7 +82,7 @@ class Watchdog:
 
 
 class ControlReader:
-    """Reads a control block while kernels run: a copy on a stream of its own, allowed during a graph capture."""
+    """Read a control block while kernels run: a copy on a stream of its own, allowed during a graph capture."""
 
     def __init__(self, address: int):
         self._cuda, self._address, self._host = CudaDriver(), address, ctypes.c_void_p()
@@ -99,7 +99,7 @@ class ControlReader:
         return tuple((ctypes.c_int * CONTROL_INTS).from_address(self._host.value))
 
     def close(self) -> None:
-        """From any thread, once no thread reads any more. With a broken context both are gone already."""
+        """Free stream and memory once no thread reads any more. With a broken context both are gone already."""
         with contextlib.suppress(CudaError):
             self._cuda.drop_stream()
         with contextlib.suppress(CudaError):

@@ -65,13 +65,13 @@ class Layout:
         return self.control + 4 * CONTROL_INTS
 
     def pointers(self, memory: SymmetricMemory) -> list[int]:
-        """The table that the kernel reads: 3N + 1 addresses, as this process maps them."""
+        """Return the table that the kernel reads: 3N + 1 addresses, as this process maps them."""
         parts = [address + offset for offset in (0, self.flags, self.lamport) for address in memory.addresses]
         return [*parts, memory.own + self.control]
 
 
 def rows_that_fit(nbytes: int, size: int, hidden_size: int, element_bytes: int) -> int:
-    """The most rows T that a workspace of `nbytes` holds: N*T*H*e for two-shot, three times that for one-shot."""
+    """Return the most rows T in `nbytes`: N*T*H*e for two-shot, three times that for one-shot."""
     row = size * hidden_size * element_bytes
     overhead = Layout(size, 0, hidden_size, element_bytes).nbytes + 2 * 128  # two offsets are rounded up
     return min(max(0, nbytes - overhead) // (4 * row), (_COMM_BYTES_END - 1) // row)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fd_fusion.cli.demo.config import DecoderConfig, Weight, expected_weights
-from fd_fusion.cli.plain_json import to_json
+from fd_fusion.cli.messages import to_json
 
 # The names that safetensors gives to dtypes. NumPy has no bfloat16: its bits are widened after reading.
 DTYPES = {"F32": np.float32, "F16": np.float16, "F64": np.float64, "BF16": np.uint16}
@@ -29,7 +29,7 @@ def write_checkpoint(folder: Path, config: DecoderConfig, seed: int) -> None:
     weights = {name: _random(rng, name, weight) for name, weight in expected_weights(config).items()}
     try:
         save_file(weights, folder / "model.safetensors", metadata={"format": "np"})
-    except SafetensorError as error:  # a full disk is told in this way too
+    except SafetensorError as error:  # a full disk raises it too
         text = f"the checkpoint cannot be written to {folder}: {error}; set TMPDIR to a folder with room"
         raise OSError(text) from None
     (folder / "config.json").write_text(to_json(config.to_json(), 2) + "\n")
@@ -70,7 +70,7 @@ class Checkpoint:
         self._check()
 
     def read(self, name: str, rank: int = 0, size: int = 1) -> np.ndarray:
-        """A copy of a weight as float32 (float64 stays); with `size` > 1 only the part of this rank."""
+        """Copy a weight as float32 (float64 stays); with `size` > 1 only the part of this rank."""
         stored, split = self.stored[name], self.expected[name].split
         whole = np.memmap(stored.file, DTYPES[stored.dtype], "r", stored.offset, stored.shape)
         if split is not None and size > 1:
@@ -81,7 +81,7 @@ class Checkpoint:
         return np.array(whole, np.float64 if stored.dtype == "F64" else np.float32)
 
     def _leave_out_prediction_layers(self) -> None:
-        """GLM-4.5 stores its multi-token-prediction layers behind the decoder's; the decoder has no use for them."""
+        """Leave out the multi-token-prediction layers, which GLM-4.5 stores behind the decoder's."""
         first = self.config.num_hidden_layers
         for name in list(self.stored):
             layer = re.match(r"model\.layers\.(\d+)\.", name)
@@ -89,23 +89,15 @@ class Checkpoint:
                 del self.stored[name]
 
     def _check(self) -> None:
-        expected = self.expected
+        expected = {name: weight.shape for name, weight in self.expected.items()}
         shapes = {name: stored.shape for name, stored in self.stored.items()}
-        faults = {
-            "missing": [name for name in expected if name not in shapes],
-            "not expected": [name for name in shapes if name not in expected],
-            "misshapen": [
-                f"{name} is {list(shapes[name])} instead of {list(weight.shape)}"
-                for name, weight in expected.items()
-                if shapes.get(name, weight.shape) != weight.shape
-            ],
-        }
-        found = [
-            f"{_first(names)} {what}" if what != "misshapen" else _first(names)
-            for what, names in faults.items()
-            if names
-        ]
-        if found:
+        wrong = [name for name, shape in expected.items() if shapes.get(name, shape) != shape]
+        faults = (
+            ([name for name in expected if name not in shapes], " missing"),
+            ([name for name in shapes if name not in expected], " not expected"),
+            ([f"{name} is {list(shapes[name])} instead of {list(expected[name])}" for name in wrong], ""),
+        )
+        if found := [f"{_first(names)}{what}" for names, what in faults if names]:
             raise ValueError(
                 f"checkpoint {self.folder}: {'; '.join(found)}; give a checkpoint whose weights fit its config.json"
             )
@@ -131,7 +123,7 @@ def _read_config(folder: Path) -> dict:
 
 
 def _read_header(file: Path) -> dict[str, Stored]:
-    """The names in a safetensors file: eight bytes of length, a JSON header, then the data."""
+    """Read the names in a safetensors file: eight bytes of length, a JSON header, then the data."""
     try:
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")

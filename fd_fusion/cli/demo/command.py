@@ -21,8 +21,7 @@ from fd_fusion.cli.demo.checkpoint import Checkpoint, write_checkpoint
 from fd_fusion.cli.demo.config import DecoderConfig
 from fd_fusion.cli.demo.rank import count_steps
 from fd_fusion.cli.demo.reference import Truth, make_truth
-from fd_fusion.cli.messages import Parser, progress_line, say
-from fd_fusion.cli.plain_json import to_json
+from fd_fusion.cli.messages import Parser, progress_line, say, to_json
 from fd_fusion.cli.processes.ranks import RanksFailed, free_ports, run_ranks
 from fd_fusion.cli.processes.run_folder import run_folder
 from fd_fusion.cli.processes.signals import ending_well
@@ -54,7 +53,7 @@ def main(argv: list[str]) -> int:
             return _demo(args)
     except ValueError as error:
         return say(error, 2)
-    except BrokenPipeError:  # nobody reads our output: the caller's business
+    except BrokenPipeError:  # no reader of our output: the caller handles it
         raise
     except FusionError as error:
         return say(error, 1)

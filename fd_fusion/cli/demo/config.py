@@ -78,7 +78,7 @@ class DecoderConfig:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> DecoderConfig:
-        """From the content of config.json; keys that the decoder does not read are passed over."""
+        """Read the content of config.json; pass over keys that the decoder does not read."""
         for key, allowed in FIXED.items():
             if data.get(key, allowed) != allowed:
                 raise ValueError(f"config.json: {key} is {data[key]!r}; the demo's decoder has {allowed!r} only")
@@ -93,7 +93,7 @@ class DecoderConfig:
         return {**about, **FIXED, **dataclasses.asdict(self)}
 
     def check_ranks(self, ranks: int, backend: str) -> None:
-        """Raises ValueError when so many ranks cannot split the decoder, or the backend takes no such rows."""
+        """Raise ValueError when so many ranks cannot split the decoder, or the backend takes no such rows."""
         if not 1 <= ranks <= MAX_RANKS:
             raise ValueError(f"--nproc {ranks}: give a number from 1 to {MAX_RANKS}")
         keys = ["num_attention_heads", "num_key_value_heads", "hidden_size", "intermediate_size"]
@@ -117,7 +117,7 @@ class Weight(NamedTuple):
 
 
 def expected_weights(config: DecoderConfig) -> dict[str, Weight]:
-    """Every weight name of a checkpoint of this config. Embedding, router, norms and lm_head are on every rank."""
+    """Return every weight of a checkpoint of this config. Embedding, router, norms and lm_head are on every rank."""
     hidden = config.hidden_size
     weights = {
         "model.embed_tokens.weight": Weight((config.vocab_size, hidden)),

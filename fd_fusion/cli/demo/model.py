@@ -56,7 +56,7 @@ class DemoAttention(nn.Layer):
             self.qk_norm = QKRMSNorm(size, self.heads, self.kv_heads, config.rms_norm_eps)
 
     def forward(self, x: paddle.Tensor, turn: Turn, cache: KVCache) -> paddle.Tensor:
-        """x [T, H] -> [T, H]."""
+        """Attend, x [T, H] -> [T, H]."""
         qkv = paddle.concat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], axis=-1)
         if self.qk_norm is not None:
             qkv = self.qk_norm(qkv)
@@ -81,7 +81,7 @@ def _rotate(x: paddle.Tensor, turn: Turn) -> paddle.Tensor:
 
 
 class DemoMLP(nn.Layer):
-    """down(silu(gate x) * up x). Without `reduce_results` the partial sum is left to the caller."""
+    """Compute down(silu(gate x) * up x). Without `reduce_results` the caller reduces the partial sum."""
 
     def __init__(self, hidden_size: int, intermediate_size: int, reduce_results: bool = True):
         super().__init__()
@@ -95,7 +95,7 @@ class DemoMLP(nn.Layer):
 
 
 class DemoRouter(nn.Layer):
-    """A weight for each row and expert, zero for those not chosen.
+    """Choose experts: a weight for each row and expert, zero for those not chosen.
 
     score = sigmoid(W x); the top k of score + correction bias are chosen; their scores, normalised, are the weights.
     """
@@ -107,7 +107,7 @@ class DemoRouter(nn.Layer):
         self.e_score_correction_bias = self.create_parameter([config.n_routed_experts], dtype="float32", is_bias=True)
 
     def forward(self, x: paddle.Tensor) -> paddle.Tensor:
-        """x [T, H] -> [T, experts] in float32."""
+        """Route x [T, H] -> [T, experts] in float32."""
         scores = F.sigmoid(x.astype("float32") @ self.weight.T)
         _, chosen = (scores + self.e_score_correction_bias).topk(self.config.num_experts_per_tok, axis=-1)
         weights = paddle.take_along_axis(scores, chosen, axis=-1)
@@ -118,7 +118,7 @@ class DemoRouter(nn.Layer):
 
 
 class DemoMoE(nn.Layer):
-    """Shared + routed experts: their partial sums are added, and reduced once."""
+    """Add the partial sums of shared and routed experts, and reduce once."""
 
     site = None
 
@@ -148,7 +148,7 @@ class DemoDecoderLayer(nn.Layer):
         self.mlp = DemoMLP(hidden, config.intermediate_size) if config.is_dense(layer) else DemoMoE(config)
 
     def forward(self, x, residual, turn, cache):
-        """x is the last block's output, not yet added to the residual; both [T, H]."""
+        """Run the layer. x is the last block's output, not yet added to the residual; both [T, H]."""
         x, residual = self.input_layernorm(x, residual)
         x, residual = self.post_attention_layernorm(self.self_attn(x, turn, cache), residual)
         return self.mlp(x), residual
@@ -163,7 +163,7 @@ class DemoDecoder(nn.Layer):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, tokens: paddle.Tensor, cache: KVCache) -> paddle.Tensor:
-        """tokens [T] -> normalised hidden states [T, H]."""
+        """Decode tokens [T] -> normalised hidden states [T, H]."""
         rotary = self.config.rotary_dim
         steps = self.config.rope_theta ** (-paddle.arange(0, rotary, 2, dtype="float64") / rotary)
         positions = paddle.arange(cache.length, cache.length + tokens.shape[0], dtype="float64")
@@ -185,7 +185,7 @@ class DemoForCausalLM(nn.Layer):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias_attr=False)
 
     def forward(self, tokens: paddle.Tensor, cache: KVCache) -> paddle.Tensor:
-        """tokens [T] int64, appended to the cache -> logits [T, vocabulary]."""
+        """Append tokens [T] int64 to the cache -> logits [T, vocabulary]."""
         return self.lm_head(self.model(tokens, cache))
 
 

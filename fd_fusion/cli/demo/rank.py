@@ -18,12 +18,12 @@ from fd_fusion.comm.group import Group
 
 
 def count_steps(decode_steps: int) -> int:
-    """How many steps of progress a rank reports: start, load, two runs of 1 + decode_steps forwards, bind."""
+    """Count the steps of progress of a rank: start, load, two runs of 1 + decode_steps forwards, bind."""
     return 3 + 2 * (1 + decode_steps)
 
 
 def run(job: dict[str, Any], group: Group) -> dict[str, Any]:
-    """Returns the logits and times of both runs, bind's report, and whether the weights stayed the same."""
+    """Return the logits and times of both runs, bind's report, and whether the weights stayed the same."""
     from fd_fusion.frameworks.paddle_runtime import require_paddle
 
     paddle = require_paddle()
@@ -66,12 +66,12 @@ def _compare_runs(model: Any, job: dict, tokens: list[int], progress: Progress) 
     counts = [line.calls.copy() for line in report.sites]
     bound = decode(model, tokens, job["prompt_len"], progress)
     check()
-    told = report.to_dict()
-    for site, line, count in zip(told["sites"], report.sites, counts):
+    data = report.to_dict()
+    for site, line, count in zip(data["sites"], report.sites, counts):
         site["calls"] = dict(line.calls - count)
     unbind(model)
     return {
-        "report": told,
+        "report": data,
         "weights": {"bound": bound_weights == before, "unbound": fingerprint(model) == before},
         "stock": stock,
         "bound": bound,
@@ -79,7 +79,7 @@ def _compare_runs(model: Any, job: dict, tokens: list[int], progress: Progress) 
 
 
 def two_rows(model: Any, tokens: list[int]) -> tuple[Any, ...]:
-    """A forward of two rows on a cache of its own: bind's proving pass."""
+    """Run a forward of two rows on a cache of its own: bind's proving pass."""
     import paddle
 
     from fd_fusion.cli.demo.model import KVCache
@@ -88,7 +88,7 @@ def two_rows(model: Any, tokens: list[int]) -> tuple[Any, ...]:
 
 
 def decode(model: Any, tokens: list[int], prompt_len: int, progress: Progress) -> dict[str, Any]:
-    """Prefill, then a step for each further token. Logits [1 + steps, vocabulary] as float32 in hex, times in ms."""
+    """Prefill, then step for each further token. Logits [1 + steps, vocabulary] as float32 in hex, times in ms."""
     import numpy as np
     import paddle
 
@@ -104,7 +104,7 @@ def decode(model: Any, tokens: list[int], prompt_len: int, progress: Progress) -
 
 
 def fingerprint(model: Any) -> dict[str, list[Any]]:
-    """Identity, dtype, shape and a hash of the bits of every weight, by its key in the state dict."""
+    """Return identity, dtype, shape and a hash of the bits of every weight, by its key in the state dict."""
     return {
         key: [id(weight), str(weight.dtype), list(weight.shape), hashlib.sha256(weight.numpy().tobytes()).hexdigest()]
         for key, weight in model.state_dict().items()

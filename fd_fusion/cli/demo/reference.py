@@ -18,7 +18,7 @@ class ReferenceDecoder:
     """The decoder of a checkpoint in one dtype.
 
     A product with a row-parallel weight is a sum of `parts` products, as that many ranks compute it. `margin` is the
-    smallest gap seen between an expert that was chosen and one that was not: where it is near the rounding error,
+    smallest gap between an expert that was chosen and one that was not: where it is near the rounding error,
     another run may route otherwise.
     """
 
@@ -28,7 +28,7 @@ class ReferenceDecoder:
     margin: float = field(default=np.inf)
 
     def logits(self, tokens: list[int]) -> np.ndarray:
-        """[T, vocabulary], for every position of the sequence."""
+        """Return the logits of every position of the sequence, [T, vocabulary]."""
         config = self.checkpoint.config
         x = self._w("model.embed_tokens.weight")[tokens]
         for layer in range(config.num_hidden_layers):

@@ -1,4 +1,4 @@
-"""The demo's judgement: what the runs differ by, whether that is within budget, and how it is told."""
+"""The demo's judgement: what the runs differ by, whether that is within budget, and the lines for people."""
 
 from __future__ import annotations
 
@@ -53,12 +53,12 @@ def _unpack(text: str, truth: Truth) -> np.ndarray:
 
 
 def _difference(got: np.ndarray, want: np.ndarray) -> float:
-    """The largest difference; inf where one of them is not a number, so that it is in no budget."""
+    """Return the largest difference; inf where one of them is not a number, so that it is in no budget."""
     return float(np.nan_to_num(np.abs(got - want), nan=np.inf).max())
 
 
 def lines(outcome: dict[str, Any]) -> list[str]:
-    """What the demo prints."""
+    """Return the lines that the demo prints."""
     return [
         _headline(outcome["decoder"], outcome["nproc"]),
         "",
@@ -82,7 +82,7 @@ def _headline(decoder: dict[str, Any], nproc: int) -> str:
 
 
 def _sites(report: dict[str, Any]) -> list[str]:
-    """One line a pair: its backend and limit, or why it is off; and one for the q and k norms."""
+    """Return one line a pair: its backend and limit, or why it is off; and one for the q and k norms."""
     rows = [(site["name"], site["backend"], _limit(site["limit"])) for site in report["sites"]]
     rows += [(one["name"], "stock", _why(one)) for one in report["rejected"]]
     if report["off"]:
@@ -133,9 +133,9 @@ def _verdict(outcome: dict[str, Any]) -> str:
 
 
 def _faults(outcome: dict[str, Any]) -> list[str]:
-    """Why the numbers do not agree. With a budget that is no number, nothing agrees."""
+    """Return why the numbers do not agree. With a budget that is no number, nothing agrees."""
     if not np.isfinite(outcome["budget"]):
-        return ["the exact result, or the same in float32, holds NaN or Inf; look at the weights"]
+        return ["the exact result, or the same in float32, holds NaN or Inf; check the weights"]
     faults = [
         f"the {run} run is out of budget" for run in RUNS if not outcome["difference"][run] <= outcome["budget"]
     ]

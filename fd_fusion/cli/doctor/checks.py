@@ -31,17 +31,17 @@ class CheckResult:
 
 
 def of_reason(topic: str, name: str, state: str, reason: Reason, **data: Any) -> CheckResult:
-    """A result that says what a reason of the package says."""
+    """Make a result of a reason of the package."""
     return CheckResult(topic, name, state, str(reason), reason.remedy, {"code": reason.code, **data})
 
 
 def run_checks(topic: str, probe: Callable[[], Iterable[CheckResult]], state: str = "warn") -> list[CheckResult]:
-    """What `probe` finds. A probe that fails is a result too, of this state: the others still run."""
+    """Run the checks of `probe`. A probe that fails is a result too, of this state: the others still run."""
     found: list[CheckResult] = []
     try:
         found.extend(probe())
     except Exception as error:  # becomes a sentence of the report
-        text = f"{topic} could not be looked at: {type(error).__name__}: {error}"
+        text = f"{topic} could not be checked: {type(error).__name__}: {error}"
         remedy = "fix what the sentence names" if state == "broken" else ""
         found.append(CheckResult(topic, probe.__name__.strip("_<>"), state, text, remedy))
     return found

@@ -1,4 +1,4 @@
-"""What can only be seen by importing: in child processes, since an import may fail, hang or end its process."""
+"""The checks that import packages: in child processes, since an import may fail, hang or end its process."""
 
 from __future__ import annotations
 
@@ -25,24 +25,25 @@ from fd_fusion.tuning import table as tuning_table
 
 _MARK = "fd_fusion doctor: "
 _FUSING = {"cpu": ("triton",), "gpu": ("triton", "flashinfer")}  # those with a kernel
+LAUNCHED_ROWS = {"cpu": (1, 3), "gpu": (1, 5, 64)}  # T of each call of the launch
 
 
 def ask(what: str, *args: Any, timeout_s: float = 120) -> list[CheckResult]:
-    """The results of one of `PROBES`, run in a child process. A child that dies is a result."""
+    """Run one of `PROBES` in a child process, and return its results. A child that dies is a result."""
     with asking(what, *args, timeout_s=timeout_s) as answer:
         return answer()
 
 
 @contextlib.contextmanager
 def asking(what: str, *args: Any, timeout_s: float = 120) -> Iterator[Callable[[], list[CheckResult]]]:
-    """Start such a child now; what comes out waits for its results. It ends with the block, whatever it imports."""
+    """Start such a child now; the function that is yielded waits for its results. It ends with the block."""
     command = [sys.executable, "-W", "ignore", "-m", "fd_fusion.cli.doctor.child", what, *map(str, args)]
     pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with contextlib.ExitStack() as stack:
         with held_back():
             child = stack.enter_context(subprocess.Popen(command, env=child_environment(), text=True, **pipes))
             stack.callback(child.kill)  # does nothing to one that has ended
-        deadline = time.monotonic() + timeout_s  # of all that are asked at once, though they are heard in turn
+        deadline = time.monotonic() + timeout_s  # of all children that run at once, though they are read in turn
         yield lambda: _answer(child, what, timeout_s, deadline)
 
 
@@ -60,18 +61,18 @@ def _answer(child: subprocess.Popen, what: str, timeout_s: float, deadline: floa
 
 
 def _failed(what: str) -> str:
-    """The state of a probe that came to no answer: nothing works without the framework."""
+    """Return the state of a probe that came to no answer: nothing works without the framework."""
     return "broken" if what == "framework" else "warn"
 
 
 def spec_for(size: int, device: str, arch: int | None, rank: int = 0) -> OpSpec:
-    """The pair that `doctor` asks about and launches: bfloat16, H=4096 on a GPU, 256 under the interpreter."""
+    """Return the pair that `doctor` asks about and launches: bfloat16, H=4096 on a GPU, 256 under the interpreter."""
     hidden_size = 4096 if device == "gpu" else 256
     return OpSpec(rank, size, hidden_size, "bfloat16", device=device, arch=arch)
 
 
 def framework(size: str) -> Iterator[CheckResult]:
-    """Paddle, or torch where there is no Paddle: its devices, and which backends say yes."""
+    """Check Paddle, or torch where there is no Paddle: its devices, and which backends can run."""
     try:
         module = paddle_or_torch()
     except ImportError as error:
@@ -84,9 +85,9 @@ def framework(size: str) -> Iterator[CheckResult]:
     data = {"name": module.__name__, "version": module.__version__, "device": device, "arch": arch, "gpus": count}
     yield CheckResult("framework", "import", "ok", f"{name} imports: {where}", data=data)
     listed = [] if count else (tool("nvidia-smi", "-L") or "").splitlines()
-    if seen := sum(line.startswith("GPU ") for line in listed):
-        remedy = "install a build for GPUs, with a CUDA that the driver knows, and look at CUDA_VISIBLE_DEVICES"
-        yield CheckResult("framework", "gpus", "off", f"{name} sees none of this machine's GPUs ({seen})", remedy)
+    if gpus := sum(line.startswith("GPU ") for line in listed):
+        remedy = "install a build for GPUs, with a CUDA that the driver knows, and check CUDA_VISIBLE_DEVICES"
+        yield CheckResult("framework", "gpus", "off", f"{name} sees none of this machine's GPUs ({gpus})", remedy)
     spec = spec_for(int(size), device, arch)
     yield from run_checks("framework", lambda: _memory(module, spec))
     yield from run_checks("framework", lambda: _table(module, spec))
@@ -94,7 +95,7 @@ def framework(size: str) -> Iterator[CheckResult]:
 
 
 def _memory(framework: Any, spec: OpSpec) -> Iterator[CheckResult]:
-    """The room that is left on the GPU, against what a workspace takes."""
+    """Compare the room that is left on the GPU with what a workspace takes."""
     if spec.device == "cpu":
         return
     free, total = (part >> 20 for part in framework.cuda.mem_get_info())
@@ -107,7 +108,7 @@ def _memory(framework: Any, spec: OpSpec) -> Iterator[CheckResult]:
 
 
 def _table(framework: Any, spec: OpSpec) -> Iterator[CheckResult]:
-    """Whether `bind` would find a measurement of this machine."""
+    """Check whether `bind` would find a measurement of this machine."""
     if spec.device == "cpu":
         return
     path = tuning_table.table_path()
@@ -127,7 +128,7 @@ def _table(framework: Any, spec: OpSpec) -> Iterator[CheckResult]:
 
 
 def _backends(spec: OpSpec) -> Iterator[CheckResult]:
-    """Each backend's own answer. Fusion is off where none of those that count here says yes."""
+    """Ask each backend. Fusion is off where none of those with a kernel can run."""
     refused = {}
     for name in BACKENDS[1:]:
         _, reason = load_backend(name, [spec])
@@ -138,11 +139,11 @@ def _backends(spec: OpSpec) -> Iterator[CheckResult]:
             yield CheckResult("backends", name, "note", f"{name}: no: {reason}", reason.remedy, {"code": reason.code})
     if all(name in refused for name in _FUSING[spec.device]):
         first = refused[_FUSING[spec.device][0]]
-        yield CheckResult("backends", "any", "off", f"no backend can fuse here: {first}", first.remedy)
+        yield CheckResult("backends", "any", "off", f"no backend can fuse on this machine: {first}", first.remedy)
 
 
 def flashinfer() -> Iterator[CheckResult]:
-    """Whether FlashInfer imports under the framework that runs here, and has its kernel."""
+    """Check whether FlashInfer imports under the framework of this machine, and has its kernel."""
     from fd_fusion.backends.flashinfer import loader
 
     paddle_or_torch()
@@ -158,7 +159,7 @@ def flashinfer() -> Iterator[CheckResult]:
 
 
 def fastdeploy() -> Iterator[CheckResult]:
-    """FastDeploy's own plugin loading, and which of its decoders could be bound."""
+    """Check FastDeploy's own plugin loading, and which of its decoders could be bound."""
     host = importlib.import_module("fastdeploy")
     version = getattr(host, "__version__", "unknown")
     yield CheckResult("fastdeploy", "import", "ok", f"FastDeploy {version} imports", data={"version": version})
@@ -186,7 +187,7 @@ def fastdeploy() -> Iterator[CheckResult]:
         if name in DECODERS and not reads_in_layer(value.forward)
     }
     known = sorted(classes)
-    text = f"decoders that can be bound: {', '.join(known)}" if known else "none of its decoders is known here"
+    text = f"decoders that can be bound: {', '.join(known)}" if known else "fd_fusion knows none of its decoders"
     yield CheckResult("fastdeploy", "decoders", "ok" if known else "off", text, data={"decoders": known})
 
 

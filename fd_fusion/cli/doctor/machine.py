@@ -1,4 +1,4 @@
-"""The machine, as the system and NVIDIA's own tools tell it: no framework is imported."""
+"""The machine, read from the system and NVIDIA's own tools: no framework is imported."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Tool = Callable[..., "str | None"]
 
 
 def tool(*command: str) -> str | None:
-    """What a command prints; None where there is none, where it fails, or takes too long."""
+    """Return what a command prints; None where there is none, where it fails, or takes too long."""
     if shutil.which(command[0]) is None:
         return None
     try:
@@ -49,7 +49,7 @@ def _gpus(tool: Tool) -> CheckResult:
     rows = [[part.strip() for part in line.split(",")] for line in (text or "").splitlines() if line.strip()]
     gpus = [{"name": r[0], "total_mib": _int(r[1]), "free_mib": _int(r[2])} for r in rows if len(r) == 4]
     if not gpus:
-        return CheckResult(TOPIC, "gpus", "note", "no NVIDIA GPU or no driver here: a CPU run", data={"gpus": []})
+        return CheckResult(TOPIC, "gpus", "note", "no NVIDIA GPU or no driver: a CPU run", data={"gpus": []})
     driver = rows[0][3]
     names = ", ".join(f"{gpu['name']} ({gpu['free_mib']} of {gpu['total_mib']} MiB free)" for gpu in gpus)
     return CheckResult(TOPIC, "gpus", "ok", f"driver {driver}; {names}", data={"driver": driver, "gpus": gpus})
@@ -66,12 +66,12 @@ def _toolkit(tool: Tool) -> CheckResult:
 
 
 def _peers(tool: Tool) -> CheckResult:
-    """Which GPUs can write into which: `nvidia-smi topo -p2p w`, a matrix of OK, CNS, NS ..."""
+    """Check which GPUs can write into which: `nvidia-smi topo -p2p w`, a matrix of OK, CNS, NS ..."""
     rows = _matrix(tool("nvidia-smi", "topo", "-p2p", "w"), r"X|OK|CNS|GNS|TNS|NS|DR|U")
     bad = [f"{gpu}-GPU{i}" for gpu, row in rows.items() for i, cell in enumerate(row) if cell not in ("X", "OK")]
     data = {"matrix": rows}
     if not rows:
-        text = "nvidia-smi does not show its P2P matrix; the launch below tells"
+        text = "nvidia-smi does not show its P2P matrix; the launch below shows it"
         return CheckResult(TOPIC, "p2p", "note", text, data=data)
     if bad:
         remedy = "use GPUs with P2P between them; in a virtual machine or with IOMMU on, ask for ACS to be disabled"
@@ -92,7 +92,7 @@ def _links(tool: Tool) -> CheckResult:
 
 
 def _matrix(text: str | None, cell: str) -> dict[str, list[str]]:
-    """The rows GPU0, GPU1 ... of a matrix of nvidia-smi, one cell for each GPU."""
+    """Return the rows GPU0, GPU1 ... of a matrix of nvidia-smi, one cell for each GPU."""
     rows = {}
     for line in (text or "").splitlines():
         first, *cells = re.sub(r"\x1b\[[\d;]*m", "", line).split() or [""]
@@ -115,7 +115,7 @@ def _confidential(tool: Tool) -> Iterator[CheckResult]:
 
 
 def _allocator(environ: Mapping[str, str]) -> Iterator[CheckResult]:
-    """Expandable segments: memory of such a pool has no IPC handle. Ours comes from cuMemAlloc, so it is unharmed."""
+    """Warn of expandable segments: such memory has no IPC handle. Ours comes from cuMemAlloc, and is unharmed."""
     names = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "PADDLE_CUDA_ALLOC_CONF")
     for name in names:
         if re.search(r"expandable_segments\s*:\s*true", environ.get(name, ""), re.I):

@@ -1,4 +1,4 @@
-"""What is installed, read from the packages' metadata: nothing is imported."""
+"""The installed packages, read from their metadata: nothing is imported."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SourceOf = Callable[[str], "str | None"]
 
 
 def version_of(distribution: str) -> str | None:
-    """The installed version of a distribution, or None."""
+    """Return the installed version of a distribution, or None."""
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
@@ -38,13 +38,13 @@ def version_of(distribution: str) -> str | None:
 
 
 def source_of(module: str) -> str | None:
-    """The folder on the path in which a package lies, whether a distribution put it there or nobody, or None."""
+    """Return the folder on the path in which a package lies, with or without a distribution, or None."""
     spec = importlib.util.find_spec(module)
     return str(Path(next(iter(spec.submodule_search_locations))).parent) if spec else None
 
 
 def packages(version_of: VersionOf = version_of, source_of: SourceOf = source_of) -> Iterator[CheckResult]:
-    """Check every package that matters here."""
+    """Check every package that fusion may need."""
     yield CheckResult(
         TOPIC, "python", "ok", f"Python {sys.version.split()[0]}", data={"version": sys.version.split()[0]}
     )
@@ -80,13 +80,13 @@ def _paddle(versions: dict[str, str | None], torch: str | None) -> CheckResult:
 
 
 def _flashinfer(version_of: VersionOf) -> CheckResult:
-    """FlashInfer is three packages that must be of one version: its Python calls its kernels by position."""
+    """Check FlashInfer's packages, which must be of one version: its Python calls its kernels by position."""
     found = {name: v for name in (*_FLASHINFER, *_FLASHINFER_PARTS) if (v := version_of(name))}
     if not any(name in found for name in _FLASHINFER):
         return CheckResult(TOPIC, "flashinfer", "note", "FlashInfer is not installed: fine, triton needs none of it")
     if len({version.split("+")[0] for version in found.values()}) > 1:
-        told = ", ".join(f"{name} {version}" for name, version in found.items())
-        return of_reason(TOPIC, "flashinfer", "warn", because("flashinfer_mixed", versions=told), versions=found)
+        versions = ", ".join(f"{name} {version}" for name, version in found.items())
+        return of_reason(TOPIC, "flashinfer", "warn", because("flashinfer_mixed", versions=versions), versions=found)
     text = ", ".join(f"{name} {version}" for name, version in found.items())
     return CheckResult(TOPIC, "flashinfer", "ok", text, data={"versions": found})
 

@@ -10,22 +10,20 @@ from typing import Any
 import numpy as np
 
 from fd_fusion import reference
-from fd_fusion.cli.doctor.child import spec_for
-from fd_fusion.cli.processes.ranks import rank_main
+from fd_fusion.cli.doctor.child import LAUNCHED_ROWS, spec_for
+from fd_fusion.cli.processes.ranks import Progress, rank_main
 from fd_fusion.comm.group import Group, working
 from fd_fusion.frameworks.tensors import numbers, place, tensor
 from fd_fusion.spec import FusedOp, OpSpec
 
-_ROWS = {"cpu": (1, 3), "gpu": (1, 5, 64)}
-
 
 def run(job: dict[str, Any], group: Group) -> dict[str, Any]:
-    """Returns: worst error over its budget (at most 1 is right), a digest of all bits, whether the device counted
-    as many rows as were asked for, what the workspace took.
+    """Return worst error over its budget (at most 1 is right), a digest of all bits, whether the device counted as
+    many rows as were asked for, what the workspace took.
     """
     from fd_fusion.backends import triton as backend
 
-    framework, device, arch = place(group.rank)
+    progress, (framework, device, arch) = Progress(), place(group.rank)
     spec = spec_for(group.size, device, arch, group.rank)
     start = time.monotonic()
     with working(group):
@@ -33,20 +31,21 @@ def run(job: dict[str, Any], group: Group) -> dict[str, Any]:
     try:
         opened_s = time.monotonic() - start
         worst, digest, before = 0.0, hashlib.sha256(), op.stats()["device"]["rows"]
-        for rows in _ROWS[device]:
+        for rows in LAUNCHED_ROWS[device]:
             error, bits = one_call(framework, op, spec, rows)
+            progress.step()
             worst = max(worst, error)
             digest.update(bits)
         op.check()
         counted = op.stats()["device"]["rows"] - before
-        right = {"worst": worst, "digest": digest.hexdigest(), "counted": counted == sum(_ROWS[device])}
+        right = {"worst": worst, "digest": digest.hexdigest(), "counted": counted == sum(LAUNCHED_ROWS[device])}
         return {**right, "bytes": op.bytes, "opened_s": opened_s}
     finally:
         op.close()
 
 
 def one_call(framework: Any, op: FusedOp, spec: OpSpec, rows: int) -> tuple[float, bytes]:
-    """One fused call on known numbers: (error over budget, the bits of both outputs)."""
+    """Make one fused call on known numbers: (error over budget, the bits of both outputs)."""
     partials, residual, weight = _values(spec, rows)
     arrays = partials[spec.rank], residual, weight
     got = op.finish(*(tensor(framework, x, spec.dtype, spec.device) for x in arrays), spec.eps, 0.0)
@@ -73,7 +72,7 @@ def _values(spec: OpSpec, rows: int) -> tuple[list[np.ndarray], np.ndarray, np.n
 
 
 def _plain(partials: list, residual: np.ndarray, weight: np.ndarray, spec: OpSpec) -> tuple[np.ndarray, np.ndarray]:
-    """What an all-reduce and a norm in the same dtype give, every sum rounded: the measure of the budget."""
+    """Return what an all-reduce and a norm in the same dtype give, every sum rounded: the measure of the budget."""
     total = partials[0]
     for part in [*partials[1:], residual]:
         total = reference.round_to(total + part, spec.dtype).astype(np.float32)

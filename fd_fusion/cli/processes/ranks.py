@@ -30,7 +30,7 @@ _POLL_S = 0.02
 
 
 class RanksFailed(RuntimeError):
-    """The ranks came to no result: one sentence that names a rank. `log` is the end of what it wrote."""
+    """The ranks came to no result: one sentence that names a rank. `log` is the end of that rank's log."""
 
     def __init__(self, sentence: str, log: str = ""):
         super().__init__(sentence)
@@ -97,8 +97,9 @@ class Progress:
     def __init__(self) -> None:
         self._path, self._done = Path(sys.argv[1], f"progress.{sys.argv[2]}"), 0
 
-    def step(self) -> None:
-        self._done += 1
+    def step(self, to: int | None = None) -> None:
+        """Count one step, or set the number of steps."""
+        self._done = self._done + 1 if to is None else to
         write_whole(self._path, str(self._done))
 
 
@@ -171,7 +172,7 @@ def _wait(
 def _no_progress(
     stopped: list[int], running: list[int], done: list[int], timeout_s: float, folder: Path
 ) -> RanksFailed:
-    """One of those that are furthest behind holds the others up."""
+    """Name a rank that is furthest behind: it holds the others up."""
     named = stopped or [rank for rank in running if done[rank] == min(done[r] for r in running)]
     who = f"rank {named[0]} was" if len(named) == 1 else f"ranks {', '.join(map(str, named))} were"
     how = "stopped" if stopped else "not done"
@@ -179,7 +180,7 @@ def _no_progress(
 
 
 def _is_stopped(process: subprocess.Popen) -> bool:
-    """Whether a signal stopped the process, as SIGSTOP does. The process's end stays for `poll` to read."""
+    """Return whether a signal stopped the process, as SIGSTOP does. The process's end stays for `poll` to read."""
     with contextlib.suppress(ChildProcessError):  # it has ended meanwhile
         return os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOHANG | os.WNOWAIT) is not None
     return False

@@ -20,16 +20,17 @@ _LOCK = ".lock"  # held by the process whose folder it is; the kernel lets go wh
 
 @contextlib.contextmanager
 def run_folder(name: str = "") -> Iterator[Path]:
-    """A new folder under TMPDIR, removed at the end of the block. Raises: OSError: it cannot be made, or is full."""
+    """Make a folder under TMPDIR, removed at the end of the block. Raises: OSError: it cannot be made, or is full."""
     remove_old()
     folder = Path(tempfile.mkdtemp(prefix=PREFIX + name))
     try:
-        if shutil.disk_usage(folder).free < _ROOM_BYTES:  # a rank would die without a word, its log being there too
-            told = "there is no room for a run; set TMPDIR to a folder with some"
-            raise OSError(errno.ENOSPC, told, str(folder.parent))
+        # A rank on a full disk would die without a sentence: its log is in this folder too.
+        if shutil.disk_usage(folder).free < _ROOM_BYTES:
+            text = "there is no room for a run; set TMPDIR to a folder with some"
+            raise OSError(errno.ENOSPC, text, str(folder.parent))
         with open(folder / f"{_LOCK}.part", "wb") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            os.rename(lock.name, folder / _LOCK)  # never seen without its owner
+            os.rename(lock.name, folder / _LOCK)  # so it has its owner from the start
             yield folder
     finally:
         with undisturbed():

@@ -13,20 +13,20 @@ _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 @contextlib.contextmanager
 def ending_well() -> Iterator[None]:
-    """SIGTERM, and SIGHUP of a terminal that closes, as an exit, so that `finally` runs. What is ignored stays so."""
-    with _handling(heard(signal.SIGTERM, signal.SIGHUP), lambda got, _: sys.exit(128 + got)):
+    """Exit on SIGTERM, and on SIGHUP of a terminal that closes, so that `finally` runs; what is ignored stays so."""
+    with _handling(not_ignored(signal.SIGTERM, signal.SIGHUP), lambda got, _: sys.exit(128 + got)):
         yield
 
 
 @contextlib.contextmanager
 def held_back() -> Iterator[None]:
-    """A signal that comes while this block starts a process arrives after it, when the process has a name.
+    """Hold back a signal until this block has started a process, which then has a name.
 
-    Inside `Popen` it would leave a child that nobody can end. What is ignored stays ignored, by the child too.
+    A signal inside `Popen` would leave a child that no one ends. What is ignored stays ignored, by the child too.
     """
     came: list[int] = []
     try:
-        with _handling(heard(*_ENDING), lambda got, _: came.append(got)):
+        with _handling(not_ignored(*_ENDING), lambda got, _: came.append(got)):
             yield
     finally:
         if came:
@@ -35,13 +35,13 @@ def held_back() -> Iterator[None]:
 
 @contextlib.contextmanager
 def undisturbed() -> Iterator[None]:
-    """While cleaning up, a second Ctrl-C is ignored."""
+    """Ignore a second Ctrl-C while cleaning up."""
     with _handling(_ENDING, signal.SIG_IGN):
         yield
 
 
-def heard(*numbers: int) -> list[int]:
-    """Those that are not ignored, as nohup has SIGHUP ignored."""
+def not_ignored(*numbers: int) -> list[int]:
+    """Return the signals that are not ignored, as nohup has SIGHUP ignored."""
     return [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
 
 

@@ -1,4 +1,4 @@
-"""Processes that end with the one that started them, whatever ends that one, and see nothing of a job around it."""
+"""Processes that end with the one that started them, whatever ends that one, and are in no job of it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import fd_fusion
 
 PARENT = "FD_FUSION_PARENT"  # the id of the process that a child must not outlive
 _PR_SET_PDEATHSIG = 1
-# What a launcher reads, or has told its ranks: with PADDLE_NNODES=2, one of ours would wait for a second machine.
+# What a launcher reads, or passes to its ranks: with PADDLE_NNODES=2, one of ours would wait for a second machine.
 _OF_A_JOB = (
     "PADDLE_",
     "MASTER_",
@@ -26,17 +26,17 @@ _OF_A_JOB = (
 
 
 def child_environment(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """The environment of a child that imports this very package and is no part of a job that this process is in."""
+    """Return the environment of a child that imports this package and is in no job of this process."""
     env = {name: value for name, value in environ.items() if not name.startswith(_OF_A_JOB)}
-    home = str(Path(fd_fusion.__file__).parent.parent)
-    env["PYTHONPATH"] = os.pathsep.join(filter(None, [home, environ.get("PYTHONPATH")]))
+    folder = str(Path(fd_fusion.__file__).parent.parent)
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, [folder, environ.get("PYTHONPATH")]))
     return {**env, PARENT: str(os.getpid())}
 
 
 def end_with_parent(by: signal.Signals = signal.SIGKILL) -> None:
-    """Have the kernel end this process when its parent is gone, or the thread of the parent that started it.
+    """Have the kernel end this process with its parent, or with the thread of the parent that started it.
 
-    The parent is the one that `PARENT` tells; where that tells none, nothing is done.
+    The parent is the one in the variable `PARENT`; without it nothing is done.
     """
     parent = int(os.environ.get(PARENT, 0))
     if not parent:
@@ -47,7 +47,7 @@ def end_with_parent(by: signal.Signals = signal.SIGKILL) -> None:
 
 
 def main() -> None:
-    """`python -m fd_fusion.cli.processes.tied [--term] COMMAND ...`: become that command, which knows not.
+    """Become the command of `python -m fd_fusion.cli.processes.tied [--term] COMMAND ...`.
 
     It stays tied: it is killed, or with --term asked to end, as a server that has processes of its own to end.
     """

@@ -9,13 +9,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from fd_fusion import __version__
 from fd_fusion.cli.doctor import child as doctor_child
-from fd_fusion.cli.messages import Parser, progress_line, say
-from fd_fusion.cli.plain_json import to_json
+from fd_fusion.cli.messages import Parser, progress_line, say, to_json
 from fd_fusion.cli.processes.ranks import RanksFailed, free_ports, run_ranks
 from fd_fusion.cli.processes.signals import ending_well
 from fd_fusion.cli.tune import limits as tune_limits
@@ -38,8 +38,8 @@ def main(argv: list[str]) -> int:
     try:
         FusionConfig(workspace_mb=args.workspace_mb, timeout_s=args.timeout_s)  # has the bounds of both
         plan_for(args.nproc, args.hidden_size, args.dtype)  # refuses a hidden size that no kernel takes
-        with ending_well(), progress_line(f"measuring on {args.nproc} ranks"):
-            outcome = tune(args)
+        with ending_well(), progress_line(f"starting {args.nproc} ranks") as show:
+            outcome = tune(args, show)
     except ValueError as error:
         parser.error(str(error))
     except BlockingIOError:
@@ -71,8 +71,8 @@ def _parser() -> Parser:
     return parser
 
 
-def tune(args: argparse.Namespace) -> dict[str, Any]:
-    """Measure, and store the limits if the rival was measured too.
+def tune(args: argparse.Namespace, show: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
+    """Measure, and store the limits if the rival was measured too. `show` gets the measurements, n of m.
 
     Raises: ValueError: bad rows. RanksFailed: a rank failed. OSError: the table cannot be kept.
     """
@@ -87,7 +87,7 @@ def tune(args: argparse.Namespace) -> dict[str, Any]:
     # Held while measuring, so that no two disturb each other; and a folder that cannot be written shows at once.
     with table_lock(path) if mode == "gpu" else contextlib.nullcontext():
         try:
-            results = _measure(args, mode, rows)
+            results = _measure(args, mode, rows, show)
         except OSError as error:  # not the table's
             raise RanksFailed(f"the ranks could not be started: {error}") from None
         times = tune_limits.merge([_numbered(one["times"]) for one in results])
@@ -121,7 +121,9 @@ def _framework() -> dict[str, Any]:
     return here.data
 
 
-def _measure(args: argparse.Namespace, mode: str, rows: list[int]) -> list[dict[str, Any]]:
+def _measure(
+    args: argparse.Namespace, mode: str, rows: list[int], show: Callable[[str], None]
+) -> list[dict[str, Any]]:
     job = {
         "ranks": args.nproc,
         "hidden_size": args.hidden_size,
@@ -133,10 +135,15 @@ def _measure(args: argparse.Namespace, mode: str, rows: list[int]) -> list[dict[
         "ports": free_ports(1 + args.nproc),
     }
     limit_s = (120 if mode == "cpu" else 900) + 10 * args.timeout_s  # FlashInfer may have to compile
-    if mode == "cpu":
-        return run_ranks("tune.rank", args.nproc, job, timeout_s=limit_s, env={"TRITON_INTERPRET": "1"})
     env = {"CUDA_MODULE_LOADING": "EAGER", "CUDA_DEVICE_MAX_CONNECTIONS": "32"}
-    return run_ranks("tune.rank", args.nproc, job, timeout_s=limit_s, env=env)
+    env = {"TRITON_INTERPRET": "1"} if mode == "cpu" else env
+    total = len(rows) * len(tune_limits.COLUMNS)
+
+    def watch(done: list[int]) -> bool:
+        show(f"measuring on {args.nproc} ranks, {min(done)} of {total}")
+        return False
+
+    return run_ranks("tune.rank", args.nproc, job, timeout_s=limit_s, env=env, watch=watch)
 
 
 def _store(outcome: dict[str, Any], limits: Limits, path: Path) -> None:

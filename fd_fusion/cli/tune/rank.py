@@ -17,7 +17,7 @@ import numpy as np
 
 from fd_fusion.binding.backend_selection import load_backend
 from fd_fusion.cli.doctor.rank import one_call
-from fd_fusion.cli.processes.ranks import rank_main
+from fd_fusion.cli.processes.ranks import Progress, rank_main
 from fd_fusion.cli.tune.rival import Rival, open_rivals, told
 from fd_fusion.comm.group import Group, working
 from fd_fusion.comm.vote import Vote, agree
@@ -34,17 +34,19 @@ _COLUMNS = {"one_shot": ("triton", NEVER), "two_shot": ("triton", 1), "flashinfe
 
 def run(job: dict[str, Any], group: Group) -> dict[str, Any]:
     """Returns {"times": {column: {rows: us}}, "skipped": {column: why}, "rival": what "unfused" is, "gpu": name}."""
-    framework, device, arch = place(group.rank)
+    progress, (framework, device, arch) = Progress(), place(group.rank)
     limits = {"max_token_num": max(job["rows"]), "timeout_s": job["timeout_s"]}
     limits["workspace_bytes"] = job["workspace_mb"] << 20
     spec = OpSpec(group.rank, group.size, job["hidden_size"], job["dtype"], device=device, arch=arch, **limits)
     times: dict[str, dict[int, float]] = {}
     skipped: dict[str, str] = {}
-    for column, (backend, switch) in _COLUMNS.items():
+    for number, (column, (backend, switch)) in enumerate(_COLUMNS.items(), 1):
         try:
-            times[column] = _column(framework, group, dataclasses.replace(spec, two_shot_rows=switch), backend, job)
+            of_path = dataclasses.replace(spec, two_shot_rows=switch)
+            times[column] = _column(framework, group, of_path, backend, job, progress)
         except FusionError as error:  # told by all ranks alike, since opening is collective
             skipped[column] = str(error.reason)
+        progress.step(to=number * len(job["rows"]))
     times["unfused"], rival, without = _unfused(framework, spec, group, job)
     skipped |= without
     agree(group, "end", Vote(), timeout_s=job["timeout_s"])  # the framework's store lives on rank 0
@@ -52,7 +54,9 @@ def run(job: dict[str, Any], group: Group) -> dict[str, Any]:
     return {"times": times, "skipped": skipped, "rival": rival, "gpu": gpu, "framework": framework.__name__}
 
 
-def _column(framework: Any, group: Group, spec: OpSpec, backend: str, job: dict[str, Any]) -> dict[int, float]:
+def _column(
+    framework: Any, group: Group, spec: OpSpec, backend: str, job: dict[str, Any], progress: Progress
+) -> dict[int, float]:
     """Open, compare with the reference, time. Nothing that is wrong is timed."""
     module, refusal = load_backend(backend, [spec])
     if refusal is not None:
@@ -71,6 +75,7 @@ def _column(framework: Any, group: Group, spec: OpSpec, backend: str, job: dict[
             call = partial(op.finish, x, residual, weight, spec.eps, 0.0)
             times[t] = _time(framework, spec, call, job["rounds"])
             op.check()
+            progress.step()
         return times
     finally:
         op.close()

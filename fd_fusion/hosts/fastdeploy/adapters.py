@@ -22,7 +22,7 @@ _UPSTREAM = "enable_all_reduce_fusion"  # the attribute by which a layer of the 
 
 
 def pair_of(found: HostPair, fd_config: Any) -> Pair:
-    """The pair with all that a Site needs of this host."""
+    """Return the pair with all that a Site needs of this host."""
     tp_group = fd_config.parallel_config.tp_group
     return Pair(
         name=found.name,
@@ -37,7 +37,7 @@ def pair_of(found: HostPair, fd_config: Any) -> Pair:
 
 
 class HostStock:
-    """The host's own all-reduce and norm at a pair; `site.Stock` says what is asked of it."""
+    """The host's own all-reduce and norm at a pair; `site.Stock` has the contract."""
 
     def __init__(self, found: HostPair, tp_group: Any):
         from fastdeploy.distributed.communication import tensor_model_parallel_all_reduce
@@ -52,7 +52,7 @@ class HostStock:
         return self._found.norm.weight
 
     def numbers(self) -> tuple[float, float]:
-        """The host adds Gemma's offset to the weight when it loads it."""
+        """Return eps and 0.0: the host adds Gemma's offset to the weight when it loads it."""
         return self._found.norm.eps, 0.0
 
     def attach(self, site: Site) -> Callable[[], None]:
@@ -77,7 +77,7 @@ class HostStock:
 
 
 def qk_norms_of(model: Any, fd_config: Any) -> list[QKNorm]:
-    """The host's layers that normalise q and k, as `bind` wants them."""
+    """Return the host's layers that normalise q and k, for `bind`."""
     return [
         _qk_norm(name, layer, activation_dtype(fd_config))
         for name, layer in model.named_sublayers()
@@ -93,24 +93,23 @@ def _qk_norm(name: str, layer: Any, dtype: str) -> QKNorm:
         kv_heads=layer.kv_size // layer.head_dim,
         head_dim=layer.head_dim,
         width=layer.q_size + 2 * layer.kv_size,
-        eps=layer.q_norm.eps,  # the host's own kernel takes layer.eps, which a caller may have left at its default
-        weight_offset=0.0,
+        # The host's own kernel takes layer.eps, which a caller may have left at its default.
+        numbers=lambda: (layer.q_norm.eps, 0.0),
         weights=lambda: (layer.q_norm.weight, layer.k_norm.weight),
         stock=lambda qkv: stock(qkv, _NoGraph),
         attach=lambda kernel: _set_forward(layer, _qk_forward(stock, kernel)),
         dtype=dtype,
-        numbers=lambda: (layer.q_norm.eps, 0.0),
     )
 
 
 class _NoGraph:
-    """A forward_meta that says: not inside a graph."""
+    """A forward_meta outside a graph."""
 
     step_use_cudagraph = False
 
 
 def _qk_forward(stock: Callable, kernel: Callable) -> Callable:
-    """q and k by one kernel, in place, with or without `forward_meta`; another norm by the host's own forward."""
+    """Return a forward that runs the kernel in place, with or without `forward_meta`; a proxy norm stays stock."""
 
     def forward(qkv_out, forward_meta=None, proxy_rmsnorm=None):
         if proxy_rmsnorm is not None:
@@ -127,7 +126,7 @@ def _set_forward(layer: Any, forward: Callable) -> Callable[[], None]:
 
 
 class _NoCopy:
-    """In a bound layer: a copy of it would run the forward of the layer that it was copied from."""
+    """Raise where a bound layer is copied: the copy would run the forward of the layer that it was copied from."""
 
     def __reduce_ex__(self, protocol: int) -> NoReturn:
         raise TypeError("fd_fusion: a bound layer cannot be copied; call fd_fusion.unbind(model) first")
@@ -135,7 +134,7 @@ class _NoCopy:
 
 @contextlib.contextmanager
 def without_upstream_fusion(model: Any) -> Iterator[None]:
-    """For a forward that proves: all-reduce, then norm, in the pairs that have no Site too.
+    """Switch upstream's fusion off for a forward that proves: all-reduce, then norm, in pairs without a Site too.
 
     Upstream's own fusion asserts where FlashInfer is missing, and in decoders other than GLM its norms reduce a sum
     that was reduced before: neither is what our results are to be compared with.
@@ -149,7 +148,7 @@ def without_upstream_fusion(model: Any) -> Iterator[None]:
 
 
 def _producer_forward(stock: Callable, site: Site) -> Callable:
-    """What the producer's own forward returns is now a partial sum: hand it over."""
+    """Return a forward that hands over what the producer's own returns, now a partial sum."""
 
     def forward(*args, **kwargs):
         return hand_over(site, stock(*args, **kwargs))
@@ -159,8 +158,7 @@ def _producer_forward(stock: Callable, site: Site) -> Callable:
 
 
 def _regrouping_forward(stock: Callable, site: Site, on: list[tuple[Any, str, Any]]) -> Callable:
-    """For a block of several reductions that become one: the sum is the same but for its roundings. The proving pass
-    is given the host's own sum too."""
+    """Return the forward of a block whose reductions become one: its sum differs by roundings. Both are proven."""
 
     def forward(*args, **kwargs):
         if site.proving:
@@ -192,10 +190,10 @@ def _norm_forward(stock: Callable, site: Site) -> Callable:
 
 
 def _finish_by_proxy(site: Site, stock: Callable, x, residual, forward_meta, proxy_rmsnorm):
-    """The host's all-reduce, then its own forward with the norm that it asked for. (SOT wants no closure above.)"""
+    """Reduce, then run the host's own forward with the norm that it asked for. (SOT allows no closure above.)"""
     return site.finish_stock(x, residual, lambda total, r: stock(total, r, forward_meta, proxy_rmsnorm))
 
 
 def activation_dtype(fd_config: Any) -> str:
-    """ "bfloat16", of the tensors between the layers; a quantised layer's weight does not tell it."""
+    """Return the dtype of the tensors between the layers, "bfloat16": a quantised layer's weight does not show it."""
     return dtype_name(getattr(fd_config.model_config, "dtype", None) or paddle.get_default_dtype())

@@ -11,7 +11,7 @@ _GIVE_SUMS = ("self_attn", "linear_attn", "mlp")  # of a decoder layer
 
 
 def reads_between_layers(forward: Callable | ast.FunctionDef) -> str | None:
-    """The line on which a model reads what passes between its layers other than in a layer or its last norm.
+    """Return the line on which a model reads what passes between its layers, but in a layer or its last norm.
 
     Such a line would see a partial sum, even if it runs for some requests only. None: there is no such line, or the
     source is not of a shape that `layer_loop` knows, and then the proving pass has to find out.
@@ -36,7 +36,7 @@ def reads_between_layers(forward: Callable | ast.FunctionDef) -> str | None:
 
 
 def layer_loop(function: ast.FunctionDef) -> tuple[ast.For, set[str], set[str]] | None:
-    """The loop `for ...: h, r = layer(..., h, r)`, what it passes on, and the names that stand for a layer in it.
+    """Return the loop `for ...: h, r = layer(..., h, r)`, what it passes on, and the names of a layer in it.
 
     A layer is `self.layers[i]`, or a name that the loop takes from `self.layers`. None: there is no such loop.
     """
@@ -52,14 +52,15 @@ def layer_loop(function: ast.FunctionDef) -> tuple[ast.For, set[str], set[str]] 
 
 
 def reads_in_layer(forward: Callable | ast.FunctionDef) -> str | None:
-    """The line on which a decoder layer does more with what its attention or its MLP gives than name it, hand it to a
-    norm and return it. MiniCPM4's multiplies it. None: no such line, or the layer calls them in an unknown way."""
+    """Return the line on which a decoder layer reads what its attention or its MLP gives, but to name it, hand it to
+    a norm and return it. MiniCPM4's multiplies it. None: no such line, or the layer calls them in an unknown way.
+    """
     function = parse(forward)
     return _reader_in(function.body, set()) if function else None
 
 
 def _reader_in(body: list[ast.stmt], sums: set[str]) -> str | None:
-    """`sums`: the names that hold such a sum. They are kept up to date."""
+    """Return the first line that reads a sum. `sums`: the names that hold one, which are kept up to date."""
     for node in body:
         if isinstance(node, ast.If):
             if _reads_sum(node.test, sums, allowed=[]):
@@ -86,7 +87,7 @@ def _is_sum(node: ast.AST | None, sums: set[str]) -> bool:
 
 
 def _reads_sum(node: ast.AST, sums: set[str], allowed: list[ast.AST | None]) -> bool:
-    """Whether a sum stands anywhere in `node` but in an argument of a norm, or as one of the `allowed`."""
+    """Return whether a sum stands in `node` other than in an argument of a norm, or as one of the `allowed`."""
     calls = [n for n in ast.walk(node) if isinstance(n, ast.Call) and "layernorm" in (attribute_of(n.func) or "")]
     free = [*allowed, *(part for call in calls for part in [*call.args, *(word.value for word in call.keywords)])]
     return any(_is_sum(n, sums) and not any(n is one for one in free) for n in ast.walk(node))
@@ -97,7 +98,7 @@ def _is_layer(node: ast.expr, names: set[str]) -> bool:
 
 
 def _call_of(node: ast.AST) -> ast.Call | None:
-    """The call whose result, or an item of it, `node` assigns."""
+    """Return the call whose result, or an item of it, `node` assigns."""
     value = node.value if isinstance(node, ast.Assign) else None
     value = value.value if isinstance(value, ast.Subscript) else value
     return value if isinstance(value, ast.Call) else None
@@ -108,5 +109,5 @@ def _targets(node: ast.Assign) -> set[str]:
 
 
 def _statement_of(function: ast.FunctionDef, target: ast.AST) -> ast.stmt:
-    """The innermost statement that holds `target`."""
+    """Return the innermost statement that holds `target`."""
     return [n for n in ast.walk(function) if isinstance(n, ast.stmt) and target in ast.walk(n)][-1]

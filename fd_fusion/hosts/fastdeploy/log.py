@@ -1,4 +1,4 @@
-"""What is said of fusion in a FastDeploy process: in the host's own log, under FD_LOG_DIR, as fd_fusion.log."""
+"""The log of fusion in a FastDeploy process: fd_fusion.log, under FD_LOG_DIR, by the host's own logger."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from fd_fusion import __version__
 from fd_fusion.reasons import Reason, because
 
 logger = logging.getLogger("fd_fusion")
-ENV_RUN = "FD_FUSION_RUN"  # which server this process belongs to: `fd-fusion serve` sets it, and looks for its mark
+ENV_RUN = "FD_FUSION_RUN"  # the server of this process: `fd-fusion serve` sets it, and reads the lines with its mark
 
 
 class _ToHost(logging.Handler):
-    """Passes records on to the host's logger."""
+    """Pass records on to the host's logger."""
 
     def __init__(self, target: logging.Logger):
         super().__init__()
@@ -25,19 +25,19 @@ class _ToHost(logging.Handler):
 
 
 def mark_of(run: str) -> str:
-    """The end of every line of one server, in a log that several may share."""
+    """Return the end of every line of one server, in a log that several may share."""
     return f" [server {run}]"
 
 
 def _mark(record: logging.LogRecord) -> bool:
-    """A filter that keeps every record, and says which server it is of. Metrics stay a line that ends with JSON."""
+    """Keep every record, and name its server at its end. Metrics stay a line that ends with JSON."""
     if (run := os.environ.get(ENV_RUN)) and not record.msg.startswith("fd_fusion metrics"):
         record.msg, record.args = record.getMessage() + mark_of(run), ()
     return True
 
 
 def log_to_host() -> None:
-    """Send what this package says to the host's log too, once a process."""
+    """Send this package's log to the host's too, once a process."""
     if any(isinstance(handler, _ToHost) for handler in logger.handlers):
         return
     logger.addFilter(_mark)  # a second time it is not added
@@ -55,17 +55,17 @@ def log_to_host() -> None:
 
 
 def log_file() -> str:
-    """The file in which the host's logger writes, or a link to it: for those who cannot use a logger."""
+    """Return the file in which the host's logger writes, or a link to it: for those who cannot use a logger."""
     return os.path.join(os.environ.get("FD_LOG_DIR", "log"), "fd_fusion.log")
 
 
 def say_off(model: Any, reason: Reason) -> None:
-    """One warning: this model runs as stock, and why."""
+    """Log one warning: this model runs as stock, and why."""
     logger.warning("fd_fusion %s: %s: off: %s", __version__, type(model).__name__, reason)
 
 
 def unreadable(model: Any, error: Exception) -> Reason:
-    """Why a model of a shape that nobody foresaw is off; the traceback at debug level."""
+    """Return why a model of an unforeseen shape is off; the traceback goes to the log at debug level."""
     cls = type(model)
     logger.debug("fd_fusion: %s could not be read", cls.__name__, exc_info=error)
     return because("symbol_moved", path=f"{cls.__module__}.{cls.__name__} ({type(error).__name__}: {error})")

@@ -3,8 +3,8 @@
     attention's output linear          -> this layer's post_attention_layernorm
     the MLP's down_proj, or the block  -> the next layer's input_layernorm, after the last layer the final norm
 
-Layer 0's input norm has no producer. Nothing is changed here: a pair says what could be switched, and a pair that
-must stay as the host made it says why.
+Layer 0's input norm has no producer. Nothing is changed: a pair names what could be switched, and a pair that must
+stay as the host made it has a reason.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class HostPair:
 
 
 def whole_model_reason(model: Any, fd_config: Any) -> Reason | None:
-    """Why no pair of this model may have a Site, whatever its layers are."""
+    """Return why no pair of this model may have a Site, whatever its layers are, or None."""
     parallel = fd_config.parallel_config
     speculative = getattr(fd_config, "speculative_config", None)
     name = type(model).__name__
@@ -88,7 +88,7 @@ def whole_model_reason(model: Any, fd_config: Any) -> Reason | None:
 
 
 def find_pairs(model: Any, dtype: str, expert_parallel: bool = False) -> tuple[list[HostPair], list[Rejected]]:
-    """All pairs of `model` in order, and the ones that have to stay stock, each with its reason.
+    """Return all pairs of `model` in order, and the ones that have to stay stock, each with its reason.
 
     `dtype` is that of the activations, "bfloat16" for example. `expert_parallel`: each rank has whole experts.
     """
@@ -110,12 +110,12 @@ def find_pairs(model: Any, dtype: str, expert_parallel: bool = False) -> tuple[l
 
 
 def has_state(model: Any) -> bool:
-    """Whether a forward moves a recurrent state on, so that a second one gives other numbers."""
+    """Return whether a forward moves a recurrent state on, so that a second one gives other numbers."""
     return any(hasattr(layer, "linear_attn") for _, stack in _decoder_stacks(model) for layer in stack.layers)
 
 
 def _decoder_stacks(model: Any) -> Iterator[tuple[str, Any]]:
-    """The layers of `model` that hold a list of known decoder layers and the final norm."""
+    """Yield the layers of `model` that hold a list of known decoder layers and the final norm."""
     for path, layer in model.named_sublayers(include_self=True):
         layers = getattr(layer, "layers", None)
         if layers is not None and any(type(part).__name__ in DECODERS for part in layers):
@@ -137,25 +137,25 @@ def _stack_reason(stack: Any, dtype: str) -> Reason | None:
 def _candidates(
     path: str, stack: Any, expert_parallel: bool
 ) -> Iterator[tuple[str, Any, Any, tuple[Switch, ...] | Reason]]:
-    """(name, producer, norm, switches or the reason why not) for each pair that the structure suggests."""
+    """Yield (name, producer, norm, switches or the reason why not) for each pair that the structure suggests."""
     layers = list(stack.layers)
-    here = f"{path}." if path else ""
+    prefix = f"{path}." if path else ""
     for i, layer in enumerate(layers):
         if type(layer).__name__ not in DECODERS:
             continue  # another rank's layer in a pipeline, or an identity in its place
         for where in ATTENTION:
             linear = follow(layer, where)
             if linear is not None:
-                name = f"{here}layers.{i}.{where} -> {here}layers.{i}.post_attention_layernorm"
+                name = f"{prefix}layers.{i}.{where} -> {prefix}layers.{i}.post_attention_layernorm"
                 yield name, linear, layer.post_attention_layernorm, _linear_switches(linear)
         producer, switches, where = _block(layer.mlp, expert_parallel)
-        name = f"{here}layers.{i}.mlp{where} -> "
+        name = f"{prefix}layers.{i}.mlp{where} -> "
         if i + 1 == len(layers):
             norm = getattr(stack, "norm", None)
             if norm is not None:
-                yield f"{name}{here}norm", producer, norm, switches
+                yield f"{name}{prefix}norm", producer, norm, switches
         elif type(layers[i + 1]).__name__ in DECODERS:
-            yield f"{name}{here}layers.{i + 1}.input_layernorm", producer, layers[i + 1].input_layernorm, switches
+            yield f"{name}{prefix}layers.{i + 1}.input_layernorm", producer, layers[i + 1].input_layernorm, switches
         else:
             yield f"{name}layers.{i + 1}", producer, None, because("pipeline_boundary", layer=i + 1)
 
@@ -169,7 +169,7 @@ def _linear_switches(linear: Any) -> tuple[Switch, ...] | Reason:
 
 
 def _block(mlp: Any, expert_parallel: bool) -> tuple[Any, tuple[Switch, ...] | Reason, str]:
-    """(producer, its switches, its path below mlp) for a dense MLP or a mixture of experts."""
+    """Return (producer, its switches, its path below mlp) for a dense MLP or a mixture of experts."""
     known = BLOCKS.get(type(mlp).__name__)
     if known is None:
         return mlp, because("unknown_block", block=type(mlp).__name__), ""
@@ -202,6 +202,6 @@ def _norm_reason(norm: Any) -> Reason | None:
 
 
 def norm_dtype(norm: Any) -> str | None:
-    """ "bfloat16", of a norm's weight."""
+    """Return the dtype of a norm's weight, "bfloat16"; None for a norm without a weight."""
     weight = getattr(norm, "weight", None)
     return None if weight is None else dtype_name(weight)

@@ -1,9 +1,9 @@
 """FastDeploy's plugin: entry point `fastdeploy.model_register_plugins: fd_fusion`.
 
 `register` runs in every process that builds a model config, and patches the model loaders alone. When a loader has
-returned a model and somebody asked for fusion, the model's first forward is made the proving pass: it binds, in the
+returned a model and fusion was asked for, the model's first forward is made the proving pass: it binds, in the
 profile run of the host, so that the workspace is in the profile and the weights are loaded. No layer class, no
-constructor and no weight name is touched; what is patched keeps `__wrapped__` and is undone by `unregister`.
+constructor and no weight name is changed; what is patched keeps `__wrapped__` and is undone by `unregister`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _loading = threading.local()
 
 
 def register() -> None:
-    """Patch the host's model loaders, once. Touches no device and never raises: a failure is one warning."""
+    """Patch the host's model loaders, once. Uses no device and never raises: a failure is one warning."""
     if _undo or resolve(environ={ENV_DISABLE: os.environ.get(ENV_DISABLE, "")}).source == ENV_DISABLE:
         return
     try:
@@ -40,7 +40,7 @@ def register() -> None:
 
 
 def is_registered() -> bool:
-    """Whether the host's model loaders are patched in this process."""
+    """Return whether the host's model loaders are patched in this process."""
     return bool(_undo)
 
 
@@ -94,7 +94,7 @@ def _after_load(model: Any, fd_config: Any) -> None:
     Anything else unexpected is one warning, and stock.
     """
     resolved = _resolve(fd_config)
-    if resolved.config is None and resolved.source == "nobody":
+    if resolved.config is None and resolved.source == "no source":
         return
     log_to_host()
     if resolved.config is None:
@@ -113,7 +113,7 @@ def _after_load(model: Any, fd_config: Any) -> None:
 
 
 def _off(model: Any, resolved: Resolved, reason: Reason) -> None:
-    """Leave the model stock for a reason that all ranks share: nobody votes. Raises: BindError: under `strict`."""
+    """Leave the model stock, with no vote: all ranks share the reason. Raises: BindError: under `strict`."""
     from fd_fusion.binding.bind import note_off
 
     say_off(model, reason)
@@ -121,7 +121,7 @@ def _off(model: Any, resolved: Resolved, reason: Reason) -> None:
 
 
 def _resolve(fd_config: Any) -> Resolved:
-    """The sources of this host: its patched argument, the variable (perhaps from `serve`), upstream's own flag."""
+    """Choose among this host's sources: its patched argument, the variable (perhaps of `serve`), upstream's flag."""
     parallel = getattr(fd_config, "parallel_config", None)
     explicit, source = getattr(parallel, "fusion_config", None), "--fusion-config"
     if explicit is None and os.environ.get(ENV_SOURCE) and os.environ.get(ENV_CONFIG):
@@ -131,7 +131,7 @@ def _resolve(fd_config: Any) -> Resolved:
 
 
 def _bind_in_first_forward(model: Any, fd_config: Any, resolved: Resolved) -> None:
-    """The first eager forward binds: it is the profile run, or the one that `worker` runs before graph capture.
+    """Bind in the first eager forward: the profile run, or the one that `worker` runs before graph capture.
 
     It runs three times: stock, proving, and for the caller. The host repeats a forward in the same way when it warms
     up a graph, so its inputs allow it and are not copied. A model with a recurrent state is not compared by its
@@ -162,12 +162,12 @@ def _bind_in_first_forward(model: Any, fd_config: Any, resolved: Resolved) -> No
 
     stock = model.forward
     forward.__wrapped__ = stock
-    forward.binds_at_first_call = True  # `worker` looks for it before graph capture
+    forward.binds_at_first_call = True  # `worker` reads it before graph capture
     undo = set_attribute(model, "forward", forward)
 
 
 def _bind(model: Any, fd_config: Any, resolved: Resolved, example_of: Callable) -> list[Reason]:
-    """Collective. Returns why a rank was not there.
+    """Collective: bind. Returns the reasons why a rank was not there.
 
     Raises: BindError: strict, or a named backend, and something failed; on all ranks.
     """
@@ -183,7 +183,7 @@ def _bind(model: Any, fd_config: Any, resolved: Resolved, example_of: Callable) 
         found, rejected = find_pairs(model, adapters.activation_dtype(fd_config), apart)
         pairs = [*(adapters.pair_of(pair, fd_config) for pair in found), *rejected]
         qk_norms = adapters.qk_norms_of(model, fd_config)
-    except Exception as error:  # perhaps on this rank alone: the others hear of it in the vote
+    except Exception as error:  # perhaps on this rank alone: the others read it in the vote
         say_off(model, refusal := unreadable(model, error))
         pairs, qk_norms = [], []
     try:
@@ -197,7 +197,7 @@ def _bind(model: Any, fd_config: Any, resolved: Resolved, example_of: Callable) 
             group=group_of(fd_config.parallel_config.tp_group),
             refusal=refusal,
         )
-    except BindError as error:  # it ends the worker, whose own log is not where one looks for us
+    except BindError as error:  # it ends the worker, whose own log is not that of this package
         logger.error("%s", error)
         raise
     if getattr(getattr(fd_config, "graph_opt_config", None), "graph_opt_level", 0):
@@ -210,7 +210,7 @@ def _bind(model: Any, fd_config: Any, resolved: Resolved, example_of: Callable) 
 
 
 def _is_deterministic() -> bool:
-    """The host's deterministic mode, by its variable, or its batch-invariant mode, which can be on without that."""
+    """Return whether the host is deterministic, by its variable, or batch invariant, which can be on without it."""
     if os.environ.get("FD_DETERMINISTIC_MODE", "0").strip() not in ("", "0"):
         return True
     try:
@@ -221,7 +221,7 @@ def _is_deterministic() -> bool:
 
 
 def _two_rows(outputs: Any) -> list[Any]:
-    """The first and the last row of each tensor that a model returns: a profile run is no place to keep them all."""
+    """Return the first and the last row of each output of a model: a profile run is no place to keep them all."""
     import paddle
 
     if isinstance(outputs, (list, tuple)):

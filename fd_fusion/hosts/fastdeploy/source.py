@@ -21,7 +21,7 @@ _EXPERT_PARALLEL = {"ep_size", "use_ep", "expert_parallel_size"}
 
 @dataclass(frozen=True)
 class BlockSource:
-    """What a block's forward says: the attribute under which it reduces, or None if it reduces nowhere itself."""
+    """The result of reading a block's forward: the attribute under which it reduces, or None."""
 
     flag: str | None
 
@@ -76,7 +76,7 @@ def _is_known(node: ast.stmt) -> bool:
 
 
 def _is_sum(node: ast.expr) -> bool:
-    """A name, a call of a layer of self or of the reduction, or a sum of these: linear in every partial sum."""
+    """Return whether this is a name, a call of a layer of self or of the reduction, or a sum of these: linear."""
     if isinstance(node, ast.BinOp):
         return isinstance(node.op, ast.Add) and _is_sum(node.left) and _is_sum(node.right)
     if isinstance(node, ast.Call):
@@ -99,7 +99,7 @@ def _is_under(node: ast.stmt, attributes: set[str]) -> bool:
 
 
 def _flag_of(node: ast.stmt, returned: ast.Return) -> str | None:
-    """The attribute of `if self.flag [> 1] [and ...]:` that holds nothing but reductions of what is returned."""
+    """Return the attribute of `if self.flag [> 1] [and ...]:` over nothing but reductions of what is returned."""
     if not isinstance(node, ast.If) or node.orelse or not isinstance(returned.value, ast.Name):
         return None
     if not _only_reduces(node.body, returned.value.id):
@@ -114,9 +114,9 @@ def _flag_of(node: ast.stmt, returned: ast.Return) -> str | None:
 
 
 def _only_reduces(body: list[ast.stmt], name: str) -> bool:
-    """Whether nothing stands here but `name = reduce(name)` and `return name`, under further conditions or none.
+    """Return whether the body is `name = reduce(name)` and `return name` alone, under any further conditions.
 
-    A condition may have been given a name of its own: nobody reads that behind this body.
+    A condition may have been given a name of its own: no line behind this body reads it.
     """
     for node in body:
         if isinstance(node, ast.If):
@@ -140,7 +140,7 @@ def _is_condition(node: ast.expr) -> bool:
 
 
 def attribute_of(node: ast.AST) -> str | None:
-    """ "norm" of `self.norm`, "layers" of `self.layers[i]`; None of anything else."""
+    """Return "norm" of `self.norm`, "layers" of `self.layers[i]`; None of anything else."""
     node = node.value if isinstance(node, ast.Subscript) else node
     if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self":
         return node.attr

@@ -36,7 +36,7 @@ def untouched(runner: Any) -> Iterator[None]:
 
 
 def _keep(fields: dict[str, Any]) -> tuple[list[tuple], list[tuple]]:
-    """(list or dict, a copy of it) for the fields themselves and for each that is one; (tensor, its value now)."""
+    """Return (list or dict, a copy) for the fields themselves and each that is one, and (tensor, its value now)."""
     containers = [fields, *(held for held in fields.values() if type(held) in (list, dict))]
     tensors = [held for held in fields.values() if isinstance(held, paddle.Tensor) and _is_kept(held)]
     parts = [tensor if tensor.size <= _SMALL else tensor[:1] for tensor in tensors]

@@ -1,11 +1,11 @@
-"""The three places of a FastDeploy worker that must know of fusion.
+"""The three places of a FastDeploy worker that fusion changes.
 
 before tokens leave the process    no token computed past a timeout is published
 before graphs are captured         a model whose first forward is still to come is proven first
 after graphs are captured          workspaces are frozen, and a rank that falls silent is named from now on
 
 A rank that is missing leaves this one in whatever waits for it: a fused call, a collective of the host, its barrier.
-Nobody can call that back, so a process beside this one (comm/sentinel.py) says the one sentence and ends it. The
+No call can be taken back, so a process beside this one (comm/sentinel.py) writes the one sentence and ends it. The
 launcher then ends the other ranks, and the server itself.
 """
 
@@ -24,7 +24,7 @@ from typing import Any
 from fd_fusion.binding.attributes import set_attribute, undo_in_turn
 from fd_fusion.comm import sentinel, watcher
 from fd_fusion.comm.group import Group
-from fd_fusion.comm.presence import Meeting, open_presence
+from fd_fusion.comm.presence import PresenceMemory, open_presence
 from fd_fusion.frameworks.tensors import paddle_or_torch, synchronize
 from fd_fusion.hosts.fastdeploy.log import log_file
 from fd_fusion.reasons import BindError, FusionError, Reason, because
@@ -37,7 +37,8 @@ _READER = "fd_fusion.kernels.all_reduce.error_page:reason_of"
 _RUNNER = "fastdeploy.worker.gpu_model_runner"
 _WORKER = "fastdeploy.worker.gpu_worker"
 _undo: list[Callable[[], None]] = []
-_met: dict[tuple[int, ...], tuple[Meeting, float]] = {}  # by the ranks of a group: who meets, and timeout_s
+# By the ranks of a group: the memory of their counts, and timeout_s.
+_opened: dict[tuple[int, ...], tuple[PresenceMemory, float]] = {}
 _sentinels: dict[tuple[int, ...], subprocess.Popen] = {}
 _up = False  # whether the host has come up
 _for_us = False  # whether a forward is under way that the stock host would not run
@@ -76,12 +77,12 @@ def unpatch() -> None:
 
 
 def meet(groups: Iterable[Group], timeout_s: float) -> None:
-    """Collective, behind bind: open what is needed to name a rank of these groups that is silent for `timeout_s`."""
+    """Collective, behind bind: open what names a rank of these groups that is silent for `timeout_s`."""
     for group in sorted({group.ranks: group for group in groups}.values(), key=lambda group: group.ranks):
-        if group.size == 1 or group.ranks in _met:
+        if group.size == 1 or group.ranks in _opened:
             continue
         try:
-            _met[group.ranks] = open_presence(group, timeout_s=timeout_s), timeout_s
+            _opened[group.ranks] = open_presence(group, timeout_s=timeout_s), timeout_s
         except FusionError as error:  # on all ranks alike; fusion does not depend on it
             logger.warning("fd_fusion: %s", because("no_presence", why=error))
     if _up:  # a model that was bound late
@@ -89,7 +90,7 @@ def meet(groups: Iterable[Group], timeout_s: float) -> None:
 
 
 def watch() -> None:
-    """The host has come up: from now on a rank that falls silent, or a call that runs out of time, ends this process.
+    """End this process, now that the host has come up, when a rank falls silent or a call runs out of time.
 
     This process counts as well: a sentinel that was killed is not its rank's silence.
     """
@@ -101,25 +102,25 @@ def watch() -> None:
         return
     watcher.end_process_on_error(GRACE_S)
     pages = binding.error_pages()
-    for ranks, (meeting, limit_s) in _met.items():
+    for ranks, (memory, limit_s) in _opened.items():
         if ranks not in _sentinels:  # the host captures its graphs anew when it likes
-            _sentinels[ranks] = sentinel.start(meeting, limit_s, GRACE_S + 1, log_file(), pages, _READER)
-            watcher.watch(meeting, meeting.presence.beat, lambda error: None)
+            _sentinels[ranks] = sentinel.start(memory, limit_s, GRACE_S + 1, log_file(), pages, _READER)
+            watcher.watch(memory, memory.presence.beat, lambda error: None)
     atexit.register(_leave, os.getpid())
 
 
 def _leave(pid: int) -> None:
-    """This process ends in order: nobody need miss it, and it misses nobody. A forked child of it ends for itself."""
+    """Leave in order: the other ranks do not miss this process any more. A forked child ends by itself."""
     if os.getpid() != pid:
         return
     while _sentinels:
         _, process = _sentinels.popitem()
         process.kill()
         process.wait()
-    while _met:
-        meeting, _ = _met.popitem()[1]
-        watcher.unwatch(meeting)
-        meeting.presence.leave()
+    while _opened:
+        memory, _ = _opened.popitem()[1]
+        watcher.unwatch(memory)
+        memory.presence.leave()
 
 
 def _replace(owner: Any, name: str, wrap: Callable[[Callable], Callable]) -> None:
@@ -128,7 +129,7 @@ def _replace(owner: Any, name: str, wrap: Callable[[Callable], Callable]) -> Non
 
 
 def _checked(stock: Callable) -> Callable:
-    """`stock`, which publishes a step that has ended, once that step is known to be sound."""
+    """Return `stock`, which publishes a step that has ended, behind a check of that step."""
 
     def publish(*args, **kwargs):
         from fd_fusion.binding import bind as binding
@@ -140,9 +141,9 @@ def _checked(stock: Callable) -> Callable:
 
 
 def _checked_once_done(stock: Callable, pooled_alone: bool) -> Callable:
-    """`post_process`, whose step may still be running: wait for it, then check it.
+    """Return `post_process`, whose step may still be running, behind a wait for that step and its check.
 
-    What a pooling model gives leaves here in every version. `pooled_alone`: all else leaves in _save_model_output,
+    A pooling model's output leaves by it in every version. `pooled_alone`: all else leaves in _save_model_output,
     which checks it, so that a step is checked once.
     """
     checked = _checked(stock)
@@ -182,8 +183,9 @@ def _proven_before_capture(stock: Callable) -> Callable:
 
 @contextlib.contextmanager
 def _never_in_a_graph(model: Any) -> Iterator[None]:
-    """A model that even that forward could not prove, with zero weights for example, is captured as stock: no forward
-    votes while a graph is captured. It is tried again afterwards."""
+    """Capture a model that even that forward could not prove, with zero weights for example, as stock: no forward
+    votes while a graph is captured. It is tried again afterwards.
+    """
     forward = model.__dict__.get("forward")
     waits = getattr(forward, "binds_at_first_call", False)
     undo = [set_attribute(model, "forward", forward.__wrapped__)] if waits else []
@@ -194,8 +196,10 @@ def _never_in_a_graph(model: Any) -> Iterator[None]:
 
 
 def end_our_forward(reason: Reason) -> None:
-    """A rank never voted. If the host asked for this forward, that rank is in it and it goes on. Otherwise it was
-    given no config and is not in it: nobody would come to its collectives. Raises: BindError."""
+    """Raise if a rank never voted in a forward of ours. In one of the host that rank takes part, and it goes on;
+    otherwise the rank got no config, is not in the forward, and would come to none of its collectives. Raises:
+    BindError.
+    """
     if _for_us:
         logger.error("fd_fusion: %s; %s; this process ends", reason, reason.remedy)
         raise BindError(reason)

@@ -1,9 +1,10 @@
 """How the kernel is called: through the recorded signature of every release, by keyword or by position."""
 
 import pytest
+from support.flashinfer_releases import RELEASES
 
 from fd_fusion.backends.flashinfer.calls import Fixed, compiled_call, parameters, python_call
-from fd_fusion.backends.flashinfer.releases import BASE, RELEASES, block_threads, parse, rules
+from fd_fusion.backends.flashinfer.releases import BASE, block_threads, parse, rules
 from fd_fusion.reasons import FusionError
 from tests.support.sites import make_site
 
@@ -105,7 +106,7 @@ def test_without_a_signature_the_oldest_parameters_are_assumed(error):
 
 def test_an_unknown_signature_is_a_reason():
     function, _ = recorder([*BASE, "moe_rank"])
-    with pytest.raises(FusionError, match=r"FlashInfer 0.9 takes moe_rank, which is unknown here"):
+    with pytest.raises(FusionError, match=r"FlashInfer 0.9 takes moe_rank, which fd_fusion does not know"):
         python_call(function, FIXED, "0.9")
     function, _ = recorder([name for name in BASE if name != "rms_gamma"])
     with pytest.raises(FusionError, match="takes no rms_gamma"):

@@ -11,8 +11,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.flashinfer_releases import RELEASES
 
-from fd_fusion.backends.flashinfer.releases import BASE, RELEASES
+from fd_fusion.backends.flashinfer.releases import BASE
 
 pytestmark = pytest.mark.online
 ROOT = Path(__file__).parents[3]

@@ -16,15 +16,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.launch import launch
-from support.processes import alive, rank_pid, state
+from support.launch import ranks as rank_script
+from support.processes import alive, commands, rank_pid, state
 
 from fd_fusion import __main__
 from fd_fusion.cli.demo import command as demo
 from fd_fusion.cli.demo import report as demo_report
 from fd_fusion.cli.demo.config import DecoderConfig
 from fd_fusion.cli.demo.reference import Truth
-from fd_fusion.cli.plain_json import to_json
+from fd_fusion.cli.messages import to_json
 from fd_fusion.cli.processes import run_folder
 
 ROOT = Path(__file__).parents[3]
@@ -40,9 +40,10 @@ def start(tmp_path, *args, **variables):
 
 def left_behind(tmp_path):
     """Run folders, and processes that have one on their command line."""
-    folders = list(tmp_path.glob("fd_fusion_*"))
-    lines = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if os.access(path, os.R_OK)]
-    return folders + [line for line in lines if f"{tmp_path}/fd_fusion_".encode() in line]
+    return [
+        *tmp_path.glob("fd_fusion_*"),
+        *(words for _, words in commands() if f"{tmp_path}/fd_fusion_" in str(words)),
+    ]
 
 
 # --- the main job ---------------------------------------------------------------------------------------------------
@@ -129,7 +130,7 @@ def test_a_truth_that_is_no_number_agrees_with_nothing(number):
     outcome = demo_report.judge(DecoderConfig(), 2, dataclasses.replace(truth, plain_error=float(number)), results)
     last = demo_report.lines(outcome)[-1]
     assert not outcome["agree"] and last.startswith("verdict: the numbers do not agree: ")
-    assert "the exact result, or the same in float32, holds NaN or Inf; look at the weights" in last
+    assert "the exact result, or the same in float32, holds NaN or Inf; check the weights" in last
     text = to_json(outcome)
     assert "NaN" not in text and "Infinity" not in text and json.loads(text)["difference"]["bound"] is None
 
@@ -244,7 +245,7 @@ def test_a_killed_rank_is_named(tmp_path):
 
 @pytest.mark.timeout(300)
 def test_a_stopped_rank_is_named(tmp_path):
-    process = start(tmp_path, "--steps", "200", "--hidden-size", "64", "--timeout-s", "0.8")
+    process = start(tmp_path, "--steps", "40", "--hidden-size", "64", "--timeout-s", "0.8")
     os.kill(rank_pid(begun(process, tmp_path), 0), signal.SIGSTOP)
     out, err = process.communicate(timeout=100)
     assert process.returncode == 1 and "rank 0 was stopped: no rank made a step for 8 s" in err and not out
@@ -313,7 +314,7 @@ def test_a_process_lives_until_its_last_thread_has_gone():
 
 @pytest.mark.timeout(300)
 def test_seeded_bugs_are_caught(tmp_path):
-    results = launch("seeded_bug.py", 2, tmp_path)
+    results = rank_script("seeded_bug.py", 2, tmp_path)
     assert results[0].keys() == results[1].keys()
     codes = {
         "forgets_to_reduce": ["nothing_handed_over"],

@@ -1,5 +1,6 @@
 """`python -m fd_fusion tune`: from times to limits, the whole command under the interpreter, and all that fails."""
 
+import contextlib
 import json
 import math
 import os
@@ -204,8 +205,10 @@ def test_a_rank_that_dies_in_the_middle(cache, monkeypatch, capsys, tmp_path):
     (script := tmp_path / "dying.py").write_text(DYING)
     monkeypatch.setattr(ranks, "_command", lambda module, folder, rank: [sys.executable, script, folder, str(rank)])
     monkeypatch.setattr(tune, "_framework", lambda: {"device": "cpu", "arch": None, "gpus": 0})
-    before = left()
+    monkeypatch.setattr(tune, "progress_line", lambda text: contextlib.nullcontext(shown.append))
+    before, shown = left(), []
     assert tune.main(["--hidden-size", "64", "--rows", "1", "--rounds", "1"]) == 1
+    assert (shown[0], shown[-1]) == ("measuring on 2 ranks, 0 of 4", "measuring on 2 ranks, 1 of 4")
     assert capsys.readouterr().err.startswith("fd_fusion: nothing was stored: rank 1 died of SIGKILL")
     assert none_left(before) and not table_path().exists()
 
@@ -225,6 +228,6 @@ def test_the_whole_command_under_the_interpreter(cache):
 def test_without_a_home_tune_says_so(monkeypatch, capsys):
     """It was a traceback."""
     monkeypatch.setattr(tune, "table_path", lambda: None)
-    monkeypatch.setattr(tune, "tune", lambda args: (_ for _ in ()).throw(OSError(2, "this user has none")))
+    monkeypatch.setattr(tune, "tune", lambda args, show: (_ for _ in ()).throw(OSError(2, "this user has none")))
     assert tune.main(["--nproc", "2", "--hidden-size", "4096"]) == 1
     assert "a home folder (this user has none): set XDG_CACHE_HOME" in capsys.readouterr().err

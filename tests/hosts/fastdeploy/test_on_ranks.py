@@ -3,7 +3,7 @@
 import os
 
 import pytest
-from support.launch import launch
+from support.launch import ranks
 
 # A source tree of FastDeploy in place of the contract host: its engine, ops and configs need their own environment.
 needs_the_contract_host = pytest.mark.skipif(
@@ -13,7 +13,7 @@ pytestmark = needs_the_contract_host
 
 
 def run(script, nproc, folder, *args, **variables):
-    return launch(script, nproc, folder, *args, env={"FD_LOG_DIR": str(folder / "fd"), **variables})
+    return ranks(script, nproc, folder, *args, env={"FD_LOG_DIR": str(folder / "fd"), **variables})
 
 
 def test_every_decoder_on_two_ranks(tmp_path):

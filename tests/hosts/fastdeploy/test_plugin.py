@@ -144,8 +144,8 @@ def fd_config_of(flag=None, explicit=None, size=2):
 @pytest.mark.parametrize(
     "flag, explicit, environ, source, backend",
     [
-        (None, None, {}, "nobody", None),
-        (False, None, {}, "nobody", None),
+        (None, None, {}, "no source", None),
+        (False, None, {}, "no source", None),
         (True, None, {}, "--enable-flashinfer-allreduce-fusion", "auto"),
         (False, None, {ENV_CONFIG: '{"backend": "triton"}'}, ENV_CONFIG, "triton"),
         (True, None, {ENV_CONFIG: '{"backend": "triton"}'}, ENV_CONFIG, "triton"),
@@ -525,13 +525,13 @@ def test_the_q_and_k_norm_takes_a_kernel_in_every_call_form():
     copy.deepcopy(holder.qk_norm)
     assert (norm.q_heads, norm.kv_heads, norm.head_dim, norm.width) == (2, 1, 8, 32)
     assert norm.dtype == "float32"
-    assert norm.eps == fd_config.model_config.rms_norm_eps != holder.qk_norm.eps
+    assert norm.numbers() == (fd_config.model_config.rms_norm_eps, 0.0) != (holder.qk_norm.eps, 0.0)
 
     def kernel(qkv):
         q_weight, k_weight = norm.weights()
         for start, heads, weight in ((0, 2, q_weight), (16, 1, k_weight)):
             part = qkv[:, start : start + 8 * heads].reshape([-1, heads, 8])
-            out, _ = paddle_ops.rms_norm(part, weight, eps=norm.eps)
+            out, _ = paddle_ops.rms_norm(part, weight, eps=norm.numbers()[0])
             qkv[:, start : start + 8 * heads] = out.reshape([-1, 8 * heads])
         calls.append(len(qkv))
         return qkv

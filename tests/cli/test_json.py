@@ -11,13 +11,13 @@ from bench import qk_rms_norm as bench_qk_norm
 
 from fd_fusion.cli.doctor import command as doctor
 from fd_fusion.cli.doctor.checks import CheckResult
-from fd_fusion.cli.plain_json import to_json
+from fd_fusion.cli.messages import to_json
 from fd_fusion.cli.tune import command as tune
 
 PACKAGE = Path(__file__).parents[2] / "fd_fusion"
 # Read back by Python alone, in the same job: there "the error is infinite" must arrive as that.
 BETWEEN_OURS = {
-    "binding/joining.py",
+    "binding/opening.py",
     "cli/demo/rank.py",
     "cli/doctor/child.py",
     "cli/processes/ranks.py",
@@ -53,11 +53,11 @@ def test_doctor(monkeypatch, capsys):
     found = [CheckResult("launch", "triton", "broken", "wrong numbers", data={"error_over_budget": float("inf")})]
     monkeypatch.setattr(doctor, "find", lambda *args, **how: found)
     assert doctor.main(["--json"]) == 2
-    assert strict(capsys.readouterr().out)["findings"][0]["data"] == {"error_over_budget": None}
+    assert strict(capsys.readouterr().out)["checks"][0]["data"] == {"error_over_budget": None}
 
 
 def test_tune(monkeypatch, capsys):
-    monkeypatch.setattr(tune, "tune", lambda args: {"times": {"one_shot": {1: float("nan")}}})
+    monkeypatch.setattr(tune, "tune", lambda args, show: {"times": {"one_shot": {1: float("nan")}}})
     tune.main(["--hidden-size", "256", "--json"])
     assert strict(capsys.readouterr().out)["times"] == {"one_shot": {"1": None}}
 
