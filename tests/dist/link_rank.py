@@ -47,6 +47,7 @@ def ahead(rows):
     reload = ("        if shape.TWO_SHOT:  # noqa", "        if True:  # noqa")
     return {"kernel": [("number + (2 if shape.TWO_SHOT else 1) * stride)", bound), reload]}
 
+
 NEXT_LOAD = """            words = tl.load(x + next_push.to(tl.int64) * shape.WORDS + offsets, mask=mask, other=0, volatile=True)
             push("""
 PEERS = "    memory = Memory(own_slots, state_memory, sums, peer_memories(state_memory, rank, shape.N))\n"
@@ -109,10 +110,7 @@ VARIANTS = {  # replacements in kernel.py and row.py, what is changed in the pla
         ]
     },
     "outputs streamed": {
-        "kernel": [
-            (f"{end})\n", f'{end}, cache_modifier=".cs")\n')
-            for end in ("norm_out + start + offsets, norm, mask=mask", "residual_out + start + offsets, summed, mask=owned")
-        ]
+        "kernel": [stored_as(out, 'cache_modifier=".cs"') for out in ("norm_out", "residual_out")]
     },
 }
 

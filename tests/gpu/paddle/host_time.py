@@ -3,26 +3,7 @@
 host_time.py host_time --device gpu [--hidden H]
 """
 
-import sys
-import time
-
-import runtime
-from runtime import Call, calls, opened, paddle
-
-from fd_fusion.frameworks import triton_launch
-
-
-def _median_us(part):
-    times = []
-    for _ in range(12):
-        part()
-        paddle.device.synchronize()
-        start = time.perf_counter()
-        for _ in range(50):
-            part()
-        times.append((time.perf_counter() - start) / 50 * 1e6)
-        paddle.device.synchronize()
-    return sorted(times)[6]
+from runtime import Call, calls, opened, paddle, take_gpu
 
 
 def host_time(group, options):
@@ -77,7 +58,7 @@ def host_time(group, options):
     }
     for _ in range(2):  # the second time is the one to read
         for name, part in parts.items():
-            print(f"host time, {name}: {_median_us(part):.2f} us", flush=True)
+            print(f"host time, {name}: {calls.host_us(part, paddle.device.synchronize):.2f} us", flush=True)
     op.check()
     op.close()
 
@@ -89,10 +70,6 @@ def _inside(launch):
 
 
 if __name__ == "__main__":
-    assert triton_launch
-    paddle.set_grad_enabled(False)
-    paddle.set_device(f"gpu:{runtime.this_rank() % paddle.device.cuda.device_count()}")
-    paddle.empty([1])
+    take_gpu()
     calls.host_time = host_time
     calls.main()
-    sys.stdout.flush()

@@ -1,8 +1,8 @@
-"""Run everything of Paddle's own CUDA runtime, from the two pieces, on 1 or 2 GPUs with no network:
+"""Run everything of Paddle's own CUDA runtime, from the two pieces, on two GPUs with no network:
 
     python3 tests/gpu/paddle/run.py OUT_FOLDER [CASE ...]
 
-FOLDER/results.json gets how each case ended, FOLDER/log.txt what its processes printed. The pieces lie in
+OUT_FOLDER/results.json gets how each case ended, log.txt beside it what its processes printed. The pieces lie in
 `.paddle_gpu`, where `make_pieces.py` puts them.
 """
 
