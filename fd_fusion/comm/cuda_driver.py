@@ -10,6 +10,7 @@ import ctypes
 from typing import Any
 
 _NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING
+_RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
 
 
 class CudaError(RuntimeError):
@@ -51,10 +52,19 @@ class CudaDriver:
             self._stream = ctypes.c_void_p()
 
     def read(self, address: int, nbytes: int, into: Any) -> None:
-        """Copy device memory to the host memory `into`, while kernels run."""
-        self.make_stream()
-        self.call("cuMemcpyDtoHAsync_v2", into, ctypes.c_uint64(address), ctypes.c_size_t(nbytes), self._stream)
-        self.call("cuStreamSynchronize", self._stream)
+        """Copy device memory to the host memory `into`, while kernels run and other threads capture graphs.
+
+        A capture in global mode, of any thread, ends with an error when a thread that is not in relaxed mode waits
+        for a stream. No capture concerns the stream of `read`, so this thread is in relaxed mode meanwhile.
+        """
+        mode = ctypes.c_int(_RELAXED)
+        self._call("cuThreadExchangeStreamCaptureMode", ctypes.byref(mode))
+        try:
+            self.make_stream()
+            self.call("cuMemcpyDtoHAsync_v2", into, ctypes.c_uint64(address), ctypes.c_size_t(nbytes), self._stream)
+            self.call("cuStreamSynchronize", self._stream)
+        finally:
+            self._call("cuThreadExchangeStreamCaptureMode", ctypes.byref(mode))
 
     def _call(self, name: str, *args: Any) -> None:
         code = getattr(self._lib, name)(*args)

@@ -207,3 +207,17 @@ def test_the_host_page_of_a_gpu_is_shared_or_the_driver_s_own(monkeypatch, refus
         with pytest.raises(OSError):
             os.fstat(fd)
     assert calls.count("cuCtxPushCurrent_v2") == calls.count("cuCtxPopCurrent_v2")
+
+
+def test_a_read_ends_no_capture_of_another_thread(monkeypatch):
+    """In global mode a capture fails when another thread waits for a stream, unless that one is in relaxed mode."""
+    calls = count_calls(monkeypatch)
+    provider = cuda_ipc.CudaIpc()
+    address, _ = provider.allocate(5)
+    provider.read(address, 4)
+    assert calls.modes["cuMemAlloc_v2"] == calls.mode == 1, "the mode of this thread is its own again"
+    assert {calls.modes[name] for name in ("cuStreamCreate", "cuMemcpyDtoHAsync_v2", "cuStreamSynchronize")} == {2}
+    calls.refused["cuStreamSynchronize"] = 700
+    with pytest.raises(cuda_ipc.CudaError):
+        provider.read(address, 4)
+    assert calls.mode == 1

@@ -83,7 +83,8 @@ fd_fusion.freeze()
 fd_fusion.reset()  # with nothing to mend it changes nothing
 assert (model(x[:LIMIT]) == fused[LIMIT]).all()
 assert {line.selected.op.stats().get("generation", 1) for line in report.sites} == {1}
-assert (fused[1] == fused[LIMIT][:1]).all(), "the same bits for every T"
+if not x.place.is_gpu_place():  # there the products of the linears depend on T
+    assert (fused[1] == fused[LIMIT][:1]).all(), "the same bits for every T"
 three_d = model(x[:4].reshape([2, 2, 32]))
 assert three_d.shape == [2, 2, 32] and (three_d.reshape([4, 32]) == fused[4]).all()
 
@@ -164,7 +165,8 @@ if backend == "triton":
     if rank:
         dist.barrier()
     try:
-        model(x[:2])
+        model(x[:2]).numpy()
+        fd_fusion.check()  # a GPU gives NaN first
         raise AssertionError("no FusionTimeout")
     except FusionTimeout:
         assert time.monotonic() - started < 15, "not ten times timeout_s"

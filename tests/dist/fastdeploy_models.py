@@ -1,4 +1,4 @@
-"""Every decoder of the contract host, stock and bound, from one checkpoint, with both loaders.
+"""Every decoder of the contract host, stock and bound, from one checkpoint.
 
 Bound equals stock: the parameters bit for bit, the outputs bit for bit where nothing is fused and within roundings
 where it is; every site is proven; after `unbind` no trace is left.
@@ -33,13 +33,6 @@ def config_of(folder, asked, **arguments):
     return fd_config_of(folder, size, rank, tp_group=dist.get_group(0), **arguments)
 
 
-def state_of(folder, loader, asked):
-    """The parameters that a loader gives this rank."""
-    fd_config = config_of(folder, asked, load_choices=loader)
-    model = get_model_loader(fd_config.load_config).load_model(fd_config)
-    return {name: param.numpy().copy() for name, param in model.named_parameters()}
-
-
 def traces_of(model):
     """What binding may change in a model: names of attributes, and the values of plain ones."""
     return {
@@ -50,21 +43,15 @@ def traces_of(model):
     }
 
 
-def compare_loaders(folder):
-    states = {(loader, on): state_of(folder, loader, on) for loader in ("default", "default_v1") for on in (0, 1)}
-    wanted = states["default_v1", 0]
-    for what, state in states.items():
-        assert state.keys() == wanted.keys()
-        differ = [name for name in wanted if not np.array_equal(state[name], wanted[name])]
-        assert not differ, f"{what}: {differ}"
-
-
 def compare(folder, architecture):
     stock = worker_of(config_of(folder, asked=False), rank)
     before = traces_of(stock.model_runner.model)
     wanted = {len(rows): hidden_states(stock, rows).numpy() for rows in (FEW, MANY)}
     bound = worker_of(config_of(folder, asked=True), rank)
     model = bound.model_runner.model
+    loaded = dict(stock.model_runner.model.named_parameters())
+    assert all(np.array_equal(param.numpy(), loaded.pop(name).numpy()) for name, param in model.named_parameters())
+    assert not loaded
     (report,) = [r for r in fd_fusion.report() if r.sites]
     assert report.proven and not report.rejected, report.lines()
     assert hidden_states(bound, []).shape[0] == 0, "no rows, and nothing left pending"
@@ -90,16 +77,13 @@ def compare(folder, architecture):
 
 register()
 register()  # the second one is nothing
-from fastdeploy.model_executor.model_loader import get_model_loader
-
 results = {}
 with tempfile.TemporaryDirectory() as scratch:
     for architecture in sys.argv[1:] or ARCHITECTURES:
         folder = write_checkpoint(f"{scratch}/{architecture}", architecture)
-        compare_loaders(folder)
         results[architecture] = compare(folder, architecture)
 unregister()
-from fastdeploy.model_executor.model_loader.default_loader import DefaultModelLoader
+from fastdeploy.model_executor.model_loader.default_loader_v1 import DefaultModelLoaderV1
 
-assert not hasattr(DefaultModelLoader.load_model, "__wrapped__")
+assert not hasattr(DefaultModelLoaderV1.load_model, "__wrapped__")
 record(**results)

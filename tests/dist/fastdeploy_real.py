@@ -28,6 +28,7 @@ MODELS = {
     "ernie4_5_moe": "Ernie4_5_MoeForCausalLM",
     "gpt_oss": "GptOssForCausalLM",
     "glm_moe_dsa": "GlmMoeDsaForCausalLM",
+    "kimi_k25": "KimiK25ForConditionalGeneration",
     "ernie4_5_mtp": "Ernie4_5_MTPForCausalLM",
     "ernie4_5_vl.ernie4_5_vl_moe": "Ernie4_5_VLModel",
     "paddleocr_vl.paddleocr_vl": "PaddleOCRVLModel",
@@ -37,6 +38,7 @@ MODELS = {
 }
 CHANGES = {
     "glm_moe_dsa": {"model_type": "glm_moe_dsa"},
+    "kimi_k25": {"model_type": "kimi_k25", "topk_method": "noaux_tc", "n_group": 1, "topk_group": 1},
     "ernie4_5_vl.ernie4_5_vl_moe": {"moe_num_experts": [4, 4], "moe_intermediate_size": [24, 24]},
 }
 REFUSED = ("qwen3_vl.qwen3_vl", "qwen3_vl.qwen3_vl_moe")  # they add image features between their layers

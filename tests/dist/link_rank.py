@@ -48,6 +48,18 @@ def ahead(rows):
     return {"kernel": [("number + (2 if shape.TWO_SHOT else 1) * stride)", bound), reload]}
 
 
+NEXT_LOAD = """            words = tl.load(x + next_push.to(tl.int64) * shape.WORDS + offsets, mask=mask, other=0, volatile=True)
+            push("""
+PEERS = "    memory = Memory(own_slots, state_memory, sums, peer_memories(state_memory, rank, shape.N))\n"
+
+
+def stored_as(out, policy):
+    end = {"norm_out": "norm, mask=mask", "residual_out": "summed, mask=owned"}[out]
+    before = f"tl.store({out} + start + offsets, {end})"
+    return (before, f"{before[:-1]}, {policy})")
+
+
+WORDS = [(size, hidden // 2) for size in range(2, 9) for hidden in (2880, 4096, 5120, 6144, 7168, 8192)]
 VARIANTS = {  # replacements in kernel.py and row.py, what is changed in the plan or at launch
     "as it is": {},
     "PDL": {"pdl": "1"},
@@ -59,14 +71,46 @@ VARIANTS = {  # replacements in kernel.py and row.py, what is changed in the pla
     "a quarter of the device": {"share": 0.5},
     "all of the device": {"share": 2},
     "eight warps": {"warps": 8},
+    **{f"{split} x {warps}": {"split": (split, warps)} for split in range(1, 9) for warps in (1, 2, 4, 8)},
     "poll, sleep 50 ns": {"poll": sleeping_poll(50)},
     "poll, sleep 200 ns": {"poll": sleeping_poll(200)},
     "cleared twice": {"row": [(CLEAR, 2 * CLEAR)]},
-    "outputs streamed": {
+    "residual_out streamed": {"kernel": [stored_as("residual_out", 'cache_modifier=".cs"')]},
+    "residual_out evicted first": {"kernel": [stored_as("residual_out", 'eviction_policy="evict_first"')]},
+    "next row loaded ahead": {  # one-shot alone
         "kernel": [
-            (f"{end})\n", f'{end}, cache_modifier=".cs")\n')
-            for end in ("norm_out + start + offsets, norm, mask=mask", "residual_out + start + offsets, summed, mask=owned")
+            ("    next_push = number + stride\n", "    next_push = number + stride\n    loaded = words\n"),
+            (NEXT_LOAD, "            words = loaded\n            push("),
+            (
+                "        words = without_sentinel(words)\n",
+                """        words = without_sentinel(words)
+        behind = number + stride
+        loaded = tl.load(x + behind.to(tl.int64) * shape.WORDS + offsets, mask=mask_if(mask, behind < rows), other=0,
+                         volatile=True)
+""",
+            ),
         ]
+    },
+    "address kept": {  # N=2 alone
+        "kernel": [
+            (
+                PEERS,
+                """    peer = pointer(tl.load(state_memory + 2 + (rank + 1) % shape.N), tl.uint32)
+    memory = Memory(own_slots, state_memory, sums, (peer, peer, peer, peer, peer, peer, peer))
+""",
+            )
+        ]
+    },
+    "counter not read at the end": {  # wrong: to see what it costs
+        "row": [
+            (
+                "    counter_now = tl.load(memory.state_memory + COUNTER, volatile=True)\n    clear",
+                "    counter_now = call.launch * 0\n    clear",
+            )
+        ]
+    },
+    "outputs streamed": {
+        "kernel": [stored_as(out, 'cache_modifier=".cs"') for out in ("norm_out", "residual_out")]
     },
 }
 
@@ -116,6 +160,8 @@ def variant(name):
     load = triton_launch.load_kernel
     os.environ["FD_ENABLE_PDL"] = changes.get("pdl", "0")
     plans.poll = changes.get("poll", plans.poll)
+    if "split" in changes:
+        plans._MEASURED.update({(size, words): changes["split"] for size, words in WORDS})
     if "warps" in changes:
         plans._MEASURED.update({key: (split, changes["warps"]) for key, (split, _) in plans._MEASURED.items()})
     if {"kernel", "row"} & set(changes):

@@ -142,16 +142,7 @@ def host_time(group, options):
         "triton's own launch": lambda: kernel[(op._plan.split,)](*args, **constants),
     }
     for name, part in parts.items():
-        times = []
-        for _ in range(12):
-            part()
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            for _ in range(50):
-                part()
-            times.append((time.perf_counter() - start) / 50 * 1e6)
-            torch.cuda.synchronize()
-        print(f"host time, {name}: {sorted(times)[6]:.2f} us")
+        print(f"host time, {name}: {calls.host_us(part, torch.cuda.synchronize):.2f} us")
     op.check()
     op.close()
 

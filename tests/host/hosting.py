@@ -19,8 +19,6 @@ ARCHITECTURES = (
     "Qwen3MoeForCausalLM",
     "DeepseekV3ForCausalLM",
     "Ernie4_5_MoeForCausalLM",
-    "Ernie4_5_VLMoeForConditionalGeneration",
-    "GptOssForCausalLM",
     "MiniMaxM2ForCausalLM",
     "Qwen3_5ForConditionalGeneration",
 )
@@ -87,7 +85,6 @@ def fd_config_of(folder, size, rank, tp_group=None, data_parallel_size=1, **argu
         "tensor_parallel_size": size,
         "data_parallel_size": data_parallel_size,
         "graph_optimization_config": None,
-        "load_choices": "default_v1",
         **arguments,
     }
     create = ParallelConfig.set_communicate_group

@@ -13,6 +13,7 @@ The one compiled op that a norm needs, fused_rms_norm, is its formula.
 import importlib
 import importlib.abc
 import importlib.machinery
+import importlib.util
 import os
 import sys
 import types
@@ -254,8 +255,18 @@ PARTS = {
 }
 
 
+def make_kimi():
+    """Kimi K2.5, of a pull request: a subclass of DeepSeek's model, with a loader of weights of its own alone."""
+    base = importlib.import_module("fastdeploy.model_executor.models.deepseek_v3").DeepseekV3ForCausalLM
+    kimi = type("KimiK25ForConditionalGeneration", (base,), {})
+    sys.modules["fastdeploy.model_executor.models.kimi_k25"] = module = types.ModuleType("kimi_k25")
+    module.KimiK25ForConditionalGeneration = kimi
+
+
 def load(models):
     """Import the models, and put the stand-ins of their parts in."""
+    if importlib.util.find_spec("fastdeploy.model_executor.models.kimi_k25") is None:
+        make_kimi()
     modules = [importlib.import_module(f"fastdeploy.model_executor.models.{name}") for name in models]
     norms = importlib.import_module("fastdeploy.model_executor.layers.normalization")
     moe = importlib.import_module("fastdeploy.model_executor.layers.moe.moe")

@@ -26,6 +26,26 @@ COMMON = {
     "attention_bias": False,
 }
 EXPERT = {"moe_intermediate_size": 32, "num_experts_per_tok": 2, "norm_topk_prob": True}
+DEEPSEEK = {
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "model_type": "deepseek_v3",
+    "q_lora_rank": 48,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 32,
+    "topk_method": "noaux_tc",
+    "n_routed_experts": EXPERTS,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "moe_layer_freq": 1,
+    "n_group": 2,
+    "topk_group": 1,
+    "routed_scaling_factor": 1.5,
+    "rope_scaling": None,
+    **EXPERT,
+}
+YARN = {"factor": 4.0, "beta_fast": 32.0, "beta_slow": 1.0, "original_max_position_embeddings": 128}
 GLM = {
     "architectures": ["Glm4MoeForCausalLM"],
     "model_type": "glm4_moe",
@@ -67,32 +87,15 @@ KINDS = {
         "num_experts_per_tok": EXPERT["num_experts_per_tok"],
         "sliding_window": 8,
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
-        "rope_scaling": {
-            "rope_type": "yarn",
-            "factor": 4.0,
-            "beta_fast": 32.0,
-            "beta_slow": 1.0,
-            "original_max_position_embeddings": 128,
-        },
+        "rope_scaling": {"rope_type": "yarn", **YARN},
     },
-    "deepseek_v3": {
-        "architectures": ["DeepseekV3ForCausalLM"],
-        "model_type": "deepseek_v3",
-        "q_lora_rank": 48,
-        "kv_lora_rank": 32,
-        "qk_nope_head_dim": 32,
-        "qk_rope_head_dim": 16,
-        "v_head_dim": 32,
-        "topk_method": "noaux_tc",
-        "n_routed_experts": EXPERTS,
-        "n_shared_experts": 1,
-        "first_k_dense_replace": 1,
-        "moe_layer_freq": 1,
-        "n_group": 2,
-        "topk_group": 1,
-        "routed_scaling_factor": 1.5,
-        "rope_scaling": None,
-        **EXPERT,
+    "deepseek_v3": DEEPSEEK,
+    "kimi_k2": {
+        **DEEPSEEK,
+        "model_type": "kimi_k2",
+        "n_group": 1,
+        "routed_scaling_factor": 2.827,
+        "rope_scaling": {"type": "yarn", "mscale": 1.0, "mscale_all_dim": 1.0, **YARN},
     },
     "ernie4_5_moe": {
         "architectures": ["Ernie4_5_MoeForCausalLM"],
@@ -110,9 +113,9 @@ KINDS = {
 }
 # With these, the best word leads the second by more than 0.001 wherever the tests ask: float32 cannot turn it round.
 SEEDS = {"qwen2": 4, "qwen3": 4, "qwen3_moe": 3, "glm4_moe": 10, "glm4_moe_qk_norm": 1}
-SEEDS |= {"gpt_oss": 1, "deepseek_v3": 2, "ernie4_5_moe": 2}
+SEEDS |= {"gpt_oss": 1, "deepseek_v3": 2, "kimi_k2": 2, "ernie4_5_moe": 2}
 # What the host must be told to serve a kind here. Overlapped, it takes one step more when the last request has ended,
 # in which DeepSeek's attention, if no graph pads it, has no output at all: the stock server dies.
 MLA = {"FD_ATTENTION_BACKEND": "MLA_ATTN", "FD_MLA_USE_NAIVE": "1", "SERVING_CAPABILITY": "9"}
-HOST_ENV = {"deepseek_v3": MLA}
-HOST_ARGS = {"deepseek_v3": ["--no-enable-overlap-schedule"]}
+HOST_ENV = {"deepseek_v3": MLA, "kimi_k2": MLA}
+HOST_ARGS = {kind: ["--no-enable-overlap-schedule"] for kind in HOST_ENV}

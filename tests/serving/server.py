@@ -73,18 +73,6 @@ class Server:
             time.sleep(0.5)
         raise AssertionError(f"not ready in {READY_S} s\n{self.tails()}")
 
-    def ranks_met(self, seconds=60):
-        """Whether the ranks have made their groups by then. If not: Paddle's gloo, with four ranks, often hangs in
-        that, or is refused a connection.
-        """
-        until = time.time() + seconds
-        while time.time() < until and self.process.poll() is None:
-            logs = [path.read_text(errors="replace") for path in self.log.rglob("workerlog.*")]
-            if len(logs) == self.ranks and all("HybridParallelInfo" in log for log in logs):
-                return True
-            time.sleep(0.5)
-        return False
-
     def ask(self, prompt, tokens=24, timeout_s=60, **more):
         """The words of a greedy answer. Raises OSError when the connection is lost, or the server says an error."""
         body = {
@@ -153,7 +141,11 @@ class Server:
         a thread of its own still receives (engine/common_engine.py, _exit_sub_services).
         """
         closed = "Shutting down: Master" in self.out() and not _listens(self.port)
-        return not self._of_workers() and (closed or self.process.poll() is not None)
+        return self.has_no_ranks() and (closed or self.process.poll() is not None)
+
+    def has_no_ranks(self):
+        """Whether no rank and no launcher of it is left."""
+        return not self._of_workers()
 
     def _of_workers(self):
         return [process for process in self.processes() if "worker_process.py" in _command(process)]

@@ -66,10 +66,14 @@ def test_off(env, tree, checkpoint, tmp_path):
 
 
 def start_that_fails(server):
-    """The server ends by itself before it is ready. Returns fd_fusion.log."""
+    """Its ranks end by themselves and it is never ready. Returns fd_fusion.log.
+
+    The server ends too, or FastDeploy's own parent hangs in its last step, as it now and then does (README.md).
+    """
     try:
-        with pytest.raises(AssertionError, match="the server ended"):
+        with pytest.raises(AssertionError, match=r"the server ended|not ready"):
             server.wait_ready()
+        assert server.has_no_ranks()
         return server.fusion_log()
     finally:
         server.stop()

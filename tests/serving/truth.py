@@ -10,6 +10,11 @@ from serving.kinds import WORDS
 EOS = 1
 
 
+def _magnitude(factor, part):
+    """YaRN's, for a context that is `factor` times as long as the one that was trained."""
+    return 0.1 * part * np.log(factor) + 1
+
+
 class Truth:
     """The model of a folder made by `write_checkpoint`."""
 
@@ -75,7 +80,9 @@ class Truth:
         k, v = np.split(self._linear(f"{name}.kv_b_proj", latent).reshape(rows, q.shape[1], -1), [nope], -1)
         turned = np.repeat(self._rope(both[:, None, -rope:]), q.shape[1], 1)
         q = np.concatenate([q[..., :nope], self._rope(q[..., nope:])], -1)
-        out = self._softmax_of(q, np.concatenate([k, turned], -1), v, rows)
+        yarn = self.config["rope_scaling"]
+        sharp = _magnitude(yarn["factor"], yarn["mscale_all_dim"]) ** 2 if yarn else 1
+        out = self._softmax_of(q * sharp, np.concatenate([k, turned], -1), v, rows)
         return self._linear(f"{name}.o_proj", out)
 
     def _softmax_of(self, q, k, v, window, sinks=None):
@@ -97,7 +104,7 @@ class Truth:
         speed, scale = self._speeds(size)
         angle = np.arange(len(x))[:, None] * speed
         cos, sin = scale * np.cos(angle)[:, None], scale * np.sin(angle)[:, None]
-        neighbours = self.config["model_type"] in ("ernie4_5_moe", "deepseek_v3")
+        neighbours = self.config["model_type"] in ("ernie4_5_moe", "deepseek_v3", "kimi_k2")
         one, two = np.arange(size).reshape(-1, 2).T if neighbours else np.arange(size).reshape(2, -1)
         out = x.copy()
         out[..., one], out[..., two] = x[..., one] * cos - x[..., two] * sin, x[..., two] * cos + x[..., one] * sin
@@ -117,7 +124,9 @@ class Truth:
         )
         low, high = max(np.floor(low), 0), min(np.ceil(high), size - 1)
         slowed = np.clip((np.arange(half) - low) / (high - low), 0, 1)
-        return plain * (1 - slowed + slowed / yarn["factor"]), 0.1 * np.log(yarn["factor"]) + 1
+        scale = _magnitude(yarn["factor"], yarn.get("mscale", 1))
+        scale /= _magnitude(yarn["factor"], yarn.get("mscale_all_dim", 0))
+        return plain * (1 - slowed + slowed / yarn["factor"]), scale
 
     def _block(self, name, x):
         if f"{name}.gate_proj.weight" in self._weights:

@@ -86,15 +86,10 @@ class ControlReader:
 
     def __init__(self, address: int):
         self._cuda, self._address, self._host = CudaDriver(), address, ctypes.c_void_p()
-        self._ready = threading.local()
         self._cuda.make_stream()
         self._cuda.call("cuMemHostAlloc", ctypes.byref(self._host), ctypes.c_size_t(4 * CONTROL_INTS), 1)  # portable
 
     def __call__(self) -> Words:
-        if not getattr(self._ready, "done", False):
-            relaxed = ctypes.c_int(2)  # CU_STREAM_CAPTURE_MODE_RELAXED, for this thread
-            self._cuda.call("cuThreadExchangeStreamCaptureMode", ctypes.byref(relaxed))
-            self._ready.done = True
         self._cuda.read(self._address, 4 * CONTROL_INTS, self._host)
         return tuple((ctypes.c_int * CONTROL_INTS).from_address(self._host.value))
 

@@ -77,6 +77,9 @@ def _parser() -> Parser:
     parser.add_argument("--steps", type=int, default=4, help="decode steps after it (default: 4)")
     parser.add_argument("--seed", type=int, default=0, help="of the weights and the prompt (default: 0)")
     parser.add_argument("--backend", choices=BACKENDS, default="auto", help="what fuses (default: auto)")
+    parser.add_argument(
+        "--device", choices=("cpu", "gpu"), default="cpu", help="gpu: one a rank, over NCCL (default: cpu)"
+    )
     parser.add_argument("--max-token-num", type=int, help="the most rows of a call that is fused")
     parser.add_argument("--timeout-s", type=float, default=30.0, help="wait for a missing rank (default: 30)")
     parser.add_json()
@@ -101,7 +104,7 @@ def _demo(args: argparse.Namespace) -> int:
         checkpoint = Checkpoint(args.checkpoint or folder)
         checkpoint.config.check_ranks(args.nproc, args.backend)
         truth, results = _run(folder, checkpoint, fusion, args)
-    outcome = demo_report.judge(checkpoint.config, args.nproc, truth, results)
+    outcome = demo_report.judge(checkpoint.config, args.nproc, args.device, truth, results)
     print(to_json(outcome, 2) if args.json else "\n".join(demo_report.lines(outcome)))
     return 0 if outcome["agree"] else 1
 
@@ -138,9 +141,12 @@ def _run(folder: Path, checkpoint: Checkpoint, fusion: FusionConfig, args) -> tu
         "tokens": str(tokens),
         "prompt_len": args.prompt_len,
         "config": fusion.to_dict(),
+        "device": args.device,
         "ports": free_ports(1 + args.nproc),
     }
-    env = {"TRITON_INTERPRET": "1"} if args.backend == "triton" else {}  # no GPU takes part
+    env = {"NVIDIA_TF32_OVERRIDE": "0"}  # the budget is that of float32
+    if args.device == "cpu" and args.backend == "triton":
+        env["TRITON_INTERPRET"] = "1"
     total = count_steps(args.steps)
     with progress_line("starting the ranks") as show:
 

@@ -25,6 +25,7 @@ def count_steps(decode_steps: int) -> int:
 def run(job: dict[str, Any], group: Group) -> dict[str, Any]:
     """Return the logits and times of both runs, bind's report, and whether the weights stayed the same."""
     from fd_fusion.frameworks.paddle_runtime import require_paddle
+    from fd_fusion.frameworks.tensors import devices
 
     paddle = require_paddle()
     import paddle.distributed as dist
@@ -32,10 +33,12 @@ def run(job: dict[str, Any], group: Group) -> dict[str, Any]:
     from fd_fusion.cli.demo.checkpoint import Checkpoint
     from fd_fusion.cli.demo.model import load_model
 
-    progress = Progress()
-    paddle.set_device("cpu")
+    progress, on_gpu = Progress(), job["device"] == "gpu"
+    if on_gpu and (count := devices(paddle)[2]) < group.size:
+        raise ValueError(f"--device gpu: Paddle sees {count} GPUs, and each of {group.size} ranks needs its own")
+    paddle.set_device(f"gpu:{group.rank}" if on_gpu else "cpu")
     if group.size > 1:
-        join_paddle(group.rank, group.size, job["ports"], "gloo")
+        join_paddle(group.rank, group.size, job["ports"], "nccl" if on_gpu else "gloo")
     progress.step()
     model = load_model(Checkpoint(Path(job["checkpoint"])))
     progress.step()

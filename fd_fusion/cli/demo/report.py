@@ -18,7 +18,9 @@ RUNS = ("stock", "bound")
 NEAR_TIE = 1e-5  # a gap between router scores that float32 may close
 
 
-def judge(config: DecoderConfig, nproc: int, truth: Truth, results: list[dict[str, Any]]) -> dict[str, Any]:
+def judge(
+    config: DecoderConfig, nproc: int, device: str, truth: Truth, results: list[dict[str, Any]]
+) -> dict[str, Any]:
     """Compare the ranks' results with each other and with the truth. Everything in the answer is plain data.
 
     The budget is that of the package's tests: twice the error of a plain float32 run, and one unit in the last place.
@@ -34,6 +36,7 @@ def judge(config: DecoderConfig, nproc: int, truth: Truth, results: list[dict[st
     outcome = {
         "version": __version__,
         "nproc": nproc,
+        "device": device,
         "decoder": dataclasses.asdict(config),
         "report": report,
         "calls": dict(calls),
@@ -60,7 +63,7 @@ def _difference(got: np.ndarray, want: np.ndarray) -> float:
 def lines(outcome: dict[str, Any]) -> list[str]:
     """Return the lines that the demo prints."""
     return [
-        _headline(outcome["decoder"], outcome["nproc"]),
+        _headline(outcome["decoder"], outcome["nproc"], outcome["device"]),
         "",
         *_sites(outcome["report"]),
         "",
@@ -70,11 +73,11 @@ def lines(outcome: dict[str, Any]) -> list[str]:
     ]
 
 
-def _headline(decoder: dict[str, Any], nproc: int) -> str:
+def _headline(decoder: dict[str, Any], nproc: int, device: str) -> str:
     dense = min(decoder["first_k_dense_replace"], decoder["num_hidden_layers"])
     moe = decoder["num_hidden_layers"] - dense
     return (
-        f"{nproc} rank{'s' * (nproc > 1)}, float32 on CPU: {dense} dense and {moe} MoE "
+        f"{nproc} rank{'s' * (nproc > 1)}, float32 on {device.upper()}: {dense} dense and {moe} MoE "
         f"layers, H={decoder['hidden_size']}, {decoder['num_attention_heads']} heads, "
         f"{decoder['num_key_value_heads']} kv heads of {decoder['head_dim']}, {decoder['n_routed_experts']} experts, "
         f"top {decoder['num_experts_per_tok']}; embedding, router and lm_head whole on every rank"

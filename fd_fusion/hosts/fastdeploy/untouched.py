@@ -14,25 +14,35 @@ _SMALL = 1 << 20  # elements
 
 @contextlib.contextmanager
 def untouched(runner: Any) -> Iterator[None]:
-    """For a run of one request: the inputs of the model, those of its draft model, the random numbers, as before.
+    """For a run of one request: the fields of the runner and of its proposer, what they feed their models, the random
+    numbers, as before.
 
-    Not kept is what no step reads before it writes it: blocks of the KV cache, copies in pinned memory, and in large
-    tensors all but the first row, which is this request's.
+    Not kept is what no step reads before it writes it: blocks of the KV cache, the metadata of the attention backend,
+    copies in pinned memory, and in large tensors all but the first row, which is this request's.
     """
-    owners = (runner, "share_inputs"), (getattr(runner, "proposer", None), "model_inputs")
-    batches = [getattr(owner, name, None) for owner, name in owners]
-    kept = [_keep(batch if isinstance(batch, dict) else vars(batch)) for batch in batches if batch is not None]
+    proposer = getattr(runner, "proposer", None)
+    owners = runner, getattr(runner, "share_inputs", None), proposer, getattr(proposer, "model_inputs", None)
+    kept = [_keep(owner if isinstance(owner, dict) else vars(owner)) for owner in owners if owner is not None]
     random = paddle.get_rng_state()
     try:
         yield
     finally:
         paddle.set_rng_state(random)
         for containers, parts in kept:
-            for held, value in containers:  # in place: the runner may hold the same list
-                held.clear()
-                held.update(value) if isinstance(held, dict) else held.extend(value)
+            for held, value in containers:
+                _restore(held, value)
             for part, value in parts:
                 part.copy_(value, True)
+
+
+def _restore(held: list | dict, value: list | dict) -> None:
+    """In place: others hold it too, and a thread of the runner reads its fields meanwhile."""
+    if isinstance(held, list):
+        held[:] = value
+        return
+    for name in held.keys() - value.keys():
+        del held[name]
+    held.update(value)
 
 
 def _keep(fields: dict[str, Any]) -> tuple[list[tuple], list[tuple]]:

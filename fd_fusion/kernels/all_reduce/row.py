@@ -57,7 +57,9 @@ def finish(row, residual, weight, abort_bits, memory, call, shape, polling):
     sums = sums_of(row.number, memory, shape.C)
     H: tl.constexpr = shape.WORDS if shape.DTYPE == "float32" else 2 * shape.WORDS
     wa, wb = load_weight(weight, row.offsets + call.slice_index * shape.SLICE, row.mask, DTYPE, shape.WEIGHT_DTYPE)
-    other = tl.load(residual + row.offsets, mask=row.mask, other=0) if shape.HAS_RESIDUAL else row.words
+    other = row.words
+    if shape.HAS_RESIDUAL:  # nothing reads this residual again: L2 keeps what is read sooner
+        other = tl.load(residual + row.offsets, mask=row.mask, other=0, eviction_policy="evict_first")
     a = tl.zeros(row.offsets.shape, tl.float32)
     b = a
     total = 0.0

@@ -75,8 +75,8 @@ def test_the_runs_agree(nproc, extra, tmp_path):
 
 def test_json_has_these_keys(tmp_path):
     truth, results = made_up()
-    outcome = demo_report.judge(DecoderConfig(), 2, truth, results)
-    expected = "version nproc decoder report calls difference budget step_ms prefill_ms ranks_bit_equal"
+    outcome = demo_report.judge(DecoderConfig(), 2, "cpu", truth, results)
+    expected = "version nproc device decoder report calls difference budget step_ms prefill_ms ranks_bit_equal"
     assert list(outcome) == [*expected.split(), "weights_unchanged", "router_margin", "agree"]
     assert outcome["agree"]
 
@@ -108,7 +108,7 @@ def test_the_verdict_sees(fault):
         result["bound"] = {**result["bound"], "logits": wrong.tobytes().hex()}
     if fault == "weights":
         results[1]["weights"]["bound"] = False
-    outcome = demo_report.judge(DecoderConfig(), 2, truth, results)
+    outcome = demo_report.judge(DecoderConfig(), 2, "cpu", truth, results)
     assert not outcome["agree"]
     says = {
         "far": "bound run is out of budget",
@@ -127,7 +127,9 @@ def test_a_truth_that_is_no_number_agrees_with_nothing(number):
         "logits": truth.logits.astype(np.float32).tobytes().hex(),
         "ms": [2.0, 1.0],
     }
-    outcome = demo_report.judge(DecoderConfig(), 2, dataclasses.replace(truth, plain_error=float(number)), results)
+    outcome = demo_report.judge(
+        DecoderConfig(), 2, "cpu", dataclasses.replace(truth, plain_error=float(number)), results
+    )
     last = demo_report.lines(outcome)[-1]
     assert not outcome["agree"] and last.startswith("verdict: the numbers do not agree: ")
     assert "the exact result, or the same in float32, holds NaN or Inf; check the weights" in last
@@ -164,6 +166,13 @@ def test_a_bad_argument_gets_one_sentence(args, says, capsys, monkeypatch):
     assert demo.main(args) == 2
     out, err = capsys.readouterr()
     assert says in err and err.startswith("fd_fusion: ") and err.count("\n") == 1 and not out
+
+
+def test_gpus_that_are_not_there_get_one_sentence(tmp_path):
+    process = start(tmp_path, "--device", "gpu")
+    out, err = process.communicate(timeout=100)
+    assert process.returncode == 1 and not out
+    assert "--device gpu: Paddle sees 0 GPUs, and each of 2 ranks needs its own" in err.splitlines()[0], err
 
 
 GOOD = DecoderConfig().to_json()

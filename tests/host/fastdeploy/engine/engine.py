@@ -23,7 +23,6 @@ class LLMEngine:
             f" --model {self.cfg.model_config.model!s}"
             f" --tensor_parallel_size {parallel.tensor_parallel_size}"
             f" --data_parallel_size {parallel.data_parallel_size}"
-            f" --load_choices {self.cfg.load_config.load_choices}"
             f" --graph_optimization_config '{self.cfg.graph_opt_config.to_json_string()}'"
         )
         flags = {

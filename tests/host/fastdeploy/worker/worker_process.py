@@ -26,7 +26,6 @@ def parse_args(words=None):
     parser.add_argument("-m", "--model", type=str, default="")
     parser.add_argument("--tensor_parallel_size", type=int, default=1)
     parser.add_argument("--data_parallel_size", type=int, default=1)
-    parser.add_argument("--load_choices", type=str, default="default_v1")
     parser.add_argument("--do_profile", action="store_true")
     parser.add_argument("--enable_flashinfer_allreduce_fusion", action="store_true")
     parser.add_argument("--graph_optimization_config", type=json.loads, default=None)
@@ -66,7 +65,7 @@ def run_worker_proc():
 
     worker = GpuWorker(fd_config, local_rank=dist.get_rank(), rank=dist.get_rank())
     bring_up(worker, args.do_profile)
-    for step in range(int(os.environ.get("HOST_STEPS", "3"))):
+    for step in range(3):
         worker.execute_model([step + 1, step + 2, step + 5])
     while os.environ.get("HOST_LINGER") == "1":
         time.sleep(0.05)

@@ -18,6 +18,7 @@ def install():
     """Hook the imports of this process: what is changed of a module is changed right behind its import."""
     sys.modules["pynvml"] = device.nvml()
     hooks = {
+        "paddle.distributed.collective": device.make_one_mesh,
         "fastdeploy.platforms": device.use_cuda_road,
         "fastdeploy.config": _pass_dtype_on,
         "fastdeploy.model_executor.layers.normalization": _without_triton,

@@ -1,4 +1,4 @@
-"""What FastDeploy asks of a CUDA device, answered on a CPU: NVML, the platform, events, memory, three collectives."""
+"""What FastDeploy asks of a CUDA device, answered on a CPU: NVML, the platform, events, memory, collectives."""
 
 import os
 import types
@@ -116,3 +116,19 @@ def _replace_collectives(paddle):
     mp_ops._mp_allreduce, mp_ops._c_concat = all_reduce, concat
     mp_ops._c_identity = lambda tensor, *args, **kwargs: tensor
     paddle.tensor.top_p_sampling = top_p_sampling  # compiled for a GPU alone
+
+
+def make_one_mesh(module):
+    """Groups of all ranks share the first one's connections. Paddle's gloo makes that one always; of four ranks it
+    seldom makes a second: its pairs wait for ever, or are refused (gloo's connectFullMesh).
+    """
+    stock, made = module._new_process_group_impl, []
+
+    def make(backend, store, rank, world_size, *args, **kwargs):
+        if world_size == 2 or world_size != int(os.environ["PADDLE_TRAINERS_NUM"]):
+            return stock(backend, store, rank, world_size, *args, **kwargs)
+        if not made:
+            made.append(stock(backend, store, rank, world_size, *args, **kwargs))
+        return made[0]
+
+    module._new_process_group_impl = make

@@ -34,15 +34,11 @@ class LinearBase(nn.Layer):
         with_bias=False,
         skip_quant=False,
         weight_dtype="",
-        weight_key="",
     ):
         super().__init__()
         self.forward = self.forward_cuda
         self.fd_config = fd_config
         self.input_size, self.output_size, self.with_bias = input_size, output_size, with_bias
-        self.prefix = prefix
-        self.weight_key = f"{prefix}.{weight_key or 'weight'}"
-        self.bias_key = f"{prefix}.bias"
         self.weight_dtype = weight_dtype or self._helper.get_default_dtype()
         self.weight_shape = [input_size, output_size]
         self.quant_method = UnquantizedLinearMethod()
@@ -54,12 +50,6 @@ class LinearBase(nn.Layer):
     def _create_weights(self, **attrs):
         loader = getattr(self, "weight_loader", None) or default_weight_loader(self.fd_config)
         self.quant_method.create_weights(self, weight_loader=loader, **attrs)
-
-    def load_state_dict(self, state_dict):
-        """Loader v0: takes this rank's slice out of `state_dict` by `weight_key`, that is, by prefix."""
-        self.weight.set_value(paddle.to_tensor(state_dict.pop(self.weight_key)).astype(self.weight.dtype))
-        if self.with_bias:
-            self.bias.set_value(paddle.to_tensor(state_dict.pop(self.bias_key)).astype(self.bias.dtype))
 
     def forward_cuda(self, x):
         return self.quant_method.apply(self, x)
@@ -90,18 +80,9 @@ class MergedColumnParallelLinear(LinearBase):
         value[..., start : start + width] = part
         param.copy_(value, False)
 
-    def load_state_dict(self, state_dict):
-        for key, param in ((self.weight_key, self.weight), (self.bias_key, self.bias)):
-            if param is not None:
-                names = [key.replace(self.merged, shard) for shard in self.parts]
-                parts = [paddle.to_tensor(state_dict.pop(name)) for name in names]
-                param.set_value(paddle.concat(parts, axis=-1).astype(param.dtype))
-
-    merged, parts = "up_gate_proj", ("gate_proj", "up_proj")
-
 
 class QKVParallelLinear(MergedColumnParallelLinear):
-    shards, merged, parts = ("q", "k", "v"), "qkv_proj", ("q_proj", "k_proj", "v_proj")
+    shards = ("q", "k", "v")
 
     def __init__(self, fd_config, prefix="", with_bias=False):
         model = fd_config.model_config

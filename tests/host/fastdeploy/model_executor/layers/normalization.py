@@ -38,8 +38,6 @@ class RMSNorm(nn.Layer):
     ):
         super().__init__()
         self.fd_config, self.prefix, self.hidden_size = fd_config, prefix, hidden_size
-        self.weight_key = f"{prefix}.weight" if prefix else None
-        self.with_weight = self.weight_key is not None
         self.eps, self.norm_func, self.bias, self.quant_scale = eps, fused_rms_norm, bias, quant_scale
         self._norm_weight_dtype = dtype or self._helper.get_default_dtype()
         self.begin_norm_axis, self.layer_id = begin_norm_axis, layer_id
@@ -60,9 +58,6 @@ class RMSNorm(nn.Layer):
 
     def weight_loader(self, param, loaded_weight, shard_id=None):
         param.copy_(paddle.to_tensor(loaded_weight).astype(self._norm_weight_dtype), False)
-
-    def load_state_dict(self, state_dict):
-        self.weight.set_value(paddle.to_tensor(state_dict.pop(self.weight_key)).astype(self._norm_weight_dtype))
 
     def forward(self, x, residual_input=None, forward_meta=None, proxy_rmsnorm=None):
         x_dtype = x.dtype
@@ -96,10 +91,6 @@ class QKRMSNorm(nn.Layer):
         self.q_norm = RMSNorm(fd_config, head_dim, model_eps, f"{prefix}.q_norm", begin_norm_axis=begin_norm_axis)
         self.k_norm = RMSNorm(fd_config, head_dim, model_eps, f"{prefix}.k_norm", begin_norm_axis=begin_norm_axis)
         self.qk_norm_fused = False
-
-    def load_state_dict(self, state_dict):
-        self.q_norm.load_state_dict(state_dict)
-        self.k_norm.load_state_dict(state_dict)
 
     def forward(self, qkv_out, forward_meta, proxy_rmsnorm=None):
         q, k, v = qkv_out.split([self.q_size, self.kv_size, self.kv_size], axis=-1)

@@ -20,7 +20,5 @@ class DefaultModelLoaderV1(BaseModelLoader):
     def load_model(self, fd_config):
         model = ModelRegistry.get_class(fd_config.model_config.architectures[0])(fd_config)
         model.eval()
-        if fd_config.load_config.dynamic_load_weight:
-            return model
         self.load_weights(model, fd_config)
         return model

@@ -95,10 +95,6 @@ class MoEBase(nn.Layer):
             num_experts=model.num_experts,
             top_k=2,
             layer_idx=layer_id,
-            weight_key_map={
-                "up_gate_proj_expert_weight_key": f"{prefix}.experts.{{}}.up_gate_proj.weight",
-                "down_proj_expert_weight_key": f"{prefix}.experts.{{}}.down_proj.weight",
-            },
         )
 
 

@@ -20,8 +20,6 @@ class ModelRegistry:
         "DeepseekV3ForCausalLM": "deepseek_v3",
         "Ernie4_5_MoeForCausalLM": "ernie4_5_moe",
         "Ernie4_5_MTPForCausalLM": "ernie4_5_moe",
-        "Ernie4_5_VLMoeForConditionalGeneration": "ernie4_5_vl_moe",
-        "GptOssForCausalLM": "gpt_oss",
         "MiniMaxM2ForCausalLM": "minimax_m2_5",
         "Qwen3_5ForConditionalGeneration": "qwen3_5",
     }
@@ -58,7 +56,7 @@ class ModelForCasualLM(nn.Layer):
 
     @paddle.no_grad()
     def load_weights(self, weights_iterator):
-        """Loader v1: by attribute path, through each parameter's `weight_loader`."""
+        """By attribute path, through each parameter's `weight_loader`."""
         params = dict(self.named_parameters())
         for name, weight in weights_iterator:
             if ".experts." in name:
@@ -76,16 +74,6 @@ class ModelForCasualLM(nn.Layer):
                 param = params[name]
                 getattr(param, "weight_loader", _copy)(param, weight)
 
-    @paddle.no_grad()
-    def set_state_dict(self, state_dict):
-        """Loader v0: every layer pops what it owns, by its prefix."""
-        for _, layer in self.named_sublayers():
-            if (hasattr(layer, "weight_key") and layer.weight_key in state_dict) or _owns(layer, state_dict):
-                layer.load_state_dict(state_dict)
-        embedding = self.model.embed_tokens.weight
-        embedding.set_value(paddle.to_tensor(state_dict.pop("model.embed_tokens.weight")).astype(embedding.dtype))
-        assert not state_dict, f"left over in the checkpoint: {sorted(state_dict)}"
-
     def compute_logits(self, hidden_states, forward_meta=None):
         return hidden_states.astype("float32") @ self.model.embed_tokens.weight.astype("float32").T
 
@@ -95,11 +83,3 @@ class ModelForCasualLM(nn.Layer):
 
 def _copy(param, weight):
     param.copy_(weight.astype(param.dtype), False)
-
-
-def _owns(layer, state_dict):
-    key_map = getattr(layer, "weight_key_map", None)
-    if key_map:
-        return key_map["down_proj_expert_weight_key"].format(0) in state_dict
-    merged = getattr(layer, "merged", None)
-    return bool(merged) and layer.weight_key.replace(merged, layer.parts[0]) in state_dict

@@ -27,12 +27,3 @@ class Qwen3MoeForCausalLM(ModelForCasualLM):
     def __init__(self, fd_config):
         super().__init__(fd_config)
         self.model = Qwen3MoeModel(fd_config)
-
-    def empty_input_forward(self):
-        """Runs the experts by themselves, as the host does for an idle rank."""
-        import paddle
-
-        rows = paddle.zeros([1, self.fd_config.model_config.hidden_size])
-        for layer in self.model.layers:
-            if hasattr(layer.mlp, "experts"):
-                layer.mlp.experts(rows, layer.mlp.gate)

@@ -17,14 +17,13 @@ class FusedMoE(nn.Layer):
         num_experts=-1,
         top_k=-1,
         layer_idx=-1,
-        weight_key_map=None,
     ):
         super().__init__()
         parallel, hidden = fd_config.parallel_config, fd_config.model_config.hidden_size
         self.fd_config, self.layer_idx, self.reduce_results = fd_config, layer_idx, reduce_results
         self.tp_size, self.tp_rank = parallel.tensor_parallel_size, parallel.tensor_parallel_rank
         self.tp_group, self.ep_size = parallel.tp_group, parallel.expert_parallel_size
-        self.num_experts, self.top_k, self.weight_key_map = num_experts, top_k, weight_key_map
+        self.num_experts, self.top_k = num_experts, top_k
         if self.ep_size > 1:  # each rank has whole experts; here all of them
             self.tp_size, self.tp_rank = 1, 0
         width = moe_intermediate_size // self.tp_size
@@ -50,20 +49,6 @@ class FusedMoE(nn.Layer):
             start = 0 if shard_id == "gate" else width
             value[expert_id, :, start : start + width] = part
         param.copy_(value, False)
-
-    def load_state_dict(self, state_dict):
-        """Loader v0: the slices were cut before; names come from `weight_key_map`."""
-        key_map = self.weight_key_map
-        up_gate, down = [], []
-        for expert in range(self.num_experts):
-            key = key_map["up_gate_proj_expert_weight_key"].format(expert)
-            parts = [
-                paddle.to_tensor(state_dict.pop(key.replace("up_gate_proj", p))) for p in ("gate_proj", "up_proj")
-            ]
-            up_gate.append(paddle.concat(parts, axis=-1))
-            down.append(paddle.to_tensor(state_dict.pop(key_map["down_proj_expert_weight_key"].format(expert))))
-        self.up_gate_proj_weight.set_value(paddle.stack(up_gate).astype(self.up_gate_proj_weight.dtype))
-        self.down_proj_weight.set_value(paddle.stack(down).astype(self.down_proj_weight.dtype))
 
     def forward(self, x, gate, forward_meta=None, shared_experts=None):
         scores = paddle.nn.functional.softmax(gate(x.astype("float32")), axis=-1)
