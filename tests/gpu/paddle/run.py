@@ -161,7 +161,7 @@ def cases(scratch: str) -> tuple[dict, dict]:
     wide = "--hidden", 4096
     python = sys.executable
     beside = {
-        "own_layers": launched("bind_model.py", "triton", "eager"),
+        "own_layers": launched("bind_model.py", "triton", "eager", "old"),
         "demo": command(python, "-m", "fd_fusion", "demo", "--device", "gpu", "--backend", "triton", seconds=120),
         "numbers": ranks("runtime.py", "numbers", "payload", "together", "--hidden", 1024, *ROWS, seconds=100),
         "two_ranks_launched": command(
@@ -185,6 +185,7 @@ def cases(scratch: str) -> tuple[dict, dict]:
         "tune": command(
             *(python, "-m", "fd_fusion", "tune", "--nproc", 2, "--hidden-size", 4096, "--rows", "1,8"),
             env={"XDG_CACHE_HOME": scratch},
+            seconds=120,
         ),
     }
     alone = {
