@@ -123,7 +123,8 @@ def _clock_us(work: Callable[[], Any]) -> float:
 def _graph(framework: Any, call: Callable[[], Any]) -> Callable[[], Any]:
     """A CUDA graph of a few calls, one after another. Returns what replays it."""
     if framework.__name__ == "paddle":
-        graph = importlib.import_module("paddle.device.cuda.graphs").CUDAGraph()
+        here = framework.CUDAPlace(framework.cuda.current_device())  # CUDAGraph() means GPU 0, on every rank
+        graph = importlib.import_module("paddle.device.cuda.graphs").CUDAGraph(here)
         graph.capture_begin()
         kept = [call() for _ in range(_CALLS)]
         graph.capture_end()
