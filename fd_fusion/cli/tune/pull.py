@@ -20,20 +20,25 @@ _ADDRESS = 1 << 40  # what the kernels are compiled for; nothing is specialized 
 NORM_WARPS = (4, 8, 16)
 
 
-def compile_kernels(spec: OpSpec) -> tuple[Any, dict[int, Any], Any]:
-    """The launches of the pull, of the norm by its number of warps, and of the store that proves the memory."""
+def two_shot_from(size: int) -> int:
+    """From so many bytes on each rank sums a part: where FastDeploy's own all-reduce begins to."""
+    return 1 << 62 if size == 2 else 512 << 10 if size <= 4 else 256 << 10
+
+
+def compile_kernels(spec: OpSpec) -> tuple[dict[bool, Any], dict[int, Any], Any]:
+    """The launches of the pull by path, of the norm by its number of warps, and of the store that proves the memory."""
     dtype = getattr(importlib.import_module("triton.language"), spec.dtype)
     shape = {"N": spec.size, "DTYPE": dtype, "UNIT": 16 // DTYPE_BYTES[spec.dtype]}
     kernels = importlib.import_module("fd_fusion.kernels.pull_all_reduce")
     constants = {**shape, "SIZE": kernels.BLOCK, "num_warps": kernels.NUM_WARPS}
-    pull = prepare(
-        load_kernel("pull_all_reduce", "pull_all_reduce"), (_ADDRESS, _ADDRESS, 2, 0), constants, spec.device
-    )
+    pull, like = load_kernel("pull_all_reduce", "pull_all_reduce"), (_ADDRESS, _ADDRESS, _ADDRESS, 2, 2, 0)
+    paths = (False, True) if spec.size > 2 else (False,)
+    pulls = {path: prepare(pull, like, {**constants, "TWO_SHOT": path}, spec.device).launch for path in paths}
     norm, like = load_kernel("add_rms_norm", "add_rms_norm"), (_ADDRESS, _ADDRESS, _ADDRESS, 1e-5)
     constants = {"H": spec.hidden_size, "WIDTH": 1 << (spec.hidden_size - 1).bit_length(), "DTYPE": dtype}
     norms = {w: prepare(norm, like, {**constants, "num_warps": w}, spec.device).launch for w in NORM_WARPS}
     store = prepare(load_kernel("all_reduce.probe", "store_word"), (_ADDRESS, _ADDRESS), {}, spec.device)
-    return pull.launch, norms, store.launch
+    return pulls, norms, store.launch
 
 
 class Pull:
@@ -52,7 +57,8 @@ class Pull:
                     store(1, address, value)
 
             self._layout = importlib.import_module("fd_fusion.kernels.pull_all_reduce")
-            nbytes = self._layout.DATA + rows * 16 * self._row_units
+            self._sums = self._layout.DATA + rows * 16 * self._row_units
+            nbytes = self._sums + (rows * 16 * self._row_units if spec.size > 2 else 0)
             self.memory = open_symmetric_memory(group, nbytes, self._provider, push, timeout_s=spec.timeout_s)
         self.rows = self.memory.own + self._layout.DATA  # where the rows to be reduced lie
         table = struct.pack(f"<{spec.size}q", *self.memory.addresses)
@@ -61,8 +67,10 @@ class Pull:
 
     def reduce(self, out: Any) -> None:
         """Sum all ranks' first rows into `out`, a tensor [T, H]."""
-        units = out.shape[0] * self._row_units
-        self._reduce(self._layout.PROGRAMS, self.memory.own, out.data_ptr(), units, self.spec.rank)
+        units, size = out.shape[0] * self._row_units, self.spec.size
+        launch = self._reduce[16 * units >= two_shot_from(size)]
+        addresses = self.memory.own, out.data_ptr(), self._sums
+        launch(self._layout.PROGRAMS, *addresses, units, -(-units // size), self.spec.rank)
 
     def norm(self, x: Any, residual: Any, weight: Any, warps: int = 8) -> None:
         """residual += x; x = norm(residual), in place."""
