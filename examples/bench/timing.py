@@ -18,7 +18,7 @@ def provenance() -> dict[str, Any]:
     driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     return {
         "device": torch.cuda.get_device_name(),
-        "versions": {"torch": torch.__version__, "triton": triton.__version__, "driver": driver},
+        "versions": {"torch": torch.__version__, "triton": triton.__version__, "driver": driver.partition("\n")[0]},
         "commit": os.environ.get("FD_FUSION_COMMIT") or _output("git", "rev-parse", "--short", "HEAD"),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     }

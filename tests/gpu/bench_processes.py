@@ -82,7 +82,7 @@ def circumstances(options):
         "versions": {"torch": torch.__version__, "triton": triton.__version__, "cuda": torch.version.cuda},
         "commit": commit,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": " ".join(sys.argv),
+        "command": " ".join(os.path.basename(word) for word in sys.argv),  # no folder of that machine
         "flashinfer": os.path.basename(options.flashinfer or "") or None,
         "method": "CUDA-graph replays in turn; median over rounds of the slowest rank's time for a call",
     }

@@ -26,7 +26,7 @@ def two_shot_from(size: int) -> int:
 
 
 def compile_kernels(spec: OpSpec) -> tuple[dict[bool, Any], dict[int, Any], Any]:
-    """The launches of the pull by path, of the norm by its number of warps, and of the store that proves the memory."""
+    """The launches of the pull by path, of the norm by its number of warps, and of the store that proves memory."""
     dtype = getattr(importlib.import_module("triton.language"), spec.dtype)
     shape = {"N": spec.size, "DTYPE": dtype, "UNIT": 16 // DTYPE_BYTES[spec.dtype]}
     kernels = importlib.import_module("fd_fusion.kernels.pull_all_reduce")
