@@ -30,10 +30,10 @@ def host_time(group, options):
         "bare launch, the stream known": lambda args: run(op._plan.split, 1, 1, stream, *loaded, *args, *tail),
     }
     report(op, call.tensors, launches, lambda part: calls.host_us(part, paddle.device.synchronize))
-    inside, run.launch = run.launch, _nothing  # Triton's Python round its C function
-    only = calls.host_us(lambda: launch(op._plan.split, *addresses(op, call.tensors)), paddle.device.synchronize)
+    args, inside, run.launch = addresses(op, call.tensors), run.launch, _nothing
+    only = calls.host_us(lambda: launch(op._plan.split, *args), paddle.device.synchronize)
     run.launch = inside
-    print(f"host time, prepared launch, its C function does nothing: {only:.2f} us", flush=True)
+    print(f"host time, prepared launch, Triton's C function does nothing: {only:.2f} us", flush=True)
     op.check()
     op.close()
 
