@@ -19,7 +19,7 @@ from fd_fusion.comm.posix_shm import PosixShm
 from fd_fusion.comm.symmetric_memory import MemoryProvider, agree_or_raise, as_refusal
 from fd_fusion.comm.workspace import Workspace, open_workspace
 from fd_fusion.frameworks import triton_launch
-from fd_fusion.frameworks.tensors import empty_like, paddle_or_torch
+from fd_fusion.frameworks.tensors import empty_pair, paddle_or_torch
 from fd_fusion.kernels.all_reduce import plan as plans
 from fd_fusion.kernels.all_reduce.counts import Counts
 from fd_fusion.reasons import closed
@@ -69,14 +69,14 @@ class TritonOp:
         store = triton_launch.load_kernel("all_reduce.probe", "store_word")
         self._store_word = triton_launch.prepare(store, word, {}, spec.device).launch
         self._framework = paddle_or_torch()
-        self._empty_like = empty_like()
-        self._dtype = getattr(self._framework, spec.dtype)
+        dtype = getattr(self._framework, spec.dtype)
+        self._dtypes, self._empty_pair = (dtype, dtype), empty_pair(dtype)
         # By a weight's dtype, compared by identity: to compare or to hash two dtypes takes a microsecond.
         self._of_weights = [
             (getattr(self._framework, name), {key[1:]: run for key, run in self._launches.items() if key[0] == name})
             for name in spec.weight_dtypes
         ]
-        self._two_shot_rows = self._plan.two_shot_rows or 1 << 62
+        self._two_shot_rows, self._row_bytes = self._plan.two_shot_rows or 1 << 62, 4 * self._plan.words
         self._calls = itertools.count()
         self._counts = Counts(2)
         self._workspace: Workspace | None = None
@@ -94,17 +94,22 @@ class TritonOp:
         Raises: ValueError: another shape or dtype than the workspace was opened for; a weight may have been replaced.
             FusionTimeout: on a CPU, at once.
         """
-        rows, hidden = partial.shape
-        alike = residual is None or (residual.shape == partial.shape and self._is_of_dtype(residual))
-        if hidden != self._spec.hidden_size or not alike or not self._is_of_dtype(partial):
+        rows, hidden = shape = partial.shape
+        added = partial if residual is None else residual
+        # Tuples are compared by identity first: two dtypes that are not one object take a microsecond.
+        if hidden != self._spec.hidden_size or added.shape != shape or (partial.dtype, added.dtype) != self._dtypes:
             got = [None if tensor is None else (list(tensor.shape), tensor.dtype) for tensor in (partial, residual)]
             expected = f"{self._spec.hidden_size} {self._spec.dtype}"
             raise ValueError(f"opened for rows of {expected}, got partial {got[0]}, residual {got[1]}")
         launches = self._launches_for(weight)
-        partial = _ready(partial)  # before it is copied: torch's empty_like keeps the order of a transposed tensor
-        norm_out, residual_out = self._empty_like(partial), self._empty_like(partial)
+        x, r, w = partial.data_ptr(), added.data_ptr(), weight.data_ptr()
+        if (x | r | w) & 15 or not (partial.is_contiguous() and added.is_contiguous() and weight.is_contiguous()):
+            partial, added, weight = _ready(partial), _ready(added), _ready(weight)
+            x, r, w = partial.data_ptr(), added.data_ptr(), weight.data_ptr()
+        norm_out, residual_out = self._empty_pair(partial)
         if rows:
-            self._launch(launches, partial, residual, weight, norm_out, residual_out, rows, eps, weight_offset)
+            launch = launches[rows >= self._two_shot_rows, residual is None]
+            self._launch(launch, x, r, w, norm_out.data_ptr(), residual_out.data_ptr(), rows, eps, weight_offset)
         return norm_out, residual_out
 
     def check(self) -> None:
@@ -162,9 +167,6 @@ class TritonOp:
         if self._workspace is not None:
             self._workspace.close()
 
-    def _is_of_dtype(self, tensor) -> bool:
-        return tensor.dtype is self._dtype or tensor.dtype == self._dtype  # a comparison takes a microsecond
-
     def _launches_for(self, weight) -> dict[tuple[bool, bool], Callable[..., None]]:
         """Return the launches for this weight, by (two-shot, without residual). Raises ValueError.
 
@@ -181,22 +183,24 @@ class TritonOp:
         expected = f"[{self._spec.hidden_size}] of {' or '.join(self._spec.weight_dtypes)}"
         raise ValueError(f"opened for weights {expected}, got {list(weight.shape)} of {dtype}; bind the model anew")
 
-    def _launch(self, launches, partial, residual, weight, norm_out, residual_out, rows, eps, weight_offset):
-        """Launch on the current stream. `call_id`, `op` on the error page, counts calls, or captures of them."""
-        weight, bare = _ready(weight), residual is None
-        residual = partial if bare else _ready(residual)  # without one its address is not read
-        launch = launches[rows >= self._two_shot_rows, bare]
-        parts = [(0, rows)] if rows <= self._slots else plans.launches(self._slots, rows)
-        call_id, row_bytes = next(self._calls) & 0xFFFFFF, 4 * self._plan.words
+    def _launch(self, launch, partial, residual, weight, norm_out, residual_out, rows, eps, weight_offset):
+        """Launch on the current stream, with the addresses of the tensors.
+
+        `call_id`, `op` on the error page, counts calls, or captures of them.
+        """
+        parts = ((0, rows),) if rows <= self._slots else plans.launches(self._slots, rows)
+        call_id, (local, own) = next(self._calls) & 0xFFFFFF, self._own
         for start, count in parts:
+            skip = start * self._row_bytes
             launch(
-                *plans.grid(self._plan, self.programs, count),
-                partial.data_ptr() + start * row_bytes,
-                residual.data_ptr() + start * row_bytes,
-                weight.data_ptr(),
-                norm_out.data_ptr() + start * row_bytes,
-                residual_out.data_ptr() + start * row_bytes,
-                *self._own,
+                plans.grid(self._plan, self.programs, count)[0],
+                partial + skip,
+                residual + skip,
+                weight,
+                norm_out + skip,
+                residual_out + skip,
+                local,
+                own,
                 count,
                 self._group.rank,
                 call_id,
