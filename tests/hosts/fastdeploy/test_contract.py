@@ -100,7 +100,7 @@ def test_the_loaders():
 def test_the_worker():
     runner = one("worker/gpu_model_runner.py", "GPUModelRunner")
     names = {node.name for node in runner.body if isinstance(node, ast.FunctionDef)}
-    assert "_dummy_run" in names and "profile_run" in names
+    assert {"_dummy_run", "profile_run", "capture_model"} <= names
     text = (SRC / "worker/gpu_model_runner.py").read_text()
     assert "_save_model_output" in names or "post_process(" in text
     assert {"num_tokens", "batch_size"} <= set(arguments(methods(runner, "_dummy_run")))
