@@ -12,7 +12,16 @@ from collections.abc import Callable
 from typing import Any
 
 from fd_fusion.backends.triton_first_calls import run_all
-from fd_fusion.backends.triton_setup import ANY_ADDRESS, compile_kernels, layout_of, plan_of, supports
+from fd_fusion.backends.triton_setup import (
+    ANY_ADDRESS,
+    ONE_SHOT,
+    STAYS,
+    TWO_SHOT,
+    compile_kernels,
+    layout_of,
+    plan_of,
+    supports,
+)
 from fd_fusion.comm.cuda_ipc import CudaIpc
 from fd_fusion.comm.group import Group
 from fd_fusion.comm.posix_shm import PosixShm
@@ -76,6 +85,7 @@ class TritonOp:
             (getattr(self._framework, name), {key[1:]: run for key, run in self._launches.items() if key[0] == name})
             for name in spec.weight_dtypes
         ]
+        self._may_stay = any(path == STAYS for _, path, _ in kernels)
         self._two_shot_rows = self._plan.two_shot_rows or 1 << 62
         self._calls = itertools.count()
         self._counts = Counts(2)
@@ -85,11 +95,13 @@ class TritonOp:
     def bytes(self) -> int:
         return self._workspace.bytes
 
-    def finish(self, partial, residual, weight, eps, weight_offset):
+    def finish(self, partial, residual, weight, eps, weight_offset, stays=False):
         """Compute the formula of `reference.all_reduce_rms_norm` in one kernel, with the same bits for every T.
 
         Args:
             partial: this rank's partial sums, [T, H]. residual: [T, H] or None. weight: [H].
+            stays: where `residual_stays(T)`, leave residual_out with the owners of its rows: NaN on other ranks.
+                The residual that goes in may be such a one in any call of so many rows.
         Returns: (norm_out, residual_out), [T, H], new tensors. If a rank is missing: NaN, and `check` raises.
         Raises: ValueError: another shape or dtype than the workspace was opened for; a weight may have been replaced.
             FusionTimeout: on a CPU, at once.
@@ -104,8 +116,14 @@ class TritonOp:
         partial = _ready(partial)  # before it is copied: torch's empty_like keeps the order of a transposed tensor
         norm_out, residual_out = self._empty_like(partial), self._empty_like(partial)
         if rows:
-            self._launch(launches, partial, residual, weight, norm_out, residual_out, rows, eps, weight_offset)
+            path = ONE_SHOT if rows < self._two_shot_rows else STAYS if stays and residual is not None else TWO_SHOT
+            self._launch(launches, path, partial, residual, weight, norm_out, residual_out, rows, eps, weight_offset)
         return norm_out, residual_out
+
+    def residual_stays(self, rows: int) -> bool:
+        """Return whether a call of so many rows reads a row of the residual on its owner alone, and may leave it
+        there. Pure, and equal on all ranks."""
+        return self._may_stay and rows >= self._two_shot_rows
 
     def check(self) -> None:
         """Raise FusionTimeout if a call ran out of time, on this rank or another; before results are published."""
@@ -165,8 +183,8 @@ class TritonOp:
     def _is_of_dtype(self, tensor) -> bool:
         return tensor.dtype is self._dtype or tensor.dtype == self._dtype  # a comparison takes a microsecond
 
-    def _launches_for(self, weight) -> dict[tuple[bool, bool], Callable[..., None]]:
-        """Return the launches for this weight, by (two-shot, without residual). Raises ValueError.
+    def _launches_for(self, weight) -> dict[tuple[int, bool], Callable[..., None]]:
+        """Return the launches for this weight, by (path, without residual). Raises ValueError.
 
         With another weight the kernel would read past its end, or one dtype as another.
         """
@@ -181,11 +199,11 @@ class TritonOp:
         expected = f"[{self._spec.hidden_size}] of {' or '.join(self._spec.weight_dtypes)}"
         raise ValueError(f"opened for weights {expected}, got {list(weight.shape)} of {dtype}; bind the model anew")
 
-    def _launch(self, launches, partial, residual, weight, norm_out, residual_out, rows, eps, weight_offset):
+    def _launch(self, launches, path, partial, residual, weight, norm_out, residual_out, rows, eps, weight_offset):
         """Launch on the current stream. `call_id`, `op` on the error page, counts calls, or captures of them."""
         weight, bare = _ready(weight), residual is None
         residual = partial if bare else _ready(residual)  # without one its address is not read
-        launch = launches[rows >= self._two_shot_rows, bare]
+        launch = launches[path, bare]
         parts = [(0, rows)] if rows <= self._slots else plans.launches(self._slots, rows)
         call_id, row_bytes = next(self._calls) & 0xFFFFFF, 4 * self._plan.words
         for start, count in parts:
@@ -206,7 +224,7 @@ class TritonOp:
         if self._spec.device == "cpu" and (reason := self._workspace.error()) is not None:
             self._workspace.fail(reason)
 
-    def _compile(self) -> dict[tuple[str, bool, bool], triton_launch.Loaded]:
+    def _compile(self) -> dict[tuple[str, int, bool], triton_launch.Loaded]:
         return compile_kernels(self._spec, self._plan)
 
     def _push(self, addresses: tuple[int, ...], value: int) -> None:
