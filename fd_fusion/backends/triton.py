@@ -85,7 +85,7 @@ class TritonOp:
             (getattr(self._framework, name), {key[1:]: run for key, run in self._launches.items() if key[0] == name})
             for name in spec.weight_dtypes
         ]
-        self._may_stay = any(path == STAYS for _, path, _ in kernels)
+        self.may_stay = any(path == STAYS for _, path, _ in kernels)
         self._two_shot_rows = self._plan.two_shot_rows or 1 << 62
         self._calls = itertools.count()
         self._counts = Counts(2)
@@ -123,7 +123,13 @@ class TritonOp:
     def residual_stays(self, rows: int) -> bool:
         """Return whether a call of so many rows reads a row of the residual on its owner alone, and may leave it
         there. Pure, and equal on all ranks."""
-        return self._may_stay and rows >= self._two_shot_rows
+        return self.may_stay and rows >= self._two_shot_rows
+
+    def whole(self, residual, weight, eps, weight_offset):
+        """Collective: gather a residual [T, H] that stays with its owners; one of another T is whole as it is."""
+        if not self.residual_stays(residual.shape[0]):
+            return residual
+        return self.finish(self._framework.zeros_like(residual), residual, weight, eps, weight_offset)[1]
 
     def check(self) -> None:
         """Raise FusionTimeout if a call ran out of time, on this rank or another; before results are published."""

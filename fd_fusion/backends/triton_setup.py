@@ -12,7 +12,7 @@ from fd_fusion.kernels.all_reduce.error_page import ERROR_PAGE_BYTES, reason_of
 from fd_fusion.reasons import Reason, because
 from fd_fusion.reference import DTYPE_BYTES
 from fd_fusion.spec import OpSpec
-from fd_fusion.tuning.limits import NEVER
+from fd_fusion.tuning.limits import NEVER, row_limit
 
 ONE_SHOT, TWO_SHOT, STAYS = 0, 1, 2  # STAYS: two-shot with a residual that stays with the owner of each row
 ANY_ADDRESS = 1 << 40  # what a kernel is compiled for: an int64; nothing is specialized on its value
@@ -77,9 +77,11 @@ def compile_kernels(spec: OpSpec, plan: plans.Plan) -> dict[tuple[str, int, bool
 
 def paths_of(spec: OpSpec, plan: plans.Plan) -> tuple[int, ...]:
     """Return the paths that a call may take. Of two ranks one-shot is the faster, so no residual stays there."""
-    if plan.two_shot_rows is None and spec.device != "cpu":
-        return (ONE_SHOT,)
-    return (ONE_SHOT, TWO_SHOT, STAYS) if spec.size > 2 else (ONE_SHOT, TWO_SHOT)
+    if plan.two_shot_rows is None:
+        return (ONE_SHOT, TWO_SHOT) if spec.device == "cpu" else (ONE_SHOT,)
+    limit = row_limit(spec)
+    is_used = spec.size > 2 and (limit is None or plan.two_shot_rows <= limit)
+    return (ONE_SHOT, TWO_SHOT, STAYS) if is_used else (ONE_SHOT, TWO_SHOT)
 
 
 def layout_of(plan: plans.Plan, slots: int) -> Layout:

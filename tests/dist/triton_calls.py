@@ -115,7 +115,8 @@ def stays(group, options):
     case = Case(group.size, 1, options.hidden)
     plan = plans.plan_for(group.size, case.hidden, case.dtype, interpreted=options.device == "cpu")
     for slots in (3, 64):
-        op = open_op(group, case, options, workspace_bytes=plans.total_bytes(plan, slots))
+        changes = {"two_shot_rows": options.two_shot_rows}
+        op = open_op(group, case, options, workspace_bytes=plans.total_bytes(plan, slots), **changes)
         for T in options.rows:
             _chain(op, dataclasses.replace(case, rows=T), group, options.device)
         op.close()
