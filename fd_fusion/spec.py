@@ -69,6 +69,9 @@ class FusedOp(Protocol):
     def bytes(self) -> int:
         """Return the size of the workspace."""
 
+    # An op may have `may_stay`. Then `finish` takes one more argument, whether residual_out may stay with the owners
+    # of its rows, and `whole` gathers such a residual; `backends.triton.TritonOp` has their contract.
+
     def finish(self, partial: Any, residual: Any, weight: Any, eps: float, weight_offset: float) -> tuple[Any, Any]:
         """Compute `reference.all_reduce_rms_norm`: [T, H], [T, H] or None, [H] -> (norm_out, residual_out), [T, H].
 

@@ -12,7 +12,16 @@ from collections.abc import Callable
 from typing import Any
 
 from fd_fusion.backends.triton_first_calls import run_all
-from fd_fusion.backends.triton_setup import ANY_ADDRESS, compile_kernels, layout_of, plan_of, supports
+from fd_fusion.backends.triton_setup import (
+    ANY_ADDRESS,
+    ONE_SHOT,
+    STAYS,
+    TWO_SHOT,
+    compile_kernels,
+    layout_of,
+    plan_of,
+    supports,
+)
 from fd_fusion.comm.cuda_ipc import CudaIpc
 from fd_fusion.comm.group import Group
 from fd_fusion.comm.posix_shm import PosixShm
@@ -76,6 +85,7 @@ class TritonOp:
             (getattr(self._framework, name), {key[1:]: run for key, run in self._launches.items() if key[0] == name})
             for name in spec.weight_dtypes
         ]
+        self.may_stay = any(path == STAYS for _, path, _ in kernels)
         self._two_shot_rows, self._row_bytes = self._plan.two_shot_rows or 1 << 62, 4 * self._plan.words
         self._calls = itertools.count()
         self._counts = Counts(2)
@@ -85,11 +95,13 @@ class TritonOp:
     def bytes(self) -> int:
         return self._workspace.bytes
 
-    def finish(self, partial, residual, weight, eps, weight_offset):
+    def finish(self, partial, residual, weight, eps, weight_offset, stays=False):
         """Compute the formula of `reference.all_reduce_rms_norm` in one kernel, with the same bits for every T.
 
         Args:
             partial: this rank's partial sums, [T, H]. residual: [T, H] or None. weight: [H].
+            stays: where `residual_stays(T)`, leave residual_out with the owners of its rows: NaN on other ranks.
+                The residual that goes in may be such a one in any call of so many rows.
         Returns: (norm_out, residual_out), [T, H], new tensors. If a rank is missing: NaN, and `check` raises.
         Raises: ValueError: another shape or dtype than the workspace was opened for; a weight may have been replaced.
             FusionTimeout: on a CPU, at once.
@@ -108,9 +120,21 @@ class TritonOp:
             x, r, w = partial.data_ptr(), added.data_ptr(), weight.data_ptr()
         norm_out, residual_out = self._empty_pair(partial)
         if rows:
-            launch = launches[rows >= self._two_shot_rows, residual is None]
+            path = ONE_SHOT if rows < self._two_shot_rows else STAYS if stays and residual is not None else TWO_SHOT
+            launch = launches[path, residual is None]
             self._launch(launch, x, r, w, norm_out.data_ptr(), residual_out.data_ptr(), rows, eps, weight_offset)
         return norm_out, residual_out
+
+    def residual_stays(self, rows: int) -> bool:
+        """Return whether a call of so many rows reads a row of the residual on its owner alone, and may leave it
+        there. Pure, and equal on all ranks."""
+        return self.may_stay and rows >= self._two_shot_rows
+
+    def whole(self, residual, weight, eps, weight_offset):
+        """Collective: gather a residual [T, H] that stays with its owners; one of another T is whole as it is."""
+        if not self.residual_stays(residual.shape[0]):
+            return residual
+        return self.finish(self._framework.zeros_like(residual), residual, weight, eps, weight_offset)[1]
 
     def check(self) -> None:
         """Raise FusionTimeout if a call ran out of time, on this rank or another; before results are published."""
@@ -167,8 +191,8 @@ class TritonOp:
         if self._workspace is not None:
             self._workspace.close()
 
-    def _launches_for(self, weight) -> dict[tuple[bool, bool], Callable[..., None]]:
-        """Return the launches for this weight, by (two-shot, without residual). Raises ValueError.
+    def _launches_for(self, weight) -> dict[tuple[int, bool], Callable[..., None]]:
+        """Return the launches for this weight, by (path, without residual). Raises ValueError.
 
         With another weight the kernel would read past its end, or one dtype as another.
         """
@@ -210,7 +234,7 @@ class TritonOp:
         if self._spec.device == "cpu" and (reason := self._workspace.error()) is not None:
             self._workspace.fail(reason)
 
-    def _compile(self) -> dict[tuple[str, bool, bool], triton_launch.Loaded]:
+    def _compile(self) -> dict[tuple[str, int, bool], triton_launch.Loaded]:
         return compile_kernels(self._spec, self._plan)
 
     def _push(self, addresses: tuple[int, ...], value: int) -> None:

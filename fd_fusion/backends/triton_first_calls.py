@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from fd_fusion import exact
+from fd_fusion.backends.triton_setup import ONE_SHOT, STAYS
 from fd_fusion.frameworks.tensors import numbers, tensor
 from fd_fusion.kernels.all_reduce import plan as plans
 from fd_fusion.reasons import FusionError, Reason
@@ -20,21 +21,21 @@ _EPS, _OFFSET = 100.0, 1.0  # about the mean of squares, so that the norm depend
 
 
 def run_all(op: Any, spec: OpSpec, framework: Any) -> None:
-    """Collective: launch one-shot and two-shot, with and without a residual, for each dtype of weight; with one row,
+    """Collective: launch each path, with and without a residual, for each dtype of weight; with one row,
     with more rows than programs, and as a call of more rows than slots, which is several launches (`_shapes`).
-    `residual_out` must be the contract's bits, over the whole width.
+    `residual_out` must be the contract's bits, over the whole width; one that stays with its owners NaN elsewhere.
 
     All kernels are launched before a wrong one raises, since the other ranks take part in every launch.
     Raises: FusionError: the first kernel that gave wrong numbers. FusionTimeout: a rank is missing.
     """
     wrong, stock = None, (op._two_shot_rows, op._slots)
     try:
-        for weight_dtype, two_shot, bare in op._launches:
-            op._two_shot_rows = 1 if two_shot else 1 << 62
+        for weight_dtype, path, bare in op._launches:
+            op._two_shot_rows = 1 << 62 if path == ONE_SHOT else 1
             for rows, slots in _shapes(op.programs, stock[1], spec.device, bare):
                 op._slots = slots
-                variant = _name(two_shot, bare, rows, len(plans.launches(slots, rows)))
-                reason = _run(op, spec, framework, variant, rows, bare, weight_dtype)
+                variant = _name(path, bare, rows, len(plans.launches(slots, rows)))
+                reason = _run(op, spec, framework, variant, rows, bare, path, weight_dtype)
                 wrong = wrong or reason
     finally:
         op._two_shot_rows, op._slots = stock
@@ -52,13 +53,14 @@ def _shapes(programs: int, slots: int, device: str, bare: bool) -> list[tuple[in
     return [(1, slots), (programs + 1, slots), (programs + 1, min(programs, slots))]
 
 
-def _name(two_shot: bool, bare: bool, rows: int, launches: int) -> str:
-    path, residual = "two-shot" if two_shot else "one-shot", "without a residual" if bare else "with a residual"
-    return f"the {path} kernel {residual}, T={rows} in {launches} launch{'es' if launches > 1 else ''},"
+def _name(path: int, bare: bool, rows: int, launches: int) -> str:
+    kernel = "one-shot" if path == ONE_SHOT else "two-shot"
+    residual = "without a residual" if bare else "with a residual" + " that stays" * (path == STAYS)
+    return f"the {kernel} kernel {residual}, T={rows} in {launches} launch{'es' if launches > 1 else ''},"
 
 
 def _run(
-    op: Any, spec: OpSpec, framework: Any, variant: str, rows: int, bare: bool, weight_dtype: str
+    op: Any, spec: OpSpec, framework: Any, variant: str, rows: int, bare: bool, path: int, weight_dtype: str
 ) -> Reason | None:
     """Compare a call with the contract: the sum bit for bit, its norm within one rounding. Returns the reason."""
     hidden, dtype = spec.hidden_size, spec.dtype
@@ -69,9 +71,14 @@ def _run(
         None if values is None else tensor(framework, values, of, spec.device)
         for values, of in ((partials[spec.rank], dtype), (residual, dtype), (weight, weight_dtype))
     ]
-    norm_out, residual_out = (numbers(out) for out in op.finish(*tensors, _EPS, _OFFSET))
+    norm_out, residual_out = (numbers(out) for out in op.finish(*tensors, _EPS, _OFFSET, path == STAYS))
     total = exact.rank_order_sum(partials, residual)
-    same = exact.same_bits(residual_out, round_to(total, dtype).astype(np.float32))
+    expected = round_to(total, dtype).astype(np.float32)
+    if path == STAYS:
+        elsewhere = np.ones(rows, bool)
+        elsewhere[plans.owned_rows(op._slots, rows, spec.rank, spec.size)] = False
+        expected[elsewhere] = np.nan
+    same = exact.same_bits(residual_out, expected)
     limits = {"eps": _EPS, "weight_offset": _OFFSET, "dtype": dtype, "rounded": False}
     excess = exact.norm_excess(norm_out, total, weight, **limits)
     return exact.first_wrong_word(variant, {"residual_out": ~same, "norm_out": excess > 1})

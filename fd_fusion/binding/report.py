@@ -55,6 +55,8 @@ class Report:
     off: Reason | None = None
     waiting: Reason | None = None  # why a proving pass showed nothing; another one follows
     spread: Reason | None = None  # why outputs were not compared bit by bit
+    residual: Reason | None = None  # why two-shot sends the residual back to every rank
+    staying: int = 0  # Sites whose residual stays with the owners of its rows, by two-shot
     sites: list[SiteLine] = field(default_factory=list)
     rejected: list[Rejected] = field(default_factory=list)
     qk_fused: list[str] = field(default_factory=list)  # q and k norms that run as one kernel
@@ -80,7 +82,7 @@ class Report:
             lines.append(f"fd_fusion: {count} pair{'s' * (count != 1)} stock: {reason}")
         for reason in dict.fromkeys(line.selected.note for line in self.workspaces if line.selected.note):
             lines.append(f"fd_fusion: {reason}; {reason.remedy}")
-        lines += [f"fd_fusion: {reason}" for reason in (self.waiting, self.spread) if reason is not None]
+        lines += [f"fd_fusion: {reason}" for reason in (self.waiting, self.spread, self.residual) if reason]
         for reason, count in Counter(map(_with_remedy, self.qk_stock.values())).items():
             lines.append(f"fd_fusion: {count} q and k norm{'s' * (count != 1)} stock: {reason}")
         return lines
@@ -107,6 +109,8 @@ class Report:
             "proven": self.proven,
             "waiting": self.waiting.to_dict() if self.waiting else None,
             "spread": self.spread.to_dict() if self.spread else None,
+            "residual": self.residual.to_dict() if self.residual else None,
+            "staying": self.staying,
             # Python counts calls when it runs: eager, or once while a graph is captured. What a graph replays is
             # counted on the device alone: stats.device of a workspace.
             "calls_counted": "eager or capture",

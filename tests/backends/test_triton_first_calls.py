@@ -7,6 +7,7 @@ import pytest
 from fd_fusion import exact, reference
 from fd_fusion.backends import triton_first_calls
 from fd_fusion.backends.triton_first_calls import run_all
+from fd_fusion.backends.triton_setup import ONE_SHOT, STAYS, TWO_SHOT
 from fd_fusion.kernels.all_reduce import plan as plans
 from fd_fusion.reasons import FusionError
 from fd_fusion.spec import OpSpec
@@ -18,16 +19,17 @@ SIZE, HIDDEN = 2, 64
 class FakeOp:
     """Stands for a workspace: the contract in NumPy, with one wrong variant."""
 
-    def __init__(self, dtype, wrong=None, bug="nothing", weight_dtypes=("float32",)):
+    def __init__(self, dtype, wrong=None, bug="nothing", weight_dtypes=("float32",), stays=False):
         self.programs, self._slots, self._two_shot_rows, self.seen = 4, 100, 7, []
-        self._launches = {
-            (name, two, bare): None for name in weight_dtypes for two in (False, True) for bare in (False, True)
-        }
+        variants = [(path, bare) for path in (ONE_SHOT, TWO_SHOT) for bare in (False, True)]
+        variants += [(STAYS, False)] * stays
+        self._launches = {(name, *variant): None for name in weight_dtypes for variant in variants}
         self._dtype, self._wrong, self._bug = dtype, wrong, bug
 
-    def finish(self, partial, residual, weight, eps, weight_offset):
+    def finish(self, partial, residual, weight, eps, weight_offset, stays=False):
         rows, bare = partial.shape[0], residual is None
-        variant = (str(weight.dtype).rpartition(".")[2], rows >= self._two_shot_rows, bare, rows)
+        path = STAYS if stays else int(rows >= self._two_shot_rows)
+        variant = (str(weight.dtype).rpartition(".")[2], path, bare, rows)
         self.seen.append((*variant, len(plans.launches(self._slots, rows))))
         here = self._wrong == variant[1:3] and (self._bug != "later launches wrong" or rows > self._slots)
         bug = self._bug if here else "nothing"
@@ -43,6 +45,11 @@ class FakeOp:
             out[:, 3] = np.where(out[:, 3] == total[:, 3], out[:, 3], out[:, 3] * (1 + 2.0**-7))
         if bug == "later launches wrong":
             out[-1] = 0
+        if stays:
+            owned = plans.owned_rows(self._slots, rows, 0, SIZE)
+            elsewhere = [row for row in range(rows) if row not in owned]
+            out[elsewhere] = 1 if bug == "stale elsewhere" else np.nan
+            out[owned[1:]] = np.nan if bug == "an owned row is missing" else out[owned[1:]]
         return tuple(
             paddle.to_tensor(reference.round_to(x.astype(np.float32), self._dtype).astype(np.float32)).astype(
                 self._dtype
@@ -102,3 +109,14 @@ def test_a_call_of_several_launches_is_compared_too(two_shot):
     with pytest.raises(FusionError, match=r"T=3 in 2 launches, .*row 2"):
         run_all(op, spec_of("bfloat16"), paddle)
     assert (op._two_shot_rows, op._slots) == (7, 100), "also where it raises"
+
+
+@pytest.mark.parametrize("bug", ["nothing", "rank dropped", "an owned row is missing", "stale elsewhere"])
+def test_a_residual_that_stays_is_compared_in_the_rows_that_a_rank_owns_and_nan_elsewhere(bug):
+    op = FakeOp("bfloat16", (STAYS, False), bug, stays=True)
+    if bug == "nothing":
+        run_all(op, spec_of("bfloat16"), paddle)
+        assert {seen[:3] for seen in op.seen} == set(op._launches)
+        return
+    with pytest.raises(FusionError, match=r"two-shot kernel with a residual that stays, .*residual_out"):
+        run_all(op, spec_of("bfloat16"), paddle)

@@ -109,6 +109,40 @@ def numbers(group, options):
         op.close()
 
 
+def stays(group, options):
+    """A chain of calls whose residual stays with its owners gives the norms, and at its end the residual, of one whose
+    residual comes back; a call of the other path needs and leaves a whole one; few slots make several launches."""
+    case = Case(group.size, 1, options.hidden)
+    plan = plans.plan_for(group.size, case.hidden, case.dtype, interpreted=options.device == "cpu")
+    for slots in (3, 64):
+        changes = {"two_shot_rows": options.two_shot_rows}
+        op = open_op(group, case, options, workspace_bytes=plans.total_bytes(plan, slots), **changes)
+        for T in options.rows:
+            _chain(op, dataclasses.replace(case, rows=T), group, options.device)
+        op.close()
+
+
+def _chain(op, case, group, device):
+    residual, weight = case.common()
+    weight = tensors.tensor(weight, case.weight_dtype, device)
+    whole = kept = tensors.tensor(residual, case.dtype, device)
+    for link in range(4):
+        x = tensors.tensor(dataclasses.replace(case, seed=link).partial(group.rank), case.dtype, device)
+        norm, whole = op.finish(x, whole, weight, case.eps, 0.0)
+        kept_norm, kept = op.finish(x, kept, weight, case.eps, 0.0, link < 3)
+        got, want = (tensors.bits_of(one, case.dtype) for one in (kept_norm, norm))
+        assert (got == want).all(), (case, link)
+        got, want = (tensors.bits_of(one, case.dtype) for one in (kept, whole))
+        digest.update(want.tobytes())
+        owned = plans.owned_rows(op._slots, case.rows, group.rank, group.size)
+        elsewhere = [row for row in range(case.rows) if row not in owned]
+        assert (got[owned] == want[owned]).all(), (case, link)
+        if link < 3 and op.residual_stays(case.rows):
+            assert (got[elsewhere] == 0x7FFF).all(), "NaN where a rank does not own the row"
+        else:
+            assert (got == want).all(), (case, link)
+
+
 def payload(group, options):
     """-0.0, subnormals, Inf, NaN and the patterns that the words themselves use: all arrive, nobody waits."""
     for dtype in ("bfloat16", "float16", "float32"):

@@ -18,6 +18,7 @@ import pytest
 
 from fd_fusion.kernels.all_reduce import plan as plans
 
+STAYS = 2  # in place of two-shot: the residual stays, so a result is one row
 DEFAULT = [  # arch, N, H, dtype, weight dtype, two-shot
     (80, 4, 4096, "bfloat16", "bfloat16", False),
     (86, 2, 2880, "float16", "float32", False),
@@ -25,6 +26,7 @@ DEFAULT = [  # arch, N, H, dtype, weight dtype, two-shot
     (90, 2, 4096, "bfloat16", "bfloat16", False),
     (90, 8, 8192, "bfloat16", "bfloat16", False),
     (90, 8, 7168, "bfloat16", "float32", True),
+    (90, 4, 4096, "bfloat16", "bfloat16", STAYS),
     (100, 6, 6144, "float32", "float32", False),
 ]
 EVERY = [
@@ -33,7 +35,7 @@ EVERY = [
         (80, 86, 89, 90, 100),
         range(2, 9),
         ((2880, "bfloat16"), (7168, "float16"), (8192, "bfloat16"), (5120, "float32")),
-        (False, True),
+        (False, True, STAYS),
     )
 ]
 
@@ -56,7 +58,8 @@ def compile_case(arch, size, hidden, dtype, weight_dtype, two_shot):
     plan = plans.plan_for(size, hidden, dtype)
     plan = dataclasses.replace(plan, two_shot_rows=1) if two_shot else plan
     pdl = arch >= 90
-    constants = plans.constants(plan, weight_dtype=weight_dtype, has_residual=True, two_shot=two_shot, pdl=pdl)
+    residual = {"has_residual": True, "residual_stays": two_shot == STAYS}
+    constants = plans.constants(plan, weight_dtype=weight_dtype, two_shot=two_shot != 0, pdl=pdl, **residual)
     options = {key: constants.pop(key) for key in ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")}
     options["launch_pdl"] = constants.pop("launch_pdl", False)
     types = {"rows": "i32", "rank": "i32", "op": "i32", "eps": "fp32", "weight_offset": "fp32"}
@@ -114,16 +117,17 @@ def check(case, got):
     assert got["convert_layout"] == 0, name
     assert got["registers"] * got["threads"] * 2 <= 65536, f"{name}: two programs do not fit"
     loops = list(polling_loops(sass))
-    assert len(loops) == 1 + two_shot, f"{name}: {len(loops)} loops that poll"
+    assert len(loops) == 1 + (two_shot > 0), f"{name}: {len(loops)} loops that poll"
     for body in loops:
         loads = [line for line in body if "LDG" in line]
         assert all("LDG.E.128.STRONG.SYS" in line for line in loads), (name, loads)
     assert max(len([line for line in body if "LDG" in line]) for body in loops) >= size, name
     stores = [line for line in sass if re.search(r"\bSTG\.E\.128\b", line)]
     strong = [line for line in stores if ".STRONG.SYS" in line]
-    # Pushed: a row to each peer, at two places, and by two-shot two; made unsent: a row of each peer, by two-shot
-    # two. The rest: output.
-    most = (3 * (size - 1) + two_shot * (2 * (size - 1) + 2)) * got["units"]
+    # Pushed: a row to each peer, at two places, and by two-shot its results; made unsent: a row of each peer, by
+    # two-shot its results. The rest: output.
+    results = (0, 2, 1)[two_shot]
+    most = (3 * (size - 1) + results * size) * got["units"]
     assert size <= len(strong) <= most, (name, len(strong), most)
     assert len(stores) - len(strong) <= 4 * got["units"], name
     assert not any(re.search(r"\b(MEMBAR|ERRBAR|CCTL)\b", line) for line in sass), f"{name}: a row waits for a fence"
