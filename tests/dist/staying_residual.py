@@ -23,9 +23,9 @@ plans._two_shot_rows = lambda *_: TWO_SHOT
 paths, launch = [], triton.TritonOp._launch
 
 
-def recording(op, launches, path, *args):
-    paths.append(path)
-    return launch(op, launches, path, *args)
+def recording(op, kernel, *args):
+    paths.extend(path for (_, path, _), one in op._launches.items() if one is kernel)
+    return launch(op, kernel, *args)
 
 
 triton.TritonOp._launch = recording
