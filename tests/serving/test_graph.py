@@ -7,14 +7,14 @@ import json
 import re
 from concurrent.futures import ThreadPoolExecutor
 
-from serving.server import Server
-from serving.test_answers import KERNELS, PROMPTS, TOKENS, check_truth, sites
+from serving.server import INTERPRETED, KERNELS, Server
+from serving.test_answers import PROMPTS, TOKENS, check_truth, sites
 from serving.test_roads import number
 
 SIZES = [1, 2, 4]
 SOT = {"use_cudagraph": False, "graph_opt_level": 1, "sot_warmup_sizes": SIZES}
 ARGS = ["--graph-optimization-config", json.dumps(SOT)]
-ENV = {"TRITON_INTERPRET": "1", "SOT_LOG_LEVEL": "2"}  # 2: each run of a graph prints the graph
+ENV = {**INTERPRETED, "SOT_LOG_LEVEL": "2"}  # 2: each run of a graph prints the graph
 
 
 def our_ops(log):
