@@ -69,9 +69,6 @@ class FusedOp(Protocol):
     def bytes(self) -> int:
         """Return the size of the workspace."""
 
-    # An op may have `may_stay`. Then `finish` takes one more argument, whether residual_out may stay with the owners
-    # of its rows, and `whole` gathers such a residual; `backends.triton.TritonOp` has their contract.
-
     def finish(self, partial: Any, residual: Any, weight: Any, eps: float, weight_offset: float) -> tuple[Any, Any]:
         """Compute `reference.all_reduce_rms_norm`: [T, H], [T, H] or None, [H] -> (norm_out, residual_out), [T, H].
 
@@ -92,3 +89,24 @@ class FusedOp(Protocol):
 
     def close(self) -> None:
         """Free the workspace, in bounded time. May be repeated; a later call of the op raises `closed`."""
+
+
+class StayingOp(FusedOp, Protocol):
+    """An op that may leave residual_out with the owners of its rows: each row is NaN on all other ranks."""
+
+    @property
+    def may_stay(self) -> bool:
+        """Return whether it does so for some T. An op without this property never does."""
+
+    def residual_stays(self, rows: int) -> bool:
+        """Return whether a call of so many rows reads a row of the residual on its owner alone, and may leave it
+        there. Pure, and equal on all ranks."""
+
+    def finish(
+        self, partial: Any, residual: Any, weight: Any, eps: float, weight_offset: float, stays: bool = False
+    ) -> tuple[Any, Any]:
+        """Compute the same as `FusedOp.finish`. stays: leave residual_out with its owners where `residual_stays(T)`.
+        A residual that an earlier call of as many rows has left is as good as a whole one."""
+
+    def whole(self, residual: Any, weight: Any, eps: float, weight_offset: float) -> Any:
+        """Collective: gather a residual [T, H] that stays with its owners; one of another T is whole as it is."""

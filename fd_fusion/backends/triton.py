@@ -56,7 +56,7 @@ def open(spec: OpSpec, group: Group) -> TritonOp:
 
 
 class TritonOp:
-    """The kernels of one workspace, and their launch; `spec.FusedOp` has the contract of each method."""
+    """The kernels of one workspace, and their launch; `spec.StayingOp` has the contract of each method."""
 
     in_rank_order = True
 
@@ -100,8 +100,6 @@ class TritonOp:
 
         Args:
             partial: this rank's partial sums, [T, H]. residual: [T, H] or None. weight: [H].
-            stays: where `residual_stays(T)`, leave residual_out with the owners of its rows: NaN on other ranks.
-                The residual that goes in may be such a one in any call of so many rows.
         Returns: (norm_out, residual_out), [T, H], new tensors. If a rank is missing: NaN, and `check` raises.
         Raises: ValueError: another shape or dtype than the workspace was opened for; a weight may have been replaced.
             FusionTimeout: on a CPU, at once.
@@ -126,12 +124,9 @@ class TritonOp:
         return norm_out, residual_out
 
     def residual_stays(self, rows: int) -> bool:
-        """Return whether a call of so many rows reads a row of the residual on its owner alone, and may leave it
-        there. Pure, and equal on all ranks."""
         return self.may_stay and rows >= self._two_shot_rows
 
     def whole(self, residual, weight, eps, weight_offset):
-        """Collective: gather a residual [T, H] that stays with its owners; one of another T is whole as it is."""
         if not self.residual_stays(residual.shape[0]):
             return residual
         return self.finish(self._framework.zeros_like(residual), residual, weight, eps, weight_offset)[1]

@@ -25,7 +25,7 @@ _STRICT_TRIES = 4  # passes that may show nothing under `strict`
 
 
 def prove(model: Any, state: Bound, example: Callable[[], Any], *, first_forward: bool = False) -> bool:
-    """Collective: run up to three forwards, and vote after each on what it raised or showed on any rank.
+    """Collective: run two or three forwards, and vote after each on what it raised or showed on any rank.
 
     Returns False where nothing was shown, since there was nothing to sum: all stays stock, to be tried again. So it
     does where the stock forward raises in the place of the model's `first_forward`: that error is the caller's.
