@@ -5,8 +5,8 @@ again before a row may be overwritten. By two-shot each sums only its part of th
 reads the other parts' sums. It takes addresses, so that it serves Paddle and torch alike.
 
 A rank's memory, which all ranks can address: the counter that each program arrives with, by barrier, program and
-rank; each program's number of calls; the addresses of all ranks; from DATA on the rows to be reduced, and behind the
-most rows of a call the sums of this rank's part.
+rank; each program's number of calls; whether a meeting was missed; the addresses of all ranks; from DATA on the rows
+to be reduced, and behind the most rows of a call the sums of this rank's part.
 """
 
 import triton
@@ -17,11 +17,13 @@ from fd_fusion.kernels.all_reduce.packing import pointer
 PROGRAMS, NUM_WARPS, BLOCK = 36, 16, 4096  # as hosts launch theirs; 512 threads, 16 bytes of halves each
 MOST_RANKS = 8
 COUNTS = 2 * PROGRAMS * MOST_RANKS * 4
+MISSED = COUNTS + PROGRAMS * 4
 ADDRESSES = 4096 - 8 * MOST_RANKS
 DATA = 4096
 
 _PROGRAMS, _RANKS, _TRIES = tl.constexpr(PROGRAMS), tl.constexpr(MOST_RANKS), tl.constexpr(1 << 24)
-_COUNTS, _ADDRESSES, _DATA = tl.constexpr(COUNTS), tl.constexpr(ADDRESSES), tl.constexpr(DATA)
+_COUNTS, _MISSED = tl.constexpr(COUNTS), tl.constexpr(MISSED)
+_ADDRESSES, _DATA = tl.constexpr(ADDRESSES), tl.constexpr(DATA)
 
 
 @triton.jit
@@ -29,7 +31,8 @@ def meet(own, rank, place, number, N: tl.constexpr, ORDERED: tl.constexpr):
     """Tell every rank that this program has come for call `number`, and wait until that program of every rank has.
 
     ORDERED, which takes time: what a program has written before is seen by the same program of the other ranks.
-    Bounded: where a rank is missing the sums are wrong, which whoever times the kernel finds by its results.
+    Without it only the counters cross: rows were written by a kernel that ended before, and are read after they met.
+    Bounded: where a rank is missing the sums are wrong, and the word at MISSED says so.
     """
     ranks = tl.arange(0, _RANKS)
     tl.debug_barrier()  # every thread of this program has come
@@ -45,6 +48,7 @@ def meet(own, rank, place, number, N: tl.constexpr, ORDERED: tl.constexpr):
     while (tl.min(arrived, axis=0) < number) & (tries < _TRIES):
         arrived = tl.load(mine, mask=ranks < N, other=2147483647, volatile=True)
         tries += 1
+    tl.store(pointer(own, tl.int32) + _MISSED // 4, 1, mask=tries >= _TRIES)
     if ORDERED:
         tl.atomic_add(mine, tl.zeros_like(ranks), mask=ranks < N, sem="acquire", scope="sys")
     tl.debug_barrier()

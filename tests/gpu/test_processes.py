@@ -69,12 +69,6 @@ def test_numbers_payloads_delays_and_several_workspaces(size, mps):
     agreed("triton_calls.py", size, *what, "--hidden", 1024, "--rows", *rows, mps=mps)
 
 
-@pytest.mark.skipif(max(SIZES) < 3, reason="of two ranks no residual stays with its owner")
-def test_a_residual_that_stays_with_its_owners(mps):
-    rows = (1, 3, 17, 150)
-    agreed("triton_calls.py", max(SIZES), "stays", "--hidden", 4096, "--two_shot_rows", 3, "--rows", *rows, mps=mps)
-
-
 @pytest.mark.parametrize("hidden", [2880, 7168])
 def test_other_hidden_sizes(hidden, mps):
     agreed("triton_calls.py", max(SIZES), "delayed", "--hidden", hidden, mps=mps)

@@ -87,5 +87,10 @@ class Pull:
         CudaDriver().call("cuMemcpyDtoD_v2", *addresses, ctypes.c_size_t(nbytes))
         self._provider.synchronize()
 
+    def check(self) -> None:
+        """Raise RuntimeError if a rank did not come to a meeting of a call: then its time means nothing."""
+        if any(self._provider.read(self.memory.own + self._layout.MISSED, 4)):
+            raise RuntimeError("a rank did not come to the pull's meeting in time")
+
     def close(self) -> None:
         self.memory.close()

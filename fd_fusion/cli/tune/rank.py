@@ -20,6 +20,7 @@ from fd_fusion.cli.doctor.rank import one_call
 from fd_fusion.cli.processes.ranks import Progress, rank_main
 from fd_fusion.cli.tune.rival import Rival, open_rivals, told
 from fd_fusion.comm.group import Group, working
+from fd_fusion.comm.symmetric_memory import as_refusal
 from fd_fusion.comm.vote import Vote, agree
 from fd_fusion.frameworks.tensors import place, synchronize, tensor
 from fd_fusion.reasons import FusionError, Reason, because
@@ -149,19 +150,40 @@ def _unfused(
     right: list[Rival] = []
     for rival in rivals:
         mine = [t for t in job["rows"] if t <= rival.most_rows and t not in times]
-        errors = [one_call(framework, rival, spec, t)[0] for t in mine if t <= _CHECKED_ROWS][:1]
-        worst = max(agree(group, "rival", Vote(data=max(errors, default=0.0)), timeout_s=job["timeout_s"]).data)
-        if not worst <= 1:
-            skipped[rival.name] = f"wrong numbers: {worst:.2f} of the budget"
+        if not mine:
             continue
-        right += [rival] if mine else []
-        for t in mine:
-            call = partial(rival.call, *_tensors(framework, spec, t))
-            times[t] = _time(framework, spec, call, job["rounds"], rival.capturing)
+        for step in (
+            partial(_check, framework, spec, rival, mine[0]),
+            partial(_times, framework, spec, rival, mine, job),
+        ):
+            found, refusal = as_refusal(step)
+            verdict = agree(group, f"rival {rival.name}", Vote(refusal), timeout_s=3 * job["timeout_s"])
+            if not verdict.ok:  # the next rival that takes these rows stands in
+                skipped[rival.name] = str(verdict.reason)
+                break
+        else:
+            times |= found
+            right.append(rival)
     synchronize(framework)
     for rival in rivals:
         rival.close()
     return times, told(right) if right else "", skipped
+
+
+def _check(framework: Any, spec: OpSpec, rival: Rival, rows: int) -> None:
+    error, _ = one_call(framework, rival, spec, rows)
+    if not error <= 1:
+        raise RuntimeError(f"wrong numbers at T={rows}: {error:.2f} of the budget")
+
+
+def _times(framework: Any, spec: OpSpec, rival: Rival, rows: list[int], job: dict[str, Any]) -> dict[int, float]:
+    """The time of each call by the fastest norm. Raises RuntimeError: they mean nothing."""
+    times = {}
+    for t in rows:
+        calls = [partial(rival.call, norm, *_tensors(framework, spec, t)) for norm in rival.norms]
+        times[t] = min(_time(framework, spec, call, job["rounds"], rival.capturing) for call in calls)
+    rival.check()
+    return times
 
 
 if __name__ == "__main__":

@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from fd_fusion.cli.processes.ranks import join_paddle
-from fd_fusion.cli.tune.pull import Pull
+from fd_fusion.cli.tune.pull import NORM_WARPS, Pull
 from fd_fusion.comm.group import Group
 from fd_fusion.comm.symmetric_memory import as_refusal
 from fd_fusion.comm.vote import Vote, agree
@@ -28,18 +28,19 @@ class Rival:
     name: str
     most_rows: int
     reduce: Callable[[Any], Any]
-    norm: Callable[[Any, Any, Any], tuple[Any, Any]]
+    norms: Sequence[Callable[[Any, Any, Any], tuple[Any, Any]]]  # of which the fastest counts
     place: Callable[[Any], None] = lambda x: None  # x where it is reduced, which a model's GEMM would do itself
     capturing: Callable[[], Any] = contextlib.nullcontext
+    check: Callable[[], None] = lambda: None  # raises where the calls since the last check mean nothing
     close: Callable[[], None] = lambda: None
 
-    def call(self, x: Any, residual: Any, weight: Any) -> tuple[Any, Any]:
-        return self.norm(self.reduce(x), residual, weight)
+    def call(self, norm: Callable, x: Any, residual: Any, weight: Any) -> tuple[Any, Any]:
+        return norm(self.reduce(x), residual, weight)
 
     def finish(self, x: Any, residual: Any, weight: Any, eps: float, weight_offset: float) -> tuple[Any, Any]:
         """The same as a fused op's, so that one check serves both."""
         self.place(x)
-        return self.call(x, residual, weight)
+        return self.call(self.norms[0], x, residual, weight)
 
 
 def open_rivals(
@@ -49,22 +50,26 @@ def open_rivals(
     most, skipped = max(job["rows"]), {}
     found: dict[str, Rival] = {}
 
-    def opened(name: str, make: Callable[[], Rival]) -> bool:
-        rival, refusal = as_refusal(make)
-        verdict = agree(group, f"rival {name}", Vote(refusal), timeout_s=3 * job["timeout_s"])
-        if verdict.ok:
-            found[name] = rival
-        else:
-            skipped[name] = str(verdict.reason)
-        return verdict.ok
+    def opened(name: str, *steps: Callable[[], Any]) -> bool:
+        for number, step in enumerate(steps):  # no rank enters a collective step that another one cannot
+            rival, refusal = as_refusal(step)
+            verdict = agree(group, f"rival {name} {number}", Vote(refusal), timeout_s=3 * job["timeout_s"])
+            if not verdict.ok:
+                skipped[name] = str(verdict.reason)
+                return False
+        found[name] = rival
+        return True
 
     library = "NCCL" if spec.device == "gpu" else "gloo"
     on_paddle = framework.__name__ == "paddle"
     joined = opened(library, partial(_paddle_rival if on_paddle else _torch_rival, framework, spec, job, library))
-    host = False
     if spec.device == "gpu" and on_paddle and joined and importlib.util.find_spec("fastdeploy"):
-        host = opened("FastDeploy", partial(_host_rival, spec, found[library].norm))
-    if not host:
+        from fd_fusion.hosts.fastdeploy.custom_all_reduce import check_compiled
+
+        opened(
+            "FastDeploy", check_compiled, partial(_host_rival, spec, found[library].norms)
+        )  # without it, it runs NCCL
+    else:
         pull, refusal = as_refusal(lambda: Pull(spec, group, min(most, _rows(spec, _PULL_BYTES))))
         opened("pull", lambda: _pull_rival(framework, spec, pull, refusal))
     return [*(one for name, one in found.items() if name != library), *filter(None, [found.get(library)])], skipped
@@ -90,22 +95,23 @@ def _pull_rival(framework: Any, spec: OpSpec, pull: Pull | None, refusal: Any) -
         pull.reduce(out)
         return out
 
-    def norm(x: Any, residual: Any, weight: Any) -> tuple[Any, Any]:
-        pull.norm(x, residual, weight)
+    def norm(warps: int, x: Any, residual: Any, weight: Any) -> tuple[Any, Any]:
+        pull.norm(x, residual, weight, warps)
         return x, residual
 
     name = "a pull of this package and its norm, in the place of a host's own all-reduce"
-    return Rival(name, _rows(spec, _PULL_BYTES), reduce, norm, place=pull.write, close=pull.close)
+    norms, ends = [partial(norm, warps) for warps in NORM_WARPS], {"check": pull.check, "close": pull.close}
+    return Rival(name, _rows(spec, _PULL_BYTES), reduce, norms, place=pull.write, **ends)
 
 
-def _host_rival(spec: OpSpec, norm: Callable) -> Rival:
+def _host_rival(spec: OpSpec, norms: Sequence[Callable]) -> Rival:
     import paddle.distributed as dist
 
     from fd_fusion.hosts.fastdeploy.custom_all_reduce import open_custom_all_reduce
 
     own = open_custom_all_reduce(dist.new_group(list(range(spec.size))))
     name = "FastDeploy's custom all-reduce and Paddle's fused_rms_norm, which it calls"
-    return Rival(name, _rows(spec, own.limit), own.reduce, norm, capturing=own.capturing)
+    return Rival(name, _rows(spec, own.limit), own.reduce, norms, capturing=own.capturing)
 
 
 def _paddle_rival(framework: Any, spec: OpSpec, job: dict[str, Any], library: str) -> Rival:
@@ -119,7 +125,7 @@ def _paddle_rival(framework: Any, spec: OpSpec, job: dict[str, Any], library: st
         def plain(x: Any, r: Any, w: Any) -> tuple[Any, Any]:
             return paddle_ops.rms_norm(x, w, eps=spec.eps, residual=r)
 
-        return Rival("gloo and Paddle's operations", max(job["rows"]), paddle_ops.all_reduce, plain)
+        return Rival("gloo and Paddle's operations", max(job["rows"]), paddle_ops.all_reduce, [plain])
 
     def reduce(x: Any) -> Any:
         dist.stream.all_reduce(x, sync_op=True, use_calc_stream=True)  # on the stream that is captured
@@ -129,7 +135,7 @@ def _paddle_rival(framework: Any, spec: OpSpec, job: dict[str, Any], library: st
         fused = paddle.incubate.nn.functional.fused_rms_norm
         return fused(x, w, None, spec.eps, begin_norm_axis=1, residual=r)
 
-    return Rival("NCCL and Paddle's fused_rms_norm", max(job["rows"]), reduce, norm)
+    return Rival("NCCL and Paddle's fused_rms_norm", max(job["rows"]), reduce, [norm])
 
 
 def _torch_rival(torch: Any, spec: OpSpec, job: dict[str, Any], library: str) -> Rival:
@@ -145,4 +151,4 @@ def _torch_rival(torch: Any, spec: OpSpec, job: dict[str, Any], library: str) ->
         total = x + residual
         return torch.nn.functional.rms_norm(total, weight.shape, weight, spec.eps), total
 
-    return Rival(f"{library} and torch's rms_norm", max(job["rows"]), reduce, norm)
+    return Rival(f"{library} and torch's rms_norm", max(job["rows"]), reduce, [norm])

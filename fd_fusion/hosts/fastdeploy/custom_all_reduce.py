@@ -1,12 +1,8 @@
-"""FastDeploy's own custom all-reduce, which fusing has to beat: opened and called through FastDeploy's Python.
-
-`use_custom_allreduce` takes the group and the limit in some versions, the limit alone in others.
-"""
+"""FastDeploy's own custom all-reduce, which fusing has to beat: opened and called through FastDeploy's Python."""
 
 from __future__ import annotations
 
 import importlib
-import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -29,6 +25,12 @@ def limit_mb() -> int:
     return getattr(importlib.import_module("fastdeploy.envs"), "FD_CUSTOM_AR_MAX_SIZE_MB", _DEFAULT_MB)
 
 
+def check_compiled() -> None:
+    """Raises: ImportError, RuntimeError: FastDeploy would use NCCL here."""
+    if not is_compiled():
+        raise RuntimeError("FastDeploy's custom all-reduce is not compiled")
+
+
 def is_compiled() -> bool:
     """Return whether FastDeploy's compiled ops have the kernels. Raises ImportError where they are missing."""
     module = importlib.import_module("fastdeploy.distributed.custom_all_reduce.custom_all_reduce")
@@ -36,14 +38,10 @@ def is_compiled() -> bool:
 
 
 def open_custom_all_reduce(group: Any) -> CustomAllReduce:
-    """Collective over Paddle's `group`. Raises: ImportError, RuntimeError: FastDeploy would use NCCL here."""
+    """Collective over Paddle's `group`, behind `check_compiled`. RuntimeError: FastDeploy would use NCCL here."""
     communication = importlib.import_module("fastdeploy.distributed.communication")
     limit = limit_mb() << 20
-    known = {"tp_group": group, "custom_all_reduce_max_bytes": limit}
-    taken = inspect.signature(communication.use_custom_allreduce).parameters
-    if not is_compiled():
-        raise RuntimeError("FastDeploy's custom all-reduce is not compiled")
-    communication.use_custom_allreduce(**{name: value for name, value in known.items() if name in taken})
+    communication.use_custom_allreduce(group, limit)
     made = communication._TP_AR
     if made is None or not getattr(made, "_initialized", True):
         raise RuntimeError(f"FastDeploy's custom all-reduce does not take {group.nranks} ranks")

@@ -34,7 +34,7 @@ def _verdict(vote: Vote):
 
 
 def rival(name, most_rows):
-    return rivals.Rival(name, most_rows, lambda x: x, lambda x, r, w: (x, r))
+    return rivals.Rival(name, most_rows, lambda x: x, [lambda x, r, w: (x, r)])
 
 
 def opened(monkeypatch, has_host):
@@ -43,35 +43,59 @@ def opened(monkeypatch, has_host):
 
 
 def test_the_host_itself_where_it_is_installed(alone):
+    alone.setattr(custom_all_reduce, "is_compiled", lambda: True)
     alone.setattr(rivals, "_host_rival", lambda *_: rival("FastDeploy", 1024))
     found, skipped = opened(alone, True)
     assert [one.name for one in found] == ["FastDeploy", "NCCL"] and skipped == {}
     assert rivals.told(found) == "FastDeploy up to 1024 rows, NCCL"
 
 
-def test_the_pull_in_its_place_and_why(alone):
-    def host(*_):
-        raise RuntimeError("FastDeploy's custom all-reduce is not compiled")
+def test_a_host_that_would_use_nccl_is_measured_by_nccl_and_the_pull_stands_where_there_is_no_host(alone):
+    def raises(*_):
+        raise RuntimeError("it does not take 3 ranks")
 
-    alone.setattr(rivals, "_host_rival", host)
+    alone.setattr(rivals, "_host_rival", raises)
+    alone.setattr(custom_all_reduce, "is_compiled", lambda: True)
     found, skipped = opened(alone, True)
-    assert [one.name for one in found] == ["pull", "NCCL"] and "not compiled" in skipped["FastDeploy"]
+    assert [one.name for one in found] == ["NCCL"] and "3 ranks" in skipped["FastDeploy"]
+    alone.setattr(rivals, "_host_rival", lambda *_: pytest.fail("no rank opens what another one cannot"))
+    alone.setattr(custom_all_reduce, "is_compiled", lambda: False)
+    found, skipped = opened(alone, True)
+    assert [one.name for one in found] == ["NCCL"] and "not compiled" in skipped["FastDeploy"]
     found, skipped = opened(alone, False)
     assert [one.name for one in found] == ["pull", "NCCL"] and skipped == {}
 
 
 def test_each_number_of_rows_has_the_rival_that_the_host_would_run_and_none_that_is_wrong(alone):
-    timed = []
-    alone.setattr(
-        tune_rank, "open_rivals", lambda *_: ([rival("wrong", 9), rival("pull", 1024), rival("NCCL", 2048)], {})
-    )
+    timed, slow = [], rivals.Rival("pull", 1024, None, ["slow", "fast"])
+    failing, missed = rival("failing", 1024), rival("missed", 1024)
+
+    def missed_a_meeting():
+        raise RuntimeError("a rank did not come")
+
+    missed.check = missed_a_meeting
+
+    def one_call(framework, one, spec, t):
+        if one is failing:
+            raise RuntimeError("no kernel")
+        return (9.0 if one.name.startswith("wrong") else 0.5), b""
+
+    def time(framework, spec, call, *_):
+        timed.append(call.func.__self__.name)
+        return 2.0 if call.args[0] == "slow" else 1.0
+
+    found = [rival("wrong", 9), failing, missed, slow, rival("wrong above", 1025), rival("NCCL", 2048)]
+    alone.setattr(tune_rank, "open_rivals", lambda *_: (found, {}))
     alone.setattr(tune_rank, "_tensors", lambda framework, spec, t: (t, None, None))
-    alone.setattr(tune_rank, "_time", lambda framework, spec, call, *_: timed.append(call.func.__self__.name) or 1.0)
-    alone.setattr(tune_rank, "one_call", lambda framework, op, spec, t: (9.0 if op.name == "wrong" else 0.5, b""))
+    alone.setattr(tune_rank, "_time", time)
+    alone.setattr(tune_rank, "one_call", one_call)
     alone.setattr(tune_rank, "synchronize", lambda framework: None)
     times, told, skipped = tune_rank._unfused(None, SPEC, None, JOB)
-    assert timed == ["pull", "pull", "NCCL", "NCCL"] and set(times) == set(JOB["rows"])
-    assert told == "pull up to 1024 rows, NCCL" and "9.00 of the budget" in skipped["wrong"]
+    assert timed == ["missed"] * 2 + ["pull"] * 4 + ["NCCL"] * 2
+    assert times == dict.fromkeys(JOB["rows"], 1.0), "the fastest norm counts"
+    assert told == "pull up to 1024 rows, NCCL"
+    assert "9.00 of the budget" in skipped["wrong"] and "9.00 of the budget" in skipped["wrong above"]
+    assert "no kernel" in skipped["failing"] and "did not come" in skipped["missed"]
 
 
 def host(monkeypatch, use, **more):
@@ -104,25 +128,17 @@ def by_group_and_limit(communication):
     return use_custom_allreduce
 
 
-def by_limit(communication):
-    def use_custom_allreduce(custom_all_reduce_max_bytes=8192 * 1024):
-        communication._TP_AR = SimpleNamespace(asked=custom_all_reduce_max_bytes)
-
-    return use_custom_allreduce
-
-
-@pytest.mark.parametrize("use, asked", [(by_group_and_limit, ("group", 4 << 20)), (by_limit, 4 << 20)])
-def test_the_hosts_own_is_opened_and_called_in_both_forms(monkeypatch, use, asked):
-    communication, _ = host(monkeypatch, use)
+def test_the_hosts_own_is_opened_and_called(monkeypatch):
+    communication, _ = host(monkeypatch, by_group_and_limit)
     own = custom_all_reduce.open_custom_all_reduce("group")
-    assert communication._TP_AR.asked == asked and own.limit == 4 << 20
+    assert communication._TP_AR.asked == ("group", 4 << 20) and own.limit == 4 << 20
     got, group = own.reduce(np.ones(2))
     assert got.tolist() == [2, 2] and group == "group" and own.capturing is communication.capture_custom_allreduce
 
 
 def test_a_host_whose_own_all_reduce_is_off_is_no_rival(monkeypatch):
     def off(communication):
-        def use_custom_allreduce(tp_group=None):
+        def use_custom_allreduce(tp_group, custom_all_reduce_max_bytes):
             communication._TP_AR = SimpleNamespace(_initialized=False)
 
         return use_custom_allreduce
@@ -132,4 +148,4 @@ def test_a_host_whose_own_all_reduce_is_off_is_no_rival(monkeypatch):
         custom_all_reduce.open_custom_all_reduce(SimpleNamespace(nranks=3))
     module.custom_ar = False
     with pytest.raises(RuntimeError, match="not compiled"):
-        custom_all_reduce.open_custom_all_reduce("group")
+        custom_all_reduce.check_compiled()
