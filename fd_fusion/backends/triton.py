@@ -114,8 +114,7 @@ class TritonOp:
         partial = _ready(partial)  # before it is copied: torch's empty_like keeps the order of a transposed tensor
         norm_out, residual_out = self._empty_like(partial), self._empty_like(partial)
         if rows:
-            path = ONE_SHOT if rows < self._two_shot_rows else STAYS if stays and residual is not None else TWO_SHOT
-            self._launch(launches, path, partial, residual, weight, norm_out, residual_out, rows, eps, weight_offset)
+            self._launch(launches, partial, residual, weight, norm_out, residual_out, rows, eps, weight_offset, stays)
         return norm_out, residual_out
 
     def residual_stays(self, rows: int) -> bool:
@@ -200,10 +199,13 @@ class TritonOp:
         expected = f"[{self._spec.hidden_size}] of {' or '.join(self._spec.weight_dtypes)}"
         raise ValueError(f"opened for weights {expected}, got {list(weight.shape)} of {dtype}; bind the model anew")
 
-    def _launch(self, launches, path, partial, residual, weight, norm_out, residual_out, rows, eps, weight_offset):
+    def _launch(
+        self, launches, partial, residual, weight, norm_out, residual_out, rows, eps, weight_offset, stays=False
+    ):
         """Launch on the current stream. `call_id`, `op` on the error page, counts calls, or captures of them."""
         weight, bare = _ready(weight), residual is None
         residual = partial if bare else _ready(residual)  # without one its address is not read
+        path = ONE_SHOT if rows < self._two_shot_rows else STAYS if stays and not bare else TWO_SHOT
         launch = launches[path, bare]
         parts = [(0, rows)] if rows <= self._slots else plans.launches(self._slots, rows)
         call_id, row_bytes = next(self._calls) & 0xFFFFFF, 4 * self._plan.words
