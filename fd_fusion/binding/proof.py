@@ -173,9 +173,10 @@ class StayingProof(Proof):
         if site.name not in self.links:
             return norm_out, self._whole
         contract, _, rank = self._of[site.name]
-        flat = self._whole.reshape([-1, self._whole.shape[-1]])
+        flat = self._whole.reshape([-1, self._whole.shape[-1]]).astype("float32")  # `where` takes no half on a CPU
         owned = (paddle.arange(flat.shape[0]) % contract.size == rank).unsqueeze(-1)
-        left = paddle.where(owned, flat, paddle.full_like(flat, float("nan"))).reshape(self._whole.shape)
+        left = paddle.where(owned, flat, paddle.full_like(flat, float("nan")))
+        left = left.astype(self._whole.dtype).reshape(self._whole.shape)
         self._left = site, left
         return norm_out, left
 
