@@ -43,7 +43,7 @@ def runs(model, rows):
     for count in rows:
         paths.clear()
         out = bits(model(X[:count]))
-        found.append((out, "".join(str(path) for path, _ in paths)))
+        found.append((out, "".join(map(str, paths))))
     return found
 
 
@@ -207,7 +207,7 @@ def through_faults():
         return model(x)
 
     traced = paddle.jit.to_static(forward, full_graph=True)
-    found += [bits(traced(X[:5])) == before, "".join(str(path) for path, _ in paths)]
+    found += [bits(traced(X[:5])) == before, "".join(map(str, paths))]
     fd_fusion.unbind(model)
     return [*found, bits(model(X)) == bits(stock), report.to_dict()["staying"]]
 
