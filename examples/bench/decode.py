@@ -27,6 +27,7 @@ from fd_fusion.cli.processes.signals import ending_well
 from fd_fusion.cli.processes.tied import child_environment, end_with_parent
 
 CPU = {"models": "tiny", "rows": "1,2", "rounds": 1, "context": 16, "layers": 1}
+INTERRUPTED = "interrupted"
 GPU = {
     "models": "GLM-4.5-Air,Qwen3-32B,Qwen3-30B-A3B",
     "rows": "1,4,8,16,32,64,128",
@@ -56,21 +57,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.child:
         return _child(args)
-    if not args.render:
-        _fill_in(args)
-    with ending_well():
-        result = json.loads(args.render.read_text()) if args.render else _by_children(args)
+    try:
+        if not args.render:
+            _fill_in(args)
+            _check(args)
+        if args.plot:
+            importlib.import_module("matplotlib")
+        with ending_well():
+            result = json.loads(args.render.read_text()) if args.render else _by_children(args)
+    except (ValueError, OSError, ImportError) as error:  # before anything is measured
+        if isinstance(error, json.JSONDecodeError):
+            raise
+        print(f"bench: {error}", file=sys.stderr)
+        return 2
     if args.compile_only:
         return 1 if "failed" in result else 0
-    if args.output:
-        args.output.write_text(to_json(result, 1) + "\n")
     if "device" in result:
         print(tables(result))
         if args.plot:
             draw(result, args.plot)
+    if args.output:
+        args.output.write_text(to_json(result, 1) + "\n")
     if "failed" in result:
         print(f"bench: {result['failed']}", file=sys.stderr)
-    return 1 if "failed" in result else 0
+    return 130 if result.get("failed") == INTERRUPTED else 1 if "failed" in result else 0
 
 
 def _fill_in(args: argparse.Namespace) -> None:
@@ -84,17 +94,34 @@ def _fill_in(args: argparse.Namespace) -> None:
             setattr(args, name, default)
 
 
+def _check(args: argparse.Namespace) -> None:
+    """Raises: ValueError, OSError: what no rank could run, before any is started."""
+    from bench.decode_model import check_split, shape_of
+
+    if args.ranks < 2:
+        raise ValueError(f"--ranks {args.ranks}: a step of one rank reduces nothing; give 2 or more, a GPU for each")
+    if args.rounds < 1 or args.context < 1 or args.layers < 0:
+        raise ValueError("--rounds and --context begin at 1, --layers at 0")
+    if not all(part.isdecimal() and int(part) for part in args.rows.split(",")):
+        raise ValueError(f"--rows {args.rows}: give numbers from 1, such as 1,8,64")
+    for name in args.models.split(","):
+        check_split(shape_of(name), args.ranks)
+    if args.output:
+        args.output.open("a").close()
+
+
 def _by_children(args: argparse.Namespace) -> dict[str, Any]:
     """Each rank is a process of its own; or, to compile, each model is. What ends before its time ends all."""
     start, models = time.monotonic(), args.models.split(",")
     kept = ("models", "rows", "rounds", "context", "layers", "flashinfer", "qk_reference", "seconds", "ranks")
     options = [part for name in kept if getattr(args, name) for part in (f"--{name.replace('_', '-')}", name)]
     options = [str(getattr(args, part)) if index % 2 else part for index, part in enumerate(options)]
+    written = [Path(part).name if "/" in part else part for part in options]  # no folder of this machine
     cuda = {"CUDA_MODULE_LOADING": "LAZY" if args.compile_only else "EAGER", "CUDA_DEVICE_MAX_CONNECTIONS": "32"}
     # NVLink multicast stays off: a program that dies while it uses it can take the GPUs out of service.
     cuda |= {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "OMP_NUM_THREADS": "1"}
     env = {**child_environment(), **cuda, **({} if _has_gpu() else {"TRITON_INTERPRET": "1"})}
-    command = f"python examples/bench decode --ranks {args.ranks} --models {args.models} --rows {args.rows}"
+    command = " ".join(["python examples/bench decode", *written])
     result: dict[str, Any] = {"command": command, "cells": [], "tokens": [], "without": []}
     with run_folder() as folder:
         children = []
@@ -103,7 +130,10 @@ def _by_children(args: argparse.Namespace) -> dict[str, Any]:
             child = [sys.executable, "-W", "ignore", str(Path(__file__).parent), "decode", *mine]
             child += ["--child", f"{number},{folder}"] + ["--compile-only"] * args.compile_only
             children.append(subprocess.Popen(child, env=env))
-        result |= _wait(children, start + args.seconds + 60)
+        try:
+            result |= _wait(children, start + args.seconds + 60)
+        except KeyboardInterrupt:  # what was measured is printed
+            result["failed"] = INTERRUPTED
         lines = folder / "lines"
         for line in map(json.loads, lines.read_text().splitlines() if lines.exists() else []):
             for key, value in line.items():

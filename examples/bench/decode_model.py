@@ -82,12 +82,17 @@ def shape_of(name: str) -> Shape:
         raise ValueError(f"--models {name}: one of {', '.join(MODELS)}, or a config.json: {error!r}") from None
 
 
+def check_split(shape: Shape, size: int) -> None:
+    """Raise ValueError where a model does not split over so many ranks."""
+    if shape.kv_heads % size or (shape.expert or shape.dense) % (8 * size):
+        raise ValueError(f"{shape.kv_heads} kv heads and an MLP of {shape.dense} do not split over {size} ranks")
+
+
 class Model:
     """`layers` layers of one rank, caches of `context` tokens for `most_rows` sequences, and the head."""
 
     def __init__(self, shape: Shape, size: int, rank: int, layers: int, context: int, most_rows: int, dtype: Any):
-        if shape.kv_heads % size or (shape.expert or shape.dense) % (8 * size):
-            raise ValueError(f"{shape.kv_heads} kv heads and an MLP of {shape.dense} do not split over {size} ranks")
+        check_split(shape, size)
         self.shape, self.layers, self.context, self.dtype = shape, layers, context, dtype
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self._mine = torch.Generator(self.device).manual_seed(1 + rank)

@@ -52,6 +52,10 @@ def measure(args: argparse.Namespace, rank: int, folder: Path) -> None:
         tell(without=f"torch's process group: {joined.reason}")
     rows = [int(part) for part in args.rows.split(",")]
     for name in args.models.split(","):
+        spent = agree(group, "time", Vote(data=time.monotonic() - began), timeout_s=60).data
+        if max(spent) > args.seconds:
+            tell(without=f"{name}: no time was left")
+            continue
         shape = shape_of(name)
         spec = _spec(shape, group, device, arch, max(rows))
         with working(group):
@@ -69,6 +73,7 @@ def measure(args: argparse.Namespace, rank: int, folder: Path) -> None:
             tell(cells={"model": name, "layers": bench.model.layers, **bench.cell(count)})
         op.check()
         bench.close()
+        del bench, op  # two models at once may not fit
     agree(group, "end", Vote(), timeout_s=60)
 
 
@@ -132,10 +137,10 @@ class Bench:
         }
         if shape.qk_norm:
             self.ways["ours, stock q/k norm"] = ours, functools.partial(_stock, stock) if stock else torch_qk_norm
-        self.flashinfer = open_flashinfer(args.flashinfer, group, plain, op._push, EPS)
+        self.flashinfer = open_flashinfer(args.flashinfer, group, plain, op._push, EPS, self.without)
         if self.flashinfer:
             self.ways["flashinfer"] = self.flashinfer, ours_qk_norm
-        others = rivals.open_rivals(group, spec, most, self.pull, self.norm)
+        others = rivals.open_rivals(group, spec, most, self.pull, self.norm, self.without)
         self.ways |= {name: (way, ours_qk_norm) for name, way in others.items()}
 
     def cell(self, rows: int) -> dict[str, Any]:

@@ -46,8 +46,10 @@ class FlashInfer(Rival):
         self.memory.close()
 
 
-def open_flashinfer(file: Any, group: Group, plain: torch.Tensor, push: Any, eps: float) -> FlashInfer | None:
-    """Collective: None where no file is given, or where it cannot be loaded on some rank, which is told."""
+def open_flashinfer(
+    file: Any, group: Group, plain: torch.Tensor, push: Any, eps: float, without: list[str]
+) -> FlashInfer | None:
+    """Collective: None where no file is given, or where it cannot be loaded on some rank: then `without` gets why."""
     if not file:
         return None
 
@@ -58,5 +60,5 @@ def open_flashinfer(file: Any, group: Group, plain: torch.Tensor, push: Any, eps
     verdict = agree(group, "flashinfer loaded", Vote(refusal), timeout_s=60)
     if verdict.ok:
         return FlashInfer(entry, group, plain, push, eps)
-    print(f"without FlashInfer: {verdict.reason}", flush=True)
+    without.append(f"flashinfer: {verdict.reason}")
     return None

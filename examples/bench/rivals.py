@@ -138,9 +138,11 @@ class TorchSymmetric(Rival):
         return summed, residual
 
 
-def open_rivals(group: Group, spec: OpSpec, rows: int, pull: Pull, norm: Norm) -> dict[str, Rival]:
-    """Collective: every way of reducing that is not fused, once tried. One that fails on any rank is told and left
-    out on all. torch's process group must be open for torch's own."""
+def open_rivals(
+    group: Group, spec: OpSpec, rows: int, pull: Pull, norm: Norm, without: list[str]
+) -> dict[str, Rival]:
+    """Collective: every way of reducing that is not fused, once tried. One that fails on any rank is left out on all,
+    and `without` gets why. torch's process group must be open for torch's own."""
     device = "cuda" if spec.device == "gpu" else "cpu"
     plain = torch.empty(rows, spec.hidden_size, dtype=getattr(torch, spec.dtype), device=device)
     makers: dict[str, Any] = {"pull + norm": lambda: PullThenNorm(pull, rows, norm)}
@@ -157,7 +159,7 @@ def open_rivals(group: Group, spec: OpSpec, rows: int, pull: Pull, norm: Norm) -
         if verdict.ok:
             found[name] = rival
         else:
-            print(f"without {name}: {verdict.reason}", flush=True)
+            without.append(f"{name}: {verdict.reason}")
     return found
 
 

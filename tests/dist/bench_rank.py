@@ -90,9 +90,11 @@ class Rivals:
         rows, spec = max(options.rows), spec_for(group.size, group.rank, hidden, options.workspace_mb)
         self.pull = Pull(spec, group, rows)
         self.norm = rivals.Norm(self.pull)
-        self.ways = rivals.open_rivals(group, spec, rows, self.pull, self.norm)
+        without = []
+        self.ways = rivals.open_rivals(group, spec, rows, self.pull, self.norm, without)
         plain = torch.empty(rows, hidden, dtype=torch.bfloat16, device="cuda")
-        self.flashinfer = open_flashinfer(options.flashinfer, group, plain, push, EPS)
+        self.flashinfer = open_flashinfer(options.flashinfer, group, plain, push, EPS, without)
+        print(*(f"without {why}" for why in without), sep="\n", flush=True)
 
     def contenders(self, case, x, residual, weight):
         self.norm.tune(case.rows)

@@ -64,6 +64,31 @@ def test_the_table_shows_differences_with_their_interval_and_what_is_missing():
     assert "are the same, bit for bit," in text
 
 
+def test_one_rival_or_none_is_a_sentence_too():
+    alone = result()
+    del alone["cells"][0]["us"]["pull + norm"], alone["cells"][0]["us"]["nccl + norm"]
+    assert sentence(alone).endswith("the layers of a step take 4.0 to 4.0 % more than with no reduction at all.")
+
+
+@pytest.mark.skipif(not HAS_TORCH, reason="no torch here")
+@pytest.mark.parametrize(
+    "wrong, said",
+    [
+        (("--ranks", "1"), "reduces nothing"),
+        (("--models", "nosuch"), "a config.json"),
+        (("--rows", "x"), "give numbers"),
+        (("--rounds", "0"), "begin at 1"),
+        (("--output", "/nowhere/out.json"), "/nowhere/out.json"),
+        (("--render", "/nowhere/in.json"), "/nowhere/in.json"),
+    ],
+)
+def test_what_no_rank_could_run_is_said_before_any_is_started(wrong, said):
+    command = [sys.executable, "examples/bench", "decode", *wrong]
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
 def test_tokens_that_differ_are_said():
     wrong = result()
     wrong["tokens"]["GLM"]["same_bits"] = False
