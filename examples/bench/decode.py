@@ -11,7 +11,7 @@ model under Triton's interpreter: a check of the machinery, whose times mean not
 from __future__ import annotations
 
 import argparse
-import importlib.util
+import importlib
 import json
 import os
 import subprocess
@@ -57,19 +57,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.child:
         return _child(args)
-    try:
-        if not args.render:
-            _fill_in(args)
-            _check(args)
+    try:  # before anything is measured
         if args.plot:
             importlib.import_module("matplotlib")
-        with ending_well():
-            result = json.loads(args.render.read_text()) if args.render else _by_children(args)
-    except (ValueError, OSError, ImportError) as error:  # before anything is measured
-        if isinstance(error, json.JSONDecodeError):
-            raise
+        if args.render:
+            args.render.open().close()
+        else:
+            _fill_in(args)
+            _check(args)
+    except (ValueError, OSError, ImportError) as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2
+    with ending_well():
+        result = json.loads(args.render.read_text()) if args.render else _by_children(args)
     if args.compile_only:
         return 1 if "failed" in result else 0
     if "device" in result:
@@ -114,8 +114,8 @@ def _by_children(args: argparse.Namespace) -> dict[str, Any]:
     """Each rank is a process of its own; or, to compile, each model is. What ends before its time ends all."""
     start, models = time.monotonic(), args.models.split(",")
     kept = ("models", "rows", "rounds", "context", "layers", "flashinfer", "qk_reference", "seconds", "ranks")
-    options = [part for name in kept if getattr(args, name) for part in (f"--{name.replace('_', '-')}", name)]
-    options = [str(getattr(args, part)) if index % 2 else part for index, part in enumerate(options)]
+    given = {f"--{name.replace('_', '-')}": str(getattr(args, name)) for name in kept if getattr(args, name)}
+    options = [part for option in given.items() for part in option]
     written = [Path(part).name if "/" in part else part for part in options]  # no folder of this machine
     cuda = {"CUDA_MODULE_LOADING": "LAZY" if args.compile_only else "EAGER", "CUDA_DEVICE_MAX_CONNECTIONS": "32"}
     # NVLink multicast stays off: a program that dies while it uses it can take the GPUs out of service.
@@ -176,11 +176,3 @@ def _child(args: argparse.Namespace) -> int:
         decode_rank.measure(args, int(number), Path(folder))
     sys.stdout.flush()
     os._exit(0)  # NCCL waits for graphs that it was captured in
-
-
-def load_file(path: Path) -> Any:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module
-    spec.loader.exec_module(module)
-    return module

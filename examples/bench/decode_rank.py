@@ -14,12 +14,11 @@ import torch
 import torch.nn.functional as F
 
 from bench import rivals
-from bench.decode import load_file
 from bench.decode_model import Model, Shape, shape_of
 from bench.decode_report import paired
 from bench.decode_tokens import same_tokens
 from bench.flashinfer_entry import open_flashinfer
-from bench.timing import provenance
+from bench.timing import load_file, provenance
 from fd_fusion.backends import triton as backend
 from fd_fusion.backends.qk_rms_norm import qk_rms_norm
 from fd_fusion.cli.tune.pull import Pull, compile_kernels

@@ -133,14 +133,13 @@ def qk_norm() -> list[str]:
 
 
 README = {"gains": gains, "steps": steps}  # README.md and README.zh.md
-BY_MODEL = {"steps-by-model": partial(steps, by_model=True)}
-TABLES = {
+TABLES = {  # README.md beside this script
     "means": means,
     "rivals": rivals,
-    **BY_MODEL,
+    "steps-by-model": partial(steps, by_model=True),
     "one-gpu": one_gpu,
     "qk-norm": qk_norm,
-}  # README.md beside this script
+}
 
 
 if __name__ == "__main__":

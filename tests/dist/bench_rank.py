@@ -196,7 +196,7 @@ def measure(contenders, rounds, calls, rows, counted):
 def bytes_pushed(size, case, name):
     """What a rank sends for one call, in bytes, and its time at 400 GB/s."""
     row = case.rows * case.hidden * 2
-    sent = {"one-shot": (size - 1) * row, "pu": (size - 1) * row, "two-shot": (size - 1) * row * 3 // size}
+    sent = dict.fromkeys(("one-shot", "plain push", "pull"), (size - 1) * row) | {"two-shot": (size - 1) * row * 3 // size}
     return next((count for kind, count in sent.items() if kind in name), 2 * (size - 1) * row // size)
 
 

@@ -11,8 +11,6 @@ cd "$(dirname "$0")/../.." || exit
 mkdir -p "$OUT" || exit
 LIMIT=350
 . tests/gpu/steps.sh
-# NVLink multicast stays off: a program that dies while it uses it can take the GPUs out of service.
-export NCCL_NVLS_ENABLE=0 TORCH_SYMM_MEM_DISABLE_MULTICAST=1 NVSHMEM_DISABLE_NVLS=1
 
 N=$(python3 -c "import torch; print(torch.cuda.device_count())")
 [ "${N:-0}" -ge 2 ] || { echo "torch sees ${N:-0} GPUs; two or more are needed"; exit 1; }

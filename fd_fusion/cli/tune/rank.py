@@ -173,7 +173,7 @@ def _unfused(
 def _check(framework: Any, spec: OpSpec, rival: Rival, rows: int) -> None:
     error, _ = one_call(framework, rival, spec, rows)
     if not error <= 1:
-        raise RuntimeError(f"wrong numbers at T={rows}: {error:.2f} of the budget")
+        raise FusionError(_wrong(rival.name, rows, error))
 
 
 def _times(framework: Any, spec: OpSpec, rival: Rival, rows: list[int], job: dict[str, Any]) -> dict[int, float]:

@@ -47,8 +47,8 @@ def open_rivals(
     framework: Any, spec: OpSpec, group: Group, job: dict[str, Any]
 ) -> tuple[list[Rival], dict[str, str]]:
     """Collective: the rivals, the first that takes a number of rows counting; and what was not opened, with why."""
-    most, skipped = max(job["rows"]), {}
     found: dict[str, Rival] = {}
+    skipped: dict[str, str] = {}
 
     def opened(name: str, *steps: Callable[[], Any]) -> bool:
         for number, step in enumerate(steps):  # no rank enters a collective step that another one cannot
@@ -66,12 +66,11 @@ def open_rivals(
     if spec.device == "gpu" and on_paddle and joined and importlib.util.find_spec("fastdeploy"):
         from fd_fusion.hosts.fastdeploy.custom_all_reduce import check_compiled
 
-        opened(
-            "FastDeploy", check_compiled, partial(_host_rival, spec, found[library].norms)
-        )  # without it, it runs NCCL
+        # Without its own, FastDeploy runs NCCL.
+        opened("FastDeploy", check_compiled, partial(_host_rival, spec, found[library].norms))
     else:
-        pull, refusal = as_refusal(lambda: Pull(spec, group, min(most, _rows(spec, _PULL_BYTES))))
-        opened("pull", lambda: _pull_rival(framework, spec, pull, refusal))
+        rows = min(max(job["rows"]), _rows(spec, _PULL_BYTES))
+        opened("pull", lambda: _pull_rival(framework, spec, Pull(spec, group, rows)))
     return [*(one for name, one in found.items() if name != library), *filter(None, [found.get(library)])], skipped
 
 
@@ -85,9 +84,7 @@ def _rows(spec: OpSpec, nbytes: int) -> int:
     return nbytes // (spec.hidden_size * DTYPE_BYTES[spec.dtype])
 
 
-def _pull_rival(framework: Any, spec: OpSpec, pull: Pull | None, refusal: Any) -> Rival:
-    if pull is None:
-        raise RuntimeError(str(refusal))
+def _pull_rival(framework: Any, spec: OpSpec, pull: Pull) -> Rival:
     sums: dict[int, Any] = {}
 
     def reduce(x: Any) -> Any:

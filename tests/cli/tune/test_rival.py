@@ -25,7 +25,7 @@ def alone(monkeypatch):
     monkeypatch.setattr(tune_rank, "agree", lambda group, topic, vote, timeout_s: _verdict(vote))
     monkeypatch.setattr(rivals, "_paddle_rival", lambda *_: rival("NCCL", 2048))
     monkeypatch.setattr(rivals, "Pull", lambda *_: None)
-    monkeypatch.setattr(rivals, "_pull_rival", lambda framework, spec, pull, refusal: rival("pull", 1024))
+    monkeypatch.setattr(rivals, "_pull_rival", lambda framework, spec, pull: rival("pull", 1024))
     return monkeypatch
 
 
