@@ -102,6 +102,9 @@ outputs_differ: with the pairs' own hand-overs and nothing fused, the model's ou
 stock_differs: the stock forward does not repeat its own bits, so the outputs were compared within twice its own
     spread
     -> nothing to do; in the host's deterministic mode they are compared bit by bit
+residual_read: something beside the next norm reads a residual, so two-shot sends the residual back to every rank:
+    {why}
+    -> nothing to do; the layers are fused all the same
 shapes_differ: two stock forwards gave outputs of other numbers or shapes, so nothing can be compared with them
     -> give bind an example that makes a new cache each time
 hooked: {layer} has a forward hook that would read a partial sum

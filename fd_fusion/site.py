@@ -149,6 +149,8 @@ class Site:
         self.checked = True  # off where a tracer may take a hand-over and its finish apart
         self.refuses_gradients = True  # off where the host only infers, whether it records gradients or not
         self.handed = 0  # partial sums handed over since the proving pass began
+        self._stays: tuple[bool, ...] = ()  # (True,) where `leave_residual` was called, for the op
+        self._follows = False  # the residual that comes in may be such a one
         self.whole: Tensor | None = None  # in the proving pass, the host's own sum where it adds in another order
         self._caller, self._hooks = caller, hooks
         self._proven = False
@@ -210,7 +212,23 @@ class Site:
 
     def finish_stock(self, partial: Tensor, residual: Tensor | None, norm: Norm) -> Finished:
         """Finish by another norm, which the host asks for in this call: never fused. Raises as `finish` does."""
-        return norm(self.total(self._take(partial)), residual)
+        return norm(self.total(self._take(partial)), self._gathered(residual))
+
+    def may_follow(self, source: Site) -> bool:
+        """Return whether one op serves both, which may leave a residual with the owners of its rows: then both know
+        from T alone whether it does."""
+        return source._op is self._op and getattr(self._op, "may_stay", False)
+
+    def leave_residual(self, reader: Site) -> None:
+        """Leave the residual with the owners of its rows, by two-shot: `reader` alone reads it, as was proven."""
+        self._stays, reader._follows = (True,), True
+
+    def _gathered(self, residual: Tensor | None) -> Tensor | None:
+        """Return the whole of a residual that the Site in front may have left with its owners."""
+        if residual is None or not (self._follows and self.fuses(_rows(residual))):
+            return residual
+        flat = residual.reshape([-1, residual.shape[-1]])
+        return self._op.whole(flat, self.stock.weight(), *self.stock.numbers()).reshape(residual.shape)
 
     def _take(self, partial: Tensor) -> Tensor:
         """Return what is to be finished: the tensor itself, once it is known to be what was handed over."""
@@ -260,10 +278,10 @@ class Site:
         """Run the fused call by itself, on [..., H]."""
         shape, stock = partial.shape, self.stock
         if len(shape) == 2:
-            return self._op.finish(partial, residual, stock.weight(), *stock.numbers())
+            return self._op.finish(partial, residual, stock.weight(), *stock.numbers(), *self._stays)
         flat = [-1, shape[-1]]
         residual = None if residual is None else residual.reshape(flat)
-        outputs = self._op.finish(partial.reshape(flat), residual, stock.weight(), *stock.numbers())
+        outputs = self._op.finish(partial.reshape(flat), residual, stock.weight(), *stock.numbers(), *self._stays)
         return outputs[0].reshape(shape), outputs[1].reshape(shape)
 
     def finish_fp8(
@@ -278,7 +296,8 @@ class Site:
             norm, residual = self.complete(partial, residual)
             return norm if form.keeps_norm else None, *quantise(norm, form), residual
         self.calls["fused"] += 1
-        return self._op.finish_fp8(partial, residual, self.stock.weight(), *self.stock.numbers(), form)
+        stock = self.stock
+        return self._op.finish_fp8(partial, residual, stock.weight(), *stock.numbers(), form, *self._stays)
 
     def run_stock(self, partial: Tensor, residual: Tensor | None) -> Finished:
         """All-reduce, then run the host's norm: what the host does without us, bit for bit."""
@@ -299,6 +318,7 @@ class Site:
     def start_proof(self, prover: Prover) -> None:
         """Fuse nothing until `end_proof`: every finish goes through `prover`, which records a misuse."""
         self._proven, self._prover, self._pending, self.handed = False, prover, None, 0
+        self._stays, self._follows = (), False
 
     def end_proof(self, proven: bool) -> None:
         self._proven, self._prover, self._pending, self.whole = proven, None, None, None

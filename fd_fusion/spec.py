@@ -75,8 +75,8 @@ class FusedOp(Protocol):
 
     @property
     def fp8(self) -> tuple[Fp8, ...]:
-        """What `finish_fp8(*arguments of finish, fp8)` gives, (norm_out or None, codes, scales, residual_out); ()
-        without that method."""
+        """What `finish_fp8(*arguments of finish, fp8)` gives, (norm_out or None, codes, scales, residual_out), with
+        `stays` behind these where `StayingOp.finish` takes it; () without that method."""
 
     @property
     def in_rank_order(self) -> bool:
@@ -110,3 +110,24 @@ class FusedOp(Protocol):
 
     def close(self) -> None:
         """Free the workspace, in bounded time. May be repeated; a later call of the op raises `closed`."""
+
+
+class StayingOp(FusedOp, Protocol):
+    """An op that may leave residual_out with the owners of its rows: each row is NaN on all other ranks."""
+
+    @property
+    def may_stay(self) -> bool:
+        """Return whether it does so for some T. An op without this property never does."""
+
+    def residual_stays(self, rows: int) -> bool:
+        """Return whether a call of so many rows reads a row of the residual on its owner alone, and may leave it
+        there. Pure, and equal on all ranks."""
+
+    def finish(
+        self, partial: Any, residual: Any, weight: Any, eps: float, weight_offset: float, stays: bool = False
+    ) -> tuple[Any, Any]:
+        """Compute the same as `FusedOp.finish`. stays: leave residual_out with its owners where `residual_stays(T)`.
+        A residual that an earlier call of as many rows has left is as good as a whole one."""
+
+    def whole(self, residual: Any, weight: Any, eps: float, weight_offset: float) -> Any:
+        """Collective: gather a residual [T, H] that stays with its owners; one of another T is whole as it is."""

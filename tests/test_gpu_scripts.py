@@ -71,7 +71,19 @@ def test_only_some_steps(script, tmp_path):
     assert done.returncode == 0 and [path.name for path in (tmp_path / "out").iterdir()] == ["doctor.log"]
 
 
-@pytest.mark.parametrize("name", ["run_one_gpu.sh", "run_multi_gpu.sh"])
+def test_the_figures_are_made_by_both_benchmarks(script, tmp_path):
+    done = script("run_figures.sh", "out", "build.so", "build.so", gpus=2)
+    assert done.returncode == 0, done.stdout + done.stderr
+    out = tmp_path / "out"
+    rivals, decode = ((out / f"{name}.log").read_text() for name in ("rivals", "decode"))
+    assert f"--out {out}/rivals_n2.json" in rivals and "--host examples/results/all_reduce_rivals_n2.json" in rivals
+    assert f"decode --ranks 2 --output {out}/decode_n2.json" in decode
+    assert all(f"--flashinfer {tmp_path / 'build.so'}" in text for text in (rivals, decode))
+    assert f"--qk-reference {tmp_path / 'build.so'}" in decode
+    assert len(list(out.iterdir())) <= 8
+
+
+@pytest.mark.parametrize("name", ["run_one_gpu.sh", "run_multi_gpu.sh", "run_figures.sh"])
 def test_a_wrong_file_name_ends_it_before_anything_runs(script, tmp_path, name):
     done = script(name, "out", "missing.so")
     assert done.returncode == 1 and "missing.so" in done.stderr and not (tmp_path / "out").exists()
@@ -80,3 +92,5 @@ def test_a_wrong_file_name_ends_it_before_anything_runs(script, tmp_path, name):
 def test_no_gpu_is_no_success(script):
     done = script("run_multi_gpu.sh", "out", gpus=0)
     assert done.returncode == 1 and "torch sees no GPU" in done.stdout
+    done = script("run_figures.sh", "out", gpus=1)
+    assert done.returncode == 1 and "torch sees 1 GPUs" in done.stdout

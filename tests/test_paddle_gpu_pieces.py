@@ -1,8 +1,11 @@
 """The scripts of tests/gpu/paddle, as far as they need neither a wheel of 759 MB nor a GPU."""
 
 import importlib.util
+import json
 import struct
 from pathlib import Path
+
+import pytest
 
 FOLDER = Path(__file__).parent / "gpu/paddle"
 
@@ -37,3 +40,36 @@ def test_the_pieces_are_read_as_one(tmp_path):
         (tmp_path / f"paddle.tar.xz.{number}").write_bytes(data)
     pieces = run.Pieces()
     assert [pieces.read(2) for _ in range(5)] == [b"ab", b"c", b"de", b"", b""]
+
+
+@pytest.mark.parametrize("gpus, skipped", [(1, 5), (2, 0)])
+@pytest.mark.parametrize("fails", [None, "late"])
+def test_what_needs_two_gpus_is_skipped_on_one_and_never_passed(monkeypatch, tmp_path, gpus, skipped, fails):
+    """The run with cases that only note how they were asked for."""
+    run, asked = load("run"), []
+
+    def noting(*words, **options):
+        asked.append((words, options))
+        return lambda limit: (fails is None or fails not in words, "said")
+
+    for kind in ("ranks", "launched", "command"):
+        monkeypatch.setattr(run, kind, noting)
+    monkeypatch.setattr(run, "count_gpus", lambda: gpus)
+    monkeypatch.setattr(run, "unpack", lambda: tmp_path)
+    monkeypatch.setattr(run, "environment", lambda site: {})
+    monkeypatch.setenv("FD_PORTS", "")
+    monkeypatch.setenv("PYTHONPATH", "")
+
+    assert run.main(tmp_path, []) == (1 if fails else 0)
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert len(found) == 23
+    assert {name for name, case in found.items() if case == {"skipped": "needs two GPUs"}} == (
+        run.GPU_A_RANK if skipped else set()
+    )
+    ran = {name: case["passed"] for name, case in found.items() if "skipped" not in case}
+    assert len(ran) == 23 - skipped and [name for name, passed in ran.items() if not passed] == (
+        [fails] if fails else []
+    )
+    assert (tmp_path / "log.txt").read_text().count(": skipped: needs two GPUs\n") == skipped
+    replays = next(words for words, _ in asked if "many_replays" in words)
+    assert replays[-1] == (100_000 if gpus > 1 else 2_000)

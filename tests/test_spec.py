@@ -6,7 +6,7 @@ import inspect
 import pytest
 
 from fd_fusion.config import BACKENDS
-from fd_fusion.spec import Backend, FusedOp, OpSpec
+from fd_fusion.spec import Backend, FusedOp, OpSpec, StayingOp
 
 CLASSES = {"triton": "triton.TritonOp", "flashinfer": "flashinfer.op.FlashInferOp", "paddle": "paddle.PaddleOp"}
 
@@ -24,11 +24,12 @@ def test_a_backend_has_what_the_protocols_ask_for(name):
     module = importlib.import_module(f"fd_fusion.backends.{name}")
     path, _, kind = CLASSES[name].rpartition(".")
     op = getattr(importlib.import_module(f"fd_fusion.backends.{path}"), kind)
-    for owner, protocol in ((module, Backend), (op, FusedOp)):
-        for method, asked in methods(protocol).items():
+    kinds = (FusedOp, StayingOp) if name == "triton" else (FusedOp,)
+    for owner, protocols in ((module, (Backend,)), (op, kinds)):
+        for method, asked in {key: value for one in protocols for key, value in methods(one).items()}.items():
             assert parameters(getattr(owner, method)) == parameters(asked), f"{name}: {method}"
     given = {*dir(op), *op.__init__.__code__.co_names}  # with what it stores, as in `self.limit = ...`
-    assert {name for name, value in vars(FusedOp).items() if isinstance(value, property)} <= given
+    assert {key for one in kinds for key, value in vars(one).items() if isinstance(value, property)} <= given
     assert isinstance(op.in_rank_order, bool)
 
 

@@ -1,4 +1,4 @@
-"""`python examples/bench all-reduce` and `bench qk-norm`: measured on a GPU, and checked before that."""
+"""`python examples/bench`: all-reduce, decode and qk-norm, measured on GPUs, and checked before that."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import sys
 # Each module has `add_arguments(parser)` and `run(args) -> exit code`.
 BENCHES = {
     "all-reduce": ("bench.all_reduce", "all-reduce + residual + RMSNorm against FlashInfer's kernel"),
+    "decode": ("bench.decode", "a decode step on several GPUs, by every way of reducing"),
     "qk-norm": ("bench.qk_rms_norm", "RMSNorm of q and k against a reference kernel and the device's copy"),
 }
 
@@ -23,7 +24,7 @@ def main(argv: list[str]) -> int:
         module.add_arguments(command)
         command.set_defaults(run=module.run)
     args = parser.parse_args(argv)
-    missing = None if getattr(args, "render", None) else _missing()
+    missing = None if getattr(args, "render", None) else _missing(args.bench != "decode")
     if missing is not None:
         print(f"bench: {missing}; run this on a machine with an NVIDIA GPU and torch", file=sys.stderr)
         return 1
@@ -34,10 +35,10 @@ def main(argv: list[str]) -> int:
         return 2
 
 
-def _missing() -> str | None:
+def _missing(gpu: bool) -> str | None:
     """What the measurements lack here, or None."""
     try:
         import torch
     except ImportError as error:
         return str(error)
-    return None if torch.cuda.is_available() else "torch sees no GPU"
+    return "torch sees no GPU" if gpu and not torch.cuda.is_available() else None

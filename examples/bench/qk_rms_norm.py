@@ -11,17 +11,15 @@ from __future__ import annotations
 
 import argparse
 import functools
-import importlib.util
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from bench.qk_rms_norm_report import draw, tables
-from bench.timing import copy_gbps, event_us, graph_of, provenance
+from bench.timing import copy_gbps, event_us, graph_of, load_file, provenance
 from fd_fusion.cli.messages import to_json
 
 D, EPS, HIDDEN = 128, 1e-6, 4096
@@ -63,7 +61,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
     kernels: dict[str, Callable] = {"us": ours, "no_pdl_us": _bare(False), "touch_us": _load_store(uses_pdl())}
     if args.reference:
-        reference = _load(args.reference).qk_rmsnorm_fused
+        reference = load_file(args.reference).qk_rmsnorm_fused
         kernels["reference_us"] = lambda x, w, q, kv: reference(x, *w, EPS, q * D, kv * D, D)
     # Weights of 1 and -1: normalising a normalised row again and again changes nothing.
     weights = [(torch.randint(0, 2, (D,), device="cuda") * 2 - 1).bfloat16() for _ in range(2)]
@@ -199,11 +197,3 @@ def _host_us(kernels: dict[str, Callable], weights: list) -> dict[str, float]:
                 call(x, weights, 32, 4)
             times[name].append((time.perf_counter() - start) * 1e4)
     return {name: round(statistics.median(values), 2) for name, values in times.items()}
-
-
-def _load(path: Path) -> Any:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module
-    spec.loader.exec_module(module)
-    return module

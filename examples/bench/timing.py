@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import datetime
+import importlib.util
 import os
 import statistics
 import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 
@@ -18,7 +21,7 @@ def provenance() -> dict[str, Any]:
     driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     return {
         "device": torch.cuda.get_device_name(),
-        "versions": {"torch": torch.__version__, "triton": triton.__version__, "driver": driver},
+        "versions": {"torch": torch.__version__, "triton": triton.__version__, "driver": driver.partition("\n")[0]},
         "commit": os.environ.get("FD_FUSION_COMMIT") or _output("git", "rev-parse", "--short", "HEAD"),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     }
@@ -71,3 +74,11 @@ def _output(*command: str) -> str:
         return subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.strip() or "unknown"
     except OSError:
         return "unknown"
+
+
+def load_file(path: Path) -> Any:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    spec.loader.exec_module(module)
+    return module

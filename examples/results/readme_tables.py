@@ -4,111 +4,125 @@ them equal.
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 
 HERE = Path(__file__).parent
-NVLINK_ROWS = (1, 8, 32, 64, 128, 512)
 GAINS = {2: (1, 64, 512), 4: (1, 32, 128, 256, 1024)}  # N -> T, at H = 4096
+RIVALS = {"pull": "pull", "flashinfer": "FlashInfer", "symm": "torch symm. memory", "nccl": "NCCL"}
+SHOWN = {"H": (2048, 4096, 8192), "T": (1, 16, 64, 128, 256, 512, 2048)}
+STEPS = {
+    "pull + norm": "pull",
+    "flashinfer": "FlashInfer",
+    "symm two-shot + norm": "torch symm. memory",
+    "nccl + norm": "NCCL",
+}
+Cells = dict[tuple[int, int], dict[str, float]]
 
 
 def load(name: str) -> dict:
     return json.loads((HERE / name).read_text())
 
 
-def over_nvlink(size: int) -> dict[tuple[int, int], dict[str, float]]:
-    """us a call by (H, T) and library, the better one of its one-shot and two-shot."""
-    return best_of(f"all_reduce_nvlink_n{size}.json")
+def mean(ratios: list[float]) -> float:
+    return math.exp(sum(map(math.log, ratios)) / len(ratios))
 
 
-def best_of(name: str) -> dict[tuple[int, int], dict[str, float]]:
-    """The same of any such file. A name without a norm (`host custom`) is not a rival: it does less."""
-    cells: dict[tuple[int, int], dict[str, float]] = {}
-    for row in load(name)["rows"]:
-        if row["name"] == "host custom":
-            continue
-        best = cells.setdefault((row["H"], row["T"]), {})
-        name = row["name"].split()[0]
-        best[name] = min(row["us"], best.get(name, math.inf))
+def head(*columns: str) -> list[str]:
+    return [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+
+
+def shots(rows: list[dict]) -> Cells:
+    """us a call by (H, T) and name, without what does less than all-reduce and norm."""
+    cells: Cells = {}
+    for row in rows:
+        if row["name"].startswith(("triton", "flashinfer")) or row["name"].endswith("+ norm"):
+            cells.setdefault((row["H"], row["T"]), {})[row["name"]] = row["us"]
     return cells
 
 
+def best_of(rows: list[dict]) -> Cells:
+    """us a call by (H, T) and library, the better one of its one-shot and two-shot."""
+    return {
+        cell: {name: min(us[key] for key in us if key.startswith(name)) for name in {key.split()[0] for key in us}}
+        for cell, us in shots(rows).items()
+    }
+
+
+def over_best(us: dict[str, float]) -> float:
+    return us["triton"] / min(us[name] for name in us if name != "triton")
+
+
 def gains() -> list[str]:
-    """Ours against every rival that was measured in the same run, losses included, and FlashInfer for two ranks."""
-    lines = [
-        "| N | T | ours | host | FlashInfer | NCCL | ours / best other |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    """Ours against every rival of the same run, losses included."""
+    lines = head("N", "T", "ours", *RIVALS.values(), "ours / best other")
     for size, all_rows in GAINS.items():
-        cells = best_of(f"all_reduce_rivals_n{size}.json")
+        cells = best_of(load(f"rivals_n{size}.json")["rows"])
         for rows in all_rows:
             us = cells[4096, rows]
-            if "flashinfer" not in us:  # two ranks: of another run on the same kind of machine
-                us["flashinfer"] = over_nvlink(size)[4096, rows]["flashinfer"]
-            ratio = us["triton"] / min(us[name] for name in us if name != "triton")
-            times = " | ".join(f"{us[name]:.1f}" for name in ("triton", "host", "flashinfer", "nccl"))
-            lines.append(f"| {size} | {rows} | {times} | {ratio:.2f} |")
+            times = " | ".join(f"{us[name]:.1f}" for name in ("triton", *RIVALS))
+            lines.append(f"| {size} | {rows} | {times} | {over_best(us):.2f} |")
     return lines
 
 
 def rivals() -> list[str]:
-    """All that was measured beside ours on 2026-11-26; a rival that a cell lacks was not timed there."""
-    names = ("triton one-shot", "triton two-shot", "host", "symm", "flashinfer", "nccl")
-    lines = [
-        "| N | H | T | one-shot | two-shot | host | torch symm. memory | FlashInfer | NCCL | ours / best other |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    """A part of the cells; `host` was imported from another run."""
+    lines = head("N", "H", "T", "one-shot", "two-shot", *RIVALS.values(), "ours / best other", "host (imported)")
     for size in (2, 4):
-        name = f"all_reduce_rivals_n{size}.json"
-        paths = {(row["H"], row["T"], row["name"]): row["us"] for row in load(name)["rows"]}
-        for (hidden, rows), us in best_of(name).items():
-            ours = {path: paths[hidden, rows, path] for path in names[:2] if (hidden, rows, path) in paths}
-            times = " | ".join(f"{us[key]:.1f}" if key in us else "-" for key in names[2:])
-            ratio = us["triton"] / min(us[key] for key in us if key != "triton")
-            shots = " | ".join(f"{ours[path]:.1f}" if path in ours else "-" for path in names[:2])
-            lines.append(f"| {size} | {hidden} | {rows} | {shots} | {times} | {ratio:.2f} |")
+        result = load(f"rivals_n{size}.json")
+        paths, host = shots(result["rows"]), shots(result["imported"]["rows"])
+        for (hidden, rows), us in best_of(result["rows"]).items():
+            if hidden in SHOWN["H"] and rows in SHOWN["T"]:
+                own = [paths[hidden, rows][f"triton {path}"] for path in ("one-shot", "two-shot")]
+                times = " | ".join(f"{one:.1f}" for one in (*own, *(us[name] for name in RIVALS)))
+                theirs = host.get((hidden, rows), {}).get("host custom + norm", math.nan)
+                last = f"{over_best(us):.2f} | {theirs:.1f}".replace("nan", "-")
+                lines.append(f"| {size} | {hidden} | {rows} | {times} | {last} |")
     return lines
 
 
-def headline() -> set[str]:
-    """The ratios that the text quotes: Triton over FlashInfer and NCCL + norm, geometric means up to T = 16."""
-    found = set()
+def means() -> list[str]:
+    """Geometric means of ours over each rival, and in how many cells ours is the fastest."""
+    lines = head("N", "T", "cells", "ours is the fastest in", *(f"ours / {name}" for name in RIVALS.values()))
     for size in (2, 4):
-        for other in ("flashinfer", "nccl"):
-            ratios = [us["triton"] / us[other] for (_, rows), us in over_nvlink(size).items() if rows <= 16]
-            found.add(f"{math.exp(sum(map(math.log, ratios)) / len(ratios)):.2f}")
-    return found
+        cells = best_of(load(f"rivals_n{size}.json")["rows"])
+        for low, high in ((1, 16), (32, 128), (256, 2048)):
+            some = [us for (_, rows), us in cells.items() if low <= rows <= high]
+            ratios = " | ".join(f"{mean([us['triton'] / us[name] for us in some]):.2f}" for name in RIVALS)
+            ahead = sum(over_best(us) < 1 for us in some)
+            lines.append(f"| {size} | {low} to {high} | {len(some)} | {ahead} | {ratios} |")
+    return lines
 
 
-def nvlink() -> list[str]:
-    """Processes over NVLink: time of a call, and what is slower is shown too."""
-    lines = [
-        "| N | H | T | Triton us | FlashInfer us | NCCL + norm us | Triton / best other |",
-        "|---|---|---|---|---|---|---|",
-    ]
+def steps(by_model: bool = False) -> list[str]:
+    """How much less time the layers of a decode step take with ours, in percent: least and most over T and models."""
+    columns = (f"less than with {name}" for name in STEPS.values())
+    lines = head("N", *["model"] * by_model, *columns, "more than with no reduction")
     for size in (2, 4):
-        for (hidden, rows), us in over_nvlink(size).items():
-            if hidden in (4096, 8192) and rows in NVLINK_ROWS:
-                ratio = us["triton"] / min(us["flashinfer"], us["nccl"])
-                times = " | ".join(f"{us[name]:.1f}" for name in ("triton", "flashinfer", "nccl"))
-                lines.append(f"| {size} | {hidden} | {rows} | {times} | {ratio:.2f} |")
+        cells = load(f"decode_n{size}.json")["cells"]
+        for model in dict.fromkeys(cell["model"] if by_model else "" for cell in cells):
+            times = [cell["us"] for cell in cells if model in ("", cell["model"])]
+            less = [[100 * (1 - us["ours"] / us[name]) for us in times] for name in STEPS]
+            more = [100 * (us["ours"] / us["no reduction"] - 1) for us in times]
+            figures = " | ".join(f"{min(some):.1f} to {max(some):.1f} %" for some in (*less, more))
+            lines.append(f"| {size} |{f' {model} |' if model else ''} {figures} |")
     return lines
 
 
 def one_gpu() -> list[str]:
     """Virtual ranks on one H100: Triton / FlashInfer one-shot over all cells of an N."""
     result = load("all_reduce_h100.json")
-    lines = ["| N | cells | Triton / FlashInfer, geometric mean | worst cell | best cell |", "|---|---|---|---|---|"]
+    lines = head("N", "cells", "Triton / FlashInfer, geometric mean", "worst cell", "best cell")
     for size in (2, 4, 8):
         ratios = [cell["ratio"] for cell in result["cells"] if cell["N"] == size and cell.get("ratio")]
-        mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
-        lines.append(f"| {size} | {len(ratios)} | {mean:.3f} | {max(ratios):.3f} | {min(ratios):.3f} |")
+        lines.append(f"| {size} | {len(ratios)} | {mean(ratios):.3f} | {max(ratios):.3f} | {min(ratios):.3f} |")
     return lines
 
 
 def qk_norm() -> list[str]:
     """q and k norm on one H100, buffers beyond the L2 cache: against FastDeploy's kernel, and of the copy's rate."""
     result = load("qk_norm_h100.json")
-    lines = ["| heads | T | us | FastDeploy's kernel us | times faster | % of copy |", "|---|---|---|---|---|---|"]
+    lines = head("heads", "T", "us", "FastDeploy's kernel us", "times faster", "% of copy")
     for cell in result["cells"]:
         if cell["way"] == "cold" and cell["T"] in (1, 64, 512, 2048, 16384) and cell["q"] in (32, 16, 96):
             share = 100 * cell["bytes"] / cell["us"] / 1e3 / result["copy_gbps"]
@@ -118,8 +132,14 @@ def qk_norm() -> list[str]:
     return lines
 
 
-README = {"gains": gains}  # README.md and README.zh.md
-TABLES = {"rivals": rivals, "nvlink": nvlink, "one-gpu": one_gpu, "qk-norm": qk_norm}  # README.md beside this script
+README = {"gains": gains, "steps": steps}  # README.md and README.zh.md
+TABLES = {  # README.md beside this script
+    "means": means,
+    "rivals": rivals,
+    "steps-by-model": partial(steps, by_model=True),
+    "one-gpu": one_gpu,
+    "qk-norm": qk_norm,
+}
 
 
 if __name__ == "__main__":

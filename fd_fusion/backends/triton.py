@@ -14,7 +14,16 @@ from typing import Any
 
 from fd_fusion.backends.triton_first_calls import run_all, run_all_fp8
 from fd_fusion.backends.triton_fp8 import Outputs, compile_fp8, refuses_fp8
-from fd_fusion.backends.triton_setup import ANY_ADDRESS, compile_kernels, layout_of, plan_of, supports
+from fd_fusion.backends.triton_setup import (
+    ANY_ADDRESS,
+    ONE_SHOT,
+    STAYS,
+    TWO_SHOT,
+    compile_kernels,
+    layout_of,
+    plan_of,
+    supports,
+)
 from fd_fusion.comm.cuda_ipc import CudaIpc
 from fd_fusion.comm.group import Group
 from fd_fusion.comm.posix_shm import PosixShm
@@ -22,7 +31,7 @@ from fd_fusion.comm.symmetric_memory import MemoryProvider, agree_or_raise, as_r
 from fd_fusion.comm.vote import Vote, agree
 from fd_fusion.comm.workspace import Workspace, open_workspace
 from fd_fusion.frameworks import triton_launch
-from fd_fusion.frameworks.tensors import empty_like, paddle_or_torch
+from fd_fusion.frameworks.tensors import empty_pair, paddle_or_torch
 from fd_fusion.kernels.all_reduce import plan as plans
 from fd_fusion.kernels.all_reduce.counts import Counts
 from fd_fusion.reasons import Reason, closed
@@ -55,7 +64,7 @@ def open(spec: OpSpec, group: Group) -> TritonOp:
 
 
 class TritonOp:
-    """The kernels of one workspace, and their launch; `spec.FusedOp` has the contract of each method."""
+    """The kernels of one workspace, and their launch; `spec.StayingOp` has the contract of each method."""
 
     in_rank_order = True
     no_fp8: Reason | None = None  # why it quantises nothing, where that was asked for
@@ -79,15 +88,16 @@ class TritonOp:
         store = triton_launch.load_kernel("all_reduce.probe", "store_word")
         self._store_word = triton_launch.prepare(store, word, {}, spec.device).launch
         self._framework = paddle_or_torch()
-        self._empty_like = empty_like()
-        self._dtype = getattr(self._framework, spec.dtype)
+        dtype = getattr(self._framework, spec.dtype)
+        self._dtypes, self._empty_pair = (dtype, dtype), empty_pair(dtype)
         launches = self._launches | self._fp8_launches
         # By a weight's dtype, compared by identity: to compare or to hash two dtypes takes a microsecond.
         self._of_weights = [
             (getattr(self._framework, name), {key[1:]: run for key, run in launches.items() if key[0] == name})
             for name in spec.weight_dtypes
         ]
-        self._two_shot_rows = self._plan.two_shot_rows or 1 << 62
+        self.may_stay = any(path == STAYS for _, path, _ in kernels)
+        self._two_shot_rows, self._row_bytes = self._plan.two_shot_rows or 1 << 62, 4 * self._plan.words
         self._calls = itertools.count()
         self._counts = Counts(2)
         self._workspace: Workspace | None = None
@@ -96,7 +106,7 @@ class TritonOp:
     def bytes(self) -> int:
         return self._workspace.bytes
 
-    def finish(self, partial, residual, weight, eps, weight_offset):
+    def finish(self, partial, residual, weight, eps, weight_offset, stays=False):
         """Compute the formula of `reference.all_reduce_rms_norm` in one kernel, with the same bits for every T.
 
         Args:
@@ -105,38 +115,46 @@ class TritonOp:
         Raises: ValueError: another shape or dtype than the workspace was opened for; a weight may have been replaced.
             FusionTimeout: on a CPU, at once.
         """
-        launches, rows = self._checked(partial, residual, weight)
-        partial = _ready(partial)  # before it is copied: torch's empty_like keeps the order of a transposed tensor
-        norm_out, residual_out = self._empty_like(partial), self._empty_like(partial)
+        return self._finish(partial, residual, weight, eps, weight_offset, stays, None)
+
+    def _finish(self, partial, residual, weight, eps, weight_offset, stays, fp8):
+        rows, hidden = shape = partial.shape
+        added = partial if residual is None else residual
+        # Tuples are compared by identity first: two dtypes that are not one object take a microsecond.
+        if hidden != self._spec.hidden_size or added.shape != shape or (partial.dtype, added.dtype) != self._dtypes:
+            got = [None if tensor is None else (list(tensor.shape), tensor.dtype) for tensor in (partial, residual)]
+            expected = f"{self._spec.hidden_size} {self._spec.dtype}"
+            raise ValueError(f"opened for rows of {expected}, got partial {got[0]}, residual {got[1]}")
+        launches = self._launches_for(weight)
+        x, r, w = partial.data_ptr(), added.data_ptr(), weight.data_ptr()
+        if (x | r | w) & 15 or not (partial.is_contiguous() and added.is_contiguous() and weight.is_contiguous()):
+            partial, added, weight = _ready(partial), _ready(added), _ready(weight)
+            x, r, w = partial.data_ptr(), added.data_ptr(), weight.data_ptr()
+        norm_out, residual_out = self._empty_pair(partial)
         if rows:
-            self._launch(launches, partial, residual, weight, norm_out, residual_out, rows, eps, weight_offset)
+            path = ONE_SHOT if rows < self._two_shot_rows else STAYS if stays and residual is not None else TWO_SHOT
+            launch = launches[(path, residual is None) if fp8 is None else (path, residual is None, fp8.kernel)]
+            self._launch(launch, x, r, w, norm_out.data_ptr(), residual_out.data_ptr(), rows, eps, weight_offset, fp8)
         return norm_out, residual_out
 
-    def finish_fp8(self, partial, residual, weight, eps, weight_offset, fp8):
+    def finish_fp8(self, partial, residual, weight, eps, weight_offset, fp8, stays=False):
         """Compute `finish`, and codes and scales of its norm_out by `reference.quantise`, in the same kernel.
 
         Args: those of `finish`, and fp8: one of `spec.fp8`.
         Returns: (norm_out or None, codes, scales, residual_out). codes [T, H], float8_e4m3fn; scales [T, H / 128] as
             `fp8` says, None for a static scale. If a rank is missing all codes are NaN.
         """
-        launches, rows = self._checked(partial, residual, weight)
-        partial = _ready(partial)
-        norm_out = self._empty_like(partial) if fp8.keeps_norm else None
-        residual_out, outputs = self._empty_like(partial), Outputs(self._framework, partial, fp8)
-        if rows:
-            into = residual_out if norm_out is None else norm_out
-            self._launch(launches, partial, residual, weight, into, residual_out, rows, eps, weight_offset, outputs)
-        return norm_out, outputs.codes, outputs.scales, residual_out
+        outputs = Outputs(self._framework, partial, fp8)
+        norm_out, residual_out = self._finish(partial, residual, weight, eps, weight_offset, stays, outputs)
+        return norm_out if fp8.keeps_norm else None, outputs.codes, outputs.scales, residual_out
 
-    def _checked(self, partial, residual, weight):
-        """Return the launches for this weight, and T. Raises ValueError."""
-        rows, hidden = partial.shape
-        alike = residual is None or (residual.shape == partial.shape and self._is_of_dtype(residual))
-        if hidden != self._spec.hidden_size or not alike or not self._is_of_dtype(partial):
-            got = [None if tensor is None else (list(tensor.shape), tensor.dtype) for tensor in (partial, residual)]
-            expected = f"{self._spec.hidden_size} {self._spec.dtype}"
-            raise ValueError(f"opened for rows of {expected}, got partial {got[0]}, residual {got[1]}")
-        return self._launches_for(weight), rows
+    def residual_stays(self, rows: int) -> bool:
+        return self.may_stay and rows >= self._two_shot_rows
+
+    def whole(self, residual, weight, eps, weight_offset):
+        if not self.residual_stays(residual.shape[0]):
+            return residual
+        return self.finish(self._framework.zeros_like(residual), residual, weight, eps, weight_offset)[1]
 
     def check(self) -> None:
         """Raise FusionTimeout if a call ran out of time, on this rank or another; before results are published."""
@@ -193,11 +211,8 @@ class TritonOp:
         if self._workspace is not None:
             self._workspace.close()
 
-    def _is_of_dtype(self, tensor) -> bool:
-        return tensor.dtype is self._dtype or tensor.dtype == self._dtype  # a comparison takes a microsecond
-
     def _launches_for(self, weight) -> dict[tuple, Callable[..., None]]:
-        """Return the launches for this weight, by (two-shot, without residual), and of FP8. Raises ValueError.
+        """Return the launches for this weight, by (path, without residual), and of FP8. Raises ValueError.
 
         With another weight the kernel would read past its end, or one dtype as another.
         """
@@ -212,25 +227,24 @@ class TritonOp:
         expected = f"[{self._spec.hidden_size}] of {' or '.join(self._spec.weight_dtypes)}"
         raise ValueError(f"opened for weights {expected}, got {list(weight.shape)} of {dtype}; bind the model anew")
 
-    def _launch(
-        self, launches, partial, residual, weight, norm_out, residual_out, rows, eps, weight_offset, fp8=None
-    ):
-        """Launch on the current stream. `call_id`, `op` on the error page, counts calls, or captures of them."""
-        weight, bare = _ready(weight), residual is None
-        residual = partial if bare else _ready(residual)  # without one its address is not read
-        variant = rows >= self._two_shot_rows, bare
-        launch = launches[variant if fp8 is None else (*variant, fp8.kernel)]
-        parts = [(0, rows)] if rows <= self._slots else plans.launches(self._slots, rows)
-        call_id, row_bytes = next(self._calls) & 0xFFFFFF, 4 * self._plan.words
+    def _launch(self, launch, partial, residual, weight, norm_out, residual_out, rows, eps, weight_offset, fp8):
+        """Launch on the current stream, with the addresses of the tensors.
+
+        `call_id`, `op` on the error page, counts calls, or captures of them.
+        """
+        parts = ((0, rows),) if rows <= self._slots else plans.launches(self._slots, rows)
+        call_id, (local, own) = next(self._calls) & 0xFFFFFF, self._own
         for start, count in parts:
+            skip = start * self._row_bytes
             launch(
-                *plans.grid(self._plan, self.programs, count),
-                partial.data_ptr() + start * row_bytes,
-                residual.data_ptr() + start * row_bytes,
-                weight.data_ptr(),
-                norm_out.data_ptr() + start * row_bytes,
-                residual_out.data_ptr() + start * row_bytes,
-                *self._own,
+                plans.grid(self._plan, self.programs, count)[0],
+                partial + skip,
+                residual + skip,
+                weight,
+                norm_out + skip,
+                residual_out + skip,
+                local,
+                own,
                 count,
                 self._group.rank,
                 call_id,
@@ -241,7 +255,7 @@ class TritonOp:
         if self._spec.device == "cpu" and (reason := self._workspace.error()) is not None:
             self._workspace.fail(reason)
 
-    def _compile(self) -> dict[tuple[str, bool, bool], triton_launch.Loaded]:
+    def _compile(self) -> dict[tuple[str, int, bool], triton_launch.Loaded]:
         return compile_kernels(self._spec, self._plan)
 
     def _push(self, addresses: tuple[int, ...], value: int) -> None:

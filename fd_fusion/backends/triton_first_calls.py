@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from fd_fusion import exact
+from fd_fusion.backends.triton_setup import ONE_SHOT, STAYS
 from fd_fusion.frameworks.tensors import bytes_of, numbers, tensor
 from fd_fusion.kernels.all_reduce import plan as plans
 from fd_fusion.reasons import FusionError, Reason
@@ -20,21 +21,21 @@ _EPS, _OFFSET = 100.0, 1.0  # about the mean of squares, so that the norm depend
 
 
 def run_all(op: Any, spec: OpSpec, framework: Any) -> None:
-    """Collective: launch one-shot and two-shot, with and without a residual, for each dtype of weight; with one row,
+    """Collective: launch each path, with and without a residual, for each dtype of weight; with one row,
     with more rows than programs, and as a call of more rows than slots, which is several launches (`_shapes`).
-    `residual_out` must be the contract's bits, over the whole width.
+    `residual_out` must be the contract's bits, over the whole width; one that stays with its owners NaN elsewhere.
 
     All kernels are launched before a wrong one raises, since the other ranks take part in every launch.
     Raises: FusionError: the first kernel that gave wrong numbers. FusionTimeout: a rank is missing.
     """
     wrong, stock = None, (op._two_shot_rows, op._slots)
     try:
-        for weight_dtype, two_shot, bare in op._launches:
-            op._two_shot_rows = 1 if two_shot else 1 << 62
+        for weight_dtype, path, bare in op._launches:
+            op._two_shot_rows = 1 << 62 if path == ONE_SHOT else 1
             for rows, slots in _shapes(op.programs, stock[1], spec.device, bare):
                 op._slots = slots
-                variant = _name(two_shot, bare, rows, len(plans.launches(slots, rows)))
-                reason = _run(op, spec, framework, variant, rows, bare, weight_dtype)
+                variant = _name(path, bare, rows, len(plans.launches(slots, rows)))
+                reason = _run(op, spec, framework, variant, rows, bare, path, weight_dtype)
                 wrong = wrong or reason
     finally:
         op._two_shot_rows, op._slots = stock
@@ -49,14 +50,15 @@ def run_all_fp8(op: Any, spec: OpSpec, framework: Any) -> None:
     """
     wrong, stock = None, op._two_shot_rows
     try:
-        for weight_dtype, two_shot, bare, kernel in op._fp8_launches:
-            fp8 = next(one for one in spec.fp8 if one.kernel == kernel)
-            op._two_shot_rows = 1 if two_shot else 1 << 62
+        for weight_dtype, path, bare, kernel in op._fp8_launches:
+            fp8, stays = next(one for one in spec.fp8 if one.kernel == kernel), path == STAYS
+            op._two_shot_rows = 1 << 62 if path == ONE_SHOT else 1
             for rows, _ in _shapes(op.programs, op._slots, spec.device, bare)[:2]:
-                variant = f"FP8 ({', '.join(kernel)}) of " + _name(two_shot, bare, rows, 1)
+                variant = f"FP8 ({', '.join(kernel)}) of " + _name(path, bare, rows, 1)
                 tensors = _tensors(spec, framework, rows, bare, weight_dtype)[0]
-                plain = op.finish(*tensors, _EPS, _OFFSET)
-                wrong = wrong or _wrong_fp8(variant, plain, op.finish_fp8(*tensors, _EPS, _OFFSET, fp8), fp8)
+                plain = op.finish(*tensors, _EPS, _OFFSET, stays)
+                got = op.finish_fp8(*tensors, _EPS, _OFFSET, fp8, stays)
+                wrong = wrong or _wrong_fp8(variant, plain, got, fp8)
     finally:
         op._two_shot_rows = stock
     if wrong:
@@ -85,19 +87,25 @@ def _shapes(programs: int, slots: int, device: str, bare: bool) -> list[tuple[in
     return [(1, slots), (programs + 1, slots), (programs + 1, min(programs, slots))]
 
 
-def _name(two_shot: bool, bare: bool, rows: int, launches: int) -> str:
-    path, residual = "two-shot" if two_shot else "one-shot", "without a residual" if bare else "with a residual"
-    return f"the {path} kernel {residual}, T={rows} in {launches} launch{'es' if launches > 1 else ''},"
+def _name(path: int, bare: bool, rows: int, launches: int) -> str:
+    kernel = "one-shot" if path == ONE_SHOT else "two-shot"
+    residual = "without a residual" if bare else "with a residual" + " that stays" * (path == STAYS)
+    return f"the {kernel} kernel {residual}, T={rows} in {launches} launch{'es' if launches > 1 else ''},"
 
 
 def _run(
-    op: Any, spec: OpSpec, framework: Any, variant: str, rows: int, bare: bool, weight_dtype: str
+    op: Any, spec: OpSpec, framework: Any, variant: str, rows: int, bare: bool, path: int, weight_dtype: str
 ) -> Reason | None:
     """Compare a call with the contract: the sum bit for bit, its norm within one rounding. Returns the reason."""
     dtype = spec.dtype
     tensors, total, weight = _tensors(spec, framework, rows, bare, weight_dtype)
-    norm_out, residual_out = (numbers(out) for out in op.finish(*tensors, _EPS, _OFFSET))
-    same = exact.same_bits(residual_out, round_to(total, dtype).astype(np.float32))
+    norm_out, residual_out = (numbers(out) for out in op.finish(*tensors, _EPS, _OFFSET, path == STAYS))
+    expected = round_to(total, dtype).astype(np.float32)
+    if path == STAYS:
+        elsewhere = np.ones(rows, bool)
+        elsewhere[plans.owned_rows(op._slots, rows, spec.rank, spec.size)] = False
+        expected[elsewhere] = np.nan
+    same = exact.same_bits(residual_out, expected)
     limits = {"eps": _EPS, "weight_offset": _OFFSET, "dtype": dtype, "rounded": False}
     excess = exact.norm_excess(norm_out, total, weight, **limits)
     return exact.first_wrong_word(variant, {"residual_out": ~same, "norm_out": excess > 1})

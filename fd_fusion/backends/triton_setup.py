@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,8 +15,9 @@ from fd_fusion.kernels.all_reduce.error_page import ERROR_PAGE_BYTES, reason_of
 from fd_fusion.reasons import Reason, because
 from fd_fusion.reference import DTYPE_BYTES
 from fd_fusion.spec import OpSpec
-from fd_fusion.tuning.limits import NEVER
+from fd_fusion.tuning.limits import NEVER, row_limit
 
+ONE_SHOT, TWO_SHOT, STAYS = 0, 1, 2  # STAYS: two-shot with a residual that stays with the owner of each row
 ANY_ADDRESS = 1 << 40  # what a kernel is compiled for: an int64; nothing is specialized on its value
 LIKE = (*(ANY_ADDRESS,) * 7, 2, 0, 0, 1e-5, 0.0)
 
@@ -50,8 +52,8 @@ def plan_of(spec: OpSpec) -> plans.Plan:
     return dataclasses.replace(plan, two_shot_rows=None if spec.two_shot_rows == NEVER else spec.two_shot_rows)
 
 
-def compile_kernels(spec: OpSpec, plan: plans.Plan) -> dict[tuple[str, bool, bool], triton_launch.Loaded]:
-    """Compile every kernel that a call may need, by (weight dtype, two-shot, without residual): none compiles later.
+def compile_kernels(spec: OpSpec, plan: plans.Plan) -> dict[tuple[str, int, bool], triton_launch.Loaded]:
+    """Compile every kernel that a call may need, by (weight dtype, path, without residual): none compiles later.
 
     No kernel is specialized on the value of an argument, so that each is right for all calls.
     """
@@ -62,14 +64,22 @@ def compile_kernels(spec: OpSpec, plan: plans.Plan) -> dict[tuple[str, bool, boo
     }
 
 
-def variants(spec: OpSpec, plan: plans.Plan) -> Iterator[tuple[tuple[str, bool, bool], dict[str, Any]]]:
-    """Yield (weight dtype, two-shot, without residual) of each kernel, and them as arguments of `plans.constants`."""
+def variants(spec: OpSpec, plan: plans.Plan) -> Iterator[tuple[tuple[str, int, bool], dict[str, Any]]]:
+    """Yield (weight dtype, path, without residual) of each kernel, and these as arguments of `plans.constants`."""
     pdl = spec.device == "gpu" and triton_launch.uses_pdl()
-    for name in spec.weight_dtypes:
-        for two_shot in {False, plan.two_shot_rows is not None or spec.device == "cpu"}:
-            for bare in (False, True):
-                how = {"weight_dtype": name, "has_residual": not bare, "two_shot": two_shot, "pdl": pdl}
-                yield (name, two_shot, bare), how
+    for name, path in itertools.product(spec.weight_dtypes, paths_of(spec, plan)):
+        how = {"weight_dtype": name, "two_shot": path != ONE_SHOT, "residual_stays": path == STAYS, "pdl": pdl}
+        for bare in (False,) if path == STAYS else (False, True):
+            yield (name, path, bare), {**how, "has_residual": not bare}
+
+
+def paths_of(spec: OpSpec, plan: plans.Plan) -> tuple[int, ...]:
+    """Return the paths that a call may take. Of two ranks one-shot is the faster, so no residual stays there."""
+    if plan.two_shot_rows is None:
+        return (ONE_SHOT, TWO_SHOT) if spec.device == "cpu" else (ONE_SHOT,)
+    limit = row_limit(spec)
+    is_used = spec.size > 2 and (limit is None or plan.two_shot_rows <= limit)
+    return (ONE_SHOT, TWO_SHOT, STAYS) if is_used else (ONE_SHOT, TWO_SHOT)
 
 
 def layout_of(plan: plans.Plan, slots: int) -> Layout:

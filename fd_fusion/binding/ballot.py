@@ -22,13 +22,16 @@ class Ballot:
     """One rank's conclusions on a forward of the pass, which a vote makes those of all ranks.
 
     which, raised: the forward, and what it raised on this rank. reached: the pairs whose norms it came to. again: why
-    it showed nothing. differs: whether the outputs of some rank differ.
+    it showed nothing. differs: whether the outputs of some rank differ. linked: whether some rank has residuals
+    that may stay with their owners; links: the pairs of this rank that leave theirs.
     """
 
     refusal: Reason | None = None
     ranks: tuple[int, ...] = ()
     again: Reason | None = None
     differs: bool = False
+    linked: bool = False
+    links: Collection[str] = ()
     which: str = ""
     raised: Reason | None = None
     reached: Collection[str] = ()
@@ -43,7 +46,7 @@ class Ballot:
 
     def data(self) -> dict[str, Any]:
         """Return what this rank states beside a refusal."""
-        return {"again": self.again and self.again.to_dict(), "differs": self.differs}
+        return {"again": self.again and self.again.to_dict(), "differs": self.differs, "linked": self.linked}
 
     def refuse(self, reason: Reason, ranks: tuple[int, ...]) -> None:
         self.refusal, self.ranks = reason, ranks
@@ -51,6 +54,9 @@ class Ballot:
     def conclude(self, ranks: Sequence[dict[str, Any]], proof: Proof | None = None) -> None:
         """Conclude from the data of all ranks of a group, none of which refused: the same on each of them."""
         self.differs = self.differs or any(data["differs"] for data in ranks)
+        self.linked = self.linked or any(data["linked"] for data in ranks)
+        if any(data.get("links") != ranks[0].get("links") for data in ranks):
+            self.refusal = because("residual_read", why="the ranks do not link the same pairs")
         for data in ranks:
             self.again = self.again or (data["again"] and Reason.from_dict(data["again"]))
         words = [data.get("words") for data in ranks]
@@ -72,6 +78,7 @@ def vote(
         shown = proof.words if proof is not None and ballot.goes_on else {}
         data = {"words": {name: shown[name] for name in own if name in shown} or None, **ballot.data()}
         data["raised"] = ballot.raised and ballot.raised.to_dict()
+        data["links"] = [name for name in own if name in ballot.links]
         data["reached"] = len(set(own) & set(ballot.reached))
         verdict = agree(group, "proof", Vote(ballot.refusal, data), timeout_s=timeout_s)
         if ballot.is_out_of_step:

@@ -19,13 +19,13 @@ from fd_fusion.binding.outputs import (
     within_spread,
 )
 from fd_fusion.binding.pairs import Pair
-from fd_fusion.binding.proof import Proof
+from fd_fusion.binding.proof import Proof, StayingProof
 from fd_fusion.binding.qk_norms import QKNorm
 from fd_fusion.reasons import FusionError, Reason, because
 from fd_fusion.site import Site
 
 ExampleOf = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Callable[[], Any]]
-STOCK, PROVING, AGAIN = "stock", "proving", "second stock"
+STOCK, PROVING, AGAIN, STAYING = "stock", "proving", "second stock", "staying"
 
 
 class Forwards:
@@ -64,17 +64,17 @@ class Forwards:
         """Return the pairs whose norms the last forward came to."""
         return list(self._traces[self.which].norms)
 
-    def prove(self, qk_norms: Sequence[QKNorm]) -> Reason | None:
-        """Run the proving forward, with the Sites attached."""
+    def prove(self, qk_norms: Sequence[QKNorm], staying: StayingProof | None = None) -> Reason | None:
+        """Run the proving forward, with the Sites attached, or the one that proves that a residual may stay."""
         with contextlib.ExitStack() as undo:
             for pair, site in self._pairs:
                 undo.callback(pair.stock.attach(site))
-                site.start_proof(self._proof)
+                site.start_proof(staying or self._proof)
                 undo.callback(site.end_proof, False)
             for norm in qk_norms:
                 undo.callback(norm.attach(_in_place(norm.stock)))
             undo.enter_context(self._recording_hooks())
-            return self.run(PROVING)
+            return self.run(STAYING if staying else PROVING)
 
     def compare(self) -> tuple[Reason | None, Reason | None, bool]:
         """Judge the proving forward: (why a Site refuses, why it showed nothing, whether its outputs differ).
@@ -91,6 +91,22 @@ class Forwards:
             return None, nothing_shown(self._outputs[STOCK]) if self._compared else None, False
         except Exception as error:
             return _not_compared(error), None, False
+
+    @property
+    def can_link(self) -> bool:
+        """Return whether there are links to prove, and outputs to prove them by."""
+        return bool(self._proof.links) and self._compared
+
+    def compare_staying(self, staying: StayingProof) -> Reason | None:
+        """Return why a residual that stays with its owners would be read elsewhere, or None."""
+        try:
+            reason = staying.own_refusal()
+            if reason is None and first_difference(self._outputs[STAYING], self._outputs[STOCK]) is not None:
+                part = self._traces[STOCK].parts_at(self._traces[STAYING])
+                return because("residual_read", why="the model's output" if part is None else f"what feeds {part}")
+            return reason and because("residual_read", why=str(reason))
+        except Exception as error:
+            return _not_compared(error)
 
     def _nothing_computed(self) -> bool:
         """Return whether the forward had no rows, as that of an idle data-parallel rank: it shows nothing."""

@@ -40,7 +40,9 @@ class Proof:
         self.handed_over: dict[str, str] = {}  # hashes of what was handed over
         self.alike: set[str] = set()  # sites at which every rank handed over the same words
         self.words: dict[str, dict[str, Any]] = {}
+        self.links: dict[str, Site] = {}  # by a Site whose residual may stay with its owners: the Site that reads it
         self.failure: Reason | None = None
+        self._left: tuple[Site, Any] | None = None  # the last Site, and the residual that it gave
 
     def keep(self, site: Site, partial: Any) -> Any:
         """Return a copy to finish, and fill the tensor itself with NaN, for whoever reads it."""
@@ -66,6 +68,8 @@ class Proof:
     def prove(self, site: Site, partial: Any, residual: Any) -> Any:
         """Return the host's own result in place of a finish, and try the kernel on some rows."""
         self.finished[site.name] += 1
+        if self._left is not None and residual is self._left[1] and site.may_follow(self._left[0]):
+            self.links[self._left[0].name] = site
         tried = self.finished[site.name] == 1  # a second one is a miss, whatever the kernel gives
         few = _some_rows(partial, site.limit), None if residual is None else _some_rows(residual, site.limit)
         try:
@@ -73,6 +77,7 @@ class Proof:
         finally:
             if tried:
                 self._try(site, *few)
+        self._left = site, stock[1]
         return stock
 
     def _total(self, site: Site, partial: Any) -> Any:
@@ -148,6 +153,32 @@ class Proof:
             if reason := evidence.joint_refusal(self._of[name][0], of_ranks):
                 return reason
         return None
+
+
+class StayingProof(Proof):
+    """The record of one more forward: nothing is fused, and the residual of each linked Site holds NaN in the rows
+    that this rank does not own. The Site that reads it goes on from the whole one; whoever else reads a row of it has
+    NaN on all ranks but one."""
+
+    def __init__(self, proof: Proof):
+        super().__init__([(site, *proof._of[site.name]) for site in proof.sites])
+        self.links = proof.links
+        self._whole: Any = None
+
+    def prove(self, site: Site, partial: Any, residual: Any) -> Any:
+        self.finished[site.name] += 1
+        if self._left is not None and residual is self._left[1]:
+            residual = self._whole
+        norm_out, self._whole = site.stock.norm(self._total(site, partial), residual)
+        if site.name not in self.links:
+            return norm_out, self._whole
+        contract, _, rank = self._of[site.name]
+        flat = self._whole.reshape([-1, self._whole.shape[-1]]).astype("float32")  # `where` takes no half on a CPU
+        owned = (paddle.arange(flat.shape[0]) % contract.size == rank).unsqueeze(-1)
+        left = paddle.where(owned, flat, paddle.full_like(flat, float("nan")))
+        left = left.astype(self._whole.dtype).reshape(self._whole.shape)
+        self._left = site, left
+        return norm_out, left
 
 
 def vacuous(words: Sequence[Mapping[str, Any]]) -> Reason | None:

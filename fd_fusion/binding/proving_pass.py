@@ -10,7 +10,7 @@ from fd_fusion.binding.bound import Bound, logger, refuse, undo_all
 from fd_fusion.binding.evidence import Contract
 from fd_fusion.binding.forwards import AGAIN, STOCK, Forwards
 from fd_fusion.binding.pairs import Pair
-from fd_fusion.binding.proof import Proof
+from fd_fusion.binding.proof import Proof, StayingProof
 from fd_fusion.binding.qk_norms import Kernel
 from fd_fusion.binding.report import Report
 from fd_fusion.comm.circle import circle_of, meet
@@ -25,7 +25,7 @@ _STRICT_TRIES = 4  # passes that may show nothing under `strict`
 
 
 def prove(model: Any, state: Bound, example: Callable[[], Any], *, first_forward: bool = False) -> bool:
-    """Collective: run up to three forwards, and vote after each on what it raised or showed on any rank.
+    """Collective: run two or three forwards, and vote after each on what it raised or showed on any rank.
 
     Returns False where nothing was shown, since there was nothing to sum: all stays stock, to be tried again. So it
     does where the stock forward raises in the place of the model's `first_forward`: that error is the caller's.
@@ -42,6 +42,7 @@ def prove(model: Any, state: Bound, example: Callable[[], Any], *, first_forward
         ballot = _ballot(forwards, forwards.prove(state.qk_norms))
         if ballot.goes_on:
             ballot.refusal, ballot.again, ballot.differs = forwards.compare()
+            ballot.linked = ballot.refusal is None and not ballot.differs and forwards.can_link
         _vote(state, ballot, forwards, proof)
     if ballot.refusal is None and ballot.differs:  # also where a site showed nothing: what is spoilt makes NaN there
         again = ballot.again
@@ -53,8 +54,30 @@ def prove(model: Any, state: Bound, example: Callable[[], Any], *, first_forward
         _vote(state, ballot, forwards)
     if ballot.refusal is None and ballot.again is not None:
         return _try_again(state, ballot.again)
+    links = {}
+    if ballot.refusal is None and ballot.linked:
+        links = _prove_staying(state, forwards, proof)
     _switch_on_or_undo(state, ballot.refusal, ballot.ranks)
+    for site in proof.sites:
+        if site.name in links:
+            site.leave_residual(links[site.name])
+    state.report.staying = len(links)
     return True
+
+
+def _prove_staying(state: Bound, forwards: Forwards, proof: Proof) -> dict[str, Site]:
+    """Collective: run one more forward, and vote on whether two-shot may leave the residual with its rows' owners.
+
+    Returns: by name, the Sites whose residual stays, each with the Site that reads it: on all ranks, or none.
+    """
+    staying = StayingProof(proof)
+    ballot = _ballot(forwards, forwards.prove(state.qk_norms, staying))
+    ballot.links = list(proof.links)
+    if ballot.refusal is None:
+        ballot.refusal = forwards.compare_staying(staying)
+    _vote(state, ballot, forwards)
+    state.report.residual = ballot.refusal
+    return proof.links if ballot.refusal is None else {}
 
 
 def _ballot(forwards: Forwards, refusal: Reason | None) -> Ballot:

@@ -65,6 +65,8 @@ class Report:
     off: Reason | None = None
     waiting: Reason | None = None  # why a proving pass showed nothing; another one follows
     spread: Reason | None = None  # why outputs were not compared bit by bit
+    residual: Reason | None = None  # why two-shot sends the residual back to every rank
+    staying: int = 0  # Sites whose residual stays with the owners of its rows, by two-shot
     sites: list[SiteLine] = field(default_factory=list)
     rejected: list[Rejected] = field(default_factory=list)
     qk_fused: list[str] = field(default_factory=list)  # q and k norms that run as one kernel
@@ -90,7 +92,7 @@ class Report:
             lines.append(f"fd_fusion: {count} pair{'s' * (count != 1)} stock: {reason}")
         for reason in dict.fromkeys(line.selected.note for line in self.workspaces if line.selected.note):
             lines.append(f"fd_fusion: {reason}; {reason.remedy}")
-        lines += [f"fd_fusion: {reason}" for reason in (self.waiting, self.spread) if reason is not None]
+        lines += [f"fd_fusion: {reason}" for reason in (self.waiting, self.spread, self.residual) if reason]
         apart = [line.quantised_apart for line in self.sites]
         for reason, count in Counter(_with_remedy(one) for one in apart if one is not None).items():
             lines.append(f"fd_fusion: {count} norm{'s' * (count != 1)} quantised behind the kernel: {reason}")
@@ -120,6 +122,8 @@ class Report:
             "proven": self.proven,
             "waiting": self.waiting.to_dict() if self.waiting else None,
             "spread": self.spread.to_dict() if self.spread else None,
+            "residual": self.residual.to_dict() if self.residual else None,
+            "staying": self.staying,
             # Python counts calls when it runs: eager, or once while a graph is captured. What a graph replays is
             # counted on the device alone: stats.device of a workspace.
             "calls_counted": "eager or capture",

@@ -69,16 +69,18 @@ def bytes_of(tensor: Any) -> np.ndarray:
     return tensor.view(paddle_or_torch().uint8).cpu().numpy()
 
 
-def empty_like() -> Callable[[Any], Any]:
-    """Return a function: tensor -> a new one of its shape, dtype and place, as fast as the framework can make one.
+def empty_pair(dtype: Any) -> Callable[[Any], tuple[Any, Any]]:
+    """Return a function: tensor -> two new ones of its shape and of `dtype`, as fast as the framework can make them.
 
-    Every eager call needs two: Paddle's op is called at once, which takes a seventh of paddle.empty_like's time.
+    Paddle's op is called at once, in less than a third of paddle.empty_like's time. The place is that of new tensors
+    now: to ask each tensor for dtype and place takes a third of that op's time.
     """
     framework = paddle_or_torch()
     make = getattr(getattr(framework, "_C_ops", None), "empty_like", None)
     if framework.__name__ != "paddle" or make is None:
-        return framework.empty_like
-    return lambda tensor: make(tensor, tensor.dtype, tensor.place)
+        return lambda tensor: (framework.empty_like(tensor), framework.empty_like(tensor))
+    place = framework.empty([1]).place
+    return lambda tensor: (make(tensor, dtype, place), make(tensor, dtype, place))
 
 
 def synchronize(framework: Any) -> None:

@@ -58,6 +58,9 @@ def bind(
        norms within roundings of the host's; and on up to four rows of the real partial sums, at sixteen columns, the
        contract's bits (FlashInfer: within six standard deviations of independent roundings), and norms within a
        rounding of their own sums.
+    3. Where two-shot serves more than two ranks: with NaN in the rows of each residual that a rank does not own, the
+       outputs are still the stock forward's bits. Then two-shot leaves a residual with the owners of its rows if the
+       next norm takes that very tensor; elsewhere, and in the whole model if an output changed, it sends it back.
     The pass holds for the inputs and weights of that forward. Zero sums, no rows, no finite row, or no output tensor
     prove nothing: the model stays stock, and the 1st, 2nd, 4th, 8th ... eager forward after the pass is tried (under
     `strict` the fourth pass in vain is an error). Where the first forward raises, or a rank misses the vote before
@@ -68,9 +71,9 @@ def bind(
         config: asks for fusion; without it the config that the layers carry, or the environment's, counts.
         pairs: see above.
         example: runs a forward of two rows and returns the model's outputs, the same input on all ranks. `bind` runs
-            the example twice, and a third time if the outputs are not the same bits. Without one, the pass runs
-            before the model's first eager forward, on copies of the arguments of that forward: give an example where
-            they hold large caches, or where a forward changes the model.
+            the example twice, a third time if the outputs are not the same bits, and once more for 3. Without one,
+            the pass runs before the model's first eager forward, on copies of the arguments of that forward: give an
+            example where they hold large caches, or where a forward changes the model.
         deterministic: every number of rows must give the same bits.
         source: where `config` comes from, for the log.
     Returns: the report. Binding twice with one config returns the first report, unless something failed: then it is

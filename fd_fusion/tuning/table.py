@@ -74,11 +74,12 @@ class Limits:
 
 
 def versions_here() -> dict[str, str]:
-    """Return the versions of this package, the framework, Triton and FlashInfer: of all that changes a time."""
-    found = {"fd_fusion": __version__}
+    """Return the versions of all that changes a time, and of what `tune` measures against."""
+    found = {"fd_fusion": __version__, "rival": "2"}  # 1: NCCL alone
     for key, names in (
         ("framework", ("paddlepaddle-gpu", "paddlepaddle", "torch")),
         ("triton", ("triton",)),
+        ("fastdeploy", ("fastdeploy-gpu",)),
         ("flashinfer", ("flashinfer-python-paddle", "flashinfer-python")),
     ):
         for name in names:

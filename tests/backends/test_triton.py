@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from fd_fusion.backends import triton as backend
+from fd_fusion.backends import triton_setup
 from fd_fusion.frameworks import triton_launch
 from fd_fusion.spec import OpSpec
 from tests.support.ranks import ROOT, run_ranks
@@ -52,12 +53,22 @@ def test_special_payloads_and_delays_of_three_ranks():
     agreed(3, "payload", "delayed", "--rows", 1, 4, "--two_shot_rows", 3)
 
 
+def test_a_residual_that_stays_with_its_owners_on_four_ranks():
+    agreed(4, "stays", "--rows", 3, 7, 5, "--two_shot_rows", 5)
+
+
+def test_with_two_ranks_no_kernel_leaves_the_residual():
+    spec = OpSpec(**PLAIN)
+    assert triton_setup.STAYS not in triton_setup.paths_of(spec, triton_setup.plan_of(spec))
+
+
 def test_several_workspaces_and_strange_inputs_of_two_ranks():
     agreed(2, "together", "strange_inputs", "weights", "few_slots", "wrap")
 
 
-def test_fp8_of_two_ranks():
-    agreed(2, "fp8", "--two_shot_rows", 5)
+@pytest.mark.parametrize("size", [2, 3])  # of three ranks a residual may stay
+def test_fp8(size):
+    agreed(size, "fp8", "--two_shot_rows", 5)
 
 
 @pytest.mark.parametrize(

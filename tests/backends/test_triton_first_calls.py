@@ -7,6 +7,7 @@ import pytest
 from fd_fusion import exact, reference
 from fd_fusion.backends import triton_first_calls
 from fd_fusion.backends.triton_first_calls import run_all, run_all_fp8
+from fd_fusion.backends.triton_setup import ONE_SHOT, STAYS, TWO_SHOT
 from fd_fusion.kernels.all_reduce import plan as plans
 from fd_fusion.reasons import FusionError
 from fd_fusion.spec import Fp8, OpSpec
@@ -18,16 +19,17 @@ SIZE, HIDDEN = 2, 64
 class FakeOp:
     """Stands for a workspace: the contract in NumPy, with one wrong variant."""
 
-    def __init__(self, dtype, wrong=None, bug="nothing", weight_dtypes=("float32",)):
+    def __init__(self, dtype, wrong=None, bug="nothing", weight_dtypes=("float32",), stays=False):
         self.programs, self._slots, self._two_shot_rows, self.seen = 4, 100, 7, []
-        self._launches = {
-            (name, two, bare): None for name in weight_dtypes for two in (False, True) for bare in (False, True)
-        }
+        variants = [(path, bare) for path in (ONE_SHOT, TWO_SHOT) for bare in (False, True)]
+        variants += [(STAYS, False)] * stays
+        self._launches = {(name, *variant): None for name in weight_dtypes for variant in variants}
         self._dtype, self._wrong, self._bug = dtype, wrong, bug
 
-    def finish(self, partial, residual, weight, eps, weight_offset):
+    def finish(self, partial, residual, weight, eps, weight_offset, stays=False):
         rows, bare = partial.shape[0], residual is None
-        variant = (str(weight.dtype).rpartition(".")[2], rows >= self._two_shot_rows, bare, rows)
+        path = STAYS if stays else int(rows >= self._two_shot_rows)
+        variant = (str(weight.dtype).rpartition(".")[2], path, bare, rows)
         self.seen.append((*variant, len(plans.launches(self._slots, rows))))
         here = self._wrong == variant[1:3] and (self._bug != "later launches wrong" or rows > self._slots)
         bug = self._bug if here else "nothing"
@@ -43,6 +45,11 @@ class FakeOp:
             out[:, 3] = np.where(out[:, 3] == total[:, 3], out[:, 3], out[:, 3] * (1 + 2.0**-7))
         if bug == "later launches wrong":
             out[-1] = 0
+        if stays:
+            owned = plans.owned_rows(self._slots, rows, 0, SIZE)
+            elsewhere = [row for row in range(rows) if row not in owned]
+            out[elsewhere] = 1 if bug == "stale elsewhere" else np.nan
+            out[owned[1:]] = np.nan if bug == "an owned row is missing" else out[owned[1:]]
         return tuple(
             paddle.to_tensor(reference.round_to(x.astype(np.float32), self._dtype).astype(np.float32)).astype(
                 self._dtype
@@ -104,16 +111,27 @@ def test_a_call_of_several_launches_is_compared_too(two_shot):
     assert (op._two_shot_rows, op._slots) == (7, 100), "also where it raises"
 
 
+@pytest.mark.parametrize("bug", ["nothing", "rank dropped", "an owned row is missing", "stale elsewhere"])
+def test_a_residual_that_stays_is_compared_in_the_rows_that_a_rank_owns_and_nan_elsewhere(bug):
+    op = FakeOp("bfloat16", (STAYS, False), bug, stays=True)
+    if bug == "nothing":
+        run_all(op, spec_of("bfloat16"), paddle)
+        assert {seen[:3] for seen in op.seen} == set(op._launches)
+        return
+    with pytest.raises(FusionError, match=r"two-shot kernel with a residual that stays, .*residual_out"):
+        run_all(op, spec_of("bfloat16"), paddle)
+
+
 class FakeFp8Op(FakeOp):
     """Quantises by the contract, with a bug."""
 
     def __init__(self, forms, bug="nothing"):
-        super().__init__("bfloat16")
+        super().__init__("bfloat16", stays=True)
         self._fp8_launches = {(*variant, form.kernel): None for variant in self._launches for form in forms}
         self._fp8_bug = bug
 
-    def finish_fp8(self, partial, residual, weight, eps, weight_offset, fp8):
-        norm, summed = self.finish(partial, residual, weight, eps, weight_offset)
+    def finish_fp8(self, partial, residual, weight, eps, weight_offset, fp8, stays=False):
+        norm, summed = self.finish(partial, residual, weight, eps, weight_offset, stays)
         codes, scales = reference.quantise(norm.astype("float32").numpy(), fp8.formula)
         if self._fp8_bug == "one code":
             codes[-1, 77] ^= 1
@@ -132,7 +150,7 @@ def test_fp8_is_compared_bit_for_bit(bug, monkeypatch):
     op, spec = FakeFp8Op(forms, bug), spec_of("bfloat16", hidden_size=128, fp8=forms)
     if bug == "nothing":
         run_all_fp8(op, spec, paddle)
-        assert len(op.seen) == 2 * 2 * 2 * 3, "each kernel, and beside it the one without FP8; T of 1, or 5 and 3"
+        assert len(op.seen) == 2 * 2 * (2 + 3 * 2), "each kernel, beside it one without FP8; T of 1, or 5 and 3"
     else:
         wrong = {"one code": "codes", "one scale": "scales", "norm": "norm_out"}[bug]
         with pytest.raises(FusionError, match=f"FP8.*{wrong}"):

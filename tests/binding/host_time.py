@@ -69,7 +69,7 @@ def two_outputs():
     return lambda: (make(x, x.dtype, x.place), make(x, x.dtype, x.place))
 
 
-def measure(rounds=60, number=200):
+def measure(rounds=240, number=50):
     """(us of a pair, us of its two outputs alone): the least of many rounds, taken in turn."""
     _, step = pair_and_step()
     parts = [timeit.Timer(step), timeit.Timer(two_outputs())]

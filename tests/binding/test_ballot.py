@@ -47,3 +47,16 @@ def test_a_rank_without_a_vote_may_be_anywhere(culprit):
 
 def test_ranks_without_a_failure_agree():
     assert Ranks().run([cast()]) == [[None]] * 3
+
+
+def test_ranks_that_would_leave_the_residual_of_other_pairs_leave_none():
+    def step(links):
+        def cast(group):
+            ballot = Ballot(which="staying", reached=PAIRS, links=links)
+            vote(ballot, {group: PAIRS}, group, LIMIT)
+            return ballot.refusal and ballot.refusal.root.code
+
+        return cast
+
+    assert Ranks().run(*[[step(["a"])] for _ in range(3)]) == [[None]] * 3
+    assert Ranks().run([step(["a"])], [step(["a"])], [step(["a", "b"])]) == [["residual_read"]] * 3

@@ -1,5 +1,6 @@
 """What the host does for one pair in an eager forward, its launch left out. See host_time.py."""
 
+import ctypes
 import sys
 from types import SimpleNamespace
 
@@ -29,11 +30,11 @@ def test_few_calls_are_made_for_a_pair():
         step()
     finally:
         sys.setprofile(None)
-    assert len(calls) <= 60, calls
+    assert len(calls) <= 48, calls
 
 
 def test_the_time_of_a_pair():
-    """9 us on the machine where two outputs take 2.3: measured against them, since that holds on a busy one too.
+    """6.4 us on the machine where two outputs take 2.4: measured against them, since that holds on a busy one too.
 
     Not under a tracer: one that counts lines for coverage makes Python 2.5 times slower, and Paddle's C++ not at all.
     """
@@ -44,7 +45,13 @@ def test_the_time_of_a_pair():
     finally:
         sys.settrace(tracer)
     print(f"host time of a pair: {pair:.2f} us, of it two outputs {outputs:.2f} us")
-    assert pair <= 3.9 * outputs
+    assert pair <= 3.2 * outputs
+
+
+def test_dtypes_are_compared_by_identity():
+    """Paddle has one object of each dtype: two that are equal and not the same take a microsecond to compare."""
+    for name in ("float32", "bfloat16", "float16"):
+        assert paddle.ones([1], dtype=name).dtype is getattr(paddle, name)
 
 
 def test_the_kernel_is_the_one_of_the_weight_s_dtype():
@@ -66,6 +73,23 @@ def test_the_kernel_is_the_one_of_the_weight_s_dtype():
     assert not launched
 
 
+@pytest.mark.parametrize("strange", [0, 1, 2])
+@pytest.mark.parametrize("first, step", [(1, 1), (0, 8)])
+def test_the_kernel_gets_whole_rows_on_16_byte_boundaries(strange, first, step):
+    """Where one input starts 2 bytes off a boundary, or its elements lie 16 bytes apart."""
+    h, got = host_time.H, []
+
+    def launch_of(constants):
+        return lambda programs, *args: got.extend((one % 16, ctypes.string_at(one, 2 * h)) for one in args[:3])
+
+    inputs = [paddle.rand([8 * h]).astype("bfloat16")[first::step][:h] for _ in range(3)]
+    whole = [one.clone().contiguous() for one in inputs]
+    partial, residual, weight = ((inputs if number == strange else whole)[number] for number in range(3))
+    assert inputs[strange].data_ptr() % 16 or not inputs[strange].is_contiguous()
+    host_time.op_with(launch_of).finish(partial.unsqueeze(0), residual.unsqueeze(0), weight, 1e-6, 0.0)
+    assert got == [(0, one.view("int16").numpy().tobytes()) for one in whole]
+
+
 def test_a_backend_is_asked_about_the_weights_of_all_pairs(monkeypatch):
     """And it is asked once with each eps: the answers are voted on."""
     asked = []
@@ -81,15 +105,17 @@ def test_a_backend_is_asked_about_the_weights_of_all_pairs(monkeypatch):
 def test_new_tensors_are_those_of_the_framework(dtype):
     x = paddle.ones([3, 8], dtype=dtype)
     for own in (x, x[:, :4].contiguous(), x[:0]):
-        got, want = tensors.empty_like()(own), paddle.empty_like(own)
+        want = paddle.empty_like(own)
+        first, second = tensors.empty_pair(own.dtype)(own)
         for name in ("shape", "dtype", "place", "stop_gradient", "strides"):
-            assert getattr(got, name) == getattr(want, name), name
+            assert getattr(first, name) == getattr(second, name) == getattr(want, name), name
+        assert first.size == 0 or first.data_ptr() != second.data_ptr()
 
 
 def test_without_a_fast_way_the_public_one_is_taken(monkeypatch):
-    for module in (
-        SimpleNamespace(__name__="torch", empty_like="torch's"),
-        SimpleNamespace(__name__="paddle", empty_like="torch's"),
-    ):
+    made = []
+    for name in ("torch", "paddle"):
+        module = SimpleNamespace(__name__=name, empty_like=lambda tensor: made.append(tensor) or len(made))
         monkeypatch.setattr(tensors, "paddle_or_torch", lambda module=module: module)
-        assert tensors.empty_like() == "torch's"
+        made.clear()
+        assert tensors.empty_pair("a dtype")("a tensor") == (1, 2) and made == ["a tensor"] * 2

@@ -40,6 +40,38 @@ def test_paddle_spawn(tmp_path):
         assert result["sites"] == 2 and result["off"] is None and result["worst"] < 1e-5
 
 
+WHOLE = {"same": True, "whole": ["111111"], "paths": ["111111"], "staying": 0, "told": 1}
+STAYS = WHOLE | {"paths": ["222221"], "staying": 5, "residual": None, "told": 0}
+
+
+def staying(tmp_path, *scenarios, timeout_s=240):
+    first, *others = ranks("staying_residual.py", 4, tmp_path, *scenarios, timeout_s=timeout_s)
+    assert all(other == first for other in others), "all ranks choose alike"
+    return first
+
+
+def test_a_residual_stays_where_it_was_proven_that_the_next_norm_alone_reads_it(tmp_path):
+    first = staying(tmp_path, "last_residual", "read_inside")
+    assert first["last_residual"] == STAYS
+    assert first["read_inside"] == WHOLE | {"residual": first["read_inside"]["residual"]}
+    assert first["read_inside"]["residual"].startswith("what feeds layers.1.self_attn.o_proj ->")
+
+
+@pytest.mark.exhaustive
+def test_a_residual_that_stays_in_more_models(tmp_path):
+    more = "healthy", "aux_hidden_states", "copied", "stock_norm_between", "read_at_other_T", "another_norm"
+    first = staying(tmp_path, *more, "through_faults", timeout_s=900)
+    assert first["aux_hidden_states"] == WHOLE | {"residual": "the model's output"}
+    several = {"whole": ["000000", *["111111"] * 3], "paths": ["000000", *["222221"] * 3]}
+    assert first["healthy"] == {"example": STAYS | several, "first": STAYS}, "below two-shot nothing stays"
+    assert first["copied"]["copied"] == STAYS | {"paths": ["122221"], "staying": 4}, "a copy is read elsewhere"
+    assert first["copied"]["in_place"] == WHOLE | {"residual": first["copied"]["in_place"]["residual"]}
+    assert first["stock_norm_between"] == STAYS | {"whole": ["11111"], "paths": ["21221"], "staying": 3}
+    assert first["read_at_other_T"] == [5, True], "what no proof can see is NaN"
+    assert first["another_norm"] == [[True] * 3] * 3
+    assert first["through_faults"] == [True, True, True, True, True, "222221", True, 5]
+
+
 SITE = "layers.1.self_attn.o_proj -> layers.1.post_attention_layernorm"
 MISSES = {  # scenario: (reason, what its sentence names)
     "delta_in_place": ("changed_in_place", SITE),

@@ -7,23 +7,25 @@ rank's time for a call. Started by tests/gpu/bench_processes.py.
 """
 
 import argparse
-import ctypes
 import dataclasses
-import datetime
 import json
 import os
 import statistics
 import sys
 import time
+from pathlib import Path
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 
 import torch
-import torch.distributed as dist
 import triton
 import triton.language as tl
+from bench import rivals
+from bench.flashinfer_entry import open_flashinfer
 
 from fd_fusion.backends import triton as backend
+from fd_fusion.cli.tune.pull import Pull
 from fd_fusion.comm.cuda_ipc import CudaIpc
 from fd_fusion.comm.vote import Vote, agree
 from fd_fusion.comm.symmetric_memory import as_refusal, open_symmetric_memory
@@ -36,19 +38,6 @@ from tests.support.ranks import this_group, this_rank
 
 EPS = 1e-5
 NEVER = 1 << 62
-
-
-@triton.jit
-def add_rms_norm(x, residual, weight, eps, H: tl.constexpr, BLOCK: tl.constexpr):
-    """The norm after a plain all-reduce: residual += x; x = norm(residual). One program a row."""
-    lanes = tl.arange(0, BLOCK)
-    at = tl.program_id(0).to(tl.int64) * H + lanes
-    total = tl.load(x + at, mask=lanes < H, other=0).to(tl.float32)
-    total += tl.load(residual + at, mask=lanes < H, other=0).to(tl.float32)
-    scale = tl.rsqrt(tl.sum(total * total, axis=0) / H + eps)
-    w = tl.load(weight + lanes, mask=lanes < H, other=0).to(tl.float32)
-    tl.store(residual + at, total.to(tl.bfloat16), mask=lanes < H)
-    tl.store(x + at, (total * scale * w).to(tl.bfloat16), mask=lanes < H)
 
 
 def spec_for(size, rank, hidden, workspace_mb):
@@ -93,68 +82,41 @@ class Triton:
             one.close()
 
 
-class FlashInfer:
-    """The C entry of FlashInfer, 23 arguments (0.6.12 to 0.7.2), in a workspace laid out as it expects."""
+class Rivals:
+    """Everything else that users have, from examples/bench. Many work in place, so each call feeds the next one; the
+    first call is the one that is compared with fp64."""
 
-    def __init__(self, file, group, hidden, rows, push):
-        import tvm_ffi
-
-        self.call = tvm_ffi.load_module(file).trtllm_allreduce_fusion
-        self.group, self.hidden = group, hidden
-        provider, size = CudaIpc(), group.size
-        comm = size * rows * hidden * 2
-        lamport = size * min(rows, 256) * hidden * 2  # one-shot alone uses these buffers
-        flags = size * 256 * 4
-        self.one_shot_rows, starts = min(rows, 256), (0, comm, comm + flags)
-        self.memory = open_symmetric_memory(group, comm + flags + 3 * lamport, provider, push, timeout_s=30)
-        minus_zero = (ctypes.c_uint64(self.memory.own + starts[2]), ctypes.c_ushort(0x8000))
-        provider._cuda.call("cuMemsetD16_v2", *minus_zero, ctypes.c_size_t(3 * lamport // 2))
-        self.control = torch.tensor([0, 0, 0, lamport, 0], dtype=torch.int32, device="cuda")
-        table = [address + start for start in starts for address in self.memory.addresses]
-        self.table = torch.tensor([*table, self.control.data_ptr()], dtype=torch.int64, device="cuda")
-        torch.cuda.synchronize()
-        assert agree(group, "flashinfer filled", Vote(), timeout_s=30).ok
+    def __init__(self, options, group, hidden, push):
+        rows, spec = max(options.rows), spec_for(group.size, group.rank, hidden, options.workspace_mb)
+        self.pull = Pull(spec, group, rows)
+        self.norm = rivals.Norm(self.pull)
+        without = []
+        self.ways = rivals.open_rivals(group, spec, rows, self.pull, self.norm, without)
+        plain = torch.empty(rows, hidden, dtype=torch.bfloat16, device="cuda")
+        self.flashinfer = open_flashinfer(options.flashinfer, group, plain, push, EPS, without)
+        print(*(f"without {why}" for why in without), sep="\n", flush=True)
 
     def contenders(self, case, x, residual, weight):
-        norm_out, residual_out = torch.empty_like(x), torch.empty_like(x)
-
-        def run(one_shot):
-            self.call(x, self.group.size, self.group.rank, case.rows, self.hidden, self.table, False, one_shot, True,
-                      True, 1, None, residual, residual_out, norm_out, None, None, weight, EPS, None, None, None,
-                      0.0)  # fmt: skip
-            return norm_out, residual_out
-
-        found = {}
-        if case.rows <= self.one_shot_rows:
-            found["flashinfer one-shot"] = lambda: run(True)
-        if case.rows > case.size:
-            found["flashinfer two-shot"] = lambda: run(False)
+        self.norm.tune(case.rows)
+        found, count = {}, case.rows
+        for name, way in self.ways.items():
+            found[name] = self._contender(way, x, residual, weight)
+        out = torch.empty_like(x)
+        found["pull alone"] = lambda: self.pull.reduce(out)
+        if self.flashinfer and count <= self.flashinfer.one_shot_rows:
+            found["flashinfer one-shot"] = self._contender(self.flashinfer, x, residual, weight, True)
+        if self.flashinfer and count > case.size:
+            found["flashinfer two-shot"] = self._contender(self.flashinfer, x, residual, weight, False)
         return found
 
+    def _contender(self, way, x, residual, weight, *more):
+        mine, held = way.buffer(len(x)), residual.clone()
+        mine.copy_(x)
+        return lambda: way.call(mine, held, weight, *more)
 
-class Nccl:
-    """all_reduce, then the norm. It works in place, so each call feeds the next one; only its speed is used."""
-
-    def __init__(self, group):
-        store = dist.FileStore(os.path.join(os.environ["FD_TEST_STORE"], "nccl"), group.size)
-        limit = datetime.timedelta(seconds=60)
-        device = torch.device("cuda", torch.cuda.current_device())
-        options = {"rank": group.rank, "world_size": group.size, "timeout": limit, "device_id": device}
-        dist.init_process_group("nccl", store=store, **options)
-        x = torch.ones(1, 4096, device="cuda", dtype=torch.bfloat16)
-        capture(self.contenders(Case(group.size, 1, 4096), x, x, x[0])["nccl + norm"], 2).replay()
-        torch.cuda.synchronize()
-
-    def contenders(self, case, x, residual, weight):
-        x, residual = x.clone(), residual.clone()
-        block = triton.next_power_of_2(case.hidden)
-        warps = 4 if case.hidden <= 4096 else 8
-
-        def run():
-            dist.all_reduce(x)
-            add_rms_norm[(case.rows,)](x, residual, weight, EPS, H=case.hidden, BLOCK=block, num_warps=warps)
-
-        return {"nccl + norm": run}
+    def close(self):
+        for one in filter(None, (self.flashinfer, self.pull)):
+            one.close()
 
 
 @triton.jit
@@ -176,6 +138,9 @@ class Push:
         self.group = group
         nbytes = (group.size - 1) * rows * hidden * 2
         self.memory = open_symmetric_memory(group, nbytes, CudaIpc(), push, timeout_s=30)
+
+    def close(self):
+        self.memory.close()
 
     def contenders(self, case, x, residual, weight):
         rank, size, words = self.group.rank, self.group.size, case.hidden // 2
@@ -231,7 +196,7 @@ def measure(contenders, rounds, calls, rows, counted):
 def bytes_pushed(size, case, name):
     """What a rank sends for one call, in bytes, and its time at 400 GB/s."""
     row = case.rows * case.hidden * 2
-    sent = {"one-shot": (size - 1) * row, "plain push": (size - 1) * row, "two-shot": (size - 1) * row * 3 // size}
+    sent = dict.fromkeys(("one-shot", "plain push", "pull"), (size - 1) * row) | {"two-shot": (size - 1) * row * 3 // size}
     return next((count for kind, count in sent.items() if kind in name), 2 * (size - 1) * row // size)
 
 
@@ -249,21 +214,16 @@ def main():
     torch.cuda.set_device(this_rank() % torch.cuda.device_count())
     torch.zeros(1, device="cuda")
     group = this_group()
-    nccl = None
     if options.nccl:
-        nccl, refusal = as_refusal(lambda: Nccl(group))
+        _, refusal = as_refusal(lambda: rivals.join(group, Path(os.environ["FD_TEST_STORE"])))
         if not agree(group, "nccl", Vote(refusal), timeout_s=90).ok:
             print("without NCCL:", refusal, flush=True)
-            nccl = None
     rows_of = {}
     for hidden in options.hidden:
         libraries = [Triton(spec_for(group.size, group.rank, hidden, options.workspace_mb), group)]
         push = libraries[0].one_shot._push
         libraries.append(Push(group, hidden, max(options.rows), push))
-        if options.flashinfer:
-            libraries.append(FlashInfer(options.flashinfer, group, hidden, max(options.rows), push))
-        if nccl:
-            libraries.append(nccl)
+        libraries.append(Rivals(options, group, hidden, push))
         for rows in options.rows:
             spent = agree(group, "time", Vote(data=time.monotonic() - began), timeout_s=60).data
             if max(spent) > options.seconds:
@@ -276,8 +236,7 @@ def main():
         torch.cuda.synchronize()
         libraries[0].close()
         for library in libraries[1:]:
-            if hasattr(library, "memory"):
-                library.memory.close()
+            library.close()
     agree(group, "end", Vote(), timeout_s=30)
     os._exit(0)  # NCCL waits for graphs that it was captured in
 
@@ -291,7 +250,7 @@ def cell(group, libraries, case, options, found):
         contenders.update(library.contenders(case, x, residual, weight))
     truth, errors, far = exact(case, residual, weight), {}, {}
     for name, call in contenders.items():
-        if not name.startswith(("nccl", "plain")):
+        if not name.startswith("plain") and name != "pull alone":
             outputs = call()
             far[name] = [((out.double() - true).norm() / true.norm()).item() for out, true in zip(outputs, truth)]
             if case.rows in (1, 8) or (case.rows == 128 and case.hidden == 4096):

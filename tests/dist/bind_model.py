@@ -1,6 +1,7 @@
 """bind and unbind of a whole model: numbers, names, instance dicts, proof, to_static. Any number of ranks.
 
-argv: the backend, "auto" if none; then "eager" to leave out to_static, whose tracing takes most of the time.
+argv: the backend, "auto" if none; then "eager" to leave out to_static, whose tracing takes most of the time, and "old"
+where Paddle's linears give a row other bits in a larger batch: on GPUs, and on the CPU in Paddle 2.6.
 """
 
 import dataclasses
@@ -83,7 +84,7 @@ fd_fusion.freeze()
 fd_fusion.reset()  # with nothing to mend it changes nothing
 assert (model(x[:LIMIT]) == fused[LIMIT]).all()
 assert {line.selected.op.stats().get("generation", 1) for line in report.sites} == {1}
-if not x.place.is_gpu_place():  # there the products of the linears depend on T
+if "old" not in sys.argv and not x.place.is_gpu_place():
     assert (fused[1] == fused[LIMIT][:1]).all(), "the same bits for every T"
 three_d = model(x[:4].reshape([2, 2, 32]))
 assert three_d.shape == [2, 2, 32] and (three_d.reshape([4, 32]) == fused[4]).all()
@@ -126,7 +127,7 @@ for layer in (norm, model.norm, linear):
         raise AssertionError("no error")
     except ZeroDivisionError:
         raising.remove()
-    assert (model(x[:2]) == fused[LIMIT][:2]).all()
+    assert (model(x[:LIMIT]) == fused[LIMIT]).all()
 
 sites = [line.site for line in report.sites]
 fd_fusion.unbind(model)

@@ -10,6 +10,7 @@ import sys
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 
 from fd_fusion.backends import triton as backend
+from fd_fusion.cli.tune.pull import compile_kernels
 from fd_fusion.comm.group import Group
 from fd_fusion.spec import OpSpec
 
@@ -35,6 +36,7 @@ def main(kernels, two_shot_rows):
         size, hidden, dtype, weight_dtype = kernel.split(",")
         size = int(size)
         spec = OpSpec(0, size, int(hidden), dtype, weight_dtypes=(weight_dtype,), two_shot_rows=two_shot_rows, **device)
+        compile_kernels(spec)
         backend.TritonOp(spec, Group("compile", 0, size, tuple(range(size)), None))
 
 

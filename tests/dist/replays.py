@@ -1,6 +1,6 @@
 """Rank script, GPU with torch: many CUDA-graph replays of calls with changing T, each fed by the one before.
 
-    replays.py WHAT ... [--calls 100000]: replays, host_time, dependent_launch
+    replays.py WHAT ... [--calls 100000]: replays, staying, host_time, dependent_launch
 
 What a rank sends depends on what it received, so a word taken from another call makes the ranks' bits differ.
 """
@@ -77,6 +77,45 @@ def replays(group, options):
     op.close()
 
 
+def staying(group, options):
+    """Three calls one behind the other, whose residual stays with its owners from some T on, against the same with
+    residuals that come back: by replay, with T on both sides of the start of two-shot."""
+    import torch
+
+    case, ends = Case(group.size, max(_ROWS), options.hidden), []
+    for stays in (False, True):
+        op = calls.open_op(group, case, options, two_shot_rows=5)
+        chain = Chain(group, case, op, options)
+
+        def step(op=op, chain=chain, stays=stays):
+            for T in _ROWS:
+                norm, summed = chain.x[:T], chain.residual[:T]
+                for last in (False, False, True):
+                    norm, summed = op.finish(norm, summed, chain.weight, case.eps, 0.0, stays and not last)
+                    norm = norm * ((group.rank + 1) / group.size)
+                chain.x[:T] = norm
+                chain.residual[:T] = summed * 0.25
+
+        step()
+        torch.cuda.synchronize()
+        op.freeze()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step()
+        for number in range(options.calls // (3 * len(_ROWS))):
+            graph.replay()
+            if number % 500 == 0:
+                torch.cuda.synchronize()
+                op.check()
+        torch.cuda.synchronize()
+        op.check()
+        ends.append(chain.digest())
+        del graph
+        op.close()
+    assert ends[0] == ends[1], "a residual that stays changes the bits"
+    calls.digest.update(ends[1].encode())
+
+
 def dependent_launch(group, options):
     """A chain fused -> GEMM -> fused -> q/k norm, with T changing from graph to graph: programmatic dependent launch
     changes no bit. Each graph starts from what the one before has left."""
@@ -142,20 +181,11 @@ def host_time(group, options):
         "triton's own launch": lambda: kernel[(op._plan.split,)](*args, **constants),
     }
     for name, part in parts.items():
-        times = []
-        for _ in range(12):
-            part()
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            for _ in range(50):
-                part()
-            times.append((time.perf_counter() - start) / 50 * 1e6)
-            torch.cuda.synchronize()
-        print(f"host time, {name}: {sorted(times)[6]:.2f} us")
+        print(f"host time, {name}: {calls.host_us(part, torch.cuda.synchronize):.2f} us")
     op.check()
     op.close()
 
 
 if __name__ == "__main__":
-    calls.replays, calls.host_time, calls.dependent_launch = replays, host_time, dependent_launch
+    calls.replays, calls.host_time, calls.dependent_launch, calls.staying = replays, host_time, dependent_launch, staying
     calls.main()

@@ -14,6 +14,8 @@ import time
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 
+import numpy as np
+
 from fd_fusion import reference
 from fd_fusion.backends import triton as backend
 from fd_fusion.comm.group import working
@@ -52,6 +54,20 @@ def open_op(group, case, options, **changes):
     if options.two_shot_rows and options.device == "cpu":  # on a GPU the plan decides
         op._two_shot_rows = options.two_shot_rows
     return op
+
+
+def host_us(part, synchronize):
+    """The host's time for `part`, which starts work on a GPU: the median of 12 means of 50, none behind a full queue."""
+    times = []
+    for _ in range(12):
+        part()
+        synchronize()
+        start = time.perf_counter()
+        for _ in range(50):
+            part()
+        times.append((time.perf_counter() - start) / 50 * 1e6)
+        synchronize()
+    return sorted(times)[6]
 
 
 def call(op, case, rank, device):
@@ -96,6 +112,40 @@ def numbers(group, options):
                 op.freeze()
         print(op.stats())
         op.close()
+
+
+def stays(group, options):
+    """A chain of calls whose residual stays with its owners gives the norms, and at its end the residual, of one whose
+    residual comes back; a call of the other path needs and leaves a whole one; few slots make several launches."""
+    case = Case(group.size, 1, options.hidden)
+    plan = plans.plan_for(group.size, case.hidden, case.dtype, interpreted=options.device == "cpu")
+    for slots in (3, 64):
+        changes = {"two_shot_rows": options.two_shot_rows}
+        op = open_op(group, case, options, workspace_bytes=plans.total_bytes(plan, slots), **changes)
+        for T in options.rows:
+            _chain(op, dataclasses.replace(case, rows=T), group, options.device)
+        op.close()
+
+
+def _chain(op, case, group, device):
+    residual, weight = case.common()
+    weight = tensors.tensor(weight, case.weight_dtype, device)
+    whole = kept = tensors.tensor(residual, case.dtype, device)
+    for link in range(4):
+        x = tensors.tensor(dataclasses.replace(case, seed=link).partial(group.rank), case.dtype, device)
+        norm, whole = op.finish(x, whole, weight, case.eps, 0.0)
+        kept_norm, kept = op.finish(x, kept, weight, case.eps, 0.0, link < 3)
+        got, want = (tensors.bits_of(one, case.dtype) for one in (kept_norm, norm))
+        assert (got == want).all(), (case, link)
+        got, want = (tensors.bits_of(one, case.dtype) for one in (kept, whole))
+        digest.update(want.tobytes())
+        owned = plans.owned_rows(op._slots, case.rows, group.rank, group.size)
+        elsewhere = [row for row in range(case.rows) if row not in owned]
+        assert (got[owned] == want[owned]).all(), (case, link)
+        if link < 3 and op.residual_stays(case.rows):
+            assert (got[elsewhere] == 0x7FFF).all(), "NaN where a rank does not own the row"
+        else:
+            assert (got == want).all(), (case, link)
 
 
 def payload(group, options):
@@ -241,7 +291,9 @@ def fp8(group, options):
     plan = plans.plan_for(group.size, case.hidden, case.dtype, interpreted=on_cpu, fp8=True)
     few = plans.total_bytes(plan, 3)  # then a call of more rows is several launches
     for forms, room in ((FP8[:2], options.workspace_mb << 20), (FP8[2:], few)):
-        op = open_op(group, case, options, workspace_bytes=room, fp8=forms)
+        changes = {"workspace_bytes": room, "two_shot_rows": options.two_shot_rows}
+        op = open_op(group, case, options, fp8=forms, **changes)
+        assert op.may_stay == (group.size > 2)
         for rows in (1, 5, 0, 3):
             one = dataclasses.replace(case, rows=rows, seed=rows, residual=rows != 3)
             norm, summed = check(op, one, group.rank, options.device)
@@ -250,7 +302,16 @@ def fp8(group, options):
             residual = None if residual is None else tensors.tensor(residual, one.dtype, options.device)
             weight = tensors.tensor(weight, one.weight_dtype, options.device)
             for form in forms:
-                check_fp8(form, op.finish_fp8(x, residual, weight, one.eps, 0.0, form), norm, summed, one.dtype)
+                arguments = x, residual, weight, one.eps, 0.0, form
+                check_fp8(form, op.finish_fp8(*arguments), norm, summed, one.dtype)
+                if residual is None or not op.residual_stays(rows):
+                    continue
+                *quantised, kept = op.finish_fp8(*arguments, True)
+                kept = tensors.bits_of(kept, one.dtype)
+                owned = np.isin(range(rows), plans.owned_rows(op._slots, rows, group.rank, group.size))
+                assert (kept[~owned] == 0x7FFF).all() and (kept[owned] == summed[owned]).all()
+                whole = tensors.tensor(summed, one.dtype, options.device)
+                check_fp8(form, (*quantised, whole), norm, summed, one.dtype)
         op.close()
 
 

@@ -21,7 +21,12 @@ from tests.support.ranks import run_ranks  # noqa: E402
 
 BASE = "as it is"
 GROUPS = {
-    "two_shot": ["PDL", "the residual stays", "none ahead", "two ahead"],  # with --two-shot
+    "two_shot": [
+        "the residual stays",
+        "the residual stays + and no NaN elsewhere",
+        "PDL",
+        "two ahead",
+    ],  # with --two-shot
     "ahead": ["PDL", "one ahead", "two ahead", "all ahead"],
     "device": ["a quarter of the device", "all of the device", "eight warps"],
     "details": ["poll, sleep 50 ns", "poll, sleep 200 ns", "cleared twice", "outputs streamed"],

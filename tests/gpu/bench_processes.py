@@ -33,6 +33,7 @@ def main():
     parser.add_argument("--rows", type=int, nargs="+", default=ROWS)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--flashinfer", type=os.path.abspath, help="a compiled trtllm_allreduce_fusion")
+    parser.add_argument("--host", help="a result whose rows of the host's own all-reduce are shown beside this one's")
     parser.add_argument("--no-nccl", action="store_true", help="NCCL refuses two ranks on one GPU")
     parser.add_argument("--seconds", type=float, default=150)
     options = parser.parse_args()
@@ -57,7 +58,10 @@ def main():
     lines = [line for line in ended[0].text.splitlines() if line.startswith(("RESULT ", "without ", "not timed"))]
     results = [line[7:] for line in lines if line.startswith("RESULT ")]  # one behind each H, of all so far
     rows = json.loads(results[-1]) if results else []
-    Path(options.out).write_text(json.dumps({**circumstances(options), "rows": rows}, indent=1))
+    result = {**circumstances(options), "rows": rows}
+    if options.host:
+        result["imported"] = imported(options.host, options.size)
+    Path(options.out).write_text(json.dumps(result, indent=1))
     show(rows)
     missing = len(options.hidden) * len(options.rows) - len({(row["H"], row["T"]) for row in rows})
     wrong = [line for line in lines if line.startswith("not timed")]
@@ -78,10 +82,18 @@ def circumstances(options):
         "versions": {"torch": torch.__version__, "triton": triton.__version__, "cuda": torch.version.cuda},
         "commit": commit,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": " ".join(sys.argv),
+        "command": " ".join(os.path.basename(word) for word in sys.argv),  # no folder of that machine
         "flashinfer": os.path.basename(options.flashinfer or "") or None,
         "method": "CUDA-graph replays in turn; median over rounds of the slowest rank's time for a call",
     }
+
+
+def imported(file, size):
+    """The host's own all-reduce as it was measured elsewhere, with where that was: no run of this machine."""
+    other = json.loads(Path(file).read_text())
+    rows = [row for row in other["rows"] if row["name"].startswith("host") and row["N"] == size]
+    about = {key: other[key] for key in ("device", "commit", "date", "method") if key in other}
+    return {"from": os.path.basename(file), **about, "rows": rows}
 
 
 def show(rows):

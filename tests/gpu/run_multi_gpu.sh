@@ -10,8 +10,6 @@ cd "$(dirname "$0")/../.." || exit
 mkdir -p "$OUT" || exit
 LIMIT=470
 . tests/gpu/steps.sh
-# NVLink multicast stays off: a program that dies while it uses it can take the GPUs out of service.
-export NCCL_NVLS_ENABLE=0 TORCH_SYMM_MEM_DISABLE_MULTICAST=1 NVSHMEM_DISABLE_NVLS=1
 
 GPUS=$(python3 -c "import torch; print(torch.cuda.device_count())")
 [ "${GPUS:-0}" -ge 1 ] || { echo "torch sees no GPU"; exit 1; }

@@ -1,7 +1,9 @@
-# Sourced by run_one_gpu.sh and run_multi_gpu.sh, which set OUT (absolute) and LIMIT, the seconds for all steps.
+# Sourced by the run_*.sh, which set OUT (absolute) and LIMIT, the seconds for all steps.
 set -u
 STATUS=0
 export PYTHONUNBUFFERED=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" CUDA_MODULE_LOADING=EAGER
+# NVLink multicast stays off: a program that dies while it uses it can take the GPUs out of service.
+export NCCL_NVLS_ENABLE=0 TORCH_SYMM_MEM_DISABLE_MULTICAST=1 NVSHMEM_DISABLE_NVLS=1
 
 left() { echo $((LIMIT - SECONDS)); }
 

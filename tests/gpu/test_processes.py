@@ -83,6 +83,12 @@ def test_a_hundred_thousand_calls_by_replay(size, mps):
     agreed("replays.py", size, "replays", "--hidden", 4096, mps=mps)
 
 
+def test_a_residual_that_stays_with_its_owners(mps):
+    rows = ("--rows", 3, 130, 7, "--two_shot_rows", 6)
+    agreed("triton_calls.py", 4, "stays", "--hidden", 4096, *rows, mps=mps)
+    agreed("replays.py", 4, "staying", "--hidden", 4096, "--calls", 30_000, mps=mps)
+
+
 def test_dependent_launch_changes_no_bit(mps):
     agreed("replays.py", 2, "dependent_launch", "--hidden", 4096, "--calls", 10_000, mps=mps)
 

@@ -21,6 +21,8 @@ from serving.kinds import HOST_ARGS, HOST_ENV
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 READY_S = 150
+KERNELS = {"backend": "triton", "max_token_num": 8}  # a fusion config: longer prompts stay stock
+INTERPRETED = {"TRITON_INTERPRET": "1"}  # the environment that KERNELS need on a CPU
 _SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER
 _ports = iter(range(11000 + os.getpid() % 500 * 20, 32000, 20))  # outgoing connections use the ones above
 
@@ -73,38 +75,24 @@ class Server:
             time.sleep(0.5)
         raise AssertionError(f"not ready in {READY_S} s\n{self.tails()}")
 
-    def ask(self, prompt, tokens=24, timeout_s=60, **more):
+    def ask(self, prompt, tokens=24, timeout_s=60):
         """The words of a greedy answer. Raises OSError when the connection is lost, or the server says an error."""
-        body = {
-            "messages": [{"role": "user", "content": prompt}],
-            "max_tokens": tokens,
-            "temperature": 0,
-            "top_p": 0,
-            "seed": 1,
-            **more,
-        }
-        request = urllib.request.Request(
-            f"http://127.0.0.1:{self.port}/v1/chat/completions",
-            json.dumps(body).encode(),
-            {"Content-Type": "application/json"},
-        )
-        with urllib.request.urlopen(request, timeout=timeout_s) as answer:
+        with self._post(prompt, tokens, timeout_s) as answer:
             return json.load(answer)["choices"][0]["message"]["content"].split()
 
-    def stream(self, prompt, tokens, timeout_s=60, **more):
+    def stream(self, prompt, tokens, timeout_s=60):
         """Yield (time, word) as the words come."""
-        body = {"messages": [{"role": "user", "content": prompt}], "max_tokens": tokens, "stream": True}
-        body |= {"temperature": 0, "top_p": 0, "seed": 1, **more}
-        request = urllib.request.Request(
-            f"http://127.0.0.1:{self.port}/v1/chat/completions",
-            json.dumps(body).encode(),
-            {"Content-Type": "application/json"},
-        )
-        for line in urllib.request.urlopen(request, timeout=timeout_s):
+        for line in self._post(prompt, tokens, timeout_s, stream=True):
             if line.startswith(b"data: {"):
                 choices = json.loads(line[6:]).get("choices")
                 for word in ((choices[0]["delta"].get("content") or "") if choices else "").split():
                     yield time.monotonic(), word
+
+    def _post(self, prompt, tokens, timeout_s, **more):
+        body = {"messages": [{"role": "user", "content": prompt}], "max_tokens": tokens}
+        body |= {"temperature": 0, "top_p": 0, "seed": 1, **more}
+        url, kind = f"http://127.0.0.1:{self.port}/v1/chat/completions", {"Content-Type": "application/json"}
+        return urllib.request.urlopen(urllib.request.Request(url, json.dumps(body).encode(), kind), timeout=timeout_s)
 
     def metrics(self):
         return self._get("/metrics", self.port + 1) or ""

@@ -6,12 +6,11 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from serving.kinds import KINDS
-from serving.server import Server
+from serving.server import INTERPRETED, KERNELS, Server
 from serving.truth import Truth
 
 PROMPTS = [" ".join(f"w{(17 * i + 5 * j) % 500}" for j in range(3 + 4 * i)) for i in range(4)]
 TOKENS = 24
-KERNELS = {"backend": "triton", "max_token_num": 8}  # longer prompts stay stock
 SITES = re.compile(r"fd_fusion \S+: (?:\w+: )?(\d+) sites?\b")
 
 
@@ -68,8 +67,7 @@ def test_fused_says_the_truth(kind, tree, checkpoint, tmp_path):
 def test_four_ranks(config, tree, checkpoint, tmp_path):
     """Their groups share the connections of one: standins/cpu_host/device.py, `make_one_mesh`."""
     folder = checkpoint("glm4_moe", num_key_value_heads=4, seed=2)
-    env = {"TRITON_INTERPRET": "1"}
-    with Server(tree, folder, tmp_path / "server", serve=config, ranks=4, env=env) as server:
+    with Server(tree, folder, tmp_path / "server", serve=config, ranks=4, env=INTERPRETED) as server:
         said = answers(server)
         check_truth(folder, said)
         check_fused(server, said, ranks=4)

@@ -13,14 +13,13 @@ import time
 
 import pytest
 
-from serving.server import Server
+from serving.server import INTERPRETED, KERNELS, Server
 from serving.truth import Truth
 
 TIMEOUT_S = 6
 PROMPT, TOKENS = " ".join(f"w{7 * i % 500}" for i in range(12)), 60
 STREAMED = TOKENS - 1  # at the limit the host says eos, which is no word
-KERNELS = {"backend": "triton", "max_token_num": 8, "timeout_s": TIMEOUT_S}  # the prompt is longer: it stays stock
-INTERPRETED = {"TRITON_INTERPRET": "1"}
+CONFIG = {**KERNELS, "timeout_s": TIMEOUT_S}
 
 
 @functools.cache
@@ -36,9 +35,10 @@ def truth(model, tokens):
 class Faulty:
     """A server whose ranks can be told to stop; and what it streamed, until the stream broke off."""
 
-    def __init__(self, tree, checkpoint, folder, config=KERNELS, kind="glm4_moe"):
+    def __init__(self, tree, checkpoint, folder, config=CONFIG):
         self.order = folder / "order"
-        self.model, self.words, self._folder, self._tree, self._config = checkpoint(kind), [], folder, tree, config
+        self.model, self.words = checkpoint("glm4_moe"), []
+        self._folder, self._tree, self._config = folder, tree, config
         self.server = self.start("first")
 
     def start(self, name):
@@ -70,12 +70,15 @@ class Faulty:
         draft.write_text(json.dumps([rank, phase, number]))
         if phase == "prefill":
             draft.rename(self.order)
-            self.ask()
-        else:
-            self.ask()
+        self.ask()
+        if phase == "decode":
             until(lambda: len(self.words) > 5, 60, self.server)
             draft.rename(self.order)
         until(self.order.with_name("order.done").exists, 60, self.server)
+
+    def check_new_start(self):
+        with self.start("second") as again:
+            assert again.ask(PROMPT, 8)[:7] == truth(self.model, 7)
 
 
 def until(look, seconds, server):
@@ -103,6 +106,10 @@ def check_end(faulty, struck):
     assert all(heard <= struck + TIMEOUT_S for heard, _ in faulty.words), "nothing behind the time-out"
 
 
+def check_no_alarm(server):
+    assert "sign of life" not in server.fusion_log() and "missing" not in server.fusion_log()
+
+
 # Each rank in each phase, and each backend in each phase; the rest by -m exhaustive.
 PAIRS = [(0, "prefill", "paddle"), (1, "prefill", "triton"), (0, "decode", "triton"), (1, "decode", "paddle")]
 PAIRS += [(0, "idle", "paddle"), (1, "idle", "triton")]
@@ -116,7 +123,7 @@ PAIRS += [(0, "idle", "paddle"), (1, "idle", "triton")]
     ],
 )
 def test_a_stopped_rank_is_named_within_the_time_out(rank, phase, backend, tree, checkpoint, tmp_path):
-    faulty = Faulty(tree, checkpoint, tmp_path, KERNELS if backend == "triton" else {"timeout_s": TIMEOUT_S})
+    faulty = Faulty(tree, checkpoint, tmp_path, CONFIG if backend == "triton" else {"timeout_s": TIMEOUT_S})
     with faulty.server as server:
         faulty.strike(rank, phase, signal.SIGSTOP)
         struck = time.monotonic()
@@ -127,8 +134,7 @@ def test_a_stopped_rank_is_named_within_the_time_out(rank, phase, backend, tree,
         until(lambda: any(s in server.worker_logs()[1 - rank] for s in (sentence, missing)), 30, server)
         check_end(faulty, struck)
     if phase == "decode":  # a new start works at once
-        with faulty.start("second") as again:
-            assert again.ask(PROMPT, 8)[:7] == truth(faulty.model, 7)
+        faulty.check_new_start()
 
 
 @pytest.mark.parametrize("rank, phase", [(0, "decode"), (1, "prefill"), (1, "idle")])
@@ -138,8 +144,7 @@ def test_a_killed_rank_ends_the_server(rank, phase, tree, checkpoint, tmp_path):
     with faulty.server:
         faulty.strike(rank, phase, signal.SIGKILL)
         check_end(faulty, time.monotonic())
-    with faulty.start("second") as again:
-        assert again.ask(PROMPT, 8)[:7] == truth(faulty.model, 7)
+    faulty.check_new_start()
 
 
 def test_a_slow_rank_is_waited_for(tree, checkpoint, tmp_path):
@@ -160,7 +165,7 @@ def test_a_slow_rank_is_waited_for(tree, checkpoint, tmp_path):
                 said = [word for _, word in faulty.words]
                 assert said == truth(faulty.model, STREAMED), (rank, phase)
         assert server.ask(PROMPT, 8)[:7] == said[:7]
-        assert "sign of life" not in server.fusion_log() and "missing" not in server.fusion_log()
+        check_no_alarm(server)
 
 
 def test_a_suspended_machine_is_no_false_alarm(tree, checkpoint, tmp_path):
@@ -178,4 +183,4 @@ def test_a_suspended_machine_is_no_false_alarm(tree, checkpoint, tmp_path):
         asked.join(90)
         said = [word for _, word in faulty.words]
         assert said == truth(faulty.model, STREAMED)
-        assert "sign of life" not in server.fusion_log() and "missing" not in server.fusion_log()
+        check_no_alarm(server)

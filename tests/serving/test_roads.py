@@ -1,18 +1,18 @@
 """Every road by which fusion is asked for, and the ones on which it must stay off, in real servers."""
 
+import json
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from serving.server import Server
+from serving.server import INTERPRETED, KERNELS, Server
 from serving.test_answers import answers, check_truth, sites
 
 PATCH = next((Path(__file__).parents[2] / "patches").glob("*.patch"))
 FLAG = ["--enable-flashinfer-allreduce-fusion"]
 OURS = {"FD_PLUGINS": "fd_fusion"}
-KERNELS = '{"backend": "triton", "max_token_num": 8}'  # longer prompts stay stock
 
 
 def number(server, name):
@@ -34,7 +34,7 @@ def patched(tree, tmp_path_factory):
     [
         ({"FD_FUSION_CONFIG": "{}", **OURS}, [], "FD_FUSION_CONFIG"),
         (OURS, FLAG, "--enable-flashinfer-allreduce-fusion"),
-        ({"FD_FUSION_CONFIG": KERNELS, "TRITON_INTERPRET": "1", **OURS}, FLAG, "FD_FUSION_CONFIG"),
+        ({"FD_FUSION_CONFIG": json.dumps(KERNELS), **INTERPRETED, **OURS}, FLAG, "FD_FUSION_CONFIG"),
     ],
     ids=["variable", "flag", "kernels, by variable over flag"],
 )
@@ -80,10 +80,9 @@ def start_that_fails(server):
 
 
 def test_strict_fuses_where_it_can(tree, checkpoint, tmp_path):
-    config = {"strict": True, "backend": "triton", "max_token_num": 8}
-    env = {"TRITON_INTERPRET": "1"}
-    with Server(tree, checkpoint("glm4_moe"), tmp_path / "server", serve=config, env=env) as server:
-        check_truth(checkpoint("glm4_moe"), answers(server))
+    config, folder = {"strict": True, **KERNELS}, checkpoint("glm4_moe")
+    with Server(tree, folder, tmp_path / "server", serve=config, env=INTERPRETED) as server:
+        check_truth(folder, answers(server))
         assert sites(server) == [6]
 
 

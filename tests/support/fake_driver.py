@@ -21,10 +21,8 @@ def count_calls(monkeypatch):
 
             return call
 
-    calls.mode, calls.modes = (
-        1,
-        {},
-    )  # this thread's mode of capture, and the one in which each function was called last
+    calls.mode = 1  # of capture, of the thread that calls
+    calls.modes = {}  # function -> the mode of its last call
     calls.refused = {}  # function -> the code of its error
     monkeypatch.setattr(ctypes, "CDLL", lambda name: Driver())
     return calls

@@ -34,8 +34,7 @@ def run(job: dict[str, Any], group: Group) -> dict[str, Any]:
     from fd_fusion.cli.demo.model import load_model
 
     progress, on_gpu = Progress(), job["device"] == "gpu"
-    count = devices(paddle)[2]
-    if on_gpu and count < group.size:
+    if on_gpu and (count := devices(paddle)[2]) < group.size:
         raise ValueError(f"--device gpu: Paddle sees {count} GPUs, and each of {group.size} ranks needs its own")
     paddle.set_device(f"gpu:{group.rank}" if on_gpu else "cpu")
     if group.size > 1:

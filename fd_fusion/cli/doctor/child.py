@@ -174,6 +174,7 @@ def fastdeploy() -> Iterator[CheckResult]:
         )
     else:
         yield CheckResult("fastdeploy", "plugin", "ok", "FastDeploy's plugin loading finds and loads fd_fusion")
+    yield from run_checks("fastdeploy", _custom_all_reduce)
     from fd_fusion.hosts.fastdeploy.between import reads_in_layer
     from fd_fusion.hosts.fastdeploy.pairs import DECODERS
 
@@ -188,6 +189,24 @@ def fastdeploy() -> Iterator[CheckResult]:
     known = sorted(classes)
     text = f"decoders that can be bound: {', '.join(known)}" if known else "fd_fusion knows none of its decoders"
     yield CheckResult("fastdeploy", "decoders", "ok" if known else "off", text, data={"decoders": known})
+
+
+def _custom_all_reduce() -> Iterator[CheckResult]:
+    """Check whether FastDeploy's own all-reduce, which fusing has to beat, is on, and up to how many bytes."""
+    from fd_fusion.hosts.fastdeploy import custom_all_reduce as own
+
+    megabytes = own.limit_mb()
+    data = {"max_size_mb": megabytes, "compiled": False}
+    limit = f"FD_CUSTOM_AR_MAX_SIZE_MB is {megabytes}"
+    try:
+        data["compiled"] = own.is_compiled()
+        why = "its kernels are not compiled here"
+    except ImportError as error:
+        why = f"it does not import: {error}"
+    text = f"FastDeploy's custom all-reduce is on, unless --disable-custom-all-reduce is given; {limit}"
+    if not data["compiled"]:
+        text = f"FastDeploy's custom all-reduce is off: {why}; {limit}"
+    yield CheckResult("fastdeploy", "custom_all_reduce", "note", text, data=data)
 
 
 PROBES: dict[str, Callable[..., Iterator[CheckResult]]] = {p.__name__: p for p in (framework, flashinfer, fastdeploy)}

@@ -103,6 +103,7 @@ def tune(args: argparse.Namespace, show: Callable[[str], None] = lambda text: No
             "versions": versions_here(),
             "times": times,
             "skipped": {name: why for one in reversed(results) for name, why in one["skipped"].items()},
+            "rival": results[0].get("rival") or None,
             "limits": limits.to_dict() if limits else None,
             "stored": None,
         }
@@ -175,6 +176,8 @@ def lines(outcome: dict[str, Any]) -> list[str]:
     out = [f"fd_fusion tune: {outcome['size']} ranks, H={outcome['hidden_size']}, {outcome['dtype']}; {where}", ""]
     out += _table(outcome["times"])
     out += [f"{name}: not measured: {why}" for name, why in outcome["skipped"].items()]
+    if outcome["rival"]:
+        out.append(f"unfused: {outcome['rival']}")
     limits = outcome["limits"]
     if limits and outcome["mode"] == "gpu":
         for name, rows in limits["rows"].items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import os
@@ -16,8 +17,10 @@ import numpy as np
 
 from fd_fusion.binding.backend_selection import load_backend
 from fd_fusion.cli.doctor.rank import one_call
-from fd_fusion.cli.processes.ranks import Progress, join_paddle, rank_main
+from fd_fusion.cli.processes.ranks import Progress, rank_main
+from fd_fusion.cli.tune.rival import Rival, open_rivals, told
 from fd_fusion.comm.group import Group, working
+from fd_fusion.comm.symmetric_memory import as_refusal
 from fd_fusion.comm.vote import Vote, agree
 from fd_fusion.frameworks.tensors import place, synchronize, tensor
 from fd_fusion.reasons import FusionError, Reason, because
@@ -31,7 +34,7 @@ _COLUMNS = {"one_shot": ("triton", NEVER), "two_shot": ("triton", 1), "flashinfe
 
 
 def run(job: dict[str, Any], group: Group) -> dict[str, Any]:
-    """Returns {"times": {column: {rows: us}}, "skipped": {column: why}, "gpu": name}."""
+    """Returns {"times": {column: {rows: us}}, "skipped": {column: why}, "rival": what "unfused" is, "gpu": name}."""
     progress, (framework, device, arch) = Progress(), place(group.rank)
     limits = {"max_token_num": max(job["rows"]), "timeout_s": job["timeout_s"]}
     limits["workspace_bytes"] = job["workspace_mb"] << 20
@@ -45,14 +48,11 @@ def run(job: dict[str, Any], group: Group) -> dict[str, Any]:
         except FusionError as error:  # told by all ranks alike, since opening is collective
             skipped[column] = str(error.reason)
         progress.step(to=number * len(job["rows"]))
-    try:
-        call = _unfused(framework, spec, job)
-        times["unfused"] = {rows: _time(framework, spec, partial(call, rows), job["rounds"]) for rows in job["rows"]}
-    except (RuntimeError, ImportError) as error:
-        skipped["unfused"] = f"{type(error).__name__}: {error}".splitlines()[0]
+    times["unfused"], rival, without = _unfused(framework, spec, group, job)
+    skipped |= without
     agree(group, "end", Vote(), timeout_s=job["timeout_s"])  # the framework's store lives on rank 0
     gpu = framework.cuda.get_device_name() if device == "gpu" else None
-    return {"times": times, "skipped": skipped, "gpu": gpu, "framework": framework.__name__}
+    return {"times": times, "skipped": skipped, "rival": rival, "gpu": gpu, "framework": framework.__name__}
 
 
 def _column(
@@ -93,7 +93,9 @@ def _tensors(framework: Any, spec: OpSpec, rows: int) -> tuple[Any, Any, Any]:
     return tuple(tensor(framework, values, spec.dtype, spec.device) for values in arrays)
 
 
-def _time(framework: Any, spec: OpSpec, call: Callable[[], Any], rounds: int) -> float:
+def _time(
+    framework: Any, spec: OpSpec, call: Callable[[], Any], rounds: int, capturing: Callable = contextlib.nullcontext
+) -> float:
     """Median time of a call in microseconds: of graph replays on a GPU, of plain calls under the interpreter."""
     if spec.device == "cpu":
         call()
@@ -101,7 +103,8 @@ def _time(framework: Any, spec: OpSpec, call: Callable[[], Any], rounds: int) ->
     for _ in range(3):
         call()
     synchronize(framework)
-    replay = _graph(framework, call)
+    with capturing():
+        replay = _graph(framework, call)
 
     def replays() -> None:
         for _ in range(_REPLAYS):
@@ -121,7 +124,8 @@ def _clock_us(work: Callable[[], Any]) -> float:
 def _graph(framework: Any, call: Callable[[], Any]) -> Callable[[], Any]:
     """A CUDA graph of a few calls, one after another. Returns what replays it."""
     if framework.__name__ == "paddle":
-        graph = importlib.import_module("paddle.device.cuda.graphs").CUDAGraph()
+        here = framework.CUDAPlace(framework.cuda.current_device())  # CUDAGraph() means GPU 0, on every rank
+        graph = importlib.import_module("paddle.device.cuda.graphs").CUDAGraph(here)
         graph.capture_begin()
         kept = [call() for _ in range(_CALLS)]
         graph.capture_end()
@@ -137,54 +141,49 @@ def _graph(framework: Any, call: Callable[[], Any]) -> Callable[[], Any]:
     return replay
 
 
-def _unfused(framework: Any, spec: OpSpec, job: dict[str, Any]) -> Callable[[int], Any]:
-    """The rival: the framework's all-reduce, then add and norm. Returns a function of the number of rows."""
-    tensors = {rows: _tensors(framework, spec, rows) for rows in job["rows"]}
-    if framework.__name__ == "paddle":
-        reduce, norm = _paddle_ops(spec, job["ports"])
-    else:
-        reduce, norm = _torch_ops(framework, spec, job["ports"][0])
-
-    def call(rows: int) -> Any:
-        x, residual, weight = tensors[rows]
-        return norm(reduce(x), residual, weight)
-
-    return call
-
-
-def _paddle_ops(spec: OpSpec, ports: list[int]) -> tuple[Callable, Callable]:
-    import paddle
-    import paddle.distributed as dist
-
-    join_paddle(spec.rank, spec.size, ports, "gloo" if spec.device == "cpu" else "nccl")
-    if spec.device == "cpu":
-        from fd_fusion.frameworks import paddle_ops
-
-        return paddle_ops.all_reduce, lambda x, r, w: paddle_ops.rms_norm(x, w, eps=spec.eps, residual=r)
-
-    def reduce(x: Any) -> Any:
-        dist.stream.all_reduce(x, sync_op=True, use_calc_stream=True)  # on the stream that is captured
-        return x
-
-    fused = paddle.incubate.nn.functional.fused_rms_norm
-    return reduce, lambda x, r, w: fused(x, w, None, spec.eps, begin_norm_axis=1, residual=r)
+def _unfused(
+    framework: Any, spec: OpSpec, group: Group, job: dict[str, Any]
+) -> tuple[dict[int, float], str, dict[str, str]]:
+    """The times of what is not fused, what that is, and what of it could not be measured, with why."""
+    rivals, skipped = open_rivals(framework, spec, group, job)
+    times: dict[int, float] = {}
+    right: list[Rival] = []
+    for rival in rivals:
+        mine = [t for t in job["rows"] if t <= rival.most_rows and t not in times]
+        if not mine:
+            continue
+        for step in (
+            partial(_check, framework, spec, rival, mine[0]),
+            partial(_times, framework, spec, rival, mine, job),
+        ):
+            found, refusal = as_refusal(step)
+            verdict = agree(group, f"rival {rival.name}", Vote(refusal), timeout_s=3 * job["timeout_s"])
+            if not verdict.ok:  # the next rival that takes these rows stands in
+                skipped[rival.name] = str(verdict.reason)
+                break
+        else:
+            times |= found
+            right.append(rival)
+    synchronize(framework)
+    for rival in rivals:
+        rival.close()
+    return times, told(right) if right else "", skipped
 
 
-def _torch_ops(torch: Any, spec: OpSpec, port: int) -> tuple[Callable, Callable]:
-    dist = importlib.import_module("torch.distributed")
-    place = f"tcp://127.0.0.1:{port}"
-    backend = "nccl" if spec.device == "gpu" else "gloo"
-    dist.init_process_group(backend, init_method=place, rank=spec.rank, world_size=spec.size)
+def _check(framework: Any, spec: OpSpec, rival: Rival, rows: int) -> None:
+    error, _ = one_call(framework, rival, spec, rows)
+    if not error <= 1:
+        raise FusionError(_wrong(rival.name, rows, error))
 
-    def reduce(x: Any) -> Any:
-        dist.all_reduce(x)
-        return x
 
-    def norm(x: Any, residual: Any, weight: Any) -> Any:
-        total = x + residual
-        return torch.nn.functional.rms_norm(total, weight.shape, weight, spec.eps), total
-
-    return reduce, norm
+def _times(framework: Any, spec: OpSpec, rival: Rival, rows: list[int], job: dict[str, Any]) -> dict[int, float]:
+    """The time of each call by the fastest norm. Raises RuntimeError: they mean nothing."""
+    times = {}
+    for t in rows:
+        calls = [partial(rival.call, norm, *_tensors(framework, spec, t)) for norm in rival.norms]
+        times[t] = min(_time(framework, spec, call, job["rounds"], rival.capturing) for call in calls)
+    rival.check()
+    return times
 
 
 if __name__ == "__main__":

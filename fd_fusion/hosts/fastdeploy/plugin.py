@@ -94,7 +94,7 @@ def _after_load(model: Any, fd_config: Any) -> None:
     Anything else unexpected is one warning, and stock.
     """
     resolved = _resolve(fd_config)
-    if resolved.config is None and resolved.source == "no source":
+    if resolved.reason is not None and resolved.reason.code == "not_asked":
         return
     log_to_host()
     if resolved.config is None:

@@ -65,6 +65,8 @@ def patch() -> Reason | None:
     if hasattr(runner, "post_process"):
         _replace(runner, "post_process", lambda stock: _checked_once_done(stock, pooled_alone=saves))
     _replace(worker_class, "graph_optimize_and_warm_up_model", _proven_before_capture)
+    if hasattr(runner_class, "capture_model"):  # by itself once weights were updated, or reloaded after a sleep
+        _replace(runner_class, "capture_model", _proven_before_recapture)
     return None
 
 
@@ -168,11 +170,7 @@ def _proven_before_capture(stock: Callable) -> Callable:
     def graph_optimize_and_warm_up_model(self, *args, **kwargs):
         from fd_fusion.binding import bind as binding
 
-        runner = self.model_runner
-        forward = runner.model.__dict__.get("forward")
-        if getattr(forward, "binds_at_first_call", False):  # still to come: the host did not profile
-            _dummy_run_for_us(runner)
-        with _never_in_a_graph(runner.model):
+        with _never_in_a_graph(self.model_runner):
             result = stock(self, *args, **kwargs)
         binding.freeze()
         watch()
@@ -181,14 +179,34 @@ def _proven_before_capture(stock: Callable) -> Callable:
     return graph_optimize_and_warm_up_model
 
 
+def _proven_before_recapture(stock: Callable) -> Callable:
+    def capture_model(self, *args, **kwargs):
+        from fd_fusion.binding import bind as binding
+
+        with _never_in_a_graph(self):
+            result = stock(self, *args, **kwargs)
+        if _up:  # not the first time, where more is captured behind this
+            binding.freeze()
+        return result
+
+    return capture_model
+
+
+def _waits(model: Any) -> bool:
+    return getattr(model.__dict__.get("forward"), "binds_at_first_call", False)
+
+
 @contextlib.contextmanager
-def _never_in_a_graph(model: Any) -> Iterator[None]:
-    """Capture a model that even that forward could not prove, with zero weights for example, as stock: no forward
-    votes while a graph is captured. It is tried again afterwards.
+def _never_in_a_graph(runner: Any) -> Iterator[None]:
+    """Prove a model whose first forward is still to come: the host did not profile, or its weights came later.
+
+    One that even this forward cannot prove, with zero weights for example, is captured as stock: no forward votes
+    while a graph is captured. It is tried again afterwards.
     """
-    forward = model.__dict__.get("forward")
-    waits = getattr(forward, "binds_at_first_call", False)
-    undo = [set_attribute(model, "forward", forward.__wrapped__)] if waits else []
+    model = runner.model
+    if _waits(model):
+        _dummy_run_for_us(runner)
+    undo = [set_attribute(model, "forward", model.__dict__["forward"].__wrapped__)] if _waits(model) else []
     try:
         yield
     finally:

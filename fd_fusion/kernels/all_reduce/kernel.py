@@ -39,7 +39,7 @@ import triton.language as tl
 
 from fd_fusion.kernels.all_reduce import plan
 from fd_fusion.kernels.all_reduce.context import Addresses, Call, Memory, Polling, Row, Shape
-from fd_fusion.kernels.all_reduce.packing import mask_if, pointer, without_sentinel
+from fd_fusion.kernels.all_reduce.packing import NAN, pointer, without_sentinel
 from fd_fusion.kernels.all_reduce.quantising import Quantising, fail_quantised, store_quantised
 from fd_fusion.kernels.all_reduce.row import fail, finish, push, push_results, receive_results
 from fd_fusion.kernels.all_reduce.slice_sums import clear_sums, sums_of
@@ -111,9 +111,10 @@ def work_on_rows(addresses, rows, rank, op, eps, weight_offset, shape, polling, 
                 push_results(row, norm, summed, wait_state, memory, shape)
         if quantising.OUTPUT != "codes":
             tl.store(norm_out + start + offsets, norm, mask=mask)
-        residual_stays = shape.RESULTS == 1 and shape.TWO_SHOT  # with its owner
-        owned = mask_if(mask, number % shape.N == rank) if residual_stays else mask
-        tl.store(residual_out + start + offsets, summed, mask=owned)
+        if shape.RESULTS == 1 and shape.TWO_SHOT:  # noqa: SIM102 - decided when this is compiled
+            if owned_elsewhere:  # the residual stays with its owner; here NaN, for whoever reads the row all the same
+                summed = tl.full(offsets.shape, NAN, tl.uint32)
+        tl.store(residual_out + start + offsets, summed, mask=mask)
         if quantising.OUTPUT != "norm":  # last, when the registers of the sum are free
             store_quantised(norm, row, c, quantising, shape, polling.INTERPRETED)
         if wait_state != 0:

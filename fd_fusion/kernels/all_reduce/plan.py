@@ -179,6 +179,11 @@ def launches(slots: int, rows: int) -> list[tuple[int, int]]:
     return [(start, stop - start) for start, stop in itertools.pairwise(starts)]
 
 
+def owned_rows(slots: int, rows: int, rank: int, size: int) -> list[int]:
+    """Return the rows of a call that a rank owns by two-shot: each launch counts its rows anew."""
+    return [start + row for start, count in launches(slots, rows) for row in range(rank, count, size)]
+
+
 def grid(plan: Plan, programs: int, rows: int) -> tuple[int]:
     """Return the grid of a launch of `rows` rows."""
     return (min(programs, rows) * plan.split,)
@@ -196,9 +201,9 @@ def constants(
 ) -> dict[str, Any]:
     """Return the kernel's constexpr arguments and launch options, by name.
 
-    pdl: start while the kernel in front ends. residual_stays: by two-shot residual_out is right in the
-    rows that this rank owns, and untouched in the others. fp8: for `all_reduce_rms_norm_fp8`: its OUTPUT, "codes" or
-        "both", and a formula of `reference.quantise`.
+    pdl: start while the kernel in front ends. residual_stays: by two-shot residual_out is right in the rows that this
+    rank owns, and NaN in the others. fp8: for `all_reduce_rms_norm_fp8`: its OUTPUT, "codes" or "both", and a formula
+    of `reference.quantise`.
     """
     results = 1 if residual_stays else 2
     assert not two_shot or plan.places >= results, "opened without two-shot: its results have no place"

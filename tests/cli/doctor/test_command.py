@@ -237,6 +237,7 @@ def test_whether_fastdeploys_own_loading_finds_us(on_path, monkeypatch, found):
     """The host is the tests' own, with FastDeploy's way of loading plugins."""
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(on_path), str(ROOT / "tests/host")]))
     monkeypatch.setenv("FD_PLUGINS", "fd_fusion" if found else "another")
+    monkeypatch.setenv("FD_CUSTOM_AR_MAX_SIZE_MB", "4")
     info = on_path / "fd_fusion-9.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: fd_fusion\nVersion: 9\n")
@@ -246,6 +247,8 @@ def test_whether_fastdeploys_own_loading_finds_us(on_path, monkeypatch, found):
     assert of(told, "plugin").state == ("ok" if found else "off"), told
     assert found or "FD_PLUGINS=fd_fusion" in of(told, "plugin").remedy
     assert "Glm4MoeDecoderLayer" in of(told, "decoders").data["decoders"]
+    own = of(told, "custom_all_reduce")
+    assert own.data == {"max_size_mb": 4, "compiled": False} and "FD_CUSTOM_AR_MAX_SIZE_MB is 4" in own.text
 
 
 def command(*args, env=None, timeout_s=400):

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from support.segments import left, none_left
 from fd_fusion.cli.processes import ranks
 from fd_fusion.cli.tune import command as tune
 from fd_fusion.cli.tune import limits as tune_limits
+from fd_fusion.kernels.all_reduce.plan import plan_for
 from fd_fusion.tuning.limits import built_in_limit
 from fd_fusion.tuning.table import Fingerprint, read_limits, table_lock, table_path, versions_here
 
@@ -52,20 +54,41 @@ NAMES = {
 
 
 @pytest.mark.parametrize(
-    "file", sorted((ROOT / "examples/results").glob("all_reduce_nvlink_n*.json")), ids=lambda f: f.stem
+    "name", ["all_reduce_flashinfer_n2", "all_reduce_link_n2", "all_reduce_link_n4", "rivals_n2", "rivals_n4"]
 )
-def test_the_built_in_limits_lie_where_fusing_won(file):
+def test_the_built_in_limits_lie_where_fusing_won(name):
     """Over NVLink, at no measured T up to the built-in limit is fusing slower than NCCL and a norm."""
-    result = json.loads(file.read_text())
+    result = json.loads((ROOT / f"examples/results/{name}.json").read_text())
     measured = {}
     for row in result["rows"]:
         if row["name"] in NAMES and row["us"]:
             measured.setdefault(row["H"], {}).setdefault(NAMES[row["name"]], {})[row["T"]] = row["us"]
-    assert len(measured) >= 5
+    assert len(measured) >= 4
     for hidden_size, columns in measured.items():
         found = tune_limits.find_limits(columns)
         assert found.order[0] == "triton" and found.rows["triton"] >= 64, (hidden_size, found)
         assert built_in_limit("gpu", result["ranks"], hidden_size) <= found.rows["triton"], (hidden_size, found)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_up_to_the_built_in_limits_no_cell_lost_to_the_hosts_own_all_reduce(size):
+    """By the path that a call takes without a table."""
+    result = json.loads((ROOT / f"examples/results/all_reduce_rivals_n{size}.json").read_text())
+    us = {(row["H"], row["T"], row["name"]): row["us"] for row in result["rows"]}
+    cells = {(hidden, rows) for hidden, rows, _ in us if rows <= built_in_limit("gpu", size, hidden)}
+    compared = 0
+    for hidden, rows in cells:
+        switch = plan_for(size, hidden, "bfloat16").two_shot_rows
+        path = "triton two-shot" if switch is not None and rows >= switch else "triton one-shot"
+        for other in ("host custom + norm", "nccl + norm"):
+            compared += (hidden, rows, other) in us
+            assert us[hidden, rows, path] < us.get((hidden, rows, other), math.inf), (hidden, rows, other)
+    assert compared >= 25 and max(rows for _, rows in cells) == {2: 1024, 4: 128}[size]
+
+
+def test_the_built_in_limits_of_groups_that_were_not_measured_stay_cautious():
+    assert [built_in_limit("gpu", size, 4096) for size in range(3, 9)] == [64, 128, 64, 64, 64, 64]
+    assert [built_in_limit("gpu", 4, hidden) for hidden in (2048, 8192, 16384)] == [128, 128, 64]
 
 
 def test_never_winning_and_a_missing_rival():
@@ -77,6 +100,7 @@ def test_never_winning_and_a_missing_rival():
 RESULT = {
     "times": {"one_shot": {"1": 3.0, "8": 4.0}, "unfused": {"1": 9.0, "8": 3.0}},
     "skipped": {"flashinfer": "FlashInfer is not installed"},
+    "rival": "a pull up to 8 rows, NCCL",
     "gpu": "GPU X",
     "framework": "paddle",
 }
@@ -102,6 +126,7 @@ def test_what_is_measured_on_gpus_is_stored_for_bind(cache, monkeypatch, capsys)
     told = capsys.readouterr().out
     assert "triton: fusing wins up to 1 rows" in told and f"stored in {table_path()}" in told
     assert "flashinfer: not measured: FlashInfer is not installed" in told
+    assert "unfused: a pull up to 8 rows, NCCL" in told
 
 
 @pytest.mark.parametrize(
@@ -199,6 +224,7 @@ def test_the_whole_command_under_the_interpreter(cache):
     assert outcome["mode"] == "cpu" and outcome["stored"] is None
     assert set(outcome["times"]) == {"one_shot", "two_shot", "unfused"}
     assert "GPU" in outcome["skipped"]["flashinfer"] and not table_path().exists()
+    assert outcome["rival"] == "a pull of this package and its norm, in the place of a host's own all-reduce"
 
 
 def test_without_a_home_tune_says_so(monkeypatch, capsys):

@@ -32,7 +32,7 @@ from tests.support.ranks import this_rank
 
 
 class Call:
-    """The tensors of one call, and what it gave: judged by `same`, which compares bits with the first call's."""
+    """The tensors of one call, and what it gave: judged by `right`, which compares bits with the first call's."""
 
     def __init__(self, op, case, group):
         self.op, self.case = op, case
@@ -57,7 +57,6 @@ class Call:
 
     def nan_or_right(self):
         """What a call that ran out of time may have left: NaN, or what came before the other rank died."""
-        paddle.device.synchronize()
         bits = self.bits()
         for one, right in zip(bits, self.first):
             values = tensors.from_bits(one, self.case.dtype)
@@ -84,6 +83,14 @@ def captured(mode="thread_local"):
         yield graph
     finally:  # Paddle ends a process that drops a graph in the middle of a capture, and says nothing of the error
         graph.capture_end()
+
+
+def graphed(op, case, group):
+    """A call, and the graph of it."""
+    call = Call(op, case, group)
+    with captured() as graph:
+        call.run()
+    return call, graph
 
 
 def opened(group, options, rows=64, **changes):
@@ -132,9 +139,7 @@ def growing_pools(group, options):
     """Replays while Paddle's allocator hands out, takes back and grows: the graph's own memory stays its own."""
     op, case = opened(group, options)
     op.freeze()
-    call = Call(op, case, group)
-    with captured() as graph:
-        call.run()
+    call, graph = graphed(op, case, group)
     held, generator = [], np.random.default_rng(group.rank)
     for step in range(300):
         graph.replay()
@@ -181,9 +186,7 @@ def graph_after_reset(group, options):
     new one, give the right bits."""
     op, case = opened(group, options)
     faults._patience(op, faults.SHORT_S)
-    call = Call(op, case, group)
-    with captured() as graph:
-        call.run()
+    call, graph = graphed(op, case, group)
     graph.replay()
     call.right()
     assert barrier(group, "captured", 60)
@@ -203,9 +206,7 @@ def graph_after_reset(group, options):
             graph.replay()
         call.right()
         op.check()
-        later = Call(op, case, group)  # the outputs of the first graph stay the first call's
-        with captured() as again:
-            later.run()
+        later, again = graphed(op, case, group)  # the outputs of the first graph stay the first call's
         later.spoil()
         again.replay()
         later.right()
@@ -225,9 +226,7 @@ def _killed(group, options, when):
     """The last rank dies; the others' replays end, with the missing rank's name."""
     op, case = opened(group, options)
     faults._patience(op, faults.SHORT_S)
-    call = Call(op, case, group)
-    with captured() as graph:
-        call.run()
+    call, graph = graphed(op, case, group)
     for _ in range(100):
         graph.replay()
     call.right()
@@ -297,13 +296,18 @@ def many_replays(group, options):
 
 
 def little_memory(group, options):
-    """Paddle's pool takes almost all memory first: the op opens in what is left, or all ranks refuse alike."""
-    held = []
-    for size in (1 << 30, 1 << 26):
+    """Paddle's pool takes almost all memory first: the op opens in what is left, or all ranks refuse alike.
+
+    Where the ranks share a GPU the first one takes it.
+    """
+    held, shared = [], paddle.device.cuda.device_count() < group.size
+    assert barrier(group, "here", 60), "every rank has its context, which takes memory too"
+    for size in () if shared and group.rank else (1 << 30, 1 << 26):
         with contextlib.suppress(Exception):  # Paddle says that its memory is exhausted
-            while _free() > size + (192 << 20):
+            while paddle.cuda.mem_get_info()[0] > size + (192 << 20):
                 held.append(paddle.empty([size], dtype="uint8"))
-    print("left", _free() >> 20, "MiB of", len(held), "blocks")
+    assert barrier(group, "taken", 60)
+    print("left", paddle.cuda.mem_get_info()[0] >> 20, "MiB of", len(held), "blocks")
     op, case = opened(group, options)
     call = Call(op, case, group)
     for _ in range(20):
@@ -314,12 +318,6 @@ def little_memory(group, options):
     del held
 
 
-def _free():
-    free, total = ctypes.c_size_t(), ctypes.c_size_t()
-    assert ctypes.CDLL("libcuda.so.1").cuMemGetInfo_v2(ctypes.byref(free), ctypes.byref(total)) == 0
-    return free.value
-
-
 def nccl_in_turn(group, options):
     """All-reduces of Paddle's NCCL group, which is made after the op, and replays in turn."""
     op, case = opened(group, options)
@@ -328,9 +326,7 @@ def nccl_in_turn(group, options):
     summed = paddle.to_tensor(np.full((4, 8), 1.0, np.float32))
     paddle.distributed.all_reduce(summed)
     assert (summed.numpy() == group.size).all()
-    call = Call(op, case, group)
-    with captured() as graph:
-        call.run()
+    call, graph = graphed(op, case, group)
     for step in range(500):
         graph.replay()
         paddle.distributed.all_reduce(summed)
@@ -382,18 +378,21 @@ def leaves_open(group, options):
     """The process ends with an op open and a graph alive."""
     op, case = opened(group, options)
     op.freeze()
-    call = Call(op, case, group)
-    with captured() as graph:
-        call.run()
+    call, graph = graphed(op, case, group)
     graph.replay()
     call.right()
     leaves_open.kept = op, call, graph
 
 
-if __name__ == "__main__":
+def take_gpu():
+    """Give this rank its GPU, and make the context current."""
     paddle.set_grad_enabled(False)
     paddle.set_device(f"gpu:{this_rank() % paddle.device.cuda.device_count()}")
-    paddle.empty([1])  # makes the context current
+    paddle.empty([1])
+
+
+if __name__ == "__main__":
+    take_gpu()
     for module in (faults, sys.modules["__main__"]):
         found = {name: value for name, value in vars(module).items() if callable(value) and name[0] != "_"}
         calls.__dict__.update({name: value for name, value in found.items() if value.__module__ == module.__name__})

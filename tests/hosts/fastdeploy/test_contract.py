@@ -100,7 +100,7 @@ def test_the_loaders():
 def test_the_worker():
     runner = one("worker/gpu_model_runner.py", "GPUModelRunner")
     names = {node.name for node in runner.body if isinstance(node, ast.FunctionDef)}
-    assert "_dummy_run" in names and "profile_run" in names
+    assert {"_dummy_run", "profile_run", "capture_model"} <= names
     text = (SRC / "worker/gpu_model_runner.py").read_text()
     assert "_save_model_output" in names or "post_process(" in text
     assert {"num_tokens", "batch_size"} <= set(arguments(methods(runner, "_dummy_run")))
@@ -137,6 +137,24 @@ def test_the_layers():
         assert arguments(one("logger/__init__.py", "get_logger"))[:2] == ["name", "file_name"]
     else:
         assert arguments(one("utils.py", "get_logger"))[:2] == ["name", "file_name"]
+
+
+@pytest.mark.skipif("FASTDEPLOY_SRC" not in os.environ, reason="the contract host has no all-reduce of its own")
+def test_the_all_reduce_that_tune_measures_against():
+    """Opened, called and captured as the host does."""
+    start = arguments(one("distributed/communication.py", "use_custom_allreduce"))
+    assert start == ["tp_group", "custom_all_reduce_max_bytes"]
+    assert arguments(one("distributed/communication.py", "capture_custom_allreduce")) == []
+    communication = (SRC / "distributed/communication.py").read_text()
+    assert "_TP_AR = CustomAllreduce(" in communication and "_TP_AR.capture()" in communication
+    assert "_TP_AR.should_custom_ar(input_)" in communication and "_TP_AR.custom_all_reduce(input_)" in communication
+    own = one("distributed/custom_all_reduce/custom_all_reduce.py", "CustomAllreduce")
+    assert "_SUPPORTED_WORLD_SIZES = [2, 4, 6, 8]" in ast.unparse(own), "with other numbers of ranks it is NCCL"
+    assert "self.register_graph_buffers()" in ast.unparse(methods(own, "capture"))
+    assert "inp_size > self.max_size" in ast.unparse(methods(own, "should_custom_ar"))
+    assert {"_initialized", "capturing"} <= assigned(own)
+    assert "    custom_ar = False" in (SRC / "distributed/custom_all_reduce/custom_all_reduce.py").read_text()
+    assert '"FD_CUSTOM_AR_MAX_SIZE_MB"' in (SRC / "envs.py").read_text()
 
 
 @pytest.mark.parametrize("name", DECODERS)

@@ -33,6 +33,14 @@ def test_the_kernels_under_the_interpreter(tmp_path):
     assert first == second
 
 
+def test_residuals_that_stay_with_their_owners_on_four_ranks(tmp_path):
+    """By two-shot; the last norm's residual is whole."""
+    variables = {"TEST_BACKEND": "triton", "TRITON_INTERPRET": "1", "TEST_TWO_SHOT": "2"}
+    first, *others = run("fastdeploy_models.py", 4, tmp_path, "Glm4MoeForCausalLM", **variables)
+    assert all(other == first for other in others)
+    assert [(len(found["sites"]), found["staying"]) for found in first.values()] == [(6, [5, None])]
+
+
 def test_a_silent_rank_is_an_error_before_its_step_is_published(tmp_path):
     first, _ = run("fastdeploy_timeout.py", 2, tmp_path, TRITON_INTERPRET="1")
     assert 4.9 < first["waited"] < 40, "after timeout_s = 5, and not after ten times that"

@@ -358,6 +358,36 @@ def test_a_waiting_model_is_proven_before_capture_and_frozen_after(monkeypatch, 
     assert model.__dict__["forward"] is waiting, "tried again afterwards"
 
 
+@pytest.mark.parametrize("shown", [True, False])
+def test_a_waiting_model_is_proven_before_graphs_are_captured_anew(monkeypatch, host_worker, shown):
+    """With weights that came after the first capture: no forward votes or proves inside a capture."""
+    from fd_fusion.binding import bind as binding
+
+    order, runner_class = [], host_worker.runner.GPUModelRunner
+    monkeypatch.setattr(binding, "freeze", lambda: order.append("freeze"))
+    monkeypatch.setattr(runner_class, "capture_model", lambda self: order.append(f"capture {self.model.forward()}"))
+    monkeypatch.setattr(runner_class, "_dummy_run", lambda self, num_tokens, batch_size: self.model.forward())
+    assert worker.patch() is None
+
+    def waiting():
+        order.append("prove")
+        if shown:
+            model.forward = lambda: "bound"
+
+    waiting.binds_at_first_call, waiting.__wrapped__ = True, lambda: "stock"
+    model, runner = SimpleNamespace(forward=waiting), runner_class.__new__(runner_class)
+    runner.model = model
+    runner.capture_model()
+    assert order == ["prove", "capture bound" if shown else "capture stock"]
+    assert shown or model.forward is waiting, "tried again afterwards"
+    monkeypatch.setattr(worker, "_up", True)
+    model.forward = lambda: "bound"
+    runner.capture_model()
+    assert order[2:] == ["capture bound", "freeze"]
+    worker.unpatch()
+    assert not hasattr(runner_class.capture_model, "__wrapped__")
+
+
 @pytest.mark.parametrize("missing", [[], [because("never_voted", rank=1, seconds=3)]], ids=str)
 def test_our_own_forward_ends_where_a_rank_was_given_no_config(missing, monkeypatch, host_worker, caplog):
     """It runs none, and would be waited for in the first collective."""

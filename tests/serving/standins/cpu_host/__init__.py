@@ -19,8 +19,10 @@ def install():
     sys.modules["pynvml"] = device.nvml()
     hooks = {
         "paddle.distributed.collective": device.make_one_mesh,
+        "paddle.jit.sot.opcode_translator.executor.opcode_executor": device.trace_past_is_none,
         "fastdeploy.platforms": device.use_cuda_road,
         "fastdeploy.config": _pass_dtype_on,
+        "fastdeploy.model_executor.forward_meta": _leave_unguarded,
         "fastdeploy.model_executor.layers.normalization": _without_triton,
         "fastdeploy.worker.gpu_worker": device.start_worker_on_cpu,
         "fastdeploy.model_executor.layers.attention.mla_attention_backend": _attend_by_formula,
@@ -73,6 +75,14 @@ def _hand_forward_meta_on(module):
     its first request. The norm does not read it.
     """
     module.QKRMSNorm.forward.__defaults__ = (None, None)
+
+
+def _leave_unguarded(module):
+    """SOT guards each field of a dataclass, and the host's warm-up changes these two from step to step: the second
+    step would be a second graph, which the host refuses. Its CUDA graphs alone read them.
+    """
+    for name in ("exist_prefill", "real_bsz"):
+        del module.ForwardMeta.__dataclass_fields__[name]
 
 
 def _cut_along_the_axis_that_is_split(module):

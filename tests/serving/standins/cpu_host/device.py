@@ -88,25 +88,23 @@ def _replace_cuda(paddle):
 
 def _replace_collectives(paddle):
     """Three ops that run on the stream of the computation, which gloo has not: by the same collectives of gloo."""
-    from paddle.base.dygraph.base import in_sot_simulation_mode
     from paddle.distributed.fleet.layers.mpu import mp_ops
 
     from cpu_host.ops.sampling import top_p_sampling
 
-    def all_reduce(tensor, op=None, group=None, **kwargs):
-        return traced(tensor, group) if in_sot_simulation_mode() else reduced(tensor, group)
-
+    @paddle.static.register_op(
+        name="cpu_host_all_reduce",
+        infer_meta=lambda tensor, group: paddle.static.MetaTensor(shape=tensor.shape, dtype=tensor.dtype),
+        input_names=["tensor"],
+        output_names=["out"],
+    )
     def reduced(tensor, group):
         out = tensor.clone()
         paddle.distributed.all_reduce(out, group=group)
         return out
 
-    traced = paddle.static.register_op(
-        name="cpu_host_all_reduce",
-        infer_meta=lambda tensor, group: paddle.static.MetaTensor(shape=tensor.shape, dtype=tensor.dtype),
-        input_names=["tensor"],
-        output_names=["out"],
-    )(reduced)
+    def all_reduce(tensor, op=None, group=None, **kwargs):
+        return reduced(tensor, group)
 
     def concat(tensor, group=None, **kwargs):
         parts = []
@@ -132,3 +130,15 @@ def make_one_mesh(module):
         return made[0]
 
     module._new_process_group_impl = make
+
+
+def trace_past_is_none(module):
+    """`if tensor is None` breaks no graph, as under Python 3.10. From 3.11 on, Paddle 3.3.1's SOT breaks there, and
+    cannot trace the stock host's RMSNorm. (Mended in Paddle's pull request 77009.)
+    """
+    stock, module.if_break_graph_decorator = module.if_break_graph_decorator, lambda jump: jump
+    for word, test in (("NONE", module.operator_is_none), ("NOT_NONE", module.operator_is_not_none)):
+        jump = module.pop_jump_if_op_wrapper([test])
+        for name in (f"POP_JUMP_IF_{word}", f"POP_JUMP_FORWARD_IF_{word}", f"POP_JUMP_BACKWARD_IF_{word}"):
+            setattr(module.OpcodeExecutorBase, name, jump)
+    module.if_break_graph_decorator = stock

@@ -2,7 +2,6 @@
 
 import numpy as np
 import paddle
-from paddle.base.dygraph.base import in_sot_simulation_mode
 from paddle.static import MetaTensor, register_op
 
 from cpu_host.fault import strike
@@ -16,23 +15,28 @@ _ROTARY, _SINKS, _HALVES, _WINDOW = 10, 26, 30, 43
 def append_attention(
     qkv, key_cache, value_cache, encoder, decoder, this_time, batch_ids, starts, block_tables, *args
 ):
-    """Attention, opaque to a graph that is being traced, where no head has a sink."""
+    """The arguments that the formula needs."""
     state = qkv, key_cache, value_cache, decoder, this_time, starts, block_tables, args[_ROTARY]
-    if in_sot_simulation_mode():
-        return _traced(*state, args[_HALVES], args[_WINDOW])
-    return _append_attention(*state, args[_HALVES], args[_WINDOW], args[_SINKS])
+    return _attention(*state, args[_HALVES], args[_WINDOW], args[_SINKS])
 
 
-def _append_attention(
-    qkv, key_cache, value_cache, decoder, this_time, starts, block_tables, rotary, halves, window, sinks=None
-):
+@register_op(
+    name="cpu_host_append_attention",
+    infer_meta=lambda qkv, keys, values, decoder, now, starts, tables, rotary, halves, window, sinks: MetaTensor(
+        shape=[qkv.shape[0], qkv.shape[1] - 2 * keys.shape[1] * keys.shape[3]], dtype=qkv.dtype
+    ),
+    input_names=["qkv", "keys", "values", "decoder", "now", "starts", "tables", "rotary"],
+    output_names=["out"],
+)
+def _attention(qkv, keys, values, decoder, now, starts, tables, rotary, halves, window, sinks):
     """softmax(rope(q) rope(k)^T / sqrt(D)) v over all rows of a slot up to each row's own; k and v go to the cache.
+    One op to a graph that is being traced, and only without sinks.
 
     A window lets a row see so many rows at most, its own among them; a head's sink takes part in the softmax alone.
     qkv: [T, (heads + 2 kv_heads) D]. Caches: [blocks, kv_heads, block size, D]. Returns [T, heads D].
     """
-    keys, values, tables = view(key_cache), view(value_cache), view(block_tables)
-    first, now, dec = flat(starts), flat(this_time), flat(decoder)
+    keys, values, tables = view(keys), view(values), view(tables)
+    first, now, dec = flat(starts), flat(now), flat(decoder)
     kv_heads, block_size, dim = keys.shape[1:]
     x = qkv.astype("float32").numpy().reshape(qkv.shape[0], -1, dim)
     heads = x.shape[1] - 2 * kv_heads
@@ -49,18 +53,6 @@ def _append_attention(
         seen = keys[block, :, place], values[block, :, place]
         out[rows] = attend(turned[:, :heads], *seen, position, window, sinks)
     return paddle.to_tensor(out.reshape(len(x), -1)).astype(qkv.dtype)
-
-
-@register_op(
-    name="cpu_host_append_attention",
-    infer_meta=lambda qkv, keys, values, decoder, now, starts, tables, rotary, halves, window: MetaTensor(
-        shape=[qkv.shape[0], qkv.shape[1] - 2 * keys.shape[1] * keys.shape[3]], dtype=qkv.dtype
-    ),
-    input_names=["qkv", "keys", "values", "decoder", "now", "starts", "tables", "rotary"],
-    output_names=["out"],
-)
-def _traced(qkv, keys, values, decoder, now, starts, tables, rotary, halves, window):
-    return _append_attention(qkv, keys, values, decoder, now, starts, tables, rotary, halves, window)
 
 
 def _rope(x, position, rotary, halves):

@@ -7,6 +7,7 @@ import ctypes
 
 import numpy as np
 import paddle
+from paddle.static import MetaTensor, register_op
 
 from cpu_host.ops.memory import flat, view
 
@@ -39,15 +40,27 @@ def unset_data_ipc(tensor, name, *flags):
 
 
 def get_block_shape_and_split_kv_block(encoder, decoder, this_time, *args):
-    """The longest of all slots: rows now, rows of a prompt, cached rows, both, cached rows of the slots that decode,
-    both where there are cached rows. How a GPU cuts attention into tiles is left out: nothing is cut here.
+    """The longest of all slots. How a GPU cuts attention into tiles is left out: nothing is cut here."""
+    _longest(encoder, decoder, this_time, args[5])
+
+
+@register_op(
+    name="cpu_host_longest",
+    infer_meta=lambda encoder, decoder, this_time, longest: MetaTensor(shape=[1], dtype=longest.dtype),
+    input_names=["encoder", "decoder", "this_time", "longest"],
+    output_names=["out"],
+)
+def _longest(encoder, decoder, this_time, longest):
+    """In place, the longest of all slots: rows now, rows of a prompt, cached rows, both, cached rows of the slots
+    that decode, both where there are cached rows. One op to a graph that is being traced, which wants a result.
     """
-    enc, dec, now, longest = flat(encoder), flat(decoder), flat(this_time), flat(args[5])
+    enc, dec, now, into = flat(encoder), flat(decoder), flat(this_time), flat(longest)
     n = len(now)
     enc, dec, busy = enc[:n], dec[:n], now > 0
     both = (dec + now) * busy
     for i, lens in enumerate((now, enc, dec, both, dec * (busy & (enc <= 0)), both * (dec > 0))):
-        longest[i] = lens.max(initial=0)
+        into[i] = lens.max(initial=0)
+    return paddle.zeros([1], longest.dtype)
 
 
 def recover_decode_task(

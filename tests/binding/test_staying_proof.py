@@ -1,0 +1,66 @@
+"""The forward that proves that a residual may stay with the owners of its rows: one rank of two, on plain Sites."""
+
+import paddle
+import pytest
+from support.sites import make_site
+
+from fd_fusion.binding.evidence import Contract
+from fd_fusion.binding.proof import Proof, StayingProof
+
+
+def add(x, residual):
+    total = (x.astype("float32") + residual.astype("float32")).astype(x.dtype)  # a CPU adds no halves
+    return total, total.clone()
+
+
+def sites_of(may_stay=True, one_op=True):
+    """Three Sites, whose sum is what was handed over."""
+    sites = [make_site(name, reduce=lambda x: x, norm=add, fused=add) for name in "abc"]
+    for site in sites:
+        site._op = sites[0]._op if one_op else site._op
+        site._op.may_stay = may_stay
+    return sites
+
+
+def subjects(sites, dtype):
+    return [(site, Contract(site.name, 2, dtype, 1e-6, 0.0, True), lambda: None, 1) for site in sites]
+
+
+def run(proof, sites, x, between=lambda residual: residual):
+    residual, seen = x, []
+    for site in sites:
+        _, residual = proof.prove(site, x.clone(), residual)
+        seen.append(residual)
+        residual = between(residual)
+    return seen
+
+
+@pytest.fixture(autouse=True)
+def no_kernel(monkeypatch):
+    monkeypatch.setattr(Proof, "_try", lambda *_: None)
+
+
+@pytest.mark.parametrize("shape", [[5, 8], [2, 3, 8]])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_rows_of_other_owners_are_nan_and_the_next_site_goes_on_from_the_whole_residual(dtype, shape):
+    sites, x = sites_of(), paddle.ones(shape).astype(dtype)
+    proof = Proof(subjects(sites, dtype))
+    whole = run(proof, sites, x)
+    assert proof.links == {"a": sites[1], "b": sites[2]}, "all but the last"
+    left = run(StayingProof(proof), sites, x)
+    for number, (got, want) in enumerate(zip(left, whole)):
+        assert got.dtype == want.dtype and got.shape == want.shape
+        got, want = (one.astype("float32").reshape([-1, 8]).numpy() for one in (got, want))
+        for row in range(len(want)):
+            if number < 2 and row % 2 != 1:
+                assert (got[row] != got[row]).all(), (number, row)
+            else:
+                assert (got[row] == want[row]).all() and (want[row] == number + 2).all(), (number, row)
+
+
+@pytest.mark.parametrize("kind", ["another tensor", "an op that never does", "two ops"])
+def test_what_links_no_sites(kind):
+    sites = sites_of(may_stay=kind != "an op that never does", one_op=kind != "two ops")
+    proof = Proof(subjects(sites, "float32"))
+    run(proof, sites, paddle.ones([3, 8]), (lambda it: it * 1) if kind == "another tensor" else lambda it: it)
+    assert proof.links == {}

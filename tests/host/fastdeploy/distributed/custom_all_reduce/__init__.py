@@ -1,0 +1,3 @@
+from .custom_all_reduce import CustomAllreduce
+
+__all__ = ["CustomAllreduce"]
