@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from fd_fusion.backends.triton_setup import LIKE, plan_of, variants
 from fd_fusion.frameworks import triton_launch
 from fd_fusion.kernels.all_reduce import plan as plans
@@ -41,12 +43,8 @@ class Outputs:
 
     def __init__(self, framework: Any, partial: Any, fp8: Fp8):
         rows, hidden = partial.shape
-        groups, self.kernel, self._hidden, self._static_scale = (
-            hidden // FP8_GROUP,
-            fp8.kernel,
-            hidden,
-            fp8.static_scale,
-        )
+        groups, self.kernel, self._hidden = hidden // FP8_GROUP, fp8.kernel, hidden
+        self._static_factor = float(np.float32(1) / np.float32(fp8.static_scale))
         self.codes = _empty(framework, (rows, hidden), "float8_e4m3fn", partial)
         self.scales, self._strides = None, (0, 0)
         if fp8.formula == "static":
@@ -63,7 +61,7 @@ class Outputs:
         """Return what the kernel takes behind its other arguments, for rows from `start` on."""
         codes = self.codes.data_ptr()
         scales = codes if self.scales is None else self.scales.data_ptr() + 4 * start * self._strides[0]
-        return codes + start * self._hidden, scales, *self._strides, self._static_scale
+        return codes + start * self._hidden, scales, *self._strides, self._static_factor
 
 
 def _empty(framework: Any, shape: tuple[int, ...], dtype: str, like: Any) -> Any:

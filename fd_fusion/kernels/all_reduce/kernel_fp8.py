@@ -11,7 +11,7 @@ from fd_fusion.kernels.all_reduce.quantising import Quantising
 @triton.jit(do_not_specialize=["x", "residual", "weight", "norm_out", "residual_out", "state_memory", "own_slots",
                                "rows", "rank", "op", "codes", "scales", "row_stride", "group_stride"])  # fmt: skip
 def all_reduce_rms_norm_fp8(x, residual, weight, norm_out, residual_out, state_memory, own_slots, rows, rank, op, eps,
-                            weight_offset, codes, scales, row_stride, group_stride, static_scale,
+                            weight_offset, codes, scales, row_stride, group_stride, static_factor,
                             N: tl.constexpr, WORDS: tl.constexpr, SLICE: tl.constexpr,
                             BLOCK: tl.constexpr, C: tl.constexpr, PLACES: tl.constexpr, DTYPE: tl.constexpr,
                             WEIGHT_DTYPE: tl.constexpr, HAS_RESIDUAL: tl.constexpr, TWO_SHOT: tl.constexpr,
@@ -25,7 +25,7 @@ def all_reduce_rms_norm_fp8(x, residual, weight, norm_out, residual_out, state_m
         codes: address of uint8 [rows, H], a multiple of 8. Of a row that failed every code is NaN.
         scales: address of float32: the scale of group g of row t is at t * row_stride + g * group_stride.
         row_stride, group_stride: in numbers. By rows: H / 128 and 1; by columns: 1 and T as padded by the caller.
-        static_scale: fp32, read with FORMULA "static", which writes no scales.
+        static_factor: fp32, 1 / static_scale; read with FORMULA "static", which writes no scales.
     """
     if PDL:  # as in `all_reduce_rms_norm`
         gdc_wait()
@@ -34,4 +34,4 @@ def all_reduce_rms_norm_fp8(x, residual, weight, norm_out, residual_out, state_m
         addresses, rows, rank, op, eps, weight_offset,
         Shape(N, WORDS, SLICE, BLOCK, C, PLACES, DTYPE, WEIGHT_DTYPE, HAS_RESIDUAL, TWO_SHOT, RESULTS),
         Polling(POLL, POLL_RESULTS, OPERANDS, UNITS, INTERPRETED),
-        Quantising(codes, scales, row_stride, group_stride, static_scale, OUTPUT, FORMULA))  # fmt: skip
+        Quantising(codes, scales, row_stride, group_stride, static_factor, OUTPUT, FORMULA))  # fmt: skip

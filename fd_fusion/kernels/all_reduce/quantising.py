@@ -10,13 +10,10 @@ import triton
 import triton.language as tl
 
 from fd_fusion.kernels.all_reduce.packing import unpack
-from fd_fusion.reference import FP8_GROUP, FP8_MAX
+from fd_fusion.kernels.all_reduce.scales import divisors_and_scales, factors_and_scales, quotient_of
+from fd_fusion.reference import FP8_GROUP
 
 GROUP_WORDS = tl.constexpr(FP8_GROUP // 2)  # of two halves
-LARGEST = tl.constexpr(FP8_MAX)
-TOP = tl.constexpr(float.fromhex("0x1.FEp127"))
-TOP_POW2 = tl.constexpr(2.0**127)
-INFINITY = tl.constexpr(float("inf"))
 
 
 class Quantising(NamedTuple):
@@ -26,7 +23,7 @@ class Quantising(NamedTuple):
     scales: tl.tensor  # address of float32; a multiple of 4
     row_stride: tl.tensor
     group_stride: tl.tensor
-    static_scale: tl.tensor
+    static_factor: tl.tensor
     OUTPUT: tl.constexpr  # "norm", "codes" or "both"
     FORMULA: tl.constexpr  # of `reference.quantise`
 
@@ -43,22 +40,45 @@ def _by_word(of_groups):
     return tl.reshape(wide, (of_groups.shape[0] * GROUP_WORDS,))
 
 
+# The largest size in the halves of four words, NaN left out, in all four results: 0 where all are NaN.
+LARGEST_OF_UNIT = tl.constexpr("""{
+.reg .b32 a, b, c, d;
+.reg .pred is_nan;
+abs.TYPEx2 a, $4;
+abs.TYPEx2 b, $5;
+abs.TYPEx2 c, $6;
+abs.TYPEx2 d, $7;
+max.TYPEx2 a, a, b;
+max.TYPEx2 c, c, d;
+max.TYPEx2 a, a, c;
+and.b32 b, a, 0xFFFF;
+shr.u32 a, a, 16;
+setp.gt.u32 is_nan, a, INFINITY;
+selp.b32 a, 0, a, is_nan;
+setp.gt.u32 is_nan, b, INFINITY;
+selp.b32 b, 0, b, is_nan;
+max.u32 a, a, b;
+mov.b32 $0, a;
+mov.b32 $1, a;
+mov.b32 $2, a;
+mov.b32 $3, a;
+}""")
+LARGEST_BF16 = tl.constexpr(LARGEST_OF_UNIT.value.replace("TYPE", "bf16").replace("INFINITY", "0x7F80"))
+LARGEST_FP16 = tl.constexpr(LARGEST_OF_UNIT.value.replace("TYPE", "f16").replace("INFINITY", "0x7C00"))
+
+
 @triton.jit
-def _largest(words, DTYPE: tl.constexpr):
+def _largest(words, DTYPE: tl.constexpr, INTERPRETED: tl.constexpr):
     """Return the largest size in each group, NaN left out, in fp32: halves are in the order of their bits."""
-    infinity: tl.constexpr = 0x7F80 if DTYPE == "bfloat16" else 0x7C00
-    low, high = words & 0x7FFF, (words >> 16) & 0x7FFF
-    low, high = tl.where(low > infinity, 0, low), tl.where(high > infinity, 0, high)
-    return unpack(tl.max(_by_group(tl.maximum(low, high)), axis=1), DTYPE)[0]
-
-
-@triton.jit
-def _factors(largest, POW2: tl.constexpr):
-    factor = tl.where(largest == 0, 1.0, tl.div_rn(tl.full(largest.shape, LARGEST, tl.float32), largest))
-    factor = tl.where(factor == INFINITY, TOP_POW2 if POW2 else TOP, factor)
-    if POW2:
-        factor = (factor.to(tl.uint32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
-    return factor
+    if INTERPRETED:
+        infinity: tl.constexpr = 0x7F80 if DTYPE == "bfloat16" else 0x7C00
+        low, high = words & 0x7FFF, (words >> 16) & 0x7FFF
+        low, high = tl.where(low > infinity, 0, low), tl.where(high > infinity, 0, high)
+        sizes = tl.maximum(low, high)
+    else:
+        PTX: tl.constexpr = LARGEST_BF16 if DTYPE == "bfloat16" else LARGEST_FP16
+        sizes = tl.inline_asm_elementwise(PTX, "=r,=r,=r,=r,r,r,r,r", [words], tl.uint32, True, 4)
+    return unpack(tl.max(_by_group(sizes), axis=1), DTYPE)[0]
 
 
 @triton.jit
@@ -114,18 +134,15 @@ def store_quantised(norm, row, slice_index, quantising, shape, INTERPRETED: tl.c
     FORMULA: tl.constexpr = quantising.FORMULA
     a, b = unpack(norm, DTYPE)
     if FORMULA == "static":
-        factor = tl.div_rn(1.0, quantising.static_scale)
-        a, b = a * factor, b * factor
+        a, b = a * quantising.static_factor, b * quantising.static_factor
     else:
-        largest = _largest(norm, DTYPE)
+        largest = _largest(norm, DTYPE, INTERPRETED)
         if FORMULA == "divide" or FORMULA == "divide_7":
-            largest = tl.maximum(largest, 1e-10) * (7.0 if FORMULA == "divide_7" else 1.0)
-            scales = tl.div_rn(largest, tl.full(largest.shape, LARGEST, tl.float32))
-            divisor = _by_word(largest)
-            a, b = tl.div_rn(a * LARGEST, divisor), tl.div_rn(b * LARGEST, divisor)
+            divisors, scales = divisors_and_scales(largest, FORMULA == "divide_7", DTYPE, INTERPRETED)
+            divisor = _by_word(divisors)
+            a, b = quotient_of(a, divisor, DTYPE, INTERPRETED), quotient_of(b, divisor, DTYPE, INTERPRETED)
         else:
-            factors = _factors(largest, FORMULA == "multiply_pow2")
-            scales = tl.div_rn(tl.full(largest.shape, 1.0, tl.float32), factors)
+            factors, scales = factors_and_scales(largest, FORMULA == "multiply_pow2", INTERPRETED)
             factor = _by_word(factors)
             a, b = a * factor, b * factor
         groups = tl.arange(0, largest.shape[0])

@@ -106,13 +106,13 @@ class Fp8:
         groups = self.hidden // 128
         self.codes = aligned(np.full((rows + 1, self.hidden), 0xA5, np.uint8))
         self.scales = np.full((groups, rows + 3) if self.by_column else (rows + 1, groups), -7, np.float32)
-        self.static_scale = case.get("static_scale", 1.0)
+        self.static_factor = float(np.float32(1) / np.float32(case.get("static_scale", 1.0)))
 
     def arguments(self, start):
         strides = [stride // 4 for stride in self.scales.strides]
         row_stride, group_stride = strides[::-1] if self.by_column else strides
         scales = self.scales.ctypes.data + 4 * start * row_stride
-        return self.codes.ctypes.data + start * self.hidden, scales, row_stride, group_stride, self.static_scale
+        return self.codes.ctypes.data + start * self.hidden, scales, row_stride, group_stride, self.static_factor
 
     def outputs(self):
         scales = self.scales.T if self.by_column else self.scales

@@ -84,7 +84,7 @@ def compile_case(arch, size, hidden, dtype, weight_dtype, two_shot, *fp8):
     options = {key: constants.pop(key) for key in ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")}
     options["launch_pdl"] = constants.pop("launch_pdl", False)
     types = dict.fromkeys(("rows", "rank", "op", "row_stride", "group_stride"), "i32")
-    types |= dict.fromkeys(("eps", "weight_offset", "static_scale"), "fp32")
+    types |= dict.fromkeys(("eps", "weight_offset", "static_factor"), "fp32")
     signature = {n: "constexpr" if n in constants else types.get(n, "i64") for n in kernel.arg_names}
     source, target = ASTSource(kernel, signature, constants), GPUTarget("cuda", arch, 32)
     compiled = triton.compile(source, target=target, options=options)
@@ -169,7 +169,11 @@ def check(case, got):
 
 
 def check_quantised(name, got, stores_norm, stores_scales):
-    """A thread stores the codes of each of its units in 8 bytes, twice for a row that failed, and a scale a unit."""
+    """A thread stores the codes of each of its units in 8 bytes, twice for a row that failed, and a scale a unit.
+
+    It divides without a branch, which would make its divisions wait for each other.
+    """
+    assert not any("div" in line for line in got["sass"]), f"{name}: a branch that divides"
     stores = [line for line in got["sass"] if re.search(r"\bSTG\.E\b", line) and ".STRONG" not in line]
     by_bytes = [len([line for line in stores if re.search(rf"STG\.E{width} ", line)]) for width in (r"\.64", "")]
     assert by_bytes[0] >= 2 * got["units"], (name, by_bytes)
