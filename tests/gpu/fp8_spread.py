@@ -1,0 +1,227 @@
+"""A form of `quantising.py` that is measured beside it: each thread divides once, for one of its groups.
+
+Quantise a row of the norm to FP8 while it is in registers: `reference.quantise`, bit for bit.
+
+The rounded norm is what is quantised, so that both paths, which end in the same words, give the same codes. A group
+of 128 elements is in 16 threads of one warp; no group straddles two programs (`Plan.fp8`).
+"""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import num_warps
+
+from fd_fusion.kernels.all_reduce.packing import unpack
+from fd_fusion.kernels.all_reduce.scales import divisors_and_scales, factors_and_scales, quotient_of
+from fd_fusion.reference import FP8_GROUP
+
+GROUP_WORDS = tl.constexpr(FP8_GROUP // 2)  # of two halves
+
+
+class Quantising(NamedTuple):
+    """What a call writes of the norm. The scale of group g of row t is at t * row_stride + g * group_stride."""
+
+    codes: tl.tensor  # address of uint8 [rows, H]
+    scales: tl.tensor  # address of float32; a multiple of 4
+    row_stride: tl.tensor
+    group_stride: tl.tensor
+    static_factor: tl.tensor
+    OUTPUT: tl.constexpr  # "norm", "codes" or "both"
+    FORMULA: tl.constexpr  # of `reference.quantise`
+
+
+@triton.jit
+def _by_group(tensor):
+    return tl.reshape(tensor, (tensor.shape[0] // GROUP_WORDS, GROUP_WORDS))
+
+
+@triton.jit
+def _by_word(of_groups):
+    """Return what each group has, for each word of the group."""
+    wide = tl.broadcast_to(tl.expand_dims(of_groups, 1), (of_groups.shape[0], GROUP_WORDS))
+    return tl.reshape(wide, (of_groups.shape[0] * GROUP_WORDS,))
+
+
+# The largest size in the halves of four words, NaN left out, in all four results: 0 where all are NaN.
+LARGEST_OF_UNIT = tl.constexpr("""{
+.reg .b32 a, b, c, d;
+.reg .pred is_nan;
+abs.TYPEx2 a, $4;
+abs.TYPEx2 b, $5;
+abs.TYPEx2 c, $6;
+abs.TYPEx2 d, $7;
+max.TYPEx2 a, a, b;
+max.TYPEx2 c, c, d;
+max.TYPEx2 a, a, c;
+and.b32 b, a, 0xFFFF;
+shr.u32 a, a, 16;
+setp.gt.u32 is_nan, a, INFINITY;
+selp.b32 a, 0, a, is_nan;
+setp.gt.u32 is_nan, b, INFINITY;
+selp.b32 b, 0, b, is_nan;
+max.u32 a, a, b;
+mov.b32 $0, a;
+mov.b32 $1, a;
+mov.b32 $2, a;
+mov.b32 $3, a;
+}""")
+LARGEST_BF16 = tl.constexpr(LARGEST_OF_UNIT.value.replace("TYPE", "bf16").replace("INFINITY", "0x7F80"))
+LARGEST_FP16 = tl.constexpr(LARGEST_OF_UNIT.value.replace("TYPE", "f16").replace("INFINITY", "0x7C00"))
+
+
+@triton.jit
+def _largest(words, DTYPE: tl.constexpr, INTERPRETED: tl.constexpr):
+    """Return the largest size in each group, NaN left out, in fp32: halves are in the order of their bits."""
+    if INTERPRETED:
+        infinity: tl.constexpr = 0x7F80 if DTYPE == "bfloat16" else 0x7C00
+        low, high = words & 0x7FFF, (words >> 16) & 0x7FFF
+        low, high = tl.where(low > infinity, 0, low), tl.where(high > infinity, 0, high)
+        sizes = tl.maximum(low, high)
+    else:
+        PTX: tl.constexpr = LARGEST_BF16 if DTYPE == "bfloat16" else LARGEST_FP16
+        sizes = tl.inline_asm_elementwise(PTX, "=r,=r,=r,=r,r,r,r,r", [words], tl.uint32, True, 4)
+    return unpack(tl.max(_by_group(sizes), axis=1), DTYPE)[0]
+
+
+@triton.jit
+def _code_by_bits(value):
+    """Round to e4m3 for the interpreter, which knows no saturation."""
+    bits = value.to(tl.uint32, bitcast=True)
+    size = bits & 0x7FFFFFFF
+    tiny = (size.to(tl.float32, bitcast=True) + 16384.0).to(tl.uint32, bitcast=True) - 0x46800000  # in steps of 2^-9
+    code = (size + 0x7FFFF + ((size >> 20) & 1) - 0x3C000000) >> 20
+    code = tl.where(size < 0x3C800000, tiny, tl.where(size >= 0x43E00000, 0x7E, code))
+    return tl.where(size > 0x7F800000, 0x7F, code | ((bits >> 24) & 0x80))
+
+
+@triton.jit
+def _to_codes(a, b, INTERPRETED: tl.constexpr):
+    """Round two fp32 tensors to e4m3: the first is in the lower byte."""
+    if INTERPRETED:
+        codes = (_code_by_bits(a) | (_code_by_bits(b) << 8)).to(tl.uint16)
+    else:
+        codes = tl.inline_asm_elementwise("cvt.rn.satfinite.e4m3x2.f32 $0, $2, $1;", "=h,f,f", [a, b], tl.uint16,
+                                          True, 1)  # fmt: skip
+    return codes
+
+
+def _spread_ptx(units):
+    text = "{.reg .u32 lane; .reg .pred p; .reg .b32 v; mov.u32 lane, %laneid; and.b32 lane, lane, MOST;".replace(
+        "MOST", str(units - 1)
+    )
+    text += f"mov.b32 v, ${units};"
+    for unit in range(1, units):
+        text += f"setp.eq.u32 p, lane, {unit}; selp.b32 v, ${units + unit}, v, p;"
+    return text + "".join(f"mov.b32 ${unit}, v;" for unit in range(units)) + "}"
+
+
+def _gather_ptx(units):
+    segment = (32 - units) << 8 | 0x1F
+    text = f"{{.reg .b32 v; mov.b32 v, ${units};"
+    return text + "".join(f"shfl.sync.idx.b32 ${u}, v, {u}, {segment}, 0xffffffff;" for u in range(units)) + "}"
+
+
+def _store_ptx(units):
+    row, scale, group, stride, mask = (f"${units * number}" for number in range(1, 6))
+    text = f"{{.reg .pred stored; .reg .u64 place; mad.wide.s32 place, {group}, {stride}, {row};"
+    text += f"setp.ne.s32 stored, {mask}, 0; @stored st.global.f32 [place], {scale};"
+    return text + "".join(f"mov.b32 ${unit}, 0;" for unit in range(units)) + "}"
+
+
+def _constraints(units, outputs, *kinds):
+    return tl.constexpr(",".join([outputs] * units + [kind for kind in kinds for _ in range(units)]))
+
+
+SPREAD_2, SPREAD_4, SPREAD_8 = (tl.constexpr(_spread_ptx(units)) for units in (2, 4, 8))
+GATHER_2, GATHER_4, GATHER_8 = (tl.constexpr(_gather_ptx(units)) for units in (2, 4, 8))
+STORE_1, STORE_2, STORE_4, STORE_8 = (tl.constexpr(_store_ptx(units)) for units in (1, 2, 4, 8))
+FLOATS_2, FLOATS_4, FLOATS_8 = (_constraints(units, "=f", "f") for units in (2, 4, 8))
+INTS_2, INTS_4, INTS_8 = (_constraints(units, "=r", "r") for units in (2, 4, 8))
+STORED_1, STORED_2, STORED_4, STORED_8 = (_constraints(u, "=r", "l", "f", "r", "r", "r") for u in (1, 2, 4, 8))
+
+
+@triton.jit
+def _spread(x, UNITS: tl.constexpr):
+    """Of what a thread has of its UNITS groups: that of one, by its lane, in the place of all."""
+    TEXT: tl.constexpr = SPREAD_2 if UNITS == 2 else SPREAD_4 if UNITS == 4 else SPREAD_8
+    if UNITS > 1:
+        if x.dtype == tl.float32:
+            x = tl.inline_asm_elementwise(
+                TEXT, FLOATS_2 if UNITS == 2 else FLOATS_4 if UNITS == 4 else FLOATS_8, [x], tl.float32, True, UNITS
+            )
+        else:
+            x = tl.inline_asm_elementwise(
+                TEXT, INTS_2 if UNITS == 2 else INTS_4 if UNITS == 4 else INTS_8, [x], tl.int32, True, UNITS
+            )
+    return x
+
+
+@triton.jit
+def _gather(x, UNITS: tl.constexpr):
+    """The other way round."""
+    if UNITS > 1:
+        TEXT: tl.constexpr = GATHER_2 if UNITS == 2 else GATHER_4 if UNITS == 4 else GATHER_8
+        FLOATS: tl.constexpr = FLOATS_2 if UNITS == 2 else FLOATS_4 if UNITS == 4 else FLOATS_8
+        x = tl.inline_asm_elementwise(TEXT, FLOATS, [x], tl.float32, True, UNITS)
+    return x
+
+
+@triton.jit
+def _store_scales(scales, row_number, first_group, mask, quantising, INTERPRETED: tl.constexpr, UNITS: tl.constexpr):
+    """Store a scale for each group. On a GPU by PTX: tl.store would move the scales to other threads first."""
+    groups = first_group + tl.arange(0, scales.shape[0])
+    row = quantising.scales + row_number.to(tl.int64) * quantising.row_stride * 4
+    if INTERPRETED:
+        places = groups.to(tl.int64) * quantising.group_stride
+        tl.store(row.to(tl.pointer_type(tl.float32)) + places, scales, mask=mask)
+    else:
+        mask = _spread(mask.to(tl.int32), UNITS)
+        operands = [row, scales, _spread(groups, UNITS), quantising.group_stride * 4, mask]
+        TEXT: tl.constexpr = STORE_1 if UNITS == 1 else STORE_2 if UNITS == 2 else STORE_4 if UNITS == 4 else STORE_8
+        KINDS: tl.constexpr = (
+            STORED_1 if UNITS == 1 else STORED_2 if UNITS == 2 else STORED_4 if UNITS == 4 else STORED_8
+        )
+        tl.inline_asm_elementwise(TEXT, KINDS, operands, tl.int32, False, UNITS)
+
+
+@triton.jit
+def store_quantised(norm, row, slice_index, quantising, shape, INTERPRETED: tl.constexpr):
+    """Store the codes and the scales of this program's slice of a row. `norm`: its words."""
+    DTYPE: tl.constexpr = shape.DTYPE
+    FORMULA: tl.constexpr = quantising.FORMULA
+    UNITS: tl.constexpr = 1 if INTERPRETED else norm.shape[0] // (128 * num_warps())
+    a, b = unpack(norm, DTYPE)
+    if FORMULA == "static":
+        a, b = a * quantising.static_factor, b * quantising.static_factor
+    else:
+        largest = _spread(_largest(norm, DTYPE, INTERPRETED), UNITS)
+        if FORMULA == "divide" or FORMULA == "divide_7":
+            divisors, scales = divisors_and_scales(largest, FORMULA == "divide_7", DTYPE, INTERPRETED)
+            divisor = _by_word(_gather(divisors, UNITS))
+            a, b = quotient_of(a, divisor, DTYPE, INTERPRETED), quotient_of(b, divisor, DTYPE, INTERPRETED)
+        else:
+            factors, scales = factors_and_scales(largest, FORMULA == "multiply_pow2", INTERPRETED)
+            factor = _by_word(_gather(factors, UNITS))
+            a, b = a * factor, b * factor
+        groups = tl.arange(0, largest.shape[0])
+        words_here = shape.WORDS if shape.C == 1 else tl.minimum(shape.SLICE, shape.WORDS - slice_index * shape.SLICE)
+        mask = groups * GROUP_WORDS < words_here
+        first_group = slice_index * (shape.SLICE // GROUP_WORDS)
+        _store_scales(scales, row.number, first_group, mask, quantising, INTERPRETED, UNITS)
+    tl.store(codes_of(row, slice_index, quantising, shape), _to_codes(a, b, INTERPRETED), mask=row.mask)
+
+
+@triton.jit
+def codes_of(row, slice_index, quantising, shape):
+    """Return pointers to the codes of the words of a slice, two in one. A hint of 8 bytes: by 16 a thread would store
+    what other threads have."""
+    codes = tl.multiple_of(quantising.codes.to(tl.pointer_type(tl.uint16)), 8)
+    return codes + row.number.to(tl.int64) * shape.WORDS + slice_index * shape.SLICE + row.offsets
+
+
+@triton.jit
+def fail_quantised(row, slice_index, quantising, shape):
+    """Make all codes of a slice NaN."""
+    nan = tl.full(row.offsets.shape, 0x7F7F, tl.uint16)
+    tl.store(codes_of(row, slice_index, quantising, shape), nan, mask=row.mask)
