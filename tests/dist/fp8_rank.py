@@ -31,7 +31,7 @@ from fd_fusion.comm.group import Group
 from fd_fusion.comm.vote import Vote, agree
 from fd_fusion.frameworks import triton_launch
 from fd_fusion.frameworks.tensors import bytes_of, numbers
-from fd_fusion.kernels.all_reduce import plan as plans
+from fd_fusion.kernels.all_reduce import quantise_ptx
 from fd_fusion.reasons import FusionError
 from fd_fusion.spec import Fp8, OpSpec
 from tests.support.ranks import this_group, this_rank
@@ -39,7 +39,7 @@ from tests.support.ranks import this_group, this_rank
 EPS = bench.EPS
 BOTH, ALONE = Fp8(), Fp8(keeps_norm=False, by_column=True)
 EVERY = (*(Fp8(formula, static_scale=0.02) for formula in reference.FP8_FORMULAS), ALONE)
-FORMS = {"now": None, "before": "fp8_before.py", "spread": "fp8_spread.py", "redux": "fp8_redux.py"}  # in tests/gpu
+FORMS = {"now": None, "before": "fp8_before.py", "plain": "fp8_plain.py"}  # in tests/gpu
 SHAPES = {"128 words": (128, 1), "512 words": (512, 4), "1024 words": (1024, 4), "a row": (None, 4), "a row, 8": (None, 8)}
 
 
@@ -53,6 +53,8 @@ class Quantiser:
         self._parts, block = -(-total // words), max(128 * warps, 1 << (words - 1).bit_length())
         constants = {"WORDS": total, "SLICE": words, "BLOCK": block, "C": self._parts, "PDL": pdl}
         constants |= {"INTERPRETED": device == "cpu", "FORMULA": formula, "DTYPE": dtype}
+        units = block // (128 * warps)
+        constants |= {**quantise_ptx.quantising(units, dtype, device == "cpu"), "PACK": 4 * units}
         constants |= {"num_warps": warps, "enable_fp_fusion": False}
         constants |= {"launch_pdl": True} if pdl else {}
         address = 1 << 40
@@ -219,8 +221,6 @@ def contenders(ops, quantisers, x, residual, weight):
     found["bf16, plain workspace"] = plain(ops["plain"])
     for name in list(FORMS)[1:]:
         found |= {f"bf16 + FP8, {name}": with_fp8(ops[name], BOTH)} if name in ops else {}
-    if "redux" in ops:
-        found["FP8, redux"] = with_fp8(ops["redux"], ALONE)
     return found | {f"bf16, quantiser ({name})": behind(one) for name, one in quantisers.items()}
 
 
@@ -252,7 +252,7 @@ def speed(group, specs, options, began):
         op = ops["now"]
         quantisers = {name: Quantiser(hidden, *shape, spec.device) for name, shape in SHAPES.items()}
         for name in ("512 words", "a row"):
-            quantisers[f"{name}, redux"] = Quantiser(hidden, *SHAPES[name], spec.device, FORMS["redux"])
+            quantisers[f"{name}, plain"] = Quantiser(hidden, *SHAPES[name], spec.device, FORMS["plain"])
         for rows in options.rows:
             spent = agree(group, "time", Vote(data=time.monotonic() - began), timeout_s=60).data
             if max(spent) > options.seconds:

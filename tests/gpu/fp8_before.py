@@ -31,6 +31,12 @@ class Quantising(NamedTuple):
     static_scale: tl.tensor
     OUTPUT: tl.constexpr  # "norm", "codes" or "both"
     FORMULA: tl.constexpr  # of `reference.quantise`
+    LARGEST: tl.constexpr
+    GATHER: tl.constexpr
+    STORE_SCALE: tl.constexpr
+    OPERANDS_OF_WORDS: tl.constexpr
+    OPERANDS_OF_SCALES: tl.constexpr
+    PACK: tl.constexpr
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""A form of `quantising.py` that is measured beside it: each thread divides once, for one of its groups.
+"""A form of `quantising.py` that is measured beside it: each thread divides for all of its groups.
 
 Quantise a row of the norm to FP8 while it is in registers: `reference.quantise`, bit for bit.
 
@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import num_warps
 
 from fd_fusion.kernels.all_reduce.packing import unpack
 from fd_fusion.kernels.all_reduce.scales import divisors_and_scales, factors_and_scales, quotient_of
@@ -29,6 +28,12 @@ class Quantising(NamedTuple):
     static_factor: tl.tensor
     OUTPUT: tl.constexpr  # "norm", "codes" or "both"
     FORMULA: tl.constexpr  # of `reference.quantise`
+    LARGEST: tl.constexpr
+    GATHER: tl.constexpr
+    STORE_SCALE: tl.constexpr
+    OPERANDS_OF_WORDS: tl.constexpr
+    OPERANDS_OF_SCALES: tl.constexpr
+    PACK: tl.constexpr
 
 
 @triton.jit
@@ -106,69 +111,19 @@ def _to_codes(a, b, INTERPRETED: tl.constexpr):
     return codes
 
 
-def _spread_ptx(units):
-    text = "{.reg .u32 lane; .reg .pred p; .reg .b32 v; mov.u32 lane, %laneid; and.b32 lane, lane, MOST;".replace(
-        "MOST", str(units - 1)
-    )
-    text += f"mov.b32 v, ${units};"
-    for unit in range(1, units):
-        text += f"setp.eq.u32 p, lane, {unit}; selp.b32 v, ${units + unit}, v, p;"
-    return text + "".join(f"mov.b32 ${unit}, v;" for unit in range(units)) + "}"
-
-
-def _gather_ptx(units):
-    segment = (32 - units) << 8 | 0x1F
-    text = f"{{.reg .b32 v; mov.b32 v, ${units};"
-    return text + "".join(f"shfl.sync.idx.b32 ${u}, v, {u}, {segment}, 0xffffffff;" for u in range(units)) + "}"
-
-
-def _store_ptx(units):
-    row, scale, group, stride, mask = (f"${units * number}" for number in range(1, 6))
-    text = f"{{.reg .pred stored; .reg .u64 place; mad.wide.s32 place, {group}, {stride}, {row};"
-    text += f"setp.ne.s32 stored, {mask}, 0; @stored st.global.f32 [place], {scale};"
-    return text + "".join(f"mov.b32 ${unit}, 0;" for unit in range(units)) + "}"
-
-
-def _constraints(units, outputs, *kinds):
-    return tl.constexpr(",".join([outputs] * units + [kind for kind in kinds for _ in range(units)]))
-
-
-SPREAD_2, SPREAD_4, SPREAD_8 = (tl.constexpr(_spread_ptx(units)) for units in (2, 4, 8))
-GATHER_2, GATHER_4, GATHER_8 = (tl.constexpr(_gather_ptx(units)) for units in (2, 4, 8))
-STORE_1, STORE_2, STORE_4, STORE_8 = (tl.constexpr(_store_ptx(units)) for units in (1, 2, 4, 8))
-FLOATS_2, FLOATS_4, FLOATS_8 = (_constraints(units, "=f", "f") for units in (2, 4, 8))
-INTS_2, INTS_4, INTS_8 = (_constraints(units, "=r", "r") for units in (2, 4, 8))
-STORED_1, STORED_2, STORED_4, STORED_8 = (_constraints(u, "=r", "l", "f", "r", "r", "r") for u in (1, 2, 4, 8))
+# Store $2 at $1 + $3 * $4 if $5. Computed outside, the address would be kept in registers while words are awaited.
+STORE_SCALE = tl.constexpr("""{
+.reg .pred stored;
+.reg .u64 place;
+mad.wide.s32 place, $3, $4, $1;
+setp.ne.s32 stored, $5, 0;
+@stored st.global.f32 [place], $2;
+mov.b32 $0, 0;
+}""")
 
 
 @triton.jit
-def _spread(x, UNITS: tl.constexpr):
-    """Of what a thread has of its UNITS groups: that of one, by its lane, in the place of all."""
-    TEXT: tl.constexpr = SPREAD_2 if UNITS == 2 else SPREAD_4 if UNITS == 4 else SPREAD_8
-    if UNITS > 1:
-        if x.dtype == tl.float32:
-            x = tl.inline_asm_elementwise(
-                TEXT, FLOATS_2 if UNITS == 2 else FLOATS_4 if UNITS == 4 else FLOATS_8, [x], tl.float32, True, UNITS
-            )
-        else:
-            x = tl.inline_asm_elementwise(
-                TEXT, INTS_2 if UNITS == 2 else INTS_4 if UNITS == 4 else INTS_8, [x], tl.int32, True, UNITS
-            )
-    return x
-
-
-@triton.jit
-def _gather(x, UNITS: tl.constexpr):
-    """The other way round."""
-    if UNITS > 1:
-        TEXT: tl.constexpr = GATHER_2 if UNITS == 2 else GATHER_4 if UNITS == 4 else GATHER_8
-        FLOATS: tl.constexpr = FLOATS_2 if UNITS == 2 else FLOATS_4 if UNITS == 4 else FLOATS_8
-        x = tl.inline_asm_elementwise(TEXT, FLOATS, [x], tl.float32, True, UNITS)
-    return x
-
-
-@triton.jit
-def _store_scales(scales, row_number, first_group, mask, quantising, INTERPRETED: tl.constexpr, UNITS: tl.constexpr):
+def _store_scales(scales, row_number, first_group, mask, quantising, INTERPRETED: tl.constexpr):
     """Store a scale for each group. On a GPU by PTX: tl.store would move the scales to other threads first."""
     groups = first_group + tl.arange(0, scales.shape[0])
     row = quantising.scales + row_number.to(tl.int64) * quantising.row_stride * 4
@@ -176,13 +131,8 @@ def _store_scales(scales, row_number, first_group, mask, quantising, INTERPRETED
         places = groups.to(tl.int64) * quantising.group_stride
         tl.store(row.to(tl.pointer_type(tl.float32)) + places, scales, mask=mask)
     else:
-        mask = _spread(mask.to(tl.int32), UNITS)
-        operands = [row, scales, _spread(groups, UNITS), quantising.group_stride * 4, mask]
-        TEXT: tl.constexpr = STORE_1 if UNITS == 1 else STORE_2 if UNITS == 2 else STORE_4 if UNITS == 4 else STORE_8
-        KINDS: tl.constexpr = (
-            STORED_1 if UNITS == 1 else STORED_2 if UNITS == 2 else STORED_4 if UNITS == 4 else STORED_8
-        )
-        tl.inline_asm_elementwise(TEXT, KINDS, operands, tl.int32, False, UNITS)
+        operands = [row, scales, groups, quantising.group_stride * 4, mask.to(tl.int32)]
+        tl.inline_asm_elementwise(STORE_SCALE, "=r,l,f,r,r,r", operands, tl.int32, False, 1)
 
 
 @triton.jit
@@ -190,25 +140,24 @@ def store_quantised(norm, row, slice_index, quantising, shape, INTERPRETED: tl.c
     """Store the codes and the scales of this program's slice of a row. `norm`: its words."""
     DTYPE: tl.constexpr = shape.DTYPE
     FORMULA: tl.constexpr = quantising.FORMULA
-    UNITS: tl.constexpr = 1 if INTERPRETED else norm.shape[0] // (128 * num_warps())
     a, b = unpack(norm, DTYPE)
     if FORMULA == "static":
         a, b = a * quantising.static_factor, b * quantising.static_factor
     else:
-        largest = _spread(_largest(norm, DTYPE, INTERPRETED), UNITS)
+        largest = _largest(norm, DTYPE, INTERPRETED)
         if FORMULA == "divide" or FORMULA == "divide_7":
             divisors, scales = divisors_and_scales(largest, FORMULA == "divide_7", DTYPE, INTERPRETED)
-            divisor = _by_word(_gather(divisors, UNITS))
+            divisor = _by_word(divisors)
             a, b = quotient_of(a, divisor, DTYPE, INTERPRETED), quotient_of(b, divisor, DTYPE, INTERPRETED)
         else:
             factors, scales = factors_and_scales(largest, FORMULA == "multiply_pow2", INTERPRETED)
-            factor = _by_word(_gather(factors, UNITS))
+            factor = _by_word(factors)
             a, b = a * factor, b * factor
         groups = tl.arange(0, largest.shape[0])
         words_here = shape.WORDS if shape.C == 1 else tl.minimum(shape.SLICE, shape.WORDS - slice_index * shape.SLICE)
         mask = groups * GROUP_WORDS < words_here
         first_group = slice_index * (shape.SLICE // GROUP_WORDS)
-        _store_scales(scales, row.number, first_group, mask, quantising, INTERPRETED, UNITS)
+        _store_scales(scales, row.number, first_group, mask, quantising, INTERPRETED)
     tl.store(codes_of(row, slice_index, quantising, shape), _to_codes(a, b, INTERPRETED), mask=row.mask)
 
 
