@@ -12,9 +12,7 @@ from fd_fusion.kernels.all_reduce.quantising import Quantising, store_quantised
 @triton.jit
 def quantise_rows(x, codes, scales, row_stride, group_stride, WORDS: tl.constexpr, SLICE: tl.constexpr,
                   BLOCK: tl.constexpr, C: tl.constexpr, PDL: tl.constexpr, INTERPRETED: tl.constexpr,
-                  FORMULA: tl.constexpr, DTYPE: tl.constexpr, LARGEST: tl.constexpr, GATHER: tl.constexpr,
-                  STORE_SCALE: tl.constexpr, OPERANDS_OF_WORDS: tl.constexpr, OPERANDS_OF_SCALES: tl.constexpr,
-                  PACK: tl.constexpr):  # fmt: skip
+                  FORMULA: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
     """Quantise rows of halves; C programs share a row."""
     if PDL:
         gdc_wait()
@@ -24,6 +22,5 @@ def quantise_rows(x, codes, scales, row_stride, group_stride, WORDS: tl.constexp
     words = tl.load(pointer(x, tl.uint32) + number.to(tl.int64) * WORDS + c * SLICE + offsets, mask=mask, other=0)
     store_quantised(
         words, Row(number, words, offsets, mask, 0, 0), c,
-        Quantising(codes, scales, row_stride, group_stride, 1.0, "codes", FORMULA,
-                   LARGEST, GATHER, STORE_SCALE, OPERANDS_OF_WORDS, OPERANDS_OF_SCALES, PACK),
+        Quantising(codes, scales, row_stride, group_stride, 1.0, "codes", FORMULA),
         Shape(2, WORDS, SLICE, BLOCK, C, 0, DTYPE, DTYPE, True, False, 1), INTERPRETED)  # fmt: skip

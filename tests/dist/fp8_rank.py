@@ -1,16 +1,12 @@
 """Rank script: FP8 out of the fused kernel, on torch tensors: its bits against the contract, then its speed.
 
 The rival is the same op without FP8 and a quantiser of its own behind it, in the best of several shapes; it uses the
-same code for a row and starts, like the op, while the kernel in front ends. Forms of `quantising.py` that FORMS names
-are timed beside the one of the package. Started by tests/gpu/bench_fp8.py, which has the method of the figures from
+same code for a row and starts, like the op, while the kernel in front ends. Started by tests/gpu/bench_fp8.py, which has the method of the figures from
 bench_rank.py.
 """
 
 import argparse
-import contextlib
 import dataclasses
-import importlib
-import importlib.util
 import itertools
 import json
 import os
@@ -31,40 +27,30 @@ from fd_fusion.comm.group import Group
 from fd_fusion.comm.vote import Vote, agree
 from fd_fusion.frameworks import triton_launch
 from fd_fusion.frameworks.tensors import bytes_of, numbers
-from fd_fusion.kernels.all_reduce import quantise_ptx
-from fd_fusion.reasons import FusionError
 from fd_fusion.spec import Fp8, OpSpec
+from tests.dist.fp8_quantiser import quantise_rows
 from tests.support.ranks import this_group, this_rank
 
 EPS = bench.EPS
 BOTH, ALONE = Fp8(), Fp8(keeps_norm=False, by_column=True)
 EVERY = (*(Fp8(formula, static_scale=0.02) for formula in reference.FP8_FORMULAS), ALONE)
-FORMS = {"now": None, "before": "fp8_before.py", "plain": "fp8_plain.py"}  # in tests/gpu
 SHAPES = {"128 words": (128, 1), "512 words": (512, 4), "1024 words": (1024, 4), "a row": (None, 4), "a row, 8": (None, 8)}
 
 
 class Quantiser:
     """The quantiser in one shape, with outputs as those of the op."""
 
-    def __init__(self, hidden, words, warps, device, file=None, formula="multiply", dtype="bfloat16"):
+    def __init__(self, hidden, words, warps, device, formula="multiply", dtype="bfloat16"):
         total = hidden // 2
         words = min(words or total, total)
         pdl = device == "gpu" and triton_launch.uses_pdl()
         self._parts, block = -(-total // words), max(128 * warps, 1 << (words - 1).bit_length())
         constants = {"WORDS": total, "SLICE": words, "BLOCK": block, "C": self._parts, "PDL": pdl}
         constants |= {"INTERPRETED": device == "cpu", "FORMULA": formula, "DTYPE": dtype}
-        units = block // (128 * warps)
-        constants |= {**quantise_ptx.quantising(units, dtype, device == "cpu"), "PACK": 4 * units}
         constants |= {"num_warps": warps, "enable_fp_fusion": False}
         constants |= {"launch_pdl": True} if pdl else {}
         address = 1 << 40
-        with form_of_kernel(file):
-            path = os.path.join(bench.ROOT, "tests/dist/fp8_quantiser.py")
-            spec = importlib.util.spec_from_file_location("fp8_quantiser", path)
-            module = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
-        kernel = module.quantise_rows
-        self._launch = triton_launch.prepare(kernel, (*(address,) * 3, 2, 2), constants, device).launch
+        self._launch = triton_launch.prepare(quantise_rows, (*(address,) * 3, 2, 2), constants, device).launch
 
     def __call__(self, norm, fp8):
         from fd_fusion.backends.triton_fp8 import Outputs
@@ -73,28 +59,6 @@ class Quantiser:
         codes, scales, row_stride, group_stride, _ = made.arguments(0)
         self._launch(norm.shape[0] * self._parts, norm.data_ptr(), codes, scales, row_stride, group_stride)
         return made
-
-
-@contextlib.contextmanager
-def form_of_kernel(file):
-    """Put another file in the place of `quantising.py` for the kernels that are loaded inside this block."""
-    if file is None:
-        yield
-        return
-    package = importlib.import_module("fd_fusion.kernels.all_reduce")
-    names = [f"{package.__name__}.{name}" for name in ("quantising", "kernel", "kernel_fp8")]
-    own = {name: importlib.import_module(name) for name in names}
-    for name in names:
-        del sys.modules[name]
-    spec = importlib.util.spec_from_file_location(names[0], os.path.join(bench.ROOT, "tests/gpu", file))
-    sys.modules[names[0]] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sys.modules[names[0]])
-    try:
-        yield
-    finally:
-        sys.modules.update(own)
-        for name, module in own.items():
-            setattr(package, name.rpartition(".")[2], module)
 
 
 def opened(options, size, rank):
@@ -148,8 +112,7 @@ def check_bits(group, op, form, rows, hidden, special):
 
 
 def every_half(dtype, formula, count, device):
-    """Quantise groups with each half in turn as the largest. Yields each form that differs from the contract: its name,
-    and in how many codes and scales."""
+    """Quantise groups with each half in turn as the largest. Returns how many codes and scales are not the contract's."""
     bits = torch.linspace(0, 0x7FFF, count, dtype=torch.float64).round().to(torch.int32).view(-1, 1)
     others = torch.randint(0, 1 << 16, (count, 128), generator=torch.Generator().manual_seed(1))
     signs = others & 0x8000
@@ -159,21 +122,17 @@ def every_half(dtype, formula, count, device):
     words[:, 5], words[::3, 9], words[::5, 11] = bits[:, 0], 0x7FFF, 0x8000
     x = words.to(torch.int32).to(torch.int16).view(getattr(torch, dtype)).view(-1, 1024)
     want = reference.quantise(numbers(x), formula)
-    x = x.to("cpu" if device == "cpu" else "cuda")
-    for name, file in FORMS.items():
-        made = Quantiser(1024, 512, 1, device, file, formula, dtype)(x, BOTH)
-        wrong = int((bytes_of(made.codes) != want[0]).sum())
-        wrong_scales = int((numbers(made.scales).view(np.uint32) != want[1].view(np.uint32)).sum())
-        if wrong or wrong_scales:
-            yield name, wrong, wrong_scales
+    made = Quantiser(1024, 512, 1, device, formula, dtype)(x.to("cpu" if device == "cpu" else "cuda"), BOTH)
+    wrong_scales = numbers(made.scales).view(np.uint32) != want[1].view(np.uint32)
+    return int((bytes_of(made.codes) != want[0]).sum()), int(wrong_scales.sum())
 
 
 def values_of_halves(device):
-    """Each form, every formula with groups, both halves. Returns how many cases there are, and those that were wrong."""
+    """Every formula with groups, both halves. Returns how many cases there are, and those that were wrong."""
     kinds = list(itertools.product(("bfloat16", "float16"), reference.FP8_FORMULAS[:-1]))
     count = 64 if device == "cpu" else 0x8000
-    wrong = [["every half", *kind, *one] for kind in kinds for one in every_half(*kind, count, device)]
-    return len(kinds) * len(FORMS), wrong
+    found = {kind: every_half(*kind, count, device) for kind in kinds}
+    return len(kinds), [["every half", *kind, *wrong] for kind, wrong in found.items() if any(wrong)]
 
 
 def values(group, specs, options):
@@ -200,10 +159,8 @@ def hash_of(data):
     return hashlib.sha256(data).hexdigest()
 
 
-def contenders(ops, quantisers, x, residual, weight):
-    """The op alone, with FP8 beside and in the place of its norm, in each form, and with each quantiser behind it."""
-    op = ops["now"]
-
+def contenders(op, unquantised, quantisers, x, residual, weight):
+    """The op alone, with FP8 beside and in the place of its norm, and with each quantiser behind it."""
     def plain(op):
         return lambda: op.finish(x, residual, weight, EPS, 0.0)
 
@@ -218,9 +175,7 @@ def contenders(ops, quantisers, x, residual, weight):
         return call
 
     found = {"bf16": plain(op), "bf16 + FP8": with_fp8(op, BOTH), "FP8": with_fp8(op, ALONE)}
-    found["bf16, plain workspace"] = plain(ops["plain"])
-    for name in list(FORMS)[1:]:
-        found |= {f"bf16 + FP8, {name}": with_fp8(ops[name], BOTH)} if name in ops else {}
+    found["bf16, plain workspace"] = plain(unquantised)
     return found | {f"bf16, quantiser ({name})": behind(one) for name, one in quantisers.items()}
 
 
@@ -240,19 +195,10 @@ def speed(group, specs, options, began):
     results = []
     for hidden in options.hidden:
         spec = specs[f"H={hidden}"]
-        ops = {"plain": backend.open(specs[f"plain, H={hidden}"], group)}
-        for name, file in FORMS.items():
-            try:
-                with form_of_kernel(file):
-                    ops[name] = backend.open(spec, group)
-            except FusionError as error:  # on all ranks
-                print(f"WRONG form {name}, H={hidden}: {error}", flush=True)
-        for op in ops.values():
-            op.freeze()
-        op = ops["now"]
+        op, plain = backend.open(spec, group), backend.open(specs[f"plain, H={hidden}"], group)
+        op.freeze()
+        plain.freeze()
         quantisers = {name: Quantiser(hidden, *shape, spec.device) for name, shape in SHAPES.items()}
-        for name in ("512 words", "a row"):
-            quantisers[f"{name}, plain"] = Quantiser(hidden, *SHAPES[name], spec.device, FORMS["plain"])
         for rows in options.rows:
             spent = agree(group, "time", Vote(data=time.monotonic() - began), timeout_s=60).data
             if max(spent) > options.seconds:
@@ -266,15 +212,15 @@ def speed(group, specs, options, began):
                 same = torch.equal(made.codes.view(torch.uint8), want[1].view(torch.uint8))
                 assert same and torch.equal(made.scales, want[2]), (name, hidden, rows)
             calls = 2 if REHEARSED else 20 if rows <= 128 else 6
-            mine = measure(contenders(ops, quantisers, x, residual, weight), options, calls, rows)
+            mine = measure(contenders(op, plain, quantisers, x, residual, weight), options, calls, rows)
             everybody = agree(group, "times", Vote(data=mine), timeout_s=60).data
             slowest = {n: [max(one[n][i] for one in everybody) for i in range(options.rounds)] for n in mine}
             for name, all_of in slowest.items():
                 cell = {"N": group.size, "H": hidden, "T": rows, "name": name, "programs": op.programs}
                 results.append(cell | {"us": round(statistics.median(all_of), 3), "min_us": round(min(all_of), 3)})
-        for op in ops.values():
-            op.check()
-            op.close()
+        for one in (op, plain):
+            one.check()
+            one.close()
         if group.rank == 0:
             print("RESULT", json.dumps(results), flush=True)
             print(f"H={hidden} done at {time.monotonic() - began:.0f} s", flush=True)
@@ -289,7 +235,6 @@ def main():
     parser.add_argument("--seconds", type=float, default=80)
     parser.add_argument("--workspace_mb", type=int, default=40)
     parser.add_argument("--compile", type=int, help="compile the spec of this number for two ranks, and run nothing")
-    parser.add_argument("--form", default="now", help="of what is compiled")
     options = parser.parse_args()
     began = time.monotonic()
     if not REHEARSED:
@@ -297,14 +242,13 @@ def main():
         torch.zeros(1, device="cuda")
     if options.compile is not None:
         spec = list(opened(options, 2, 0).values())[options.compile]
-        with form_of_kernel(FORMS[options.form]):
-            backend.TritonOp(spec, Group("compile", 0, 2, (0, 1), None))
+        backend.TritonOp(spec, Group("compile", 0, 2, (0, 1), None))
         if spec.fp8 == (BOTH, ALONE) and spec.two_shot_rows is None:
             for shape in SHAPES.values():
-                Quantiser(spec.hidden_size, *shape, spec.device, FORMS[options.form])
+                Quantiser(spec.hidden_size, *shape, spec.device)
         if options.compile == 0:
             for dtype, formula in itertools.product(("bfloat16", "float16"), reference.FP8_FORMULAS[:-1]):
-                Quantiser(1024, 512, 1, spec.device, FORMS[options.form], formula, dtype)
+                Quantiser(1024, 512, 1, spec.device, formula, dtype)
         return
     group = this_group()
     specs = opened(options, group.size, group.rank)

@@ -11,7 +11,6 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from fd_fusion.kernels.all_reduce import quantise_ptx as ptx
 from fd_fusion.kernels.all_reduce.poll_ptx import poll
 from fd_fusion.reference import DTYPE_BYTES, FP8_GROUP
 
@@ -235,15 +234,10 @@ def constants(
         "PDL": pdl,
         "INTERPRETED": plan.interpreted,
         **({"launch_pdl": True} if pdl else {}),
-        **(_of_fp8(plan, *fp8) if fp8 else {}),
+        **(dict(zip(("OUTPUT", "FORMULA"), fp8)) if fp8 else {}),
         "num_warps": plan.num_warps,
         "num_stages": 1,
         # At least two programs fit on a multiprocessor.
         "maxnreg": min(registers, 32768 // (32 * plan.num_warps)),
         "enable_fp_fusion": False,
     }
-
-
-def _of_fp8(plan: Plan, output: str, formula: str) -> dict[str, Any]:
-    found = {"OUTPUT": output, "FORMULA": formula}
-    return found | ptx.quantising(plan.units, plan.dtype, plan.interpreted)
