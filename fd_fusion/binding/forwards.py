@@ -100,11 +100,12 @@ class Forwards:
     def compare_staying(self, staying: StayingProof) -> Reason | None:
         """Return why a residual that stays with its owners would be read elsewhere, or None."""
         try:
-            reason = staying.own_refusal()
-            if reason is None and first_difference(self._outputs[STAYING], self._outputs[STOCK]) is not None:
+            if (reason := staying.own_refusal()) is not None:
+                return reason if reason.code == "residual_read" else because("residual_read", why=str(reason))
+            if first_difference(self._outputs[STAYING], self._outputs[STOCK]) is not None:
                 part = self._traces[STOCK].parts_at(self._traces[STAYING])
                 return because("residual_read", why="the model's output" if part is None else f"what feeds {part}")
-            return reason and because("residual_read", why=str(reason))
+            return None
         except Exception as error:
             return _not_compared(error)
 

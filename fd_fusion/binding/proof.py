@@ -40,6 +40,7 @@ class Proof:
         self.handed_over: dict[str, str] = {}  # hashes of what was handed over
         self.alike: set[str] = set()  # sites at which every rank handed over the same words
         self.words: dict[str, dict[str, Any]] = {}
+        self.nans: dict[str, int] = {}  # NaN in what each norm gave
         self.links: dict[str, Site] = {}  # by a Site whose residual may stay with its owners: the Site that reads it
         self.failure: Reason | None = None
         self._left: tuple[Site, Any] | None = None  # the last Site, and the residual that it gave
@@ -78,6 +79,7 @@ class Proof:
             if tried:
                 self._try(site, *few)
         self._left = site, stock[1]
+        self.nans[site.name] = _count_nans(stock[0])
         return stock
 
     def _total(self, site: Site, partial: Any) -> Any:
@@ -156,13 +158,13 @@ class Proof:
 
 
 class StayingProof(Proof):
-    """The record of one more forward: nothing is fused, and the residual of each linked Site holds NaN in the rows
-    that this rank does not own. The Site that reads it goes on from the whole one; whoever else reads a row of it has
-    NaN on all ranks but one."""
+    """The record of one more forward: nothing is fused, and the residual of each linked Site holds NaN. The Site that
+    reads it goes on from the whole one; whoever else reads it has NaN, on every rank and in whichever row: also in
+    the rows that this rank owns, which with another T another rank may own, and so that no rank goes its own way."""
 
     def __init__(self, proof: Proof):
         super().__init__([(site, *proof._of[site.name]) for site in proof.sites])
-        self.links = proof.links
+        self.links, self._nans_before = proof.links, proof.nans
         self._whole: Any = None
 
     def prove(self, site: Site, partial: Any, residual: Any) -> Any:
@@ -170,15 +172,16 @@ class StayingProof(Proof):
         if self._left is not None and residual is self._left[1]:
             residual = self._whole
         norm_out, self._whole = site.stock.norm(self._total(site, partial), residual)
+        if _count_nans(norm_out) > self._nans_before[site.name]:
+            self.miss(because("residual_read", why=f"what feeds {site.name}"))
         if site.name not in self.links:
             return norm_out, self._whole
-        contract, _, rank = self._of[site.name]
-        flat = self._whole.reshape([-1, self._whole.shape[-1]]).astype("float32")  # `where` takes no half on a CPU
-        owned = (paddle.arange(flat.shape[0]) % contract.size == rank).unsqueeze(-1)
-        left = paddle.where(owned, flat, paddle.full_like(flat, float("nan")))
-        left = left.astype(self._whole.dtype).reshape(self._whole.shape)
-        self._left = site, left
-        return norm_out, left
+        self._left = site, paddle.full_like(self._whole, float("nan"))
+        return norm_out, self._left[1]
+
+
+def _count_nans(tensor: Any) -> int:
+    return int(paddle.isnan(tensor).sum())
 
 
 def vacuous(words: Sequence[Mapping[str, Any]]) -> Reason | None:

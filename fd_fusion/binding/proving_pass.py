@@ -71,7 +71,8 @@ def _prove_staying(state: Bound, forwards: Forwards, proof: Proof) -> dict[str, 
     Returns: by name, the Sites whose residual stays, each with the Site that reads it: on all ranks, or none.
     """
     staying = StayingProof(proof)
-    ballot = _ballot(forwards, forwards.prove(state.qk_norms, staying))
+    raised = forwards.prove(state.qk_norms, staying)
+    ballot = _ballot(forwards, raised and because("residual_read", why=str(raised)))
     ballot.links = list(proof.links)
     if ballot.refusal is None:
         ballot.refusal = forwards.compare_staying(staying)
