@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -73,7 +74,7 @@ class Forwards:
                 undo.callback(site.end_proof, False)
             for norm in qk_norms:
                 undo.callback(norm.attach(_in_place(norm.stock)))
-            undo.enter_context(self._recording_hooks())
+            undo.enter_context(self._recording_hooks(staying))
             return self.run(STAYING if staying else PROVING)
 
     def compare(self) -> tuple[Reason | None, Reason | None, bool]:
@@ -100,6 +101,7 @@ class Forwards:
     def compare_staying(self, staying: StayingProof) -> Reason | None:
         """Return why a residual that stays with its owners would be read elsewhere, or None."""
         try:
+            staying.miss_kept()
             if (reason := staying.own_refusal()) is not None:
                 return reason if reason.code == "residual_read" else because("residual_read", why=str(reason))
             if first_difference(self._outputs[STAYING], self._outputs[STOCK]) is not None:
@@ -135,18 +137,28 @@ class Forwards:
         return outputs_differ(output, stock.parts_at(self._traces[PROVING]))
 
     @contextlib.contextmanager
-    def _recording_hooks(self) -> Iterator[None]:
-        """Record the hooks of layers that return the producer's very output: they would get a partial sum."""
+    def _recording_hooks(self, staying: StayingProof | None) -> Iterator[None]:
+        """Record the hooks that get what they must not read, though no output shows it: a producer's very output,
+        which is a partial sum, or a residual that is to stay."""
 
-        def record(path: str, outputs: Any) -> None:
-            first = outputs[0] if isinstance(outputs, list | tuple) and outputs else outputs
-            if any(site.holds(first) for _, site in self._pairs):
+        def record(path: str, values: Sequence[Any]) -> None:
+            if staying is not None:
+                staying.miss_hook(path, values)
+            elif any(site.holds(first) for first in values[:1] for _, site in self._pairs):
                 self._proof.miss(because("hooked", layer=path))
 
+        def after(_: Any, inputs: Any, outputs: Any, path: str) -> None:
+            record(path, [*(outputs if isinstance(outputs, list | tuple) else [outputs]), *inputs])
+
         hooks = [
-            layer.register_forward_post_hook(lambda _, inputs, outputs, path=path: record(path, outputs))
+            layer.register_forward_post_hook(functools.partial(after, path=path))
             for path, layer in self._layers.items()
             if getattr(layer, "_forward_post_hooks", None)
+        ]
+        hooks += [
+            layer.register_forward_pre_hook(lambda _, inputs, path=path: record(path, inputs))
+            for path, layer in self._layers.items()
+            if staying is not None and getattr(layer, "_forward_pre_hooks", None)
         ]
         try:
             yield

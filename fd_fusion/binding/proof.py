@@ -8,6 +8,8 @@ is judged on some rows of the real sums and on numbers with a known answer (`evi
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -166,6 +168,7 @@ class StayingProof(Proof):
         super().__init__([(site, *proof._of[site.name]) for site in proof.sites])
         self.links, self._nans_before = proof.links, proof.nans
         self._whole: Any = None
+        self._given: list[weakref.ref] = []  # all residuals of NaN
 
     def prove(self, site: Site, partial: Any, residual: Any) -> Any:
         self.finished[site.name] += 1
@@ -177,7 +180,20 @@ class StayingProof(Proof):
         if site.name not in self.links:
             return norm_out, self._whole
         self._left = site, paddle.full_like(self._whole, float("nan"))
+        self._given.append(weakref.ref(self._left[1]))
         return norm_out, self._left[1]
+
+    def miss_hook(self, path: str, tensors: Sequence[Any]) -> None:
+        """Record that a hook of the layer at `path` got these."""
+        if any(ref() is tensor for ref in self._given for tensor in tensors if tensor is not None):
+            self.miss(because("residual_read", why=f"a hook of {path}"))
+
+    def miss_kept(self) -> None:
+        """Record, after the forward, that the model or a hook of it keeps a residual."""
+        self._left = None
+        gc.collect()
+        if any(ref() is not None for ref in self._given):
+            self.miss(because("residual_read", why="the model keeps one after its forward"))
 
 
 def _count_nans(tensor: Any) -> int:

@@ -1,10 +1,13 @@
 """The forward that proves that a residual may stay with the owners of its rows: one rank of two, on plain Sites."""
 
+from types import SimpleNamespace
+
 import paddle
 import pytest
 from support.sites import make_site
 
 from fd_fusion.binding.evidence import Contract
+from fd_fusion.binding.forwards import STOCK, Forwards
 from fd_fusion.binding.proof import Proof, StayingProof
 
 
@@ -80,3 +83,64 @@ def test_a_read_that_the_outputs_hide_is_seen_at_the_next_norm(nan_before):
         staying = StayingProof(proof)
         run(staying, sites, x, reads=reads)
         assert (str(staying.failure).rpartition(": ")[2] == "what feeds b") if failed else staying.failure is None
+
+
+@pytest.mark.parametrize("kept, why", [("a cycle", None), ("the residual", "the model keeps one after its forward")])
+def test_a_residual_that_is_kept_is_read_later(kept, why):
+    sites, x = sites_of(), paddle.ones([2, 8])
+    proof = Proof(subjects(sites, "float32"))
+    run(proof, sites, x)
+    staying = StayingProof(proof)
+    held = run(staying, sites, x)
+    held.append(held)
+    model = held[0] if kept == "the residual" else None
+    del held
+    staying.miss_kept()
+    assert (staying.failure and str(staying.failure).rpartition(": ")[2]) == why and (model is None) == (why is None)
+
+
+class Norms(paddle.nn.Layer):
+    """Each layer's forward finishes by one of the Sites."""
+
+    def __init__(self, sites):
+        super().__init__()
+        self.norms = paddle.nn.LayerList([Norm(site) for site in sites])
+
+    def forward(self, x):
+        residual = x
+        for norm in self.norms:
+            residual = norm(x.clone(), residual)[1]
+        return residual
+
+
+class Norm(paddle.nn.Layer):
+    def __init__(self, site):
+        super().__init__()
+        self.site = site
+
+    def forward(self, x, residual):
+        self.site.hand_over(x)
+        return self.site.finish(x, residual)
+
+
+SEEN = "a hook of norms.1"
+
+
+@pytest.mark.parametrize("at, why", [("post 1", SEEN), ("pre 1", SEEN), ("pre 0", None)])
+def test_a_hook_that_gets_a_residual_reads_it(at, why):
+    """What a hook computes reaches no output."""
+    sites, x, seen = sites_of(), paddle.ones([2, 8]), []
+    model = Norms(sites)
+    kind, number = at.split()
+    register = getattr(model.norms[int(number)], f"register_forward_{kind}_hook")
+    register(lambda _, inputs, out=None: seen.append(float((inputs if out is None else out)[1].mean())))
+    stock = SimpleNamespace(attach=lambda site: lambda: None)
+    pairs = [(SimpleNamespace(name=site.name, reader=None, stock=stock), site) for site in sites]
+    proof = Proof(subjects(sites, "float32"))
+    forwards = Forwards(pairs, proof, lambda: model(x), dict(model.named_sublayers(include_self=True)))
+    assert forwards.run(STOCK) is None
+    assert forwards.prove([]) is None and forwards.compare() == (None, None, False) and forwards.can_link
+    staying = StayingProof(proof)
+    assert forwards.prove([], staying) is None
+    reason = forwards.compare_staying(staying)
+    assert (reason and str(reason).rpartition(": ")[2]) == why and len(seen) == 3

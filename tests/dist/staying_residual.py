@@ -134,6 +134,25 @@ def no_nan_allowed():
     return each(lambda model: reading(model, use))
 
 
+def watched():
+    """A hook copies the residual that a norm gives; a layer keeps the residual, or is hooked where it gets it."""
+
+    def hooked(kind):
+        def change(model):
+            layer = model.layers[1]
+            if kind == "norm":
+                layer.input_layernorm.register_forward_post_hook(lambda _, inputs, out: seen.append(out[1].mean()))
+            elif kind == "layer":
+                layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[1].mean()))
+            else:
+                reading(model, lambda residual: setattr(model, "aux", residual) or 0)
+
+        seen = []
+        return each(change)
+
+    return {kind: hooked(kind) for kind in ("norm", "layer", "kept")}
+
+
 def last_residual():
     """What the last norm leaves is an output: it was never linked."""
 
@@ -239,7 +258,7 @@ def through_faults():
 
 
 found = {}
-for scenario in (healthy, aux_hidden_states, read_inside, read_in_a_hidden_row, read_by_one_rank, no_nan_allowed, last_residual, copied,
+for scenario in (healthy, aux_hidden_states, read_inside, read_in_a_hidden_row, read_by_one_rank, no_nan_allowed, watched, last_residual, copied,
                  stock_norm_between, read_at_other_T, another_norm, through_faults):  # fmt: skip
     if not sys.argv[1:] or scenario.__name__ in sys.argv[1:]:
         found[scenario.__name__] = scenario()
