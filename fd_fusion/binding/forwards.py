@@ -42,6 +42,7 @@ class Forwards:
         self._outputs: dict[str, list[Any]] = {}
         self._compared = True
         self._traces: dict[str, Trace] = {}
+        self._spoilt: set[str] = set()  # buffers that held NaN before the staying forward
         self.which = ""  # the last one that ran
         self.raised: Exception | None = None  # what it raised
         self.reason: Reason | None = None  # the same as a reason
@@ -67,6 +68,7 @@ class Forwards:
 
     def prove(self, qk_norms: Sequence[QKNorm], staying: StayingProof | None = None) -> Reason | None:
         """Run the proving forward, with the Sites attached, or the one that proves that a residual may stay."""
+        self._spoilt = set() if staying is None else self._buffers_of_nan()
         with contextlib.ExitStack() as undo:
             for pair, site in self._pairs:
                 undo.callback(pair.stock.attach(site))
@@ -107,9 +109,19 @@ class Forwards:
             if first_difference(self._outputs[STAYING], self._outputs[STOCK]) is not None:
                 part = self._traces[STOCK].parts_at(self._traces[STAYING])
                 return because("residual_read", why="the model's output" if part is None else f"what feeds {part}")
-            return None
+            written = sorted(self._buffers_of_nan() - self._spoilt)
+            return because("residual_read", why=f"the model's buffer {written[0]}") if written else None
         except Exception as error:
             return _not_compared(error)
+
+    def _buffers_of_nan(self) -> set[str]:
+        """Return the paths of the layers' buffers that hold NaN; their sums, since a buffer may be a large cache."""
+        return {
+            f"{path}.{name}".lstrip(".")
+            for path, layer in self._layers.items()
+            for name, buffer in layer._buffers.items()
+            if buffer is not None and buffer.is_floating_point() and bool(paddle.isnan(buffer.sum()))
+        }
 
     def _nothing_computed(self) -> bool:
         """Return whether the forward had no rows, as that of an idle data-parallel rank: it shows nothing."""
