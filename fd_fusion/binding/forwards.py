@@ -20,8 +20,9 @@ from fd_fusion.binding.outputs import (
     within_spread,
 )
 from fd_fusion.binding.pairs import Pair
-from fd_fusion.binding.proof import Proof, StayingProof
+from fd_fusion.binding.proof import Proof
 from fd_fusion.binding.qk_norms import QKNorm
+from fd_fusion.binding.staying_proof import StayingProof
 from fd_fusion.reasons import FusionError, Reason, because
 from fd_fusion.site import Site
 

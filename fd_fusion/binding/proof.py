@@ -8,8 +8,6 @@ is judged on some rows of the real sums and on numbers with a known answer (`evi
 
 from __future__ import annotations
 
-import gc
-import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -81,7 +79,7 @@ class Proof:
             if tried:
                 self._try(site, *few)
         self._left = site, stock[1]
-        self.nans[site.name] = _count_nans(stock[0])
+        self.nans[site.name] = count_nans(stock[0])
         return stock
 
     def _total(self, site: Site, partial: Any) -> Any:
@@ -159,44 +157,7 @@ class Proof:
         return None
 
 
-class StayingProof(Proof):
-    """The record of one more forward: nothing is fused, and the residual of each linked Site holds NaN. The Site that
-    reads it goes on from the whole one; whoever else reads it has NaN, on every rank and in whichever row: also in
-    the rows that this rank owns, which with another T another rank may own, and so that no rank goes its own way."""
-
-    def __init__(self, proof: Proof):
-        super().__init__([(site, *proof._of[site.name]) for site in proof.sites])
-        self.links, self._nans_before = proof.links, proof.nans
-        self._whole: Any = None
-        self._given: list[weakref.ref] = []  # all residuals of NaN
-
-    def prove(self, site: Site, partial: Any, residual: Any) -> Any:
-        self.finished[site.name] += 1
-        if self._left is not None and residual is self._left[1]:
-            residual = self._whole
-        norm_out, self._whole = site.stock.norm(self._total(site, partial), residual)
-        if _count_nans(norm_out) > self._nans_before[site.name]:
-            self.miss(because("residual_read", why=f"what feeds {site.name}"))
-        if site.name not in self.links:
-            return norm_out, self._whole
-        self._left = site, paddle.full_like(self._whole, float("nan"))
-        self._given.append(weakref.ref(self._left[1]))
-        return norm_out, self._left[1]
-
-    def miss_hook(self, path: str, tensors: Sequence[Any]) -> None:
-        """Record that a hook of the layer at `path` got these."""
-        if any(ref() is tensor for ref in self._given for tensor in tensors if tensor is not None):
-            self.miss(because("residual_read", why=f"a hook of {path}"))
-
-    def miss_kept(self) -> None:
-        """Record, after the forward, that the model or a hook of it keeps a residual."""
-        self._left = None
-        gc.collect()
-        if any(ref() is not None for ref in self._given):
-            self.miss(because("residual_read", why="the model keeps one after its forward"))
-
-
-def _count_nans(tensor: Any) -> int:
+def count_nans(tensor: Any) -> int:
     return int(paddle.isnan(tensor).sum())
 
 

@@ -8,7 +8,8 @@ from support.sites import make_site
 
 from fd_fusion.binding.evidence import Contract
 from fd_fusion.binding.forwards import STOCK, Forwards
-from fd_fusion.binding.proof import Proof, StayingProof
+from fd_fusion.binding.proof import Proof
+from fd_fusion.binding.staying_proof import StayingProof
 
 
 def add(x, residual):
