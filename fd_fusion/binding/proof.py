@@ -40,7 +40,7 @@ class Proof:
         self.handed_over: dict[str, str] = {}  # hashes of what was handed over
         self.alike: set[str] = set()  # sites at which every rank handed over the same words
         self.words: dict[str, dict[str, Any]] = {}
-        self.nans: dict[str, int] = {}  # NaN in what each norm gave
+        self.nans: dict[str, int] = {}  # rows of what each norm gave that hold NaN
         self.links: dict[str, Site] = {}  # by a Site whose residual may stay with its owners: the Site that reads it
         self.failure: Reason | None = None
         self._left: tuple[Site, Any] | None = None  # the last Site, and the residual that it gave
@@ -79,7 +79,7 @@ class Proof:
             if tried:
                 self._try(site, *few)
         self._left = site, stock[1]
-        self.nans[site.name] = count_nans(stock[0])
+        self.nans[site.name] = rows_of_nan(stock[0])
         return stock
 
     def _total(self, site: Site, partial: Any) -> Any:
@@ -157,8 +157,9 @@ class Proof:
         return None
 
 
-def count_nans(tensor: Any) -> int:
-    return int(paddle.isnan(tensor).sum())
+def rows_of_nan(tensor: Any) -> int:
+    """Count the rows that hold NaN by their sums: a profile run is no place for a number of each element."""
+    return int(paddle.isnan(tensor.sum(-1)).sum())
 
 
 def vacuous(words: Sequence[Mapping[str, Any]]) -> Reason | None:

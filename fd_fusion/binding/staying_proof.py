@@ -9,7 +9,7 @@ from typing import Any
 
 import paddle
 
-from fd_fusion.binding.proof import Proof, count_nans
+from fd_fusion.binding.proof import Proof, rows_of_nan
 from fd_fusion.reasons import because
 from fd_fusion.site import Site
 
@@ -30,7 +30,7 @@ class StayingProof(Proof):
         if self._left is not None and residual is self._left[1]:
             residual = self._whole
         norm_out, self._whole = site.stock.norm(self._total(site, partial), residual)
-        if count_nans(norm_out) > self._nans_before[site.name]:
+        if rows_of_nan(norm_out) > self._nans_before[site.name]:
             self.miss(because("residual_read", why=f"what feeds {site.name}"))
         if site.name not in self.links:
             return norm_out, self._whole

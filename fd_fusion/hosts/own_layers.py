@@ -62,7 +62,7 @@ def bind(
        tensor, and that norm going on from the whole one, the outputs are still the stock forward's bits, no norm
        gives more NaN, no hook gets such a residual, none is kept, and no layer's buffer holds NaN of it. Then
        two-shot leaves these residuals with the owners of their rows; all others, and all of the model otherwise, it
-       sends back.
+       sends back. A branch that the pass did not take must not read a residual.
     The pass holds for the inputs and weights of that forward. Zero sums, no rows, no finite row, or no output tensor
     prove nothing: the model stays stock, and the 1st, 2nd, 4th, 8th ... eager forward after the pass is tried (under
     `strict` the fourth pass in vain is an error). Where the first forward raises, or a rank misses the vote before
