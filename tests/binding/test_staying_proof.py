@@ -7,7 +7,7 @@ import pytest
 from support.sites import make_site
 
 from fd_fusion.binding.evidence import Contract
-from fd_fusion.binding.forwards import STOCK, Forwards
+from fd_fusion.binding.forwards import STOCK, Forwards, on_copies
 from fd_fusion.binding.proof import Proof
 from fd_fusion.binding.staying_proof import StayingProof
 
@@ -129,14 +129,14 @@ class Norm(paddle.nn.Layer):
         return self.site.finish(x, residual)
 
 
-def prove_staying(sites, change=lambda model: None):
+def prove_staying(sites, change=lambda model: None, example=lambda model, x: lambda: model(x)):
     """What is said of the residuals in a model of these Sites."""
     model, x = Norms(sites), paddle.ones([2, 8])
     change(model)
     stock = SimpleNamespace(attach=lambda site: lambda: None)
     pairs = [(SimpleNamespace(name=site.name, reader=None, stock=stock), site) for site in sites]
     proof = Proof(subjects(sites, "float32"))
-    forwards = Forwards(pairs, proof, lambda: model(x), dict(model.named_sublayers(include_self=True)))
+    forwards = Forwards(pairs, proof, example(model, x), dict(model.named_sublayers(include_self=True)))
     assert forwards.run(STOCK) is None
     assert forwards.prove([]) is None and forwards.compare() == (None, None, False) and forwards.can_link
     staying = StayingProof(proof)
@@ -171,6 +171,21 @@ def test_a_hook_that_gets_a_residual_reads_it(at, why):
 )
 def test_a_residual_that_leaves_the_model_as_a_number_or_by_a_buffer(use, why):
     assert prove_staying(sites_of(), lambda model: setattr(model, "use", use)) == why
+
+
+def test_a_residual_that_an_argument_keeps():
+    """A list that the caller gives, of which a first forward gets a copy."""
+
+    def example(model, x):
+        def forward(x, kept):
+            model.use = lambda model, residual: kept.append(residual)
+            outputs = model(x)
+            model.use = None
+            return outputs
+
+        return on_copies(forward, (x, []), {})
+
+    assert prove_staying(sites_of(), example=example) == "the model keeps one after its forward"
 
 
 @pytest.mark.xfail(
