@@ -1,5 +1,6 @@
 """The forward that proves that a residual may stay with the owners of its rows: one rank of two, on plain Sites."""
 
+import logging
 from types import SimpleNamespace
 
 import paddle
@@ -9,7 +10,10 @@ from support.sites import make_site
 from fd_fusion.binding.evidence import Contract
 from fd_fusion.binding.forwards import STOCK, Forwards, on_copies
 from fd_fusion.binding.proof import Proof
+from fd_fusion.binding.report import Report
 from fd_fusion.binding.staying_proof import StayingProof
+from fd_fusion.config import FusionConfig
+from fd_fusion.reasons import because
 
 
 def add(x, residual):
@@ -196,3 +200,12 @@ def test_a_branch_on_the_size_of_a_residual():
         return paddle.ones([1]) if bool(residual.abs().max() > 1e4) else paddle.zeros([1])
 
     assert prove_staying(sites_of(), lambda model: setattr(model, "use", exits)) is not None
+
+
+def test_a_residual_that_is_sent_back_is_told_and_is_no_warning(caplog):
+    """Under `strict` what would be a warning is an error, and this is none: all that was asked for is fused."""
+    reason = because("residual_read", why="the model's output")
+    report = Report(FusionConfig(strict=True), "a test", "Model", residual=reason)
+    with caplog.at_level("INFO"):
+        report.log(logging.getLogger("fd_fusion"))
+    assert [(one.levelname, one.getMessage()) for one in caplog.records][1:] == [("INFO", f"fd_fusion: {reason}")]
