@@ -53,6 +53,7 @@ class Forwards:
         self._traces[which] = trace = Trace({pair.name: pair.reader for pair, _ in self._pairs})
         self.which, self.raised, self.reason = which, None, None
         try:
+            self._spoilt = self._buffers_of_nan() if which == STAYING else set()
             with trace.watching(), paddle.no_grad():  # it is not differentiated, and a Site refuses gradients
                 outputs = self._example()
                 self._compared = outputs is not NOT_COMPARED
@@ -69,7 +70,6 @@ class Forwards:
 
     def prove(self, qk_norms: Sequence[QKNorm], staying: StayingProof | None = None) -> Reason | None:
         """Run the proving forward, with the Sites attached, or the one that proves that a residual may stay."""
-        self._spoilt = set() if staying is None else self._buffers_of_nan()
         with contextlib.ExitStack() as undo:
             for pair, site in self._pairs:
                 undo.callback(pair.stock.attach(site))
@@ -116,12 +116,14 @@ class Forwards:
             return _not_compared(error)
 
     def _buffers_of_nan(self) -> set[str]:
-        """Return the paths of the layers' buffers that hold NaN; their sums, since a buffer may be a large cache."""
+        """Return the paths of the layers' buffers that hold NaN; their sums, since a buffer may be a large cache. A
+        host may have given the memory of a buffer back."""
         return {
             f"{path}.{name}".lstrip(".")
             for path, layer in self._layers.items()
             for name, buffer in layer._buffers.items()
-            if buffer is not None and buffer.is_floating_point() and bool(paddle.isnan(buffer.sum()))
+            if buffer is not None and buffer._is_initialized() and buffer.is_floating_point()
+            if bool(paddle.isnan(buffer.sum()))
         }
 
     def _nothing_computed(self) -> bool:

@@ -112,6 +112,8 @@ class Norms(paddle.nn.Layer):
         self.norms = paddle.nn.LayerList([Norm(site) for site in sites])
 
         self.register_buffer("aux", paddle.zeros([8]))
+        self.register_buffer("cleared", paddle.zeros([8]))
+        self.cleared._clear_data()
         self.use = lambda model, residual: None
 
     def forward(self, x):
