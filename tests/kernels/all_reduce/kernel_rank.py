@@ -84,7 +84,7 @@ class Rank:
             address = [t.ctypes.data + start * x.strides[0] for t in (x, residual, weight, norm_out, residual_out)]
             address[2:3] = [weight.ctypes.data]
             address += [self.state_memory.ctypes.data, int(self.state_memory[2 + self.rank])]
-            launch = all_reduce_rms_norm[plans.grid(self.plan, self.case["programs"], count)]
+            launch = all_reduce_rms_norm[plans.grid(self.plan, self.case["programs"], count, two_shot)]
             launch(*address, count, self.rank, step, 1e-5, self.case.get("weight_offset", 0.0), **constants)
         return norm_out, residual_out
 

@@ -43,6 +43,9 @@ EVERY = [
 # Bytes that a variant may spill, all others none: the registers that cure it cost rows in flight on sm_90.
 SPILLS = {
     (80, 8, 8192, "bfloat16", "bfloat16", True): 16,
+    (80, 4, 8192, "bfloat16", "bfloat16", True): 40,
+    (80, 4, 8192, "bfloat16", "bfloat16", STAYS): 40,
+    (90, 4, 8192, "bfloat16", "bfloat16", STAYS): 16,
     (100, 2, 7168, "float16", "float16", False): 24,  # as other split rows of float16
     (100, 2, 8192, "bfloat16", "bfloat16", False): 16,
 }
@@ -83,7 +86,7 @@ def compile_case(arch, size, hidden, dtype, weight_dtype, two_shot):
         "split": plan.split,
         "convert_layout": compiled.asm["ttgir"].count("convert_layout"),
         "registers": int(re.search(r"REG:(\d+)", usage)[1]),
-        "units": plan.units,
+        "units": plan.units * plan.slices(two_shot != 0),
         "threads": 32 * plan.num_warps,
     }
 
@@ -129,7 +132,8 @@ def check(case, got):
     results = (0, 2, 1)[two_shot]
     most = (3 * (size - 1) + results * size) * got["units"]
     assert size <= len(strong) <= most, (name, len(strong), most)
-    assert len(stores) - len(strong) <= 4 * got["units"], name
+    # Both outputs, and NaN in both: by two-shot those of a row of its own, and of another rank's.
+    assert len(stores) - len(strong) <= 4 * got["units"] * (1 + (two_shot > 0)), name
     assert not any(re.search(r"\b(MEMBAR|ERRBAR|CCTL)\b", line) for line in sass), f"{name}: a row waits for a fence"
     counted = [line for line in sass if re.search(r"\b(ATOM|RED)G?\b", line)]
     assert len(counted) == 2 and all("RED" in line for line in counted), f"{name}: somebody waits to count: {counted}"

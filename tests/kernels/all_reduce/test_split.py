@@ -29,6 +29,10 @@ CASES = {  # a slice is 32 words, of two halves or one float
     "4 of two, empty": split(2, 4, 192, rows=[2]),
     "2 of three, empty": split(3, 2, 64, rows=[2]),
     "4 of three, short": split(3, 4, 200, "float16", rows=[2, 1], two_shot=[False, True]),
+    "2 of two, both by two-shot": split(2, 2, 72, slices=2, rows=[3, 2, 3], two_shot=[True, False, True]),
+    "4 of three, two by two-shot": split(
+        3, 4, 200, "float16", slices=2, rows=[1, 3, 2], two_shot=[False, True, True]
+    ),
     "no rank": split(2, 2, 72, absent=[1, 1], **MISSING),
     "no program": split(2, 2, 72, absent_program=[0, 1, 1], **MISSING),
 }
