@@ -115,10 +115,8 @@ class TritonOp:
         norm_out, residual_out = self._empty_pair(partial)
         if rows:
             path = ONE_SHOT if rows < self._two_shot_rows else STAYS if stays and residual is not None else TWO_SHOT
-            launch = launches[path, residual is None]
-            self._launch(
-                launch, path, x, r, w, norm_out.data_ptr(), residual_out.data_ptr(), rows, eps, weight_offset
-            )
+            out = norm_out.data_ptr(), residual_out.data_ptr()
+            self._launch(launches[path, residual is None], path, x, r, w, *out, rows, eps, weight_offset)
         return norm_out, residual_out
 
     def residual_stays(self, rows: int) -> bool:

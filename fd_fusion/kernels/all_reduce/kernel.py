@@ -6,20 +6,23 @@
 The life of a row: its program loads the row and stores it into the row's slot on every peer (one-shot), or on the
 row's owner alone (two-shot; the owner of row t is rank t % N). Then the program polls the slot of its own rank until
 the words of all peers are there, fills the slot with SENTINEL again, sums, norms and stores both outputs. By two-shot
-only the owner does so, and stores the finished rows into the slot on every peer, where the programs of the peers poll
-for these alone.
+only the owner does so, and stores the finished row into the slot on every peer, where the programs of the peers poll
+for it.
+
+The rows of a program: by one-shot one after the other. By two-shot in batches of N rows: the program pushes the rows
+of the other owners, finishes the row that its rank owns, then receives the others. So all programs of all ranks have
+rows to finish, and what a program waits for every rank does before it waits for anything of the same batch.
 
 A row travels as 4-byte words. The word SENTINEL means "not yet", and is never sent (`packing.py`). Every row of a
 launch has a slot of its own, so a launch has no more rows than there are slots, uses no word twice, and waits for no
-fence. By two-shot, which takes two trips, a program pushes its next row before it waits for one; by one-shot that was
-measured to be slower. A slot has two halves, used by launches in turn. A rank that pushes in launch k has ended k-1,
+fence. A slot has two halves, used by launches in turn. A rank that pushes in launch k has ended k-1,
 hence has received words of launch k-1 from every peer; each peer had ended k-2 then, which used the same half and
 cleared it: the end of a kernel puts that before the next one. This holds on both paths and any mixture of them, for
-calls of any number of rows. No circle of ranks waits for each other: of a program's rows that some rank has not
-finished, all ranks push the first one before they wait for another (tests/kernels/all_reduce/protocol_model.py).
+calls of any number of rows. No circle of ranks waits for each other (tests/kernels/all_reduce/protocol_model.py).
 
-Bits: equal on all ranks, for every T and on both paths. Both paths end in the same `finish`, the shape of the sums
-is a function of (N, H, dtype) alone (`plan.py`), and nothing is specialized on a run-time value.
+Bits: equal on all ranks, for every T and on both paths. Both paths end in the same `finish`, the slices in which the
+squares of a row are summed are a function of (N, H, dtype) alone (`plan.py`, `slice_sums.py`), however many of them a
+program has, and nothing is specialized on a run-time value.
 
 Memory: `context.Memory`.
 
@@ -144,6 +147,7 @@ def _two_shot(first, stride, rows, memory, call, shape, polling):
 
 @triton.jit
 def _slot(number, rows, shape):
+    """Return the offset of a row's slot, half and slice, in words."""
     return rows.slots + number * (2 * shape.PLACES * shape.C * shape.SLICE)
 
 
@@ -203,10 +207,11 @@ def _store(row, norm, summed, wait_state, counter_now, rows, memory, call, shape
                                "rows", "rank", "op"])  # fmt: skip
 def all_reduce_rms_norm(x, residual, weight, norm_out, residual_out, state_memory, own_slots, rows, rank, op, eps,
                         weight_offset, N: tl.constexpr, WORDS: tl.constexpr, SLICE: tl.constexpr,
-                        BLOCK: tl.constexpr, C: tl.constexpr, SLICES: tl.constexpr, PLACES: tl.constexpr, DTYPE: tl.constexpr,
-                        WEIGHT_DTYPE: tl.constexpr, HAS_RESIDUAL: tl.constexpr, TWO_SHOT: tl.constexpr,
-                        RESULTS: tl.constexpr, POLL: tl.constexpr, POLL_RESULTS: tl.constexpr, OPERANDS: tl.constexpr,
-                        UNITS: tl.constexpr, PDL: tl.constexpr, INTERPRETED: tl.constexpr):  # fmt: skip
+                        BLOCK: tl.constexpr, C: tl.constexpr, SLICES: tl.constexpr, PLACES: tl.constexpr,
+                        DTYPE: tl.constexpr, WEIGHT_DTYPE: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+                        TWO_SHOT: tl.constexpr, RESULTS: tl.constexpr, POLL: tl.constexpr,
+                        POLL_RESULTS: tl.constexpr, OPERANDS: tl.constexpr, UNITS: tl.constexpr, PDL: tl.constexpr,
+                        INTERPRETED: tl.constexpr):  # fmt: skip
     """Compute the formula above for all rows of a launch: launch the kernel on every rank in the same order, with
     `grid` and `constants` of `plan.py`.
 

@@ -7,9 +7,10 @@ def poll(rows: int, place_words: int, units: int, tries: int = 2048) -> str:
     """Return PTX that polls for a thread's words of each of `rows` ranks, until all have come or after `tries` tries.
 
     Triton can only loop over all threads together, with two barriers a turn; in this loop each thread runs by itself,
-    and loads again only words that are missing. A thread has `units` times 16 bytes of a row, so an operand is 4 *
-    units words; the places of a slot lie `place_words` apart. Operands: 8 rows out; 1 for each missing word, out; the thread's own row; the addresses of its words
-    in place 0; and the rank whose row is not loaded but is the thread's own (8: load none).
+    and loads again only words that are missing. The places of a slot lie `place_words` apart. A thread has `units`
+    times 16 bytes of a row, so an operand is 4 * units words. Operands: 8 rows out; 1 for each missing word, out; the
+    thread's own row; the addresses of its words in place 0; and the rank whose row is not loaded but is the thread's
+    own (8: load none).
     """
     count = 4 * units
     *out, missing_words, own_words, address, skipped_rank = [

@@ -102,12 +102,8 @@ def push(row, memory, call, shape):
     for i in tl.static_range(1, shape.N):
         peer = (call.rank + i) % shape.N
         is_reader = alive & (peer == row.number % shape.N) if shape.TWO_SHOT else alive
-        to = (
-            memory.peers[i - 1]
-            + row.slot
-            + place_of(call.rank, peer, shape.N) * (shape.C * shape.SLICE)
-            + row.offsets
-        )
+        place = place_of(call.rank, peer, shape.N) * (shape.C * shape.SLICE)
+        to = memory.peers[i - 1] + row.slot + place + row.offsets
         tl.store(to, without_sentinel(row.words), mask=mask_if(row.mask, is_reader), cache_modifier=".wt")
 
 

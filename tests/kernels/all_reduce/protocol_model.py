@@ -3,7 +3,7 @@ arrive, time runs out and aborts become known.
 
 A launch has rows; program g of G works on the rows g, g+G, ... By one-shot it pushes a row, then waits for it. By
 two-shot it works in batches of N rows: it pushes those of other owners, finishes its own, then waits for the results
-of the others (`Rules.order`). Each row of a launch has a slot of its own, with two halves: a program reads the number of
+of the others (`_order`). Each row of a launch has a slot of its own, with two halves: a program reads the number of
 its launch from the counter when it starts, `launch_read`, and uses half `launch_read & 1`. Behind that it adds its
 share to the counter: the shares of a launch make COUNTER_STEP together. A launch starts when all programs of the one
 before have ended, on the same rank.
@@ -58,26 +58,6 @@ class Rules:
         row = row % self.grid(launch) if self.slots_of_programs else row
         return half * len(self.launches[launch]) + row if self.halves_by_rows else 2 * row + half
 
-    @functools.cache
-    def order(self, launch, g, rank):
-        """What program g of a launch does, one after the other: (what, row). It looks at the abort word at a push, and
-        by two-shot before each wait too."""
-        owners = self.launches[launch]
-        rows = range(g, len(owners), self.grid(launch))
-        if not any(owner is not None for owner in owners):
-            return [(what, row) for row in rows for what in (PUSH, WAIT)]
-        todo = []
-        for start in range(0, len(rows), self.size):
-            batch = rows[start : start + self.size]
-            pushes = [(PUSH, row) for row in batch if owners[row] != rank]
-            own = [(what, row) for row in batch if owners[row] in (None, rank) for what in (LOOK, WAIT)]
-            others = [(what, row) for row in batch if owners[row] not in (None, rank) for what in (LOOK, WAIT)]
-            if self.own_rows_first:
-                todo += own + pushes + others
-            else:
-                todo += pushes + (others + own if self.own_rows_last else own + others)
-        return todo
-
     def number(self, launch, row):
         return sum(map(len, self.launches[:launch])) + row
 
@@ -93,7 +73,7 @@ class Rules:
 class Program(NamedTuple):
     launch: int
     number: int
-    step: int = -1  # in `Rules.order`, the next one; -1: it has not started
+    step: int = -1  # in `_order`, the next one; -1: it has not started
     launch_read: int = 0  # from the counter, at its start
     dead: bool = False  # the abort word was set when it looked, so it pushes nothing and reads nothing
 
@@ -135,6 +115,27 @@ def explore(rules):
     return wrong
 
 
+@functools.cache
+def _order(rules, launch, g, rank):
+    """Return what program g of a launch does, one after the other: (what, row). It looks at the abort word at a push,
+    and by two-shot before each wait too."""
+    owners = rules.launches[launch]
+    rows = range(g, len(owners), rules.grid(launch))
+    if not any(owner is not None for owner in owners):
+        return [(what, row) for row in rows for what in (PUSH, WAIT)]
+    todo = []
+    for start in range(0, len(rows), rules.size):
+        batch = rows[start : start + rules.size]
+        pushes = [(PUSH, row) for row in batch if owners[row] != rank]
+        own = [(what, row) for row in batch if owners[row] in (None, rank) for what in (LOOK, WAIT)]
+        others = [(what, row) for row in batch if owners[row] not in (None, rank) for what in (LOOK, WAIT)]
+        if rules.own_rows_first:
+            todo += own + pushes + others
+        else:
+            todo += pushes + (others + own if rules.own_rows_last else own + others)
+    return todo
+
+
 def _judge_end(rules, state, wrong):
     if any(stream.launches or stream.programs for stream in state.streams):
         wrong.add("a rank waits for ever")
@@ -157,7 +158,7 @@ def _steps(rules, state, wrong):
             if program.step < 0:
                 yield _start(*at)
                 continue
-            what, row = rules.order(program.launch, program.number, stream.rank)[program.step]
+            what, row = _order(rules, program.launch, program.number, stream.rank)[program.step]
             if what == PUSH:
                 yield _push(*at, row, wrong)
             elif what == LOOK:
@@ -273,7 +274,7 @@ def _done(rules, state, number, which, right):
     launch, step = program.launch, program.step + 1
     failed, finite = (state.failed, max(state.finite, launch)) if right else (min(state.failed, launch), state.finite)
     state = state._replace(failed=failed, finite=finite)
-    if step < len(rules.order(launch, program.number, stream.rank)):
+    if step < len(_order(rules, launch, program.number, stream.rank)):
         return _with(state, number, which, program._replace(step=step))
     if state.counters[stream.rank] > (program.launch_read + 1) * COUNTER_STEP:
         state = _abort(rules, state, stream.rank)
