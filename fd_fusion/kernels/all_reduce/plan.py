@@ -105,7 +105,7 @@ _MEASURED = {
 }
 _TWO_SLICES = {(4, 2048), (4, 4096)}  # of two-shot: faster for all T from 64 on, measured on H100
 # From how many rows on two-shot is faster, where the residual stays: (N, words), measured on H100.
-_TWO_SHOT_ROWS = {(4, 1024): 48, (4, 2048): 26, (4, 2560): 32, (4, 3072): 24, (4, 3584): 30, (4, 4096): 20}
+_TWO_SHOT_ROWS = {(4, 1024): 64, (4, 2048): 40, (4, 2560): 32, (4, 3072): 28, (4, 3584): 28, (4, 4096): 26}
 
 
 def _split(size: int, words: int) -> tuple[int, int]:
