@@ -104,7 +104,7 @@ class VirtualRanks:
         """Compile and load what `case` needs. Returns a function that launches it on a rank."""
         constants = plans.constants(self.plan, weight_dtype=case.dtype, has_residual=True, two_shot=two_shot)
         assert case.rows <= self.slots
-        grid = plans.grid(self.plan, self.programs, case.rows)
+        grid = plans.grid(self.plan, self.programs, case.rows, two_shot)
         compiled = all_reduce_rms_norm.warmup(*self.arguments(case, 0), grid=grid, **constants)
         compiled._init_handles()
         launch = all_reduce_rms_norm[grid]

@@ -78,12 +78,8 @@ class TritonOp:
         kernels, fp8 = self._compile(), compile_fp8(spec, self._plan)
         self._launches = {variant: kernel.launch for variant, kernel in kernels.items()}
         self._fp8_launches = {variant: kernel.launch for variant, kernel in fp8.items()}
-        # All programs of a call must run at once; half of what fits leaves room for other streams' kernels.
-        resident = min(kernel.resident for kernel in (*kernels.values(), *fp8.values()))
-        room = _CPU_PROGRAMS if spec.device == "cpu" else resident * self._provider.multiprocessors() // 2
-        self.programs, self._slots = plans.programs_and_slots(
-            self._plan, workspace_bytes=spec.workspace_bytes, at_once=room, limit=self.limit
-        )
+        self._slots = plans.slots_of(self._plan, workspace_bytes=spec.workspace_bytes, limit=self.limit)
+        self.at_once = {path: self._rows_at_once(path, {**kernels, **fp8}) for _, path, _ in kernels}
         word = ANY_ADDRESS, ANY_ADDRESS
         store = triton_launch.load_kernel("all_reduce.probe", "store_word")
         self._store_word = triton_launch.prepare(store, word, {}, spec.device).launch
@@ -133,8 +129,9 @@ class TritonOp:
         norm_out, residual_out = self._empty_pair(partial)
         if rows:
             path = ONE_SHOT if rows < self._two_shot_rows else STAYS if stays and residual is not None else TWO_SHOT
+            out = norm_out.data_ptr(), residual_out.data_ptr()
             launch = launches[(path, residual is None) if fp8 is None else (path, residual is None, fp8.kernel)]
-            self._launch(launch, x, r, w, norm_out.data_ptr(), residual_out.data_ptr(), rows, eps, weight_offset, fp8)
+            self._launch(launch, path, x, r, w, *out, rows, eps, weight_offset, fp8)
         return norm_out, residual_out
 
     def finish_fp8(self, partial, residual, weight, eps, weight_offset, fp8, stays=False):
@@ -176,7 +173,7 @@ class TritonOp:
         plan, workspace = self._plan, self._workspace
         return {
             "bytes": workspace.bytes,
-            "programs": self.programs,
+            "rows_at_once": max(self.at_once.values()),
             "split": plan.split,
             "num_warps": plan.num_warps,
             "two_shot_rows": plan.two_shot_rows,
@@ -227,17 +224,24 @@ class TritonOp:
         expected = f"[{self._spec.hidden_size}] of {' or '.join(self._spec.weight_dtypes)}"
         raise ValueError(f"opened for weights {expected}, got {list(weight.shape)} of {dtype}; bind the model anew")
 
-    def _launch(self, launch, partial, residual, weight, norm_out, residual_out, rows, eps, weight_offset, fp8):
+    def _rows_at_once(self, path: int, kernels: dict[tuple, triton_launch.Loaded]) -> int:
+        """All programs of a call must run at once; half of what fits leaves room for other streams' kernels."""
+        resident = min(kernel.resident for (_, of, *_), kernel in kernels.items() if of == path)
+        room = _CPU_PROGRAMS if self._spec.device == "cpu" else resident * self._provider.multiprocessors() // 2
+        return plans.rows_at_once(self._plan, self._slots, programs=room, two_shot=path != ONE_SHOT)
+
+    def _launch(self, launch, path, partial, residual, weight, norm_out, residual_out, rows, eps, weight_offset, fp8):
         """Launch on the current stream, with the addresses of the tensors.
 
         `call_id`, `op` on the error page, counts calls, or captures of them.
         """
         parts = ((0, rows),) if rows <= self._slots else plans.launches(self._slots, rows)
         call_id, (local, own) = next(self._calls) & 0xFFFFFF, self._own
+        at_once, two_shot = self.at_once[path], path != ONE_SHOT
         for start, count in parts:
             skip = start * self._row_bytes
             launch(
-                plans.grid(self._plan, self.programs, count)[0],
+                plans.grid(self._plan, at_once, count, two_shot)[0],
                 partial + skip,
                 residual + skip,
                 weight,

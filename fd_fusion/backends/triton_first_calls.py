@@ -22,7 +22,7 @@ _EPS, _OFFSET = 100.0, 1.0  # about the mean of squares, so that the norm depend
 
 def run_all(op: Any, spec: OpSpec, framework: Any) -> None:
     """Collective: launch each path, with and without a residual, for each dtype of weight; with one row,
-    with more rows than programs, and as a call of more rows than slots, which is several launches (`_shapes`).
+    with more rows than run at once, and as a call of more rows than slots, which is several launches (`_shapes`).
     `residual_out` must be the contract's bits, over the whole width; one that stays with its owners NaN elsewhere.
 
     All kernels are launched before a wrong one raises, since the other ranks take part in every launch.
@@ -32,7 +32,7 @@ def run_all(op: Any, spec: OpSpec, framework: Any) -> None:
     try:
         for weight_dtype, path, bare in op._launches:
             op._two_shot_rows = 1 << 62 if path == ONE_SHOT else 1
-            for rows, slots in _shapes(op.programs, stock[1], spec.device, bare):
+            for rows, slots in _shapes(op.at_once[path], stock[1], spec.device, bare):
                 op._slots = slots
                 variant = _name(path, bare, rows, len(plans.launches(slots, rows)))
                 reason = _run(op, spec, framework, variant, rows, bare, path, weight_dtype)
@@ -53,7 +53,7 @@ def run_all_fp8(op: Any, spec: OpSpec, framework: Any) -> None:
         for weight_dtype, path, bare, kernel in op._fp8_launches:
             fp8, stays = next(one for one in spec.fp8 if one.kernel == kernel), path == STAYS
             op._two_shot_rows = 1 << 62 if path == ONE_SHOT else 1
-            for rows, _ in _shapes(op.programs, op._slots, spec.device, bare)[:2]:
+            for rows, _ in _shapes(op.at_once[path], op._slots, spec.device, bare)[:2]:
                 variant = f"FP8 ({', '.join(kernel)}) of " + _name(path, bare, rows, 1)
                 tensors = _tensors(spec, framework, rows, bare, weight_dtype)[0]
                 plain = op.finish(*tensors, _EPS, _OFFSET, stays)
@@ -77,14 +77,14 @@ def _wrong_fp8(variant: str, plain: Any, got: Any, fp8: Fp8) -> Reason | None:
     return exact.first_wrong_word(variant, wrong)
 
 
-def _shapes(programs: int, slots: int, device: str, bare: bool) -> list[tuple[int, int]]:
+def _shapes(at_once: int, slots: int, device: str, bare: bool) -> list[tuple[int, int]]:
     """Return (T, slots) of the calls of a variant. A call is cut into launches as if there were few slots.
 
     The interpreter is slow: there a variant without a residual runs one row, the others run the other shapes.
     """
     if device == "cpu":
-        return [(1, slots)] if bare else [(programs + 1, slots), (3, min(2, slots))]
-    return [(1, slots), (programs + 1, slots), (programs + 1, min(programs, slots))]
+        return [(1, slots)] if bare else [(at_once + 1, slots), (3, min(2, slots))]
+    return [(1, slots), (at_once + 1, slots), (at_once + 1, min(at_once, slots))]
 
 
 def _name(path: int, bare: bool, rows: int, launches: int) -> str:

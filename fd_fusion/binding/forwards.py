@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -19,8 +20,9 @@ from fd_fusion.binding.outputs import (
     within_spread,
 )
 from fd_fusion.binding.pairs import Pair
-from fd_fusion.binding.proof import Proof, StayingProof
+from fd_fusion.binding.proof import Proof
 from fd_fusion.binding.qk_norms import QKNorm
+from fd_fusion.binding.staying_proof import StayingProof
 from fd_fusion.reasons import FusionError, Reason, because
 from fd_fusion.site import Site
 
@@ -41,6 +43,7 @@ class Forwards:
         self._outputs: dict[str, list[Any]] = {}
         self._compared = True
         self._traces: dict[str, Trace] = {}
+        self._spoilt: set[str] = set()  # buffers that held NaN before the staying forward
         self.which = ""  # the last one that ran
         self.raised: Exception | None = None  # what it raised
         self.reason: Reason | None = None  # the same as a reason
@@ -50,6 +53,7 @@ class Forwards:
         self._traces[which] = trace = Trace({pair.name: pair.reader for pair, _ in self._pairs})
         self.which, self.raised, self.reason = which, None, None
         try:
+            self._spoilt = self._buffers_of_nan() if which == STAYING else set()
             with trace.watching(), paddle.no_grad():  # it is not differentiated, and a Site refuses gradients
                 outputs = self._example()
                 self._compared = outputs is not NOT_COMPARED
@@ -73,7 +77,7 @@ class Forwards:
                 undo.callback(site.end_proof, False)
             for norm in qk_norms:
                 undo.callback(norm.attach(_in_place(norm.stock)))
-            undo.enter_context(self._recording_hooks())
+            undo.enter_context(self._recording_hooks(staying))
             return self.run(STAYING if staying else PROVING)
 
     def compare(self) -> tuple[Reason | None, Reason | None, bool]:
@@ -100,13 +104,27 @@ class Forwards:
     def compare_staying(self, staying: StayingProof) -> Reason | None:
         """Return why a residual that stays with its owners would be read elsewhere, or None."""
         try:
-            reason = staying.own_refusal()
-            if reason is None and first_difference(self._outputs[STAYING], self._outputs[STOCK]) is not None:
+            staying.miss_kept()
+            if (reason := staying.own_refusal()) is not None:
+                return reason if reason.code == "residual_read" else because("residual_read", why=str(reason))
+            if first_difference(self._outputs[STAYING], self._outputs[STOCK]) is not None:
                 part = self._traces[STOCK].parts_at(self._traces[STAYING])
                 return because("residual_read", why="the model's output" if part is None else f"what feeds {part}")
-            return reason and because("residual_read", why=str(reason))
+            written = sorted(self._buffers_of_nan() - self._spoilt)
+            return because("residual_read", why=f"the model's buffer {written[0]}") if written else None
         except Exception as error:
             return _not_compared(error)
+
+    def _buffers_of_nan(self) -> set[str]:
+        """Return the paths of the layers' buffers that hold NaN; their sums, since a buffer may be a large cache. A
+        host may have given the memory of a buffer back."""
+        return {
+            f"{path}.{name}".lstrip(".")
+            for path, layer in self._layers.items()
+            for name, buffer in layer._buffers.items()
+            if buffer is not None and buffer._is_initialized() and buffer.is_floating_point()
+            if bool(paddle.isnan(buffer.sum()))
+        }
 
     def _nothing_computed(self) -> bool:
         """Return whether the forward had no rows, as that of an idle data-parallel rank: it shows nothing."""
@@ -134,18 +152,28 @@ class Forwards:
         return outputs_differ(output, stock.parts_at(self._traces[PROVING]))
 
     @contextlib.contextmanager
-    def _recording_hooks(self) -> Iterator[None]:
-        """Record the hooks of layers that return the producer's very output: they would get a partial sum."""
+    def _recording_hooks(self, staying: StayingProof | None) -> Iterator[None]:
+        """Record the hooks that get what they must not read, though no output shows it: a producer's very output,
+        which is a partial sum, or a residual that is to stay."""
 
-        def record(path: str, outputs: Any) -> None:
-            first = outputs[0] if isinstance(outputs, list | tuple) and outputs else outputs
-            if any(site.holds(first) for _, site in self._pairs):
+        def record(path: str, values: Sequence[Any]) -> None:
+            if staying is not None:
+                staying.miss_hook(path, values)
+            elif any(site.holds(first) for first in values[:1] for _, site in self._pairs):
                 self._proof.miss(because("hooked", layer=path))
 
+        def after(_: Any, inputs: Any, outputs: Any, path: str) -> None:
+            record(path, [*(outputs if isinstance(outputs, list | tuple) else [outputs]), *inputs])
+
         hooks = [
-            layer.register_forward_post_hook(lambda _, inputs, outputs, path=path: record(path, outputs))
+            layer.register_forward_post_hook(functools.partial(after, path=path))
             for path, layer in self._layers.items()
             if getattr(layer, "_forward_post_hooks", None)
+        ]
+        hooks += [
+            layer.register_forward_pre_hook(lambda _, inputs, path=path: record(path, inputs))
+            for path, layer in self._layers.items()
+            if staying is not None and getattr(layer, "_forward_pre_hooks", None)
         ]
         try:
             yield
@@ -161,12 +189,16 @@ def _not_compared(error: Exception) -> Reason:
 def on_copies(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[], Any]:
     """Return a function that runs `forward` on copies of its arguments, so that a cache, say, changes once."""
 
+    last: list[Any] = []  # a list among them may keep a residual, which is looked for after the forward
+
     def example() -> Any:
+        last.clear()
         try:
             own_args, own_kwargs = copy.deepcopy((args, kwargs))
         except Exception as error:  # each type has its own; raised as a reason
             text = f"{type(error).__name__}: {error}"
             raise FusionError(because("inputs_not_copied", error=text)) from error
+        last.extend((own_args, own_kwargs))
         return forward(*own_args, **own_kwargs)
 
     return example

@@ -17,13 +17,15 @@ from fd_fusion.reasons import Reason, because
 def tensors_of(outputs: Any, *, inside: frozenset[int] = frozenset()) -> list[Any]:
     """Copy all tensors and arrays in lists, tuples, dicts and plain objects: a host may reuse the tensors.
 
-    An iterator is not run: it would be used up.
+    An iterator is not run: it would be used up. Of Python's numbers NaN alone counts: others may be times.
     Args: inside: the ids of what `outputs` is a part of: one that holds itself is gone through once.
     """
     if isinstance(outputs, np.ndarray):
         return [paddle.to_tensor(outputs, place="cpu")] if outputs.dtype.kind in "fiub" else []
     if hasattr(outputs, "dtype") and hasattr(outputs, "clone"):
         return [outputs.clone()]
+    if isinstance(outputs, float | np.floating):
+        return [paddle.to_tensor(float(outputs), place="cpu")] if outputs != outputs else []
     if id(outputs) in inside or isinstance(outputs, type):
         return []
     if isinstance(outputs, Mapping):

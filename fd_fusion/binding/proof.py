@@ -40,6 +40,7 @@ class Proof:
         self.handed_over: dict[str, str] = {}  # hashes of what was handed over
         self.alike: set[str] = set()  # sites at which every rank handed over the same words
         self.words: dict[str, dict[str, Any]] = {}
+        self.nans: dict[str, int] = {}  # rows of what each norm gave that hold NaN
         self.links: dict[str, Site] = {}  # by a Site whose residual may stay with its owners: the Site that reads it
         self.failure: Reason | None = None
         self._left: tuple[Site, Any] | None = None  # the last Site, and the residual that it gave
@@ -78,6 +79,7 @@ class Proof:
             if tried:
                 self._try(site, *few)
         self._left = site, stock[1]
+        self.nans[site.name] = rows_of_nan(stock[0])
         return stock
 
     def _total(self, site: Site, partial: Any) -> Any:
@@ -155,30 +157,9 @@ class Proof:
         return None
 
 
-class StayingProof(Proof):
-    """The record of one more forward: nothing is fused, and the residual of each linked Site holds NaN in the rows
-    that this rank does not own. The Site that reads it goes on from the whole one; whoever else reads a row of it has
-    NaN on all ranks but one."""
-
-    def __init__(self, proof: Proof):
-        super().__init__([(site, *proof._of[site.name]) for site in proof.sites])
-        self.links = proof.links
-        self._whole: Any = None
-
-    def prove(self, site: Site, partial: Any, residual: Any) -> Any:
-        self.finished[site.name] += 1
-        if self._left is not None and residual is self._left[1]:
-            residual = self._whole
-        norm_out, self._whole = site.stock.norm(self._total(site, partial), residual)
-        if site.name not in self.links:
-            return norm_out, self._whole
-        contract, _, rank = self._of[site.name]
-        flat = self._whole.reshape([-1, self._whole.shape[-1]]).astype("float32")  # `where` takes no half on a CPU
-        owned = (paddle.arange(flat.shape[0]) % contract.size == rank).unsqueeze(-1)
-        left = paddle.where(owned, flat, paddle.full_like(flat, float("nan")))
-        left = left.astype(self._whole.dtype).reshape(self._whole.shape)
-        self._left = site, left
-        return norm_out, left
+def rows_of_nan(tensor: Any) -> int:
+    """Count the rows that hold NaN by their sums: a profile run is no place for a number of each element."""
+    return int(paddle.isnan(tensor.sum(-1)).sum())
 
 
 def vacuous(words: Sequence[Mapping[str, Any]]) -> Reason | None:

@@ -10,9 +10,10 @@ from fd_fusion.binding.bound import Bound, logger, refuse, undo_all
 from fd_fusion.binding.evidence import Contract
 from fd_fusion.binding.forwards import AGAIN, STOCK, Forwards
 from fd_fusion.binding.pairs import Pair
-from fd_fusion.binding.proof import Proof, StayingProof
+from fd_fusion.binding.proof import Proof
 from fd_fusion.binding.qk_norms import Kernel
 from fd_fusion.binding.report import Report
+from fd_fusion.binding.staying_proof import StayingProof
 from fd_fusion.comm.circle import circle_of, meet
 from fd_fusion.comm.vote import Vote, agree
 from fd_fusion.frameworks import paddle_runtime
@@ -71,7 +72,8 @@ def _prove_staying(state: Bound, forwards: Forwards, proof: Proof) -> dict[str, 
     Returns: by name, the Sites whose residual stays, each with the Site that reads it: on all ranks, or none.
     """
     staying = StayingProof(proof)
-    ballot = _ballot(forwards, forwards.prove(state.qk_norms, staying))
+    raised = forwards.prove(state.qk_norms, staying)
+    ballot = _ballot(forwards, raised and because("residual_read", why=str(raised)))
     ballot.links = list(proof.links)
     if ballot.refusal is None:
         ballot.refusal = forwards.compare_staying(staying)

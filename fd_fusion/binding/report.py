@@ -155,8 +155,8 @@ class Report:
         self._logged = True
         lines = self.lines()
         logger.log(logging.INFO if _global_rank() == 0 else logging.DEBUG, lines[0])
-        for line in lines[1:]:
-            logger.warning(line)
+        for line in lines[1:]:  # a residual that is sent back is nothing that is off, under `strict` either
+            logger.log(logging.INFO if line == f"fd_fusion: {self.residual}" else logging.WARNING, line)
 
 
 def _with_remedy(reason: Reason) -> str:

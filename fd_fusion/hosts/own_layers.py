@@ -58,9 +58,11 @@ def bind(
        norms within roundings of the host's; and on up to four rows of the real partial sums, at sixteen columns, the
        contract's bits (FlashInfer: within six standard deviations of independent roundings), and norms within a
        rounding of their own sums.
-    3. Where two-shot serves more than two ranks: with NaN in the rows of each residual that a rank does not own, the
-       outputs are still the stock forward's bits. Then two-shot leaves a residual with the owners of its rows if the
-       next norm takes that very tensor; elsewhere, and in the whole model if an output changed, it sends it back.
+    3. Where two-shot serves more than two ranks: with NaN in each residual that the next norm takes as that very
+       tensor, and that norm going on from the whole one, the outputs are still the stock forward's bits, no norm
+       gives more NaN, no hook gets such a residual, none is kept, and no layer's buffer holds NaN of it. Then
+       two-shot leaves these residuals with the owners of their rows; all others, and all of the model otherwise, it
+       sends back. A branch that the pass did not take must not read a residual.
     The pass holds for the inputs and weights of that forward. Zero sums, no rows, no finite row, or no output tensor
     prove nothing: the model stays stock, and the 1st, 2nd, 4th, 8th ... eager forward after the pass is tried (under
     `strict` the fourth pass in vain is an error). Where the first forward raises, or a rank misses the vote before

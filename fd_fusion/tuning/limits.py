@@ -36,10 +36,10 @@ def limit_source(spec: OpSpec) -> str:
 
 
 def built_in_limit(device: str, size: int, hidden_size: int) -> int:
-    """Return the rows up to which fusing is expected to win: a fixed number of bytes a rank sends, by group size, and
-    no more than 2048 rows of two ranks, 128 of four, 64 of others. Over NVLink no measured size below was slower than
-    FastDeploy's own all-reduce and a norm (examples/results/all_reduce_rivals_n*.json, H=4096 and 8192), or than NCCL
-    and a norm (all_reduce_link_n*.json, five H). Groups of 3, 5, 6, 7 and 8 were never measured.
+    """Return the rows up to which fusing is expected to win, also where the residual is sent back: a fixed number of
+    bytes that a rank sends, by group size, and no more than 2048 rows of two ranks, 1024 of four, 64 of others. Over
+    NVLink no measured size below was slower than an all-reduce that pulls, as FastDeploy's own, or NCCL's, and a norm
+    (examples/results/rivals_n*.json, four H). Groups of 3, 5, 6, 7 and 8 were never measured.
 
     On a CPU fusing never wins, and the number only bounds the memory of a gather.
     """
@@ -48,5 +48,5 @@ def built_in_limit(device: str, size: int, hidden_size: int) -> int:
     if size == 2:
         return max(1, min(2048, (1 << 24) // hidden_size))
     if size == 4:
-        return max(1, min(128, (1 << 20) // hidden_size))
+        return max(1, min(1024, (1 << 21) // hidden_size))
     return max(1, min(64, (1 << 19 if size == 3 else 1 << 18) // hidden_size))

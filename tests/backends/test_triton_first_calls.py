@@ -20,7 +20,8 @@ class FakeOp:
     """Stands for a workspace: the contract in NumPy, with one wrong variant."""
 
     def __init__(self, dtype, wrong=None, bug="nothing", weight_dtypes=("float32",), stays=False):
-        self.programs, self._slots, self._two_shot_rows, self.seen = 4, 100, 7, []
+        self._slots, self._two_shot_rows, self.seen = 100, 7, []
+        self.at_once = {ONE_SHOT: 4, TWO_SHOT: 4, STAYS: 4}
         variants = [(path, bare) for path in (ONE_SHOT, TWO_SHOT) for bare in (False, True)]
         variants += [(STAYS, False)] * stays
         self._launches = {(name, *variant): None for name in weight_dtypes for variant in variants}

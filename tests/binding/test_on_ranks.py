@@ -51,15 +51,17 @@ def staying(tmp_path, *scenarios, timeout_s=240):
 
 
 def test_a_residual_stays_where_it_was_proven_that_the_next_norm_alone_reads_it(tmp_path):
-    first = staying(tmp_path, "last_residual", "read_inside")
+    first = staying(tmp_path, "last_residual", "read_inside", "no_nan_allowed")
     assert first["last_residual"] == STAYS
     assert first["read_inside"] == WHOLE | {"residual": first["read_inside"]["residual"]}
     assert first["read_inside"]["residual"].startswith("what feeds layers.1.self_attn.o_proj ->")
+    assert first["no_nan_allowed"] == WHOLE | {"residual": "NaN"}, "ranks that raise do so in the same place"
 
 
 @pytest.mark.exhaustive
 def test_a_residual_that_stays_in_more_models(tmp_path):
     more = "healthy", "aux_hidden_states", "copied", "stock_norm_between", "read_at_other_T", "another_norm"
+    more += "read_by_one_rank", "read_in_a_hidden_row", "watched"
     first = staying(tmp_path, *more, "through_faults", timeout_s=900)
     assert first["aux_hidden_states"] == WHOLE | {"residual": "the model's output"}
     several = {"whole": ["000000", *["111111"] * 3], "paths": ["000000", *["222221"] * 3]}
@@ -67,6 +69,11 @@ def test_a_residual_that_stays_in_more_models(tmp_path):
     assert first["copied"]["copied"] == STAYS | {"paths": ["122221"], "staying": 4}, "a copy is read elsewhere"
     assert first["copied"]["in_place"] == WHOLE | {"residual": first["copied"]["in_place"]["residual"]}
     assert first["stock_norm_between"] == STAYS | {"whole": ["11111"], "paths": ["21221"], "staying": 3}
+    assert first["read_by_one_rank"] == WHOLE | {"residual": first["read_by_one_rank"]["residual"]}
+    assert first["read_in_a_hidden_row"] == [0, False]
+    hooks = {"norm": "a hook of layers.1.input_layernorm", "layer": "a hook of layers.1"}
+    watched = hooks | {"kept": "the model keeps one after its forward"}
+    assert first["watched"] == {kind: WHOLE | {"residual": why} for kind, why in watched.items()}
     assert first["read_at_other_T"] == [5, True], "what no proof can see is NaN"
     assert first["another_norm"] == [[True] * 3] * 3
     assert first["through_faults"] == [True, True, True, True, True, "222221", True, 5]

@@ -22,5 +22,5 @@ def quantise_rows(x, codes, scales, row_stride, group_stride, WORDS: tl.constexp
     words = tl.load(pointer(x, tl.uint32) + number.to(tl.int64) * WORDS + c * SLICE + offsets, mask=mask, other=0)
     store_quantised(
         words, Row(number, words, offsets, mask, 0, 0), c,
-        Quantising(codes, scales, row_stride, group_stride, 1.0, "codes", FORMULA),
-        Shape(2, WORDS, SLICE, BLOCK, C, 0, DTYPE, DTYPE, True, False, 1), INTERPRETED)  # fmt: skip
+        Quantising(codes, scales, row_stride, group_stride, 1.0, "codes", FORMULA, INTERPRETED),
+        Shape(2, WORDS, SLICE, BLOCK, C, 1, 0, DTYPE, DTYPE, True, False, 1))  # fmt: skip

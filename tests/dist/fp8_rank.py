@@ -23,6 +23,7 @@ import torch
 
 from fd_fusion import reference
 from fd_fusion.backends import triton as backend
+from fd_fusion.backends.triton_setup import ONE_SHOT
 from fd_fusion.comm.group import Group
 from fd_fusion.comm.vote import Vote, agree
 from fd_fusion.frameworks import triton_launch
@@ -216,7 +217,7 @@ def speed(group, specs, options, began):
             everybody = agree(group, "times", Vote(data=mine), timeout_s=60).data
             slowest = {n: [max(one[n][i] for one in everybody) for i in range(options.rounds)] for n in mine}
             for name, all_of in slowest.items():
-                cell = {"N": group.size, "H": hidden, "T": rows, "name": name, "programs": op.programs}
+                cell = {"N": group.size, "H": hidden, "T": rows, "name": name, "at_once": op.at_once[ONE_SHOT]}
                 results.append(cell | {"us": round(statistics.median(all_of), 3), "min_us": round(min(all_of), 3)})
         for one in (op, plain):
             one.check()

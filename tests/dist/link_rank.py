@@ -33,7 +33,7 @@ from fd_fusion.tuning.limits import NEVER
 from tests.support.all_reduce_cases import Case
 from tests.support.ranks import this_group, this_rank
 
-CLEAR = "    clear_slot(row, mask_if(row.mask, wait_state == 0), N - 1, shape.SLICE)\n"
+CLEAR = "    clear_slot(row, mask_if(row.mask, wait_state == 0), N - 1, shape.C * shape.SLICE)\n"
 
 
 def sleeping_poll(ns):
@@ -43,62 +43,38 @@ def sleeping_poll(ns):
     return text
 
 
-def ahead(rows):
-    """So many rows pushed behind the one that is waited for, whatever the path."""
-    bound = f"number + {1 + rows} * stride)"
-    reload = ("        if shape.TWO_SHOT:  # noqa", "        if True:  # noqa")
-    return {"kernel": [("number + (2 if shape.TWO_SHOT else 1) * stride)", bound), reload]}
-
-
-NEXT_LOAD = """            words = tl.load(x + next_push.to(tl.int64) * shape.WORDS + offsets, mask=mask, other=0, volatile=True)
-            push("""
 PEERS = "    memory = Memory(own_slots, state_memory, sums, peer_memories(state_memory, rank, shape.N))\n"
 
 
 def stored_as(out, policy):
-    end = {"norm_out": "norm, mask=mask", "residual_out": "summed, mask=mask"}[out]
-    before = f"tl.store({out} + start + offsets, {end})"
+    words = {"norm_out": "norm", "residual_out": "summed"}[out]
+    before = f"tl.store({out}, {words}, mask=row.mask)"
     return (before, f"{before[:-1]}, {policy})")
 
 
-OWNED = "mask_if(mask, number % shape.N == rank)"
 NO_NANS = [
-    ("residual_out + start + offsets, summed, mask=mask)", f"residual_out + start + offsets, summed, mask={OWNED})"),
-    ("import NAN, pointer", "import NAN, mask_if, pointer"),
+    (
+        "tl.store(residual_out, summed, mask=row.mask)",
+        "tl.store(residual_out, summed, mask=mask_if(row.mask, row.number % shape.N == call.rank))",
+    )
 ]
 WORDS = [(size, hidden // 2) for size in range(2, 9) for hidden in (2880, 4096, 5120, 6144, 7168, 8192)]
 VARIANTS = {  # replacements in kernel.py and row.py, what is changed in the plan or at launch
     "as it is": {},
     "PDL": {"pdl": "1"},
-    "none ahead": ahead(0),
-    "one ahead": ahead(1),
-    "two ahead": ahead(2),
-    "all ahead": ahead(1 << 10),
     "the residual stays": {"stays": True},
     "and no NaN elsewhere": {"kernel": NO_NANS, "untold": True},  # beside "the residual stays": what the NaN cost
     "a quarter of the device": {"share": 0.5},
     "all of the device": {"share": 2},
     "eight warps": {"warps": 8},
+    **{f"{count} registers": {"registers": count} for count in (80, 96, 112, 128, 168)},
+    **{f"{count} slices": {"slices": count} for count in (1, 2)},  # by two-shot
     **{f"{split} x {warps}": {"split": (split, warps)} for split in range(1, 9) for warps in (1, 2, 4, 8)},
     "poll, sleep 50 ns": {"poll": sleeping_poll(50)},
     "poll, sleep 200 ns": {"poll": sleeping_poll(200)},
     "cleared twice": {"row": [(CLEAR, 2 * CLEAR)]},
     "residual_out streamed": {"kernel": [stored_as("residual_out", 'cache_modifier=".cs"')]},
     "residual_out evicted first": {"kernel": [stored_as("residual_out", 'eviction_policy="evict_first"')]},
-    "next row loaded ahead": {  # one-shot alone
-        "kernel": [
-            ("    next_push = number + stride\n", "    next_push = number + stride\n    loaded = words\n"),
-            (NEXT_LOAD, "            words = loaded\n            push("),
-            (
-                "        words = without_sentinel(words)\n",
-                """        words = without_sentinel(words)
-        behind = number + stride
-        loaded = tl.load(x + behind.to(tl.int64) * shape.WORDS + offsets, mask=mask_if(mask, behind < rows), other=0,
-                         volatile=True)
-""",
-            ),
-        ]
-    },
     "address kept": {  # N=2 alone
         "kernel": [
             (
@@ -164,12 +140,16 @@ def hash_of(name):
 def variant(name):
     """Inside, what is opened is this variant."""
     changes = changes_of(name)
-    saved = plans.poll, dict(plans._MEASURED), triton_launch.load_kernel
+    saved = plans.poll, dict(plans._MEASURED), set(plans._TWO_SLICES), triton_launch.load_kernel
     load = triton_launch.load_kernel
     os.environ["FD_ENABLE_PDL"] = changes.get("pdl", "0")
     plans.poll = changes.get("poll", plans.poll)
     if "split" in changes:
         plans._MEASURED.update({(size, words): changes["split"] for size, words in WORDS})
+        plans._TWO_SLICES.clear()
+    if "slices" in changes:
+        plans._TWO_SLICES.clear()
+        plans._TWO_SLICES.update(WORDS if changes["slices"] == 2 else ())
     if "warps" in changes:
         plans._MEASURED.update({key: (split, changes["warps"]) for key, (split, _) in plans._MEASURED.items()})
     if {"kernel", "row"} & set(changes):
@@ -178,15 +158,16 @@ def variant(name):
     try:
         yield
     finally:
-        plans.poll, measured, triton_launch.load_kernel = saved
-        plans._MEASURED.clear()
-        plans._MEASURED.update(measured)
+        plans.poll, measured, slices, triton_launch.load_kernel = saved
+        for table, before in ((plans._MEASURED, measured), (plans._TWO_SLICES, slices)):
+            table.clear()
+            table.update(before)
 
 
 class Variant(backend.TritonOp):
     """With a residual and one-shot or two-shot alone: half of the compiling."""
 
-    path, untold = ONE_SHOT, False
+    path, untold, registers = ONE_SHOT, False, None
 
     def _compile(self):
         kernel = triton_launch.load_kernel("all_reduce.kernel", "all_reduce_rms_norm")
@@ -198,6 +179,7 @@ class Variant(backend.TritonOp):
             pdl=self.pdl,
             residual_stays=self.path == STAYS,
         )
+        constants["maxnreg"] = self.registers or constants["maxnreg"]
         like = (*(1 << 40,) * 7, 2, 0, 0, 1e-5, 0.0)
         prepared = triton_launch.prepare(kernel, like, constants, self._spec.device)
         return {("bfloat16", self.path, False): prepared}
@@ -214,9 +196,10 @@ def open_variant(name, spec, group, collective=True):
     changes = changes_of(name)
     path = ONE_SHOT if spec.two_shot_rows != 1 else STAYS if "stays" in changes else TWO_SHOT
     kind = type("Variant", (Variant,), {"path": path, "pdl": "pdl" in changes, "untold": "untold" in changes})
+    kind.registers = changes.get("registers")
     with variant(name):
         op = kind(spec, group)
-        op.programs = max(1, min(op._slots, int(op.programs * changes.get("share", 1))))
+        op.at_once = {path: max(1, min(op._slots, int(op.at_once[path] * changes.get("share", 1))))}
         if collective:
             op._open()
             op.freeze()

@@ -47,11 +47,11 @@ def runs(model, rows):
     return found
 
 
-def each(change=lambda model: None, rows=(5,), example=True):
+def each(change=lambda model: None, rows=(5,), example=2):
     """The bits and paths of the model with whatever stays, against the same Sites with two results."""
     model = DemoDecoder(rank, size)
     change(model)
-    report = fd_fusion.bind(model, CONFIG, example=(lambda: model(X[:2])) if example else None)
+    report = fd_fusion.bind(model, CONFIG, example=(lambda: model(X[:example])) if example else None)
     if not example:
         model(X[:2])
     assert report.proven, report.lines()
@@ -72,7 +72,7 @@ def each(change=lambda model: None, rows=(5,), example=True):
 
 
 def healthy():
-    return {"example": each(rows=(1, TWO_SHOT, 5, LIMIT)), "first": each(example=False)}
+    return {"example": each(rows=(1, TWO_SHOT, 5, LIMIT)), "first": each(example=None)}
 
 
 def aux_hidden_states():
@@ -106,6 +106,51 @@ def reading(model, use):
 def read_inside():
     """One row of the residual, which one rank owns, and a small change."""
     return each(lambda model: reading(model, lambda residual: 1e-6 * residual[:1]))
+
+
+def read_in_a_hidden_row():
+    """The second row alone is changed, and the example gives the model's token of the last row."""
+    model = DemoDecoder(rank, size)
+    rest = paddle.zeros([1, 32])
+    reading(model, lambda residual: paddle.concat([rest, 1e-6 * residual[1:2], rest, rest]))
+    report = fd_fusion.bind(model, CONFIG, example=lambda: model(X[:4])[-1:].argmax(-1))
+    out = model(X[:4])
+    fd_fusion.unbind(model)
+    return [report.to_dict()["staying"], bool(paddle.isnan(out).any())]
+
+
+def read_by_one_rank():
+    """Rank 0 alone reads the last row, which rank 0 owns in the forward of one row that proves."""
+    return each(lambda model: reading(model, lambda residual: 0 if rank else 1e-6 * residual[-1:]), example=1)
+
+
+def no_nan_allowed():
+    """A model that raises where the first row holds NaN, though rank 0 owns the first row."""
+
+    def use(residual):
+        assert not bool(paddle.isnan(residual[:1]).any()), "NaN"
+        return 0
+
+    return each(lambda model: reading(model, use))
+
+
+def watched():
+    """A hook copies the residual that a norm gives; a layer keeps the residual, or is hooked where it gets it."""
+
+    def hooked(kind):
+        def change(model):
+            layer = model.layers[1]
+            if kind == "norm":
+                layer.input_layernorm.register_forward_post_hook(lambda _, inputs, out: seen.append(out[1].mean()))
+            elif kind == "layer":
+                layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[1].mean()))
+            else:
+                reading(model, lambda residual: setattr(model, "aux", residual) or 0)
+
+        seen = []
+        return each(change)
+
+    return {kind: hooked(kind) for kind in ("norm", "layer", "kept")}
 
 
 def last_residual():
@@ -213,8 +258,8 @@ def through_faults():
 
 
 found = {}
-for scenario in (healthy, aux_hidden_states, read_inside, last_residual, copied, stock_norm_between, read_at_other_T,
-                 another_norm, through_faults):  # fmt: skip
+for scenario in (healthy, aux_hidden_states, read_inside, read_in_a_hidden_row, read_by_one_rank, no_nan_allowed, watched, last_residual, copied,
+                 stock_norm_between, read_at_other_T, another_norm, through_faults):  # fmt: skip
     if not sys.argv[1:] or scenario.__name__ in sys.argv[1:]:
         found[scenario.__name__] = scenario()
 this.record(**found)

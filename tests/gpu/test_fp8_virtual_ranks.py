@@ -15,6 +15,7 @@ CASES = {  # N, H, formula, OUTPUT, two-shot
     "2": (2, 4096, "multiply", "both", False),
     "2-split": (2, 5120, "multiply", "both", False),
     "4-two-shot": (4, 5120, "divide", "both", True),
+    "4-two-slices": (4, 4096, "multiply", "both", True),
     "8": (8, 7168, "multiply_pow2", "both", False),
     "8-two-shot": (8, 8192, "multiply", "both", True),
 }
@@ -44,7 +45,7 @@ def run(size, hidden, formula, output, two_shot):
         strides = (1, rows + 3) if by_column else (hidden // 128, 1)
         constants = plans.constants(ranks.plan, weight_dtype="bfloat16", has_residual=True, two_shot=two_shot,
                                     fp8=(output, formula))  # fmt: skip
-        grid = plans.grid(ranks.plan, ranks.programs, rows)
+        grid = plans.grid(ranks.plan, ranks.programs, rows, two_shot)
 
         def arguments(rank, case=case, codes=codes, scales=scales, strides=strides):
             return (*ranks.arguments(case, rank), codes[rank].data_ptr(), scales[rank].data_ptr(), *strides, 1.0)

@@ -20,6 +20,7 @@ GPUS = torch.cuda.device_count()
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(GPUS == 0, reason="needs a CUDA GPU")]
 SIZES = [size for size in (2, 4, 8) if size <= max(GPUS, 4)]
 UNSHARED = max(size for size in SIZES if size <= max(GPUS, 2))  # without MPS; two take turns on one GPU
+TWO_SLICES = (4096, 8192)  # with four ranks a program of two-shot has two slices of a row
 KINDS = [("float32",) * 2, ("bfloat16",) * 2, ("bfloat16", "float32"), ("float16",) * 2]
 
 
@@ -29,6 +30,7 @@ def compiled():
     kernels = [(size, 1024, *kind) for size in SIZES for kind in KINDS]
     kernels += [(size, hidden, "bfloat16", "bfloat16") for size in SIZES for hidden in (2048, 4096)]
     kernels += [(max(SIZES), hidden, "bfloat16", "bfloat16") for hidden in (2880, 7168)]
+    kernels += [(4, hidden, *kind) for hidden in TWO_SLICES for kind in KINDS]
     compile_all(kernels)
 
 
@@ -67,6 +69,11 @@ def test_numbers_payloads_delays_and_several_workspaces(size, mps):
     what = ["numbers", "payload", "delayed", "together", "strange_inputs"]
     rows = (1, 3, 0, 15, 17, 150 if size > GPUS else 600, 2)  # 600: two-shot
     agreed("triton_calls.py", size, *what, "--hidden", 1024, "--rows", *rows, mps=mps)
+
+
+@pytest.mark.parametrize("hidden", TWO_SLICES)
+def test_the_same_bits_by_programs_of_one_slice_and_of_two(hidden, mps):
+    agreed("triton_calls.py", 4, "numbers", "--hidden", hidden, "--rows", 1, 3, 100, 2, mps=mps)
 
 
 @pytest.mark.parametrize("hidden", [2880, 7168])

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from fd_fusion.tuning.table import Limits
 
-COLUMNS = ("one_shot", "two_shot", "flashinfer", "unfused")
+COLUMNS = ("one_shot", "two_shot", "staying", "flashinfer", "unfused")  # staying: two-shot, and the residual stays
 Times = Mapping[str, Mapping[int, float]]  # column -> rows -> microseconds; a column that could not run is absent
 
 
@@ -22,8 +22,9 @@ def merge(ranks: Sequence[Times]) -> dict[str, dict[int, float]]:
 
 
 def two_shot_rows(times: Times) -> int | None:
-    """From how many rows on two-shot is the faster path, at every measured number of rows; None for never."""
-    one, two = times.get("one_shot", {}), times.get("two_shot", {})
+    """From how many rows on two-shot is the faster path, at every measured number of rows; None for never. With a
+    residual that stays, where it can: so most Sites of a model call it."""
+    one, two = times.get("one_shot", {}), times.get("staying") or times.get("two_shot", {})
     first = None
     for rows in sorted(set(one) & set(two), reverse=True):
         if two[rows] >= one[rows]:
@@ -33,7 +34,8 @@ def two_shot_rows(times: Times) -> int | None:
 
 
 def by_backend(times: Times) -> dict[str, dict[int, float]]:
-    """The times of each fusing backend; triton's with the path that it would take."""
+    """The times of each fusing backend; triton's with the path that it would take, and a residual that comes back:
+    the limit holds where a model needs that."""
     found, switch = {}, two_shot_rows(times)
     if "one_shot" in times:
         two = times.get("two_shot", {})

@@ -30,7 +30,12 @@ from fd_fusion.tuning.limits import NEVER
 _CHECKED_ROWS = 64  # calls of more rows are not compared with the reference: that takes longer than timing them
 _CALLS = 20  # of a graph
 _REPLAYS = 5  # of a measurement
-_COLUMNS = {"one_shot": ("triton", NEVER), "two_shot": ("triton", 1), "flashinfer": ("flashinfer", None)}
+_COLUMNS = {  # name -> backend, where its two-shot begins, whether the residual stays with its owners
+    "one_shot": ("triton", NEVER, False),
+    "two_shot": ("triton", 1, False),
+    "staying": ("triton", 1, True),
+    "flashinfer": ("flashinfer", None, False),
+}
 
 
 def run(job: dict[str, Any], group: Group) -> dict[str, Any]:
@@ -41,10 +46,12 @@ def run(job: dict[str, Any], group: Group) -> dict[str, Any]:
     spec = OpSpec(group.rank, group.size, job["hidden_size"], job["dtype"], device=device, arch=arch, **limits)
     times: dict[str, dict[int, float]] = {}
     skipped: dict[str, str] = {}
-    for number, (column, (backend, switch)) in enumerate(_COLUMNS.items(), 1):
+    for number, (column, (backend, switch, stays)) in enumerate(_COLUMNS.items(), 1):
+        if stays and group.size == 2:
+            continue
         try:
             of_path = dataclasses.replace(spec, two_shot_rows=switch)
-            times[column] = _column(framework, group, of_path, backend, job, progress)
+            times[column] = _column(framework, group, of_path, backend, stays, job, progress)
         except FusionError as error:  # told by all ranks alike, since opening is collective
             skipped[column] = str(error.reason)
         progress.step(to=number * len(job["rows"]))
@@ -56,7 +63,7 @@ def run(job: dict[str, Any], group: Group) -> dict[str, Any]:
 
 
 def _column(
-    framework: Any, group: Group, spec: OpSpec, backend: str, job: dict[str, Any], progress: Progress
+    framework: Any, group: Group, spec: OpSpec, backend: str, stays: bool, job: dict[str, Any], progress: Progress
 ) -> dict[int, float]:
     """Open, compare with the reference, time. Nothing that is wrong is timed."""
     module, refusal = load_backend(backend, [spec])
@@ -73,7 +80,7 @@ def _column(
         times = {}
         for t in rows:
             x, residual, weight = _tensors(framework, spec, t)
-            call = partial(op.finish, x, residual, weight, spec.eps, 0.0)
+            call = partial(op.finish, x, residual, weight, spec.eps, 0.0, *((True,) if stays else ()))
             times[t] = _time(framework, spec, call, job["rounds"])
             op.check()
             progress.step()

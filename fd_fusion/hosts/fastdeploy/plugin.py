@@ -133,9 +133,9 @@ def _resolve(fd_config: Any) -> Resolved:
 def _bind_in_first_forward(model: Any, fd_config: Any, resolved: Resolved) -> None:
     """Bind in the first eager forward: the profile run, or the one that `worker` runs before graph capture.
 
-    It runs three times: stock, proving, and for the caller. The host repeats a forward in the same way when it warms
-    up a graph, so its inputs allow it and are not copied. A model with a recurrent state is not compared by its
-    outputs.
+    It runs three or four times: stock, proving, where a residual may stay with its owners once more, and for the
+    caller. The host repeats a forward in the same way when it warms up a graph, so its inputs allow it and are not
+    copied. A model with a recurrent state is not compared by its outputs.
     """
     from fd_fusion.binding.outputs import NOT_COMPARED
     from fd_fusion.frameworks.paddle_ops import is_eager

@@ -52,7 +52,7 @@ class Call(NamedTuple):
     rank: tl.tensor
     op: tl.tensor
     launch: tl.tensor  # number of this launch, from the counter
-    slice_index: tl.tensor  # c: which of the C slices of its rows this program has
+    slice_index: tl.tensor  # c: the first slice of its rows that this program has
     eps: tl.tensor
     weight_offset: tl.tensor
 
@@ -68,6 +68,20 @@ class Row(NamedTuple):
     own_slot: tl.tensor  # uint32 pointer to this rank's own slot; `push` does not read it, and gets any
 
 
+class Rows(NamedTuple):
+    """The slices that a program has of the rows of a launch: each pointer, uint32, is to the slice of row 0."""
+
+    count: tl.tensor
+    offsets: tl.tensor  # of the words in a slice
+    mask: tl.tensor
+    slots: tl.tensor  # offset of the slot of row 0 in the symmetric memory of every rank, in words
+    x: tl.tensor
+    residual: tl.tensor
+    weight: tl.tensor  # address of the whole weight, an integer
+    norm_out: tl.tensor
+    residual_out: tl.tensor
+
+
 class Shape(NamedTuple):
     """What the kernel computes. From `plan.constants`."""
 
@@ -75,7 +89,8 @@ class Shape(NamedTuple):
     WORDS: tl.constexpr  # of 4 bytes, in a row
     SLICE: tl.constexpr  # words of a slice
     BLOCK: tl.constexpr  # words of the tensors that hold a slice, a power of two
-    C: tl.constexpr  # programs that share a row
+    C: tl.constexpr  # slices of a row
+    SLICES: tl.constexpr  # that a program has: 1 or 2
     PLACES: tl.constexpr  # rows in half a slot
     DTYPE: tl.constexpr
     WEIGHT_DTYPE: tl.constexpr
@@ -90,5 +105,5 @@ class Polling(NamedTuple):
     POLL: tl.constexpr  # PTX that polls for the rows of all ranks; None under the interpreter
     POLL_RESULTS: tl.constexpr  # PTX that polls for the rows that an owner sends back
     OPERANDS: tl.constexpr  # constraints of the operands of both
-    UNITS: tl.constexpr  # 16-byte units of a slice in a thread
+    UNITS: tl.constexpr  # 16-byte units of a row in a thread
     INTERPRETED: tl.constexpr

@@ -6,20 +6,23 @@
 The life of a row: its program loads the row and stores it into the row's slot on every peer (one-shot), or on the
 row's owner alone (two-shot; the owner of row t is rank t % N). Then the program polls the slot of its own rank until
 the words of all peers are there, fills the slot with SENTINEL again, sums, norms and stores both outputs. By two-shot
-only the owner does so, and stores the finished rows into the slot on every peer, where the programs of the peers poll
-for these alone.
+only the owner does so, and stores the finished row into the slot on every peer, where the programs of the peers poll
+for it.
+
+The rows of a program: by one-shot one after the other. By two-shot in batches of N rows: the program pushes the rows
+of the other owners, finishes the row that its rank owns, then receives the others. So all programs of all ranks have
+rows to finish, and what a program waits for every rank does before it waits for anything of the same batch.
 
 A row travels as 4-byte words. The word SENTINEL means "not yet", and is never sent (`packing.py`). Every row of a
 launch has a slot of its own, so a launch has no more rows than there are slots, uses no word twice, and waits for no
-fence. By two-shot, which takes two trips, a program pushes its next row before it waits for one; by one-shot that was
-measured to be slower. A slot has two halves, used by launches in turn. A rank that pushes in launch k has ended k-1,
+fence. A slot has two halves, used by launches in turn. A rank that pushes in launch k has ended k-1,
 hence has received words of launch k-1 from every peer; each peer had ended k-2 then, which used the same half and
 cleared it: the end of a kernel puts that before the next one. This holds on both paths and any mixture of them, for
-calls of any number of rows. No circle of ranks waits for each other: of a program's rows that some rank has not
-finished, all ranks push the first one before they wait for another (tests/kernels/all_reduce/protocol_model.py).
+calls of any number of rows. No circle of ranks waits for each other (tests/kernels/all_reduce/protocol_model.py).
 
-Bits: equal on all ranks, for every T and on both paths. Both paths end in the same `finish`, the shape of the sums
-is a function of (N, H, dtype) alone (`plan.py`), and nothing is specialized on a run-time value.
+Bits: equal on all ranks, for every T and on both paths. Both paths end in the same `finish`, the slices in which the
+squares of a row are summed are a function of (N, H, dtype) alone (`plan.py`, `slice_sums.py`), however many of them a
+program has, and nothing is specialized on a run-time value.
 
 Memory: `context.Memory`.
 
@@ -38,16 +41,16 @@ import triton
 import triton.language as tl
 
 from fd_fusion.kernels.all_reduce import plan
-from fd_fusion.kernels.all_reduce.context import Addresses, Call, Memory, Polling, Row, Shape
-from fd_fusion.kernels.all_reduce.packing import NAN, pointer, without_sentinel
+from fd_fusion.kernels.all_reduce.context import Addresses, Call, Memory, Polling, Row, Rows, Shape
+from fd_fusion.kernels.all_reduce.packing import NAN, mask_if, pointer, without_sentinel
 from fd_fusion.kernels.all_reduce.quantising import Quantising, fail_quantised, store_quantised
 from fd_fusion.kernels.all_reduce.row import fail, finish, push, push_results, receive_results
-from fd_fusion.kernels.all_reduce.slice_sums import clear_sums, sums_of
+from fd_fusion.kernels.all_reduce.slice_sums import clear_sums
 from fd_fusion.kernels.all_reduce.wait import (
     COUNTER,
     COUNTER_STEP,
-    WAIT_ABORTED,
     WAIT_TWO_STREAMS,
+    abort_bits,
     count_launch,
     peer_memories,
     report_failure,
@@ -64,78 +67,157 @@ HEAD_WORDS = tl.constexpr(plan.HEAD_WORDS)
 
 
 @triton.jit
-def work_on_rows(addresses, rows, rank, op, eps, weight_offset, shape, polling, quantising):
+def work_on_rows(addresses, count, rank, op, eps, weight_offset, shape, polling, quantising):
     """Push and finish the rows of one program."""
-    stride = tl.num_programs(0) // shape.C
-    number = tl.program_id(0) // shape.C
-    c = tl.program_id(0) % shape.C
-    offsets = tl.arange(0, shape.BLOCK)
-    mask = offsets < (shape.WORDS if shape.C == 1 else tl.minimum(shape.SLICE, shape.WORDS - c * shape.SLICE))
+    programs: tl.constexpr = shape.C // shape.SLICES  # of a row
+    stride = tl.num_programs(0) // programs
+    number = tl.program_id(0) // programs
+    c = tl.program_id(0) % programs * shape.SLICES
+    offsets = tl.arange(0, shape.SLICES * shape.BLOCK)
+    if shape.SLICES == 1:
+        mask = offsets < (shape.WORDS if shape.C == 1 else tl.minimum(shape.SLICE, shape.WORDS - c * shape.SLICE))
+    elif shape.SLICE == shape.BLOCK:
+        mask = offsets < shape.WORDS - c * shape.SLICE
+    else:  # a slice does not fill its part of the tensors
+        which, offsets = offsets // shape.BLOCK, offsets % shape.BLOCK
+        mask = offsets < tl.minimum(shape.SLICE, shape.WORDS - (c + which) * shape.SLICE)
+        offsets += which * shape.SLICE
     sums = pointer(addresses.state_memory, tl.uint32) + 2 * HEAD_WORDS
     state_memory = pointer(addresses.state_memory, tl.uint64)
     own_slots = pointer(addresses.own_slots, tl.uint32)
     x = pointer(addresses.x, tl.uint32) + c * shape.SLICE
-    residual = pointer(addresses.residual, tl.uint32) + c * shape.SLICE
-    norm_out = pointer(addresses.norm_out, tl.uint32) + c * shape.SLICE
-    residual_out = pointer(addresses.residual_out, tl.uint32) + c * shape.SLICE
     # All that the first push needs is loaded at once: volatile loads stay in this order.
     words = tl.load(x + number.to(tl.int64) * shape.WORDS + offsets, mask=mask, other=0, volatile=True)
     launch = tl.load(state_memory + COUNTER, volatile=True) // COUNTER_STEP
     memory = Memory(own_slots, state_memory, sums, peer_memories(state_memory, rank, shape.N))
     call = Call(rank, op, launch, c, eps, weight_offset)
-    half = CONTROL_WORDS + (2 * c + (launch & 1).to(tl.int32)) * shape.PLACES * shape.SLICE
-    slot_words: tl.constexpr = 2 * shape.C * shape.PLACES * shape.SLICE
-    push(Row(number, words, offsets, mask, half + number * slot_words, own_slots), memory, call, shape)
-    count_launch(state_memory, rows)
-    next_push = number + stride
-    while number < rows:  # not a range: the interpreter of some versions cannot take its bounds from arguments
-        while next_push < tl.minimum(rows, number + (2 if shape.TWO_SHOT else 1) * stride):
-            words = tl.load(x + next_push.to(tl.int64) * shape.WORDS + offsets, mask=mask, other=0, volatile=True)
-            push(Row(next_push, words, offsets, mask, half + next_push * slot_words, own_slots), memory, call, shape)
-            next_push += stride
-        slot = half + number * slot_words
-        start = number.to(tl.int64) * shape.WORDS
-        if shape.TWO_SHOT:  # noqa: SIM102 - decided when this is compiled
-            if rows > stride:  # then another row may have been pushed since
-                words = tl.load(x + start + offsets, mask=mask, other=0, volatile=True)
-        words = without_sentinel(words)
-        abort_bits = tl.where(tl.load(own_slots, volatile=True) != 0, WAIT_ABORTED, 0)
-        owned_elsewhere = number % shape.N != rank
-        row = Row(number, words, offsets, mask, slot, own_slots + slot)
-        if shape.TWO_SHOT and owned_elsewhere:
-            norm, summed, wait_state, counter_now = receive_results(row, abort_bits, memory, call, shape, polling)
-        else:
-            norm, summed, wait_state, counter_now = finish(
-                row, residual + start, addresses.weight, abort_bits, memory, call, shape, polling)  # fmt: skip
-            if shape.TWO_SHOT:
-                push_results(row, norm, summed, wait_state, memory, shape)
-        if quantising.OUTPUT != "codes":
-            tl.store(norm_out + start + offsets, norm, mask=mask)
-        if shape.RESULTS == 1 and shape.TWO_SHOT:  # noqa: SIM102 - decided when this is compiled
-            if owned_elsewhere:  # the residual stays with its owner; here NaN, for whoever reads the row all the same
-                summed = tl.full(offsets.shape, NAN, tl.uint32)
-        tl.store(residual_out + start + offsets, summed, mask=mask)
-        if quantising.OUTPUT != "norm":  # last, when the registers of the sum are free
-            store_quantised(norm, row, c, quantising, shape, polling.INTERPRETED)
-        if wait_state != 0:
-            fail(norm_out + start + offsets, residual_out + start + offsets, row, wait_state, memory, call, shape)
-            if quantising.OUTPUT != "norm":
-                fail_quantised(row, c, quantising, shape)
-        if shows_two_streams(counter_now, launch):
-            report_failure(memory, call, number, wait_state | WAIT_TWO_STREAMS, 0, 0, shape.N)
-        if shape.C > 1:
-            clear_sums(sums_of(number, memory, shape.C), c, shape.C)
+    rows = Rows(
+        count,
+        offsets,
+        mask,
+        CONTROL_WORDS + (launch & 1).to(tl.int32) * (shape.PLACES * shape.C * shape.SLICE) + c * shape.SLICE,
+        x,
+        pointer(addresses.residual, tl.uint32) + c * shape.SLICE,
+        addresses.weight,
+        pointer(addresses.norm_out, tl.uint32) + c * shape.SLICE,
+        pointer(addresses.residual_out, tl.uint32) + c * shape.SLICE,
+    )
+    _push(number, words, rows, memory, call, shape)
+    count_launch(state_memory, count)
+    if shape.TWO_SHOT:
+        _two_shot(number, stride, rows, memory, call, shape, polling, quantising)
+    else:
+        _one_shot(number, stride, words, rows, memory, call, shape, polling, quantising)
+
+
+@triton.jit
+def _one_shot(number, stride, words, rows, memory, call, shape, polling, quantising):
+    """Finish the first row of a program, which is pushed, then push and finish one after the other."""
+    while number < rows.count:  # not a range: the interpreter of some versions cannot take its bounds from arguments
+        _finish(number, words, rows, memory, call, shape, polling, quantising)
         number += stride
+        if number < rows.count:
+            words = _load(number, rows, shape)
+            _push(number, words, rows, memory, call, shape)
+
+
+@triton.jit
+def _two_shot(first, stride, rows, memory, call, shape, polling, quantising):
+    """Work on the rows of a program in batches of N, of which this rank owns one where N and the stride have no
+    common factor: push the rows of the others, finish the own row, then receive the others. The first is pushed."""
+    to_push = first + stride
+    to_finish = first
+    to_receive = first
+    batch_end = first + shape.N * stride
+    while to_receive < rows.count:
+        end = tl.minimum(rows.count, batch_end)
+        while to_push < end:
+            if to_push % shape.N != call.rank:
+                _push(to_push, _load(to_push, rows, shape), rows, memory, call, shape)
+            to_push += stride
+        while to_finish < end:
+            if to_finish % shape.N == call.rank:
+                _finish(to_finish, _load(to_finish, rows, shape), rows, memory, call, shape, polling, quantising)
+            to_finish += stride
+        while to_receive < end:
+            if to_receive % shape.N != call.rank:
+                _receive(to_receive, rows, memory, call, shape, polling, quantising)
+            to_receive += stride
+        batch_end += shape.N * stride
+
+
+@triton.jit
+def _slot(number, rows, shape):
+    """Return the offset of a row's slot, half and slice, in words."""
+    return rows.slots + number * (2 * shape.PLACES * shape.C * shape.SLICE)
+
+
+@triton.jit
+def _load(number, rows, shape):
+    return tl.load(rows.x + number.to(tl.int64) * shape.WORDS + rows.offsets, mask=rows.mask, other=0, volatile=True)
+
+
+@triton.jit
+def _push(number, words, rows, memory, call, shape):
+    slot = _slot(number, rows, shape)
+    push(Row(number, words, rows.offsets, rows.mask, slot, memory.own_slots), memory, call, shape)
+
+
+@triton.jit
+def _finish(number, words, rows, memory, call, shape, polling, quantising):
+    """Finish a row of words that are pushed; by two-shot this rank owns the row, and its peers get the result."""
+    slot = _slot(number, rows, shape)
+    row = Row(number, without_sentinel(words), rows.offsets, rows.mask, slot, memory.own_slots + slot)
+    residual = rows.residual + number.to(tl.int64) * shape.WORDS
+    norm, summed, wait_state, counter_now = finish(
+        row, residual, rows.weight, abort_bits(memory), memory, call, shape, polling)  # fmt: skip
+    if shape.TWO_SHOT:
+        push_results(row, norm, summed, wait_state, memory, shape)
+    _store(row, norm, summed, wait_state, counter_now, rows, memory, call, shape, quantising)
+    if shape.C > shape.SLICES:
+        clear_sums(number, memory, call, shape)
+
+
+@triton.jit
+def _receive(number, rows, memory, call, shape, polling, quantising):
+    """Receive a row from its owner. A residual that stays is NaN here, for whoever reads the row all the same."""
+    slot = _slot(number, rows, shape)
+    # Nothing is loaded: the compiler takes the layout of the words from a load, and the polling code needs that one.
+    nothing = tl.load(rows.x + rows.offsets, mask=mask_if(rows.mask, rows.count < 0), other=NAN)
+    row = Row(number, nothing, rows.offsets, rows.mask, slot, memory.own_slots + slot)
+    norm, summed, wait_state, counter_now = receive_results(row, abort_bits(memory), memory, call, shape, polling)
+    if shape.RESULTS == 1:
+        summed = nothing
+    _store(row, norm, summed, wait_state, counter_now, rows, memory, call, shape, quantising)
+
+
+@triton.jit
+def _store(row, norm, summed, wait_state, counter_now, rows, memory, call, shape, quantising):
+    start = row.number.to(tl.int64) * shape.WORDS
+    norm_out = rows.norm_out + start + row.offsets
+    residual_out = rows.residual_out + start + row.offsets
+    if quantising.OUTPUT != "codes":
+        tl.store(norm_out, norm, mask=row.mask)
+    tl.store(residual_out, summed, mask=row.mask)
+    if quantising.OUTPUT != "norm":  # last, when the registers of the sum are free
+        store_quantised(norm, row, call.slice_index, quantising, shape)
+    if wait_state != 0:
+        fail(norm_out, residual_out, row, wait_state, memory, call, shape)
+        if quantising.OUTPUT != "norm":
+            fail_quantised(row, call.slice_index, quantising, shape)
+    if shows_two_streams(counter_now, call.launch):
+        report_failure(memory, call, row.number, wait_state | WAIT_TWO_STREAMS, 0, 0, shape.N)
 
 
 @triton.jit(do_not_specialize=["x", "residual", "weight", "norm_out", "residual_out", "state_memory", "own_slots",
                                "rows", "rank", "op"])  # fmt: skip
 def all_reduce_rms_norm(x, residual, weight, norm_out, residual_out, state_memory, own_slots, rows, rank, op, eps,
                         weight_offset, N: tl.constexpr, WORDS: tl.constexpr, SLICE: tl.constexpr,
-                        BLOCK: tl.constexpr, C: tl.constexpr, PLACES: tl.constexpr, DTYPE: tl.constexpr,
-                        WEIGHT_DTYPE: tl.constexpr, HAS_RESIDUAL: tl.constexpr, TWO_SHOT: tl.constexpr,
-                        RESULTS: tl.constexpr, POLL: tl.constexpr, POLL_RESULTS: tl.constexpr, OPERANDS: tl.constexpr,
-                        UNITS: tl.constexpr, PDL: tl.constexpr, INTERPRETED: tl.constexpr):  # fmt: skip
+                        BLOCK: tl.constexpr, C: tl.constexpr, SLICES: tl.constexpr, PLACES: tl.constexpr,
+                        DTYPE: tl.constexpr, WEIGHT_DTYPE: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+                        TWO_SHOT: tl.constexpr, RESULTS: tl.constexpr, POLL: tl.constexpr,
+                        POLL_RESULTS: tl.constexpr, OPERANDS: tl.constexpr, UNITS: tl.constexpr, PDL: tl.constexpr,
+                        INTERPRETED: tl.constexpr):  # fmt: skip
     """Compute the formula above for all rows of a launch: launch the kernel on every rank in the same order, with
     `grid` and `constants` of `plan.py`.
 
@@ -155,6 +237,6 @@ def all_reduce_rms_norm(x, residual, weight, norm_out, residual_out, state_memor
     addresses = Addresses(x, residual, weight, norm_out, residual_out, state_memory, own_slots)
     work_on_rows(
         addresses, rows, rank, op, eps, weight_offset,
-        Shape(N, WORDS, SLICE, BLOCK, C, PLACES, DTYPE, WEIGHT_DTYPE, HAS_RESIDUAL, TWO_SHOT, RESULTS),
+        Shape(N, WORDS, SLICE, BLOCK, C, SLICES, PLACES, DTYPE, WEIGHT_DTYPE, HAS_RESIDUAL, TWO_SHOT, RESULTS),
         Polling(POLL, POLL_RESULTS, OPERANDS, UNITS, INTERPRETED),
-        Quantising(0, 0, 0, 0, 0.0, "norm", ""))  # fmt: skip
+        Quantising(0, 0, 0, 0, 0.0, "norm", "", INTERPRETED))  # fmt: skip

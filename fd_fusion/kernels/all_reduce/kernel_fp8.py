@@ -13,7 +13,8 @@ from fd_fusion.kernels.all_reduce.quantising import Quantising
 def all_reduce_rms_norm_fp8(x, residual, weight, norm_out, residual_out, state_memory, own_slots, rows, rank, op, eps,
                             weight_offset, codes, scales, row_stride, group_stride, static_factor,
                             N: tl.constexpr, WORDS: tl.constexpr, SLICE: tl.constexpr,
-                            BLOCK: tl.constexpr, C: tl.constexpr, PLACES: tl.constexpr, DTYPE: tl.constexpr,
+                            BLOCK: tl.constexpr, C: tl.constexpr, SLICES: tl.constexpr, PLACES: tl.constexpr,
+                            DTYPE: tl.constexpr,
                             WEIGHT_DTYPE: tl.constexpr, HAS_RESIDUAL: tl.constexpr, TWO_SHOT: tl.constexpr,
                             RESULTS: tl.constexpr, POLL: tl.constexpr, POLL_RESULTS: tl.constexpr,
                             OPERANDS: tl.constexpr, UNITS: tl.constexpr, PDL: tl.constexpr,
@@ -32,6 +33,6 @@ def all_reduce_rms_norm_fp8(x, residual, weight, norm_out, residual_out, state_m
     addresses = Addresses(x, residual, weight, norm_out, residual_out, state_memory, own_slots)
     work_on_rows(
         addresses, rows, rank, op, eps, weight_offset,
-        Shape(N, WORDS, SLICE, BLOCK, C, PLACES, DTYPE, WEIGHT_DTYPE, HAS_RESIDUAL, TWO_SHOT, RESULTS),
+        Shape(N, WORDS, SLICE, BLOCK, C, SLICES, PLACES, DTYPE, WEIGHT_DTYPE, HAS_RESIDUAL, TWO_SHOT, RESULTS),
         Polling(POLL, POLL_RESULTS, OPERANDS, UNITS, INTERPRETED),
-        Quantising(codes, scales, row_stride, group_stride, static_factor, OUTPUT, FORMULA))  # fmt: skip
+        Quantising(codes, scales, row_stride, group_stride, static_factor, OUTPUT, FORMULA, INTERPRETED))  # fmt: skip

@@ -26,7 +26,9 @@ SMALLEST = 2.0**-126  # what fp32 holds: the hardware's rsqrt takes less for zer
 
 @dataclass(frozen=True)
 class Plan:
-    """How the kernel works on a row of H elements. `split` programs share a row; each holds one slice of the row."""
+    """How the kernel works on a row of H elements: in `split` slices, whose sums are added in order. A program of
+    one-shot has a slice, one of two-shot `two_shot_slices` of them: few rows are sooner ready by more programs, many
+    rows by fewer, and the bits are the same."""
 
     size: int
     hidden_size: int
@@ -35,6 +37,7 @@ class Plan:
     num_warps: int
     two_shot_rows: int | None  # calls of at least so many rows are better served by two-shot; None: never
     interpreted: bool
+    two_shot_slices: int = 1
     fp8: bool = False  # slices hold whole groups of FP8_GROUP elements; another slice is another order of the sums
 
     @property
@@ -50,7 +53,7 @@ class Plan:
 
     @property
     def units(self) -> int:
-        """16-byte units of a slice that a thread works on, a power of two; masked where the slice is shorter."""
+        """16-byte units of one slice that a thread works on, a power of two; masked where the slice is shorter."""
         return 1 << max(0, -(-self.slice_words // (128 * self.num_warps)) - 1).bit_length()
 
     @property
@@ -59,9 +62,18 @@ class Plan:
         return max(2, self.size - 1) if self.two_shot_rows is not None or self.interpreted else self.size - 1
 
     @property
+    def place_words(self) -> int:
+        """Words of a place: a row, in whole slices."""
+        return self.split * self.slice_words
+
+    def slices(self, two_shot: bool) -> int:
+        """Slices of a row that a program has."""
+        return self.two_shot_slices if two_shot else 1
+
+    @property
     def slot_bytes(self) -> int:
         """Bytes of symmetric memory of a slot, which holds one row of a launch."""
-        return 2 * self.places * self.split * self.slice_words * 4
+        return 2 * self.places * self.place_words * 4
 
 
 def plan_for(size: int, hidden_size: int, dtype: str, *, interpreted: bool = False, fp8: bool = False) -> Plan:
@@ -78,7 +90,8 @@ def plan_for(size: int, hidden_size: int, dtype: str, *, interpreted: bool = Fal
         raise ValueError(f"H={hidden_size} of {dtype} is not a whole number of 16-byte units")
     words = hidden_size * DTYPE_BYTES[dtype] // 4
     split, num_warps = (1, 1) if interpreted else _MEASURED.get((size, words)) or _split(size, words)
-    return Plan(size, hidden_size, dtype, split, num_warps, _two_shot_rows(size, words * 4), interpreted, fp8)
+    slices = 2 if (size, words) in _TWO_SLICES and not interpreted else 1
+    return Plan(size, hidden_size, dtype, split, num_warps, _two_shot_rows(size, words), interpreted, slices, fp8)
 
 
 # Where something else than `_split` says was measured to be faster, on H100 or H200: (N, words): (split, warps).
@@ -89,9 +102,12 @@ _MEASURED = {
     (2, 3072): (3, 2),
     (2, 3584): (2, 4),
     (2, 4096): (4, 2),
-    (4, 3072): (4, 2),
+    (4, 3072): (3, 4),
     (8, 4096): (8, 2),
 }
+_TWO_SLICES = {(4, 2048), (4, 4096)}  # of two-shot: faster for all T from 64 on, measured on H100
+# From how many rows on two-shot is faster, where the residual stays: (N, words), measured on H100.
+_TWO_SHOT_ROWS = {(4, 1024): 64, (4, 2048): 40, (4, 2560): 32, (4, 3072): 28, (4, 3584): 28, (4, 4096): 26}
 
 
 def _split(size: int, words: int) -> tuple[int, int]:
@@ -113,14 +129,14 @@ def _split(size: int, words: int) -> tuple[int, int]:
     return split, num_warps
 
 
-def _two_shot_rows(size: int, row_bytes: int) -> int | None:
+def _two_shot_rows(size: int, words: int) -> int | None:
     """Return the T from which two-shot is faster.
 
-    Two-shot pushes three rows for each of (N-1)/N of the rows, one-shot N-1 rows for each. The second hop of two-shot
-    takes some 1.5 us. Measured with N=4 on four H200: the bytes saved count at 270 GB/s.
+    With a residual that stays two-shot pushes two rows for each of (N-1)/N of the rows, one-shot N-1 rows for each.
+    The second hop of two-shot takes some 1.5 us, and the bytes saved count at 270 GB/s, as measured with N=4.
     """
-    saved_us = (size - 1 - 3 * (size - 1) / size) * row_bytes / 270e3
-    return math.ceil(1.5 / saved_us) if saved_us > 0 else None
+    saved_us = (size - 1 - 2 * (size - 1) / size) * words * 4 / 270e3
+    return _TWO_SHOT_ROWS.get((size, words)) or (math.ceil(1.5 / saved_us) if saved_us > 0 else None)
 
 
 def refuses_fp8(plan: Plan) -> str | None:
@@ -160,16 +176,25 @@ def state_memory_words(plan: Plan, slots: int, *, limit: int, error_page: int, a
     return head + [0] * (HEAD_WORDS - len(head)) + sums
 
 
-def programs_and_slots(plan: Plan, *, workspace_bytes: int, at_once: int, limit: int | None) -> tuple[int, int]:
-    """Return G, the most rows that the kernel works on at once, and the number of slots, the most rows of a launch.
-
-    `at_once` programs must be sure to run at the same time and leave room for other streams (half of what the device
-    holds). `workspace_bytes` must hold a slot. Calls have up to `limit` rows, None: any number.
-    """
+def slots_of(plan: Plan, *, workspace_bytes: int, limit: int | None) -> int:
+    """Return the number of slots, the most rows of a launch. `workspace_bytes` must hold a slot. Calls have up to
+    `limit` rows, None: any number."""
     fixed = total_bytes(plan, 0)
     most = (workspace_bytes - fixed) // (total_bytes(plan, 1) - fixed)
-    slots = most if limit is None else min(most, max(1, limit))
-    return min(slots, max(1, at_once // plan.split)), slots
+    return most if limit is None else min(most, max(1, limit))
+
+
+def rows_at_once(plan: Plan, slots: int, *, programs: int, two_shot: bool) -> int:
+    """Return G, the most rows that a path works on at once. So many programs must be sure to run at the same time
+    and leave room for other streams: half of what the device holds.
+
+    By two-shot a program has the rows number, number + G, ...: where G and N have a common factor, some programs own
+    many of their rows and others none.
+    """
+    rows = min(slots, max(1, programs * plan.slices(two_shot) // plan.split))
+    while two_shot and math.gcd(rows, plan.size) > 1:
+        rows -= 1
+    return rows
 
 
 def launches(slots: int, rows: int) -> list[tuple[int, int]]:
@@ -184,9 +209,9 @@ def owned_rows(slots: int, rows: int, rank: int, size: int) -> list[int]:
     return [start + row for start, count in launches(slots, rows) for row in range(rank, count, size)]
 
 
-def grid(plan: Plan, programs: int, rows: int) -> tuple[int]:
-    """Return the grid of a launch of `rows` rows."""
-    return (min(programs, rows) * plan.split,)
+def grid(plan: Plan, at_once: int, rows: int, two_shot: bool) -> tuple[int]:
+    """Return the grid of a launch of `rows` rows, `at_once` of them at the same time."""
+    return (min(at_once, rows) * plan.split // plan.slices(two_shot),)
 
 
 def constants(
@@ -208,7 +233,8 @@ def constants(
     results = 1 if residual_stays else 2
     assert not two_shot or plan.places >= results, "opened without two-shot: its results have no place"
     assert not fp8 or (plan.fp8 and refuses_fp8(plan) is None)
-    units = plan.units
+    slices = plan.slices(two_shot)
+    units = plan.units * slices
     # Found by compiling; what spills, 24 bytes at most, none on sm_90, is named in test_sass.py. Fewer registers are
     # more rows in flight, which is speed for large T: 136 in place of 128 cost 13 % on sm_90.
     if plan.dtype == "float32":
@@ -219,8 +245,9 @@ def constants(
         "N": plan.size,
         "WORDS": plan.words,
         "SLICE": plan.slice_words,
-        "BLOCK": 128 * plan.num_warps * units,
+        "BLOCK": 128 * plan.num_warps * plan.units,
         "C": plan.split,
+        "SLICES": slices,
         "PLACES": plan.places,
         "DTYPE": plan.dtype,
         "WEIGHT_DTYPE": weight_dtype,
@@ -229,8 +256,8 @@ def constants(
         "RESULTS": results,
         "OPERANDS": ",".join(["=&r"] * 36 * units + ["r"] * 4 * units + ["l"] * 4 * units + ["r"] * 4 * units),
         "UNITS": units,
-        "POLL": None if plan.interpreted else poll(plan.size, plan.slice_words, units),
-        "POLL_RESULTS": None if plan.interpreted else poll(results + 1, plan.slice_words, units),
+        "POLL": None if plan.interpreted else poll(plan.size, plan.place_words, units),
+        "POLL_RESULTS": None if plan.interpreted else poll(results + 1, plan.place_words, units),
         "PDL": pdl,
         "INTERPRETED": plan.interpreted,
         **({"launch_pdl": True} if pdl else {}),

@@ -3,13 +3,14 @@
 SENTINEL = "0xffffffff"
 
 
-def poll(rows: int, slice_words: int, units: int, tries: int = 2048) -> str:
+def poll(rows: int, place_words: int, units: int, tries: int = 2048) -> str:
     """Return PTX that polls for a thread's words of each of `rows` ranks, until all have come or after `tries` tries.
 
     Triton can only loop over all threads together, with two barriers a turn; in this loop each thread runs by itself,
-    and loads again only words that are missing. A thread has `units` times 16 bytes of a row, so an operand is 4 *
-    units words. Operands: 8 rows out; 1 for each missing word, out; the thread's own row; the addresses of its words
-    in place 0; and the rank whose row is not loaded but is the thread's own (8: load none).
+    and loads again only words that are missing. The places of a slot lie `place_words` apart. A thread has `units`
+    times 16 bytes of a row, so an operand is 4 * units words. Operands: 8 rows out; 1 for each missing word, out; the
+    thread's own row; the addresses of its words in place 0; and the rank whose row is not loaded but is the thread's
+    own (8: load none).
     """
     count = 4 * units
     *out, missing_words, own_words, address, skipped_rank = [
@@ -24,7 +25,7 @@ def poll(rows: int, slice_words: int, units: int, tries: int = 2048) -> str:
         f"mov.s32 tries_left, {tries};",
     ]
     for unit in range(units):  # the last rank's row is in the place where the reader's own would be
-        offset = f"{skipped_rank[4 * unit]}, {4 * slice_words}"
+        offset = f"{skipped_rank[4 * unit]}, {4 * place_words}"
         text += [f"mad.wide.s32 last{unit}, {offset}, {address[4 * unit]};"]
     for row, words in enumerate(out):
         for word in range(count):
@@ -37,7 +38,7 @@ def poll(rows: int, slice_words: int, units: int, tries: int = 2048) -> str:
     for row in range(rows):
         for unit in range(units):
             a, b, c, d = out[row][4 * unit : 4 * unit + 4]
-            place = f"{address[4 * unit]} + {4 * slice_words * row}" if row < rows - 1 else f"last{unit}"
+            place = f"{address[4 * unit]} + {4 * place_words * row}" if row < rows - 1 else f"last{unit}"
             text += [
                 f"max.u32 largest, {a}, {b};",
                 f"max.u32 largest, largest, {c};",

@@ -29,6 +29,7 @@ class Quantising(NamedTuple):
     static_factor: tl.tensor
     OUTPUT: tl.constexpr  # "norm", "codes" or "both"
     FORMULA: tl.constexpr  # of `reference.quantise`
+    INTERPRETED: tl.constexpr
 
 
 @triton.jit
@@ -95,11 +96,10 @@ mov.b32 $0, 0;
 
 
 @triton.jit
-def _store_scales(scales, row_number, first_group, mask, quantising, INTERPRETED: tl.constexpr):
+def _store_scales(scales, row_number, groups, mask, quantising):
     """Store a scale for each group. On a GPU by PTX: tl.store would move the scales to other threads first."""
-    groups = first_group + tl.arange(0, scales.shape[0])
     row = quantising.scales + row_number.to(tl.int64) * quantising.row_stride * 4
-    if INTERPRETED:
+    if quantising.INTERPRETED:
         places = groups.to(tl.int64) * quantising.group_stride
         tl.store(row.to(tl.pointer_type(tl.float32)) + places, scales, mask=mask)
     else:
@@ -108,7 +108,7 @@ def _store_scales(scales, row_number, first_group, mask, quantising, INTERPRETED
 
 
 @triton.jit
-def store_quantised(norm, row, slice_index, quantising, shape, INTERPRETED: tl.constexpr):
+def store_quantised(norm, row, slice_index, quantising, shape):
     """Store the codes and the scales of this program's slice of a row. `norm`: its words."""
     DTYPE: tl.constexpr = shape.DTYPE
     FORMULA: tl.constexpr = quantising.FORMULA
@@ -127,12 +127,16 @@ def store_quantised(norm, row, slice_index, quantising, shape, INTERPRETED: tl.c
             scales = tl.div_rn(tl.full(largest.shape, 1.0, tl.float32), factors)
             factor = _by_word(factors)
             a, b = a * factor, b * factor
-        groups = tl.arange(0, largest.shape[0])
-        words_here = shape.WORDS if shape.C == 1 else tl.minimum(shape.SLICE, shape.WORDS - slice_index * shape.SLICE)
-        mask = groups * GROUP_WORDS < words_here
-        first_group = slice_index * (shape.SLICE // GROUP_WORDS)
-        _store_scales(scales, row.number, first_group, mask, quantising, INTERPRETED)
-    tl.store(codes_of(row, slice_index, quantising, shape), _to_codes(a, b, INTERPRETED), mask=row.mask)
+        # As with the words of `kernel.work_on_rows`, a slice may not fill its part of the tensors.
+        in_slice, of_slice = tl.arange(0, largest.shape[0]), slice_index
+        if shape.SLICES > 1:
+            of_slice += in_slice // (shape.BLOCK // GROUP_WORDS)
+            in_slice %= shape.BLOCK // GROUP_WORDS
+        words_here = tl.minimum(shape.SLICE, shape.WORDS - of_slice * shape.SLICE) if shape.C > 1 else shape.WORDS
+        groups = of_slice * (shape.SLICE // GROUP_WORDS) + in_slice
+        _store_scales(scales, row.number, groups, in_slice * GROUP_WORDS < words_here, quantising)
+    codes = _to_codes(a, b, quantising.INTERPRETED)
+    tl.store(codes_of(row, slice_index, quantising, shape), codes, mask=row.mask)
 
 
 @triton.jit

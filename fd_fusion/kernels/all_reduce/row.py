@@ -12,7 +12,7 @@ from fd_fusion.kernels.all_reduce.packing import (
     unpack,
     without_sentinel,
 )
-from fd_fusion.kernels.all_reduce.slice_sums import sum_slices, sums_of
+from fd_fusion.kernels.all_reduce.slice_sums import exchange_sums, sum_each_slice
 from fd_fusion.kernels.all_reduce.wait import (
     COUNTER,
     WAIT_MISSING,
@@ -33,12 +33,12 @@ def receive_results(row, abort_bits, memory, call, shape, polling):
     wait_start_ns = tl.full((), 0, tl.int64)
     while wait_state == WAIT_MISSING:
         norm, summed, _, _, _, _, _, _, missing_words = poll_slot(
-            row, shape.RESULTS, shape.RESULTS + 1, shape.SLICE, polling.POLL_RESULTS, polling)  # fmt: skip
+            row, shape.RESULTS, shape.RESULTS + 1, shape.C * shape.SLICE, polling.POLL_RESULTS, polling)  # fmt: skip
         # One state for all threads, each of which has polled by itself.
         wait_state = tl.max(missing_words | abort_bits, axis=0)
         if wait_state == WAIT_MISSING:
             abort_bits, wait_start_ns = check_wait(memory, call, wait_start_ns, True, polling.INTERPRETED)
-    clear_slot(row, mask_if(row.mask, wait_state == 0), shape.RESULTS, shape.SLICE)
+    clear_slot(row, mask_if(row.mask, wait_state == 0), shape.RESULTS, shape.C * shape.SLICE)
     return norm, summed, wait_state, tl.load(memory.state_memory + COUNTER, volatile=True)
 
 
@@ -54,7 +54,6 @@ def finish(row, residual, weight, abort_bits, memory, call, shape, polling):
     the state of the wait, and the counter as it stands now."""
     N: tl.constexpr = shape.N
     DTYPE: tl.constexpr = shape.DTYPE
-    sums = sums_of(row.number, memory, shape.C)
     H: tl.constexpr = shape.WORDS if shape.DTYPE == "float32" else 2 * shape.WORDS
     wa, wb = load_weight(weight, row.offsets + call.slice_index * shape.SLICE, row.mask, DTYPE, shape.WEIGHT_DTYPE)
     other = row.words
@@ -62,12 +61,12 @@ def finish(row, residual, weight, abort_bits, memory, call, shape, polling):
         other = tl.load(residual + row.offsets, mask=row.mask, other=0, eviction_policy="evict_first")
     a = tl.zeros(row.offsets.shape, tl.float32)
     b = a
-    total = 0.0
+    total, first_sum, second_sum = 0.0, 0.0, 0.0
     wait_state = WAIT_MISSING
     wait_start_ns = tl.full((), 0, tl.int64)
     while wait_state == WAIT_MISSING:
         x0, x1, x2, x3, x4, x5, x6, x7, missing_words = poll_slot(
-            row, call.rank, N, shape.SLICE, polling.POLL, polling)  # fmt: skip
+            row, call.rank, N, shape.C * shape.SLICE, polling.POLL, polling)  # fmt: skip
         s = _add_words(unpack(x0, DTYPE), x1, DTYPE)
         s = _add_words(s, x2, DTYPE) if N > 2 else s
         s = _add_words(s, x3, DTYPE) if N > 3 else s
@@ -78,7 +77,8 @@ def finish(row, residual, weight, abort_bits, memory, call, shape, polling):
         # The subtraction of zero keeps the compiler from waiting for the residual before the words.
         a, b = _add_words(s, other - missing_words.to(tl.uint32), DTYPE) if shape.HAS_RESIDUAL else s
         # One reduction does it, if all went well: NaN says that words are missing, or that the payload holds NaN.
-        total = tl.sum(tl.where((missing_words | abort_bits) == 0, a * a + b * b, float("nan")), axis=0)
+        squares = tl.where((missing_words | abort_bits) == 0, a * a + b * b, float("nan"))
+        total, first_sum, second_sum = sum_each_slice(squares, shape)
         wait_state = 0
         if total != total:
             # One state for all threads, each of which has polled by itself.
@@ -86,12 +86,9 @@ def finish(row, residual, weight, abort_bits, memory, call, shape, polling):
             if wait_state == WAIT_MISSING:
                 abort_bits, wait_start_ns = check_wait(memory, call, wait_start_ns, False, polling.INTERPRETED)
     counter_now = tl.load(memory.state_memory + COUNTER, volatile=True)
-    clear_slot(row, mask_if(row.mask, wait_state == 0), N - 1, shape.SLICE)
-    if shape.C > 1:
-        threads: tl.constexpr = shape.BLOCK // (4 * polling.UNITS)
-        total = sum_slices(
-            total, wait_state, sums, row.number, memory, call, N, shape.C, threads, polling.INTERPRETED
-        )
+    clear_slot(row, mask_if(row.mask, wait_state == 0), N - 1, shape.C * shape.SLICE)
+    if shape.C > shape.SLICES:
+        total = exchange_sums((first_sum, second_sum), wait_state, row.number, memory, call, shape, polling)
     scale = tl.rsqrt(total * (1.0 / H) + call.eps)
     norm = pack(a * scale * (wa + call.weight_offset), b * scale * (wb + call.weight_offset), DTYPE,
                 polling.INTERPRETED)  # fmt: skip
@@ -105,7 +102,8 @@ def push(row, memory, call, shape):
     for i in tl.static_range(1, shape.N):
         peer = (call.rank + i) % shape.N
         is_reader = alive & (peer == row.number % shape.N) if shape.TWO_SHOT else alive
-        to = memory.peers[i - 1] + row.slot + place_of(call.rank, peer, shape.N) * shape.SLICE + row.offsets
+        place = place_of(call.rank, peer, shape.N) * (shape.C * shape.SLICE)
+        to = memory.peers[i - 1] + row.slot + place + row.offsets
         tl.store(to, without_sentinel(row.words), mask=mask_if(row.mask, is_reader), cache_modifier=".wt")
 
 
@@ -117,7 +115,7 @@ def push_results(row, norm, summed, wait_state, memory, shape):
         to = memory.peers[i - 1] + row.slot + row.offsets
         tl.store(to, without_sentinel(norm), mask=mask, cache_modifier=".wt")
         if shape.RESULTS == 2:
-            tl.store(to + shape.SLICE, without_sentinel(summed), mask=mask, cache_modifier=".wt")
+            tl.store(to + shape.C * shape.SLICE, without_sentinel(summed), mask=mask, cache_modifier=".wt")
 
 
 @triton.jit
@@ -127,7 +125,7 @@ def fail(norm_out, residual_out, row, wait_state, memory, call, shape):
     if not shape.TWO_SHOT or row.number % shape.N == call.rank:
         missing_ranks = 0
         for peer in tl.static_range(shape.N):
-            place = place_of(peer, call.rank, shape.N) * shape.SLICE
+            place = place_of(peer, call.rank, shape.N) * (shape.C * shape.SLICE)
             words = row.own_slot + place + row.offsets
             word = tl.load(words, mask=mask_if(row.mask, peer != call.rank), other=0, volatile=True)
             missing_ranks |= tl.max((word == SENTINEL).to(tl.int32), axis=0) << peer

@@ -58,6 +58,12 @@ def shows_two_streams(counter_now, launch):
 
 
 @triton.jit
+def abort_bits(memory):
+    """Return the state of a wait that begins: aborted where the group is dead."""
+    return tl.where(tl.load(memory.own_slots, volatile=True) != 0, WAIT_ABORTED, 0)
+
+
+@triton.jit
 def check_wait(memory, call, wait_start_ns, INDIRECT: tl.constexpr, INTERPRETED: tl.constexpr):
     """Check a long wait against its time limit, the abort word and the counter of launches.
 
@@ -124,28 +130,28 @@ def place_of(source, reader, N: tl.constexpr):
 
 
 @triton.jit
-def _words_of(source, row, own_rank, N: tl.constexpr, SLICE: tl.constexpr):
-    place = place_of(source, own_rank, N) * SLICE
+def _words_of(source, row, own_rank, N: tl.constexpr, PLACE: tl.constexpr):
+    place = place_of(source, own_rank, N) * PLACE
     mask = mask_if(row.mask, own_rank != source)
     return tl.load(row.own_slot + place + row.offsets, mask=mask, other=row.words, volatile=True)
 
 
 @triton.jit
-def poll_slot(row, own_rank, N: tl.constexpr, SLICE: tl.constexpr, POLL: tl.constexpr, polling):
+def poll_slot(row, own_rank, N: tl.constexpr, PLACE: tl.constexpr, POLL: tl.constexpr, polling):
     """Read the words of N ranks in a slot; those of `own_rank` are `row.words`, which no rank sends.
 
     The interpreter polls once. On a GPU each thread polls until its own words have come, or for so many tries, with
     no barrier: poll_ptx.py. Returns eight rows, from N on copies of others, and 1 for each word that is missing.
     """
     if POLL is None:
-        a = _words_of(0, row, own_rank, N, SLICE)
-        b = _words_of(1, row, own_rank, N, SLICE)
-        c = _words_of(2, row, own_rank, N, SLICE) if N > 2 else a
-        d = _words_of(3, row, own_rank, N, SLICE) if N > 3 else a
-        e = _words_of(4, row, own_rank, N, SLICE) if N > 4 else a
-        f = _words_of(5, row, own_rank, N, SLICE) if N > 5 else a
-        g = _words_of(6, row, own_rank, N, SLICE) if N > 6 else a
-        h = _words_of(7, row, own_rank, N, SLICE) if N > 7 else a
+        a = _words_of(0, row, own_rank, N, PLACE)
+        b = _words_of(1, row, own_rank, N, PLACE)
+        c = _words_of(2, row, own_rank, N, PLACE) if N > 2 else a
+        d = _words_of(3, row, own_rank, N, PLACE) if N > 3 else a
+        e = _words_of(4, row, own_rank, N, PLACE) if N > 4 else a
+        f = _words_of(5, row, own_rank, N, PLACE) if N > 5 else a
+        g = _words_of(6, row, own_rank, N, PLACE) if N > 6 else a
+        h = _words_of(7, row, own_rank, N, PLACE) if N > 7 else a
         missing = (a == SENTINEL) | (b == SENTINEL) | (c == SENTINEL) | (d == SENTINEL)
         missing = missing | (e == SENTINEL) | (f == SENTINEL) | (g == SENTINEL) | (h == SENTINEL)
         missing_words = missing.to(tl.int32)
@@ -158,8 +164,8 @@ def poll_slot(row, own_rank, N: tl.constexpr, SLICE: tl.constexpr, POLL: tl.cons
 
 
 @triton.jit
-def clear_slot(row, mask, PLACES: tl.constexpr, SLICE: tl.constexpr):
+def clear_slot(row, mask, PLACES: tl.constexpr, PLACE: tl.constexpr):
     """Fill the first places of a slot with SENTINEL again."""
     for place in tl.static_range(PLACES):
         sentinels = tl.full(row.offsets.shape, SENTINEL, tl.uint32)
-        tl.store(row.own_slot + place * SLICE + row.offsets, sentinels, mask=mask, cache_modifier=".wt")
+        tl.store(row.own_slot + place * PLACE + row.offsets, sentinels, mask=mask, cache_modifier=".wt")

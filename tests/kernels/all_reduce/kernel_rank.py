@@ -92,7 +92,7 @@ class Rank:
             address[2:3] = [weight.ctypes.data]
             address += [self.state_memory.ctypes.data, int(self.state_memory[2 + self.rank])]
             kernel = all_reduce_rms_norm_fp8 if fp8 else all_reduce_rms_norm
-            launch = kernel[plans.grid(self.plan, self.case["programs"], count)]
+            launch = kernel[plans.grid(self.plan, self.case["programs"], count, two_shot)]
             numbers = count, self.rank, step, 1e-5, self.case.get("weight_offset", 0.0)
             launch(*address, *numbers, *(fp8.arguments(start) if fp8 else ()), **constants)
         return {"norm": norm_out, "residual": residual_out, **(fp8.outputs() if fp8 else {})}

@@ -15,10 +15,10 @@ import triton.language as tl
 
 from fd_fusion.kernels.all_reduce import plan as plans
 from fd_fusion.kernels.all_reduce import wait as _wait
-from fd_fusion.kernels.all_reduce.context import Call, Memory
+from fd_fusion.kernels.all_reduce.context import Call, Memory, Polling, Shape
 from fd_fusion.kernels.all_reduce.error_page import ERROR_PAGE_BYTES, read_error_page
 from fd_fusion.kernels.all_reduce.packing import pointer
-from fd_fusion.kernels.all_reduce.slice_sums import clear_sums, sum_slices, sums_of
+from fd_fusion.kernels.all_reduce.slice_sums import clear_sums, exchange_sums
 from fd_fusion.kernels.all_reduce.wait import COUNTER, COUNTER_STEP
 
 HEAD_WORDS = tl.constexpr(plans.HEAD_WORDS)
@@ -33,8 +33,9 @@ def wait_for_neighbour(state_memory, own_slots, out):
     memory = Memory(own_slots, state_memory, sums, (own_slots,))
     call = Call(zero, zero, launch, zero, 1e-5, 0.0)
     own = tl.full((), 1.0, tl.float32)
-    total = sum_slices(own, zero, sums_of(zero, memory, 2), zero, memory, call, 2, 2, 32, True)
-    clear_sums(sums_of(zero, memory, 2), zero, 2)
+    shape = Shape(2, 256, 128, 128, 2, 1, 1, "float32", "float32", False, False, 2)
+    total = exchange_sums((own, own), zero, zero, memory, call, shape, Polling(None, None, None, 1, True))
+    clear_sums(zero, memory, call, shape)
     tl.store(pointer(out, tl.float32), total)
 
 

@@ -1,8 +1,9 @@
 """A model of the all-reduce kernel on every rank, explored exhaustively: every order in which programs run, words
 arrive, time runs out and aborts become known.
 
-A launch has rows; program g of G works on the rows g, g+G, ...: it pushes a row and up to `ahead` rows behind it,
-then waits for that row. Each row of a launch has a slot of its own, with two halves: a program reads the number of
+A launch has rows; program g of G works on the rows g, g+G, ... By one-shot it pushes a row, then waits for it. By
+two-shot it works in batches of N rows: it pushes those of other owners, finishes its own, then waits for the results
+of the others (`_order`). Each row of a launch has a slot of its own, with two halves: a program reads the number of
 its launch from the counter when it starts, `launch_read`, and uses half `launch_read & 1`. Behind that it adds its
 share to the counter: the shares of a launch make COUNTER_STEP together. A launch starts when all programs of the one
 before have ended, on the same rank.
@@ -19,10 +20,12 @@ finite numbers for it.
 `explore` returns what is wrong with the protocol as `Rules` describe it: an empty set, unless a bug is planted.
 """
 
+import functools
 from dataclasses import dataclass
 from typing import NamedTuple
 
 WORD, ABORT = "word", "abort"
+PUSH, LOOK, WAIT = "push", "look", "wait"
 COUNTER_STEP = 8  # what a launch adds to the counter; more than a launch has programs
 
 
@@ -33,7 +36,6 @@ class Rules:
     size: int
     launches: tuple[tuple[int | None, ...], ...]  # of each row its owner by two-shot, or None for one-shot
     programs: int = 1  # the most that a launch has
-    ahead: int = 1  # rows that a program pushes behind the one that it is going to wait for
     timeouts: bool = False  # whether a rank that waits may run out of time
     at_once: bool = False  # whether words come when they are sent; see `_send`
     streams: int = 1  # of rank 0; with two, launches alternate between them and nothing orders the two
@@ -45,6 +47,8 @@ class Rules:
     results_in_the_other_half: bool = False
     abort_not_spread: bool = False
     pushes_after_abort: bool = False
+    own_rows_first: bool = False  # in a batch, before the others are pushed
+    own_rows_last: bool = False  # in a batch, when the results of the others have come
 
     def grid(self, launch):
         return min(self.programs, len(self.launches[launch]))
@@ -68,10 +72,10 @@ class Rules:
 
 class Program(NamedTuple):
     launch: int
-    row: int  # the first that it has not finished
-    pushed: int = -1  # the first that it has not pushed; -1: it has not started
+    number: int
+    step: int = -1  # in `_order`, the next one; -1: it has not started
     launch_read: int = 0  # from the counter, at its start
-    dead: bool = False  # the abort word was set at a push, so nothing was pushed
+    dead: bool = False  # the abort word was set when it looked, so it pushes nothing and reads nothing
 
 
 class Stream(NamedTuple):
@@ -111,6 +115,27 @@ def explore(rules):
     return wrong
 
 
+@functools.cache
+def _order(rules, launch, g, rank):
+    """Return what program g of a launch does, one after the other: (what, row). It looks at the abort word at a push,
+    and by two-shot before each wait too."""
+    owners = rules.launches[launch]
+    rows = range(g, len(owners), rules.grid(launch))
+    if not any(owner is not None for owner in owners):
+        return [(what, row) for row in rows for what in (PUSH, WAIT)]
+    todo = []
+    for start in range(0, len(rows), rules.size):
+        batch = rows[start : start + rules.size]
+        pushes = [(PUSH, row) for row in batch if owners[row] != rank]
+        own = [(what, row) for row in batch if owners[row] in (None, rank) for what in (LOOK, WAIT)]
+        others = [(what, row) for row in batch if owners[row] not in (None, rank) for what in (LOOK, WAIT)]
+        if rules.own_rows_first:
+            todo += own + pushes + others
+        else:
+            todo += pushes + (others + own if rules.own_rows_last else own + others)
+    return todo
+
+
 def _judge_end(rules, state, wrong):
     if any(stream.launches or stream.programs for stream in state.streams):
         wrong.add("a rank waits for ever")
@@ -125,18 +150,22 @@ def _steps(rules, state, wrong):
     for message in state.messages:
         yield _arrive(state, message, wrong)
     for number, stream in enumerate(state.streams):
-        begun = all(program.pushed >= 0 for program in stream.programs)
+        begun = all(program.step >= 0 for program in stream.programs)
         if stream.launches and (begun if rules.launch_too_early else not stream.programs):
             yield _launch(rules, state, number, stream)
         for which, program in enumerate(stream.programs):
             at = rules, state, number, which
-            stride, rows = rules.grid(program.launch), len(rules.launches[program.launch])
-            if program.pushed < 0:
+            if program.step < 0:
                 yield _start(*at)
-            elif program.pushed < min(rows, program.row + stride * (1 + rules.ahead)):
-                yield _push(*at, wrong)
+                continue
+            what, row = _order(rules, program.launch, program.number, stream.rank)[program.step]
+            if what == PUSH:
+                yield _push(*at, row, wrong)
+            elif what == LOOK:
+                dead = program.dead or stream.rank in state.aborted
+                yield _with(state, number, which, program._replace(step=program.step + 1, dead=dead))
             else:
-                yield from _finish(*at, wrong)
+                yield from _finish(*at, row, wrong)
 
 
 def _arrive(state, message, wrong):
@@ -177,34 +206,33 @@ def _start(rules, state, number, which):
     program = stream.programs[which]
     counter = state.counters[stream.rank]
     others = 0 if rules.step_of_one_program else rules.grid(program.launch) - 1
-    share = COUNTER_STEP - others if program.row == 0 else min(1, others)
+    share = COUNTER_STEP - others if program.number == 0 else min(1, others)
     state = state._replace(counters=_put(state.counters, stream.rank, counter + share))
-    return _with(state, number, which, program._replace(pushed=program.row, launch_read=counter // COUNTER_STEP))
+    return _with(state, number, which, program._replace(step=0, launch_read=counter // COUNTER_STEP))
 
 
-def _push(rules, state, number, which, wrong):
-    """Push the first row that is not pushed yet."""
+def _push(rules, state, number, which, row, wrong):
     rank, program = state.streams[number].rank, state.streams[number].programs[which]
-    row, launch = program.pushed, program.launch
+    launch = program.launch
     owner, slot = rules.launches[launch][row], rules.slot(launch, row, program.launch_read)
     dead = rank in state.aborted and not rules.pushes_after_abort
     to = set(range(rules.size)) if owner is None else {owner}
     sent = {
         (WORD, (peer, slot, rules.place(peer, rank)), rules.number(launch, row)) for peer in to - {rank} if not dead
     }
-    program = program._replace(pushed=row + rules.grid(launch), dead=program.dead or dead)
+    program = program._replace(step=program.step + 1, dead=program.dead or dead)
     return _send(rules, _with(state, number, which, program), sent, wrong)
 
 
-def _finish(rules, state, number, which, wrong):
-    """The ways in which the first row of a program may end by now."""
+def _finish(rules, state, number, which, row, wrong):
+    """The ways in which a row may end by now."""
     rank, program = state.streams[number].rank, state.streams[number].programs[which]
     if rank in state.aborted:  # yet words that are all there when it polls are taken, if the row was pushed
         yield _done(rules, state, number, which, right=False)
     elif rules.timeouts:
         yield _done(rules, _abort(rules, state, rank), number, which, right=False)
     if not program.dead:
-        yield from _read(rules, state, number, which, wrong)
+        yield from _read(rules, state, number, which, row, wrong)
 
 
 def _abort(rules, state, rank):
@@ -214,13 +242,13 @@ def _abort(rules, state, rank):
     return state._replace(messages=messages, aborted=aborted)
 
 
-def _read(rules, state, number, which, wrong):
+def _read(rules, state, number, which, row, wrong):
     """If all words of the row have come: take them, clear them, and as the owner push the result."""
     stream = state.streams[number]
     rank, program = stream.rank, stream.programs[which]
-    owner, value = rules.launches[program.launch][program.row], rules.number(program.launch, program.row)
-    slot = rules.slot(program.launch, program.row, program.launch_read)
-    back = rules.slot(program.launch, program.row, program.launch_read + rules.results_in_the_other_half)
+    owner, value = rules.launches[program.launch][row], rules.number(program.launch, row)
+    slot = rules.slot(program.launch, row, program.launch_read)
+    back = rules.slot(program.launch, row, program.launch_read + rules.results_in_the_other_half)
     peers = [peer for peer in range(rules.size) if peer != rank]
     if owner in (None, rank):
         places = {(rank, slot, rules.place(rank, peer)) for peer in peers}
@@ -229,7 +257,7 @@ def _read(rules, state, number, which, wrong):
     found = {word for word in state.slots - stream.cleared if word[0] in places}
     if len(found) < len(places):
         return
-    if any(row != value for _, row in found):
+    if any(of != value for _, of in found):
         wrong.add("words of another row are taken")
     sent = set()
     if owner == rank:
@@ -243,11 +271,11 @@ def _done(rules, state, number, which, right):
     """The row is over. Behind the last one a counter that has gone on too far shows a second stream."""
     stream = state.streams[number]
     program = stream.programs[which]
-    launch, row = program.launch, program.row + rules.grid(program.launch)
+    launch, step = program.launch, program.step + 1
     failed, finite = (state.failed, max(state.finite, launch)) if right else (min(state.failed, launch), state.finite)
     state = state._replace(failed=failed, finite=finite)
-    if row < len(rules.launches[launch]):
-        return _with(state, number, which, program._replace(row=row))
+    if step < len(_order(rules, launch, program.number, stream.rank)):
+        return _with(state, number, which, program._replace(step=step))
     if state.counters[stream.rank] > (program.launch_read + 1) * COUNTER_STEP:
         state = _abort(rules, state, stream.rank)
     stream = stream._replace(programs=stream.programs[:which] + stream.programs[which + 1 :])

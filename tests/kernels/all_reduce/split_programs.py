@@ -65,7 +65,7 @@ def run_program(kernels, case, plan, member, rank, pid, own_slots):
         if case.get("absent") == [rank, step]:
             return
         member.barrier.wait(60)
-        grid = plans.grid(plan, case["programs"], rows)
+        grid = plans.grid(plan, case["programs"], rows, case["two_shot"][step])
         if pid >= grid[0] or case.get("absent_program") == [rank, step, pid]:
             continue
         builder.set_grid_dim = lambda *_, grid=grid: set_dim(*grid, 1, 1)
@@ -85,7 +85,7 @@ def run_program(kernels, case, plan, member, rank, pid, own_slots):
 
 def start(kernels, case, forks):
     """Start every program of a case. Returns (processes, ranks)."""
-    plan = dataclasses.replace(plan_of(case), split=case["split"])
+    plan = dataclasses.replace(plan_of(case), split=case["split"], two_shot_slices=case.get("slices", 1))
     nbytes = plans.symmetric_bytes(plan, case["slots"])
     region = shared(case["size"] * nbytes)
     fill(case, region)

@@ -1,7 +1,9 @@
 """The real kernel under Triton's interpreter, as real processes over shared memory: values, bits, failures."""
 
+import dataclasses
 import itertools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -238,12 +240,22 @@ def test_plans(size, dtype):
         for room in (1 << 20, 4 << 20, 11184810, 32 << 20):  # no more than a workspace may have, and no less
             if plans.total_bytes(plan, 1) > room:
                 continue
-            programs, slots = plans.programs_and_slots(plan, workspace_bytes=room, at_once=1 << 20, limit=None)
-            assert slots == programs and plans.total_bytes(plan, slots) <= room < plans.total_bytes(plan, slots + 1)
-            for limit in (1, 2, 7, slots, slots + 1):  # of four programs
-                most = min(limit, slots)
-                found = plans.programs_and_slots(plan, workspace_bytes=room, at_once=4 * plan.split, limit=limit)
-                assert found == (min(4, most), most)
+            slots = plans.slots_of(plan, workspace_bytes=room, limit=None)
+            assert plans.total_bytes(plan, slots) <= room < plans.total_bytes(plan, slots + 1)
+            for limit in (1, 2, 7, slots, slots + 1):
+                assert plans.slots_of(plan, workspace_bytes=room, limit=limit) == min(limit, slots)
+
+
+@pytest.mark.parametrize("size", plans.SIZES)
+def test_rows_at_once(size):
+    """As many as there are programs for; by two-shot every program owns as many of its rows as any other."""
+    for hidden, slots, rows in itertools.product((1024, 4096, 8192), (1, 5, 24, 853), (1, 2, 4, 12, 66, 264)):
+        plan = plans.plan_for(size, hidden, "bfloat16")
+        plan = dataclasses.replace(plan, two_shot_slices=min(2, plan.split))
+        assert plans.rows_at_once(plan, slots, programs=rows * plan.split, two_shot=False) == min(rows, slots)
+        programs = rows * plan.split // plan.two_shot_slices
+        found = plans.rows_at_once(plan, slots, programs=programs, two_shot=True)
+        assert found == max(n for n in range(1, min(rows, slots) + 1) if math.gcd(n, size) == 1)
 
 
 def test_the_launches_of_a_call():

@@ -21,12 +21,12 @@ def every_mixture(size, shape):
     return [cut(rows, shape) for rows in itertools.product(PATHS[size], repeat=sum(shape))]
 
 
-@pytest.mark.parametrize("programs, ahead", [(1, 1), (1, 4), (2, 0), (2, 1)])
+@pytest.mark.parametrize("programs", [1, 2])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_two_ranks_and_every_mixture_of_paths(shape, programs, ahead):
+def test_two_ranks_and_every_mixture_of_paths(shape, programs):
     """A program of one rank may be late by a launch: the others are in the next one then."""
     for launches in every_mixture(2, shape)[:: 2 * sum(shape) - 3 if programs == 1 else 29]:
-        assert explore(Rules(2, launches, programs, ahead)) == set(), launches
+        assert explore(Rules(2, launches, programs)) == set(), launches
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 1)])
@@ -41,11 +41,11 @@ def test_three_ranks_and_two_launches_of_two_rows(rows, programs):
     assert explore(Rules(3, (rows[:2], (rows[2],)), programs)) == set()
 
 
-@pytest.mark.parametrize("programs, ahead", [(1, 2), (2, 1)])
+@pytest.mark.parametrize("programs", [1, 2])
 @pytest.mark.parametrize("size, shape", [(2, (6,)), (2, (3, 1, 2)), (3, (3, 2)), (4, (3, 2))])
-def test_more_rows_when_words_come_at_once(size, shape, programs, ahead):
+def test_more_rows_when_words_come_at_once(size, shape, programs):
     for launches in every_mixture(size, shape)[:: 5 if programs == 1 else 41]:
-        assert explore(Rules(size, launches, programs, ahead, at_once=True)) == set(), launches
+        assert explore(Rules(size, launches, programs, at_once=True)) == set(), launches
 
 
 @pytest.mark.parametrize("programs", [1, 2])
@@ -64,6 +64,14 @@ def test_time_may_run_out_anywhere_with_three_ranks(rows):
 def test_time_may_run_out_anywhere_when_words_come_at_once(size, shape):
     for launches in every_mixture(size, shape)[:: 3 if size == 2 else 7]:
         assert explore(Rules(size, launches, timeouts=True, at_once=True)) == set(), launches
+
+
+@pytest.mark.parametrize("size, rows, programs", [(2, 5, 1), (2, 6, 2), (3, 7, 2), (3, 4, 1), (4, 5, 1)])
+def test_two_shot_of_several_batches_as_the_kernel_has_them(size, rows, programs):
+    """The owner of row t is rank t % N. With two programs of two ranks one of them owns all of its rows."""
+    launch = tuple(row % size for row in range(rows))
+    assert explore(Rules(size, (launch, launch[:2]), programs, at_once=True)) == set()
+    assert explore(Rules(size, (launch[:3], (None,)), programs, at_once=True, timeouts=size == 2)) == set()
 
 
 # Every bug is looked for both ways: that words may come at once must not hide one.
@@ -134,6 +142,13 @@ def test_a_push_that_does_not_heed_the_abort_is_found(shape, at_once):
     launches = cut((None,) * 3, shape)
     found = explore(Rules(2, launches, timeouts=True, pushes_after_abort=True, at_once=at_once))
     assert found == {"finite numbers after the error"}
+
+
+@planted
+@pytest.mark.parametrize("bug", ["own_rows_first", "own_rows_last"])
+def test_another_order_in_a_batch_is_found(bug, at_once):
+    """Each rank would wait for what the others do behind their own wait."""
+    assert explore(Rules(2, ((0, 1),), at_once=at_once, **{bug: True})) == {"a rank waits for ever"}
 
 
 @planted

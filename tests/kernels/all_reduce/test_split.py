@@ -35,6 +35,13 @@ CASES = {  # a slice is 32 words, of two halves or one float
     "4 of three, short, FP8": split(
         3, 4, 896, "float16", fp8=["both", "divide"], rows=[2, 1], two_shot=[False, True]
     ),
+    "4 of three, two by two-shot, FP8": split(
+        3, 4, 896, slices=2, fp8=["both", "multiply"], rows=[3, 2], two_shot=[True, False]
+    ),
+    "2 of two, both by two-shot": split(2, 2, 72, slices=2, rows=[3, 2, 3], two_shot=[True, False, True]),
+    "4 of three, two by two-shot": split(
+        3, 4, 200, "float16", slices=2, rows=[1, 3, 2], two_shot=[False, True, True]
+    ),
     "no rank": split(2, 2, 72, absent=[1, 1], **MISSING),
     "no program": split(2, 2, 72, absent_program=[0, 1, 1], **MISSING),
 }
