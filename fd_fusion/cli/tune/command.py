@@ -21,7 +21,7 @@ from fd_fusion.cli.tune import limits as tune_limits
 from fd_fusion.config import FusionConfig
 from fd_fusion.kernels.all_reduce.plan import plan_for
 from fd_fusion.reference import DTYPE_BYTES
-from fd_fusion.tuning.table import Fingerprint, store_limits, table_lock, table_path, versions_here
+from fd_fusion.tuning.table import Fingerprint, Limits, store_limits, table_lock, table_path, versions_here
 
 _ROUNDS = {"cpu": 3, "gpu": 11}
 _ROWS = {"cpu": "1,2", "gpu": "1,2,4,8,16,32,48,64,96,128,192,256,384,512,768,1024,1536,2048"}
@@ -89,28 +89,33 @@ def tune(args: argparse.Namespace, show: Callable[[str], None] = lambda text: No
             results = _measure(args, mode, rows, show)
         except OSError as error:  # not the table's
             raise RanksFailed(f"the ranks could not be started: {error}") from None
-        times = tune_limits.merge([one["times"] for one in results])
-        limits = tune_limits.find_limits(times)
-        outcome = {
-            "schema": 1,
-            "fd_fusion": __version__,
-            "mode": mode,
-            "size": args.nproc,
-            "hidden_size": args.hidden_size,
-            "dtype": args.dtype,
-            "gpu": results[0]["gpu"],
-            "versions": versions_here(),
-            "times": times,
-            "skipped": {name: why for one in reversed(results) for name, why in one["skipped"].items()},
-            "rival": results[0].get("rival") or None,
-            "limits": limits.to_dict() if limits else None,
-            "stored": None,
-        }
-        if mode == "gpu" and limits is not None:
+        outcome = _outcome(args, mode, results)
+        if mode == "gpu" and outcome["limits"]:
             key = Fingerprint(outcome["gpu"], args.nproc, args.hidden_size, args.dtype, outcome["versions"])
-            store_limits(key, limits, path)
+            store_limits(key, Limits.from_dict(outcome["limits"]), path)
             outcome["stored"] = str(path)
     return outcome
+
+
+def _outcome(args: argparse.Namespace, mode: str, results: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return what `--json` prints; `results`: of each rank."""
+    times = tune_limits.merge([one["times"] for one in results])
+    limits = tune_limits.find_limits(times)
+    return {
+        "schema": 1,
+        "fd_fusion": __version__,
+        "mode": mode,
+        "size": args.nproc,
+        "hidden_size": args.hidden_size,
+        "dtype": args.dtype,
+        "gpu": results[0]["gpu"],
+        "versions": versions_here(),
+        "times": times,
+        "skipped": {name: why for one in reversed(results) for name, why in one["skipped"].items()},
+        "rival": results[0].get("rival") or None,
+        "limits": limits.to_dict() if limits else None,
+        "stored": None,
+    }
 
 
 def _framework() -> dict[str, Any]:
