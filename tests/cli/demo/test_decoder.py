@@ -109,6 +109,9 @@ def test_a_broken_checkpoint_is_told(tmp_path):
         file.write_bytes(content)
         with pytest.raises(ValueError, match="not a readable safetensors file"):
             Checkpoint(tmp_path)
+    save_file({"model.norm.weight": np.ones(32, np.int64)}, file)
+    with pytest.raises(ValueError, match=r"of F32, F16, F64, BF16, .*model\.norm\.weight is of I64"):
+        Checkpoint(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "n_group": 2}))
     with pytest.raises(ValueError, match="n_group is 2; the demo's decoder has 1 only"):
