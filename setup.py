@@ -13,7 +13,7 @@ README = HERE / "README.md"
 
 # No extra names paddlepaddle-gpu: the newest one on PyPI is 2.6.2, which would overwrite the 3.x build that
 # FastDeploy runs on. Next to FastDeploy the command is `pip install --no-deps .`.
-CPU = ["paddlepaddle>=3.3", "triton>=3.3", "numpy", "safetensors"]
+CPU = ["paddlepaddle>=3.3", "triton>=3.3", "numpy", "safetensors", "ml_dtypes"]
 BUILD = ["setuptools", "wheel"]  # a test builds the wheel
 
 
@@ -55,7 +55,7 @@ setup(
         "cpu": CPU,
         "test": [
             *("pytest>=8", "pytest-timeout", "pytest-cov", "pytest-xdist"),
-            *("ruff", "mypy", "prometheus_client", "ml_dtypes", *BUILD),
+            *("ruff", "mypy", "prometheus_client", *BUILD),
         ],
         "bench": ["matplotlib"],
     },

@@ -48,32 +48,28 @@ def _parser() -> Parser:
 
 def _look_at(path: Path, tree: Path | None) -> dict[str, Any]:
     """Try the patch on the tree, forwards and backwards, and change nothing."""
-    state, detail = "unchecked", ""
-    if tree is not None:
-        failure = _failure(tree, path, back=False)
-        state = "applies" if not failure else "differs" if _failure(tree, path, back=True) else "applied"
-        detail = failure if state == "differs" else ""
-    command = (
-        _command(tree, path, back=state == "applied") if tree else ["git", "-C", "FASTDEPLOY", "apply", str(path)]
-    )
-    return {
-        "path": str(path),
-        "commit": re.match(r"fastdeploy-([0-9a-f]+)-", path.name)[1],
-        "state": state,
-        "detail": detail,
-        "command": None if state == "differs" else shlex.join(command),
-    }
-
-
-def _command(tree: Path, path: Path, *, back: bool, check: bool = False) -> list[str]:
+    forwards = ["git", "-C", str(tree or "FASTDEPLOY"), "apply"]
     # Without a ceiling, git takes the paths of the patch from the root of a repository that lies above the tree.
-    above = [] if (tree / ".git").exists() else ["env", f"GIT_CEILING_DIRECTORIES={tree.resolve().parent}"]
-    return [*above, "git", "-C", str(tree), "apply", *["--check"] * check, *["-R"] * back, str(path)]
+    if tree and not (tree / ".git").exists():
+        forwards = ["env", f"GIT_CEILING_DIRECTORIES={tree.resolve().parent}", *forwards]
+    backwards = [*forwards, "-R"]
+    state, command, detail = "unchecked", forwards, ""
+    if tree:
+        failure = _failure([*forwards, "--check", str(path)])
+        if not failure:
+            state = "applies"
+        elif not _failure([*backwards, "--check", str(path)]):
+            state, command = "applied", backwards
+        else:
+            state, command, detail = "differs", None, failure
+    commit = re.match(r"fastdeploy-([0-9a-f]+)-", path.name)[1]
+    command = command and shlex.join([*command, str(path)])
+    return {"path": str(path), "commit": commit, "state": state, "detail": detail, "command": command}
 
 
-def _failure(tree: Path, path: Path, *, back: bool) -> str:
-    """Return the first line of why the patch does not apply; empty where it does."""
-    done = subprocess.run(_command(tree, path, back=back, check=True), capture_output=True, text=True)
+def _failure(command: list[str]) -> str:
+    """Return the first line of why a command failed; empty where it did not."""
+    done = subprocess.run(command, capture_output=True, text=True)
     lines = [*(done.stderr + done.stdout).splitlines(), f"exit code {done.returncode}"]
     return lines[0] if done.returncode else ""
 

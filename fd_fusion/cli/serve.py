@@ -53,16 +53,16 @@ def main(argv: list[str]) -> int:
     before = {log.resolve(): log.stat().st_size} if log.exists() else {}
     run = f"{os.getpid()}-{time.time_ns() // 10**6:x}"
     server = _start(rest, {**env, ENV_RUN: run})
+    how = (log, before, server, ours.bound_within_s, mark_of(run))
+    watcher = threading.Thread(target=_watch, args=how, daemon=True)
     if resolve(environ=env).source == ENV_DISABLE:
         say(f"off: {ENV_DISABLE} is set")
-        return _code(server.wait())
-    watcher = threading.Thread(
-        target=_watch, args=(log, before, server, ours.bound_within_s, mark_of(run)), daemon=True
-    )
-    watcher.start()
+    else:
+        watcher.start()
     code = server.wait()
-    watcher.join(timeout=1)
-    return _code(code)
+    if watcher.is_alive():
+        watcher.join(timeout=1)
+    return code if code >= 0 else 128 - code  # as a shell does for a signal
 
 
 def _start(argv: list[str], env: dict[str, str]) -> subprocess.Popen:
@@ -82,10 +82,6 @@ def _start(argv: list[str], env: dict[str, str]) -> subprocess.Popen:
     for number in early:
         server.send_signal(number)
     return server
-
-
-def _code(code: int) -> int:
-    return code if code >= 0 else 128 - code  # as a shell does for a signal
 
 
 def environment(environ: Mapping[str, str], fusion_config: str | None) -> dict[str, str]:

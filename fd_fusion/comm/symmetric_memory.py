@@ -161,6 +161,19 @@ def agree_or_raise(group: Group, topic: str, refusal: Reason | None, data: Any, 
     return verdict.data
 
 
+def on_all_ranks(
+    group: Group, topic: str, step: Callable[[], Any], timeout_s: float, *, undo: Callable[[], Any] = lambda: None
+) -> Any:
+    """Collective: run a local step on every rank. Returns its result; or calls `undo`, and raises, on all alike."""
+    result, refusal = as_refusal(step)
+    try:
+        agree_or_raise(group, topic, refusal, None, timeout_s)
+    except FusionError:
+        undo()
+        raise
+    return result
+
+
 def _unreachable(ranks: tuple[dict[str, Any], ...], group: Group) -> Reason | None:
     """Return why these processes cannot share memory, from the same facts on every rank, or None."""
     for rank, one in enumerate(ranks):
@@ -221,8 +234,7 @@ def _prove(memory: SymmetricMemory, push: Push, timeout_s: float) -> None:
         push(tuple(address + _PROOF_BYTES * group.rank for address in memory.addresses), base + group.rank)
         provider.synchronize()
 
-    _, refusal = as_refusal(store)
-    agree_or_raise(group, "pushed", refusal, None, timeout_s)
+    on_all_ranks(group, "pushed", store, timeout_s)
 
     def verify() -> None:
         found = provider.read(memory.own, _PROOF_BYTES * group.size)
@@ -233,8 +245,7 @@ def _prove(memory: SymmetricMemory, push: Push, timeout_s: float) -> None:
         provider.fill(memory.own, len(found))
         provider.synchronize()
 
-    _, refusal = as_refusal(verify)
-    agree_or_raise(group, "proven", refusal, None, timeout_s)
+    on_all_ranks(group, "proven", verify, timeout_s)
 
 
 def _ignoring_errors(step: Callable[..., None], *args: int) -> bool:

@@ -24,6 +24,7 @@ from fd_fusion.comm.symmetric_memory import (
     SymmetricMemory,
     agree_or_raise,
     as_refusal,
+    on_all_ranks,
     open_symmetric_memory,
     whole_lines,
 )
@@ -127,12 +128,7 @@ class Workspace:
         labels = agree_or_raise(group, "reset", refusal, label, 2 * patience)
         if others := [rank for rank, other in enumerate(labels) if other != labels[0]]:
             raise FusionError(because("structure_differs", rank=others[0], detail="it resets another workspace"))
-        _, refusal = as_refusal(self._fill)
-        try:
-            agree_or_raise(group, "cleared", refusal, None, patience)
-        except FusionError:
-            self.memory.provider.write(self.memory.own, (1).to_bytes(4, "little"))  # the abort word
-            raise
+        on_all_ranks(group, "cleared", self._fill, patience, undo=self._abort)
         self.generation += 1
         self._watch()
 
@@ -147,6 +143,9 @@ class Workspace:
             _open.remove(self)
         if self.memory.close(wait=wait):  # otherwise a kernel may still write its error
             self.memory.provider.free_host_page(self._page)
+
+    def _abort(self) -> None:
+        self.memory.provider.write(self.memory.own, (1).to_bytes(4, "little"))  # the abort word
 
     def _need_open(self) -> None:
         if self._closed:

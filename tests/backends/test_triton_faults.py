@@ -8,8 +8,9 @@ import pytest
 from tests.support.ranks import run_ranks
 
 
-def run(what, size=2):
-    return run_ranks("faults.py", size, what, timeout_s=120)
+def run(*what, size=2):
+    """Run one after another in one job. Who ends well came to the end of each."""
+    return run_ranks("faults.py", size, *what, timeout_s=120)
 
 
 def ended_well(ranks):
@@ -17,22 +18,16 @@ def ended_well(ranks):
         assert rank.status == 0, rank.text
 
 
-def test_a_late_rank_ends_the_call_for_all_and_a_reset_goes_on():
-    ended_well(run("late"))
+def test_errors_that_every_rank_learns_of_and_a_suspended_machine_that_is_none():
+    """A late rank ends the call for all, and a reset goes on; a rank that calls nothing more learns of the error; a
+    machine that is suspended has no missing rank."""
+    ended_well(run("late", "early", "paused"))
 
 
 def test_by_two_shot_too_it_is_the_missing_rank_that_is_named():
-    ended = run("by_two_shot", 3)
+    ended = run("by_two_shot", size=3)
     ended_well(ended)
     assert "missing rank 2" in ended[0].text
-
-
-def test_a_machine_that_is_suspended_has_no_missing_rank():
-    ended_well(run("paused"))
-
-
-def test_a_rank_that_calls_nothing_more_learns_of_the_error():
-    ended_well(run("early"))
 
 
 @pytest.mark.parametrize("when", ["before", "in", "after"])
@@ -43,9 +38,9 @@ def test_survivors_name_a_killed_rank(when):
     assert "missing rank 1" in survivors[0].text
 
 
-@pytest.mark.parametrize("what", ["no_triton", "full_memory", "imported_before"])
+@pytest.mark.parametrize("what", [["no_triton", "full_memory"], ["imported_before"]], ids=", then ".join)
 def test_one_rank_that_cannot_open_is_named_by_all(what):
-    ended_well(run(what))
+    ended_well(run(*what))
 
 
 def test_a_rank_that_exits_in_the_middle_of_a_step():
@@ -63,13 +58,13 @@ def test_two_jobs_at_once():
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("what", ["late", "early", "no_triton", "full_memory", "exit_in_step"])
 def test_the_same_with_four_ranks(what):
-    ended_well(run(what, 4))
+    ended_well(run(what, size=4))
 
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("when", ["before", "in", "after"])
 def test_three_survivors_name_a_killed_rank(when):
-    *survivors, killed = run(f"killed_{when}", 4)
+    *survivors, killed = run(f"killed_{when}", size=4)
     assert killed.status == -signal.SIGKILL, killed.text
     ended_well(survivors)
     assert any("missing rank 3" in rank.text for rank in survivors)

@@ -18,7 +18,6 @@ PACKAGE = Path(__file__).parents[2] / "fd_fusion"
 # Read back by Python alone, in the same job: there "the error is infinite" must arrive as that.
 BETWEEN_OURS = {
     "binding/opening.py",
-    "cli/demo/rank.py",
     "cli/doctor/child.py",
     "cli/processes/ranks.py",
     "comm/vote.py",

@@ -8,7 +8,9 @@ import pytest
 from fd_fusion.comm.group import Group, working
 from fd_fusion.comm.vote import Vote, agree
 from fd_fusion.reasons import FusionError, because
+from tests.support.at_once import AtOnce
 
+WAITING = AtOnce()
 LIMIT = 1.0  # of votes that end without a rank; a rank that is there may be held up by a busy machine
 LONG = 30
 
@@ -75,30 +77,36 @@ def test_one_refusal_is_everybodys_and_names_its_rank(culprit):
     assert f"rank {culprit}" in str(verdict.reason) and "no memory" in str(verdict.reason)
 
 
-@pytest.mark.parametrize("culprit", [0, 1, 2])
-def test_a_rank_that_never_votes_is_named_in_bounded_time(culprit):
+@WAITING.check(0, 1, 2)
+def a_rank_that_never_votes_is_named_in_bounded_time(culprit):
     verdicts, seconds = vote([None if rank == culprit else Vote() for rank in range(3)])
     verdict = only(verdicts)
     assert verdict.refusals[0][0] == culprit and verdict.reason.code == "never_voted"
     assert seconds < 30
 
 
-@pytest.mark.parametrize("culprit", [0, 1])
-def test_a_late_rank_finds_the_verdict_against_it(culprit):
+@WAITING.check(0, 1)
+def a_late_rank_finds_the_verdict_against_it(culprit):
     verdicts, _ = vote([Vote(), Vote(), Vote()], late=culprit)
     assert len(verdicts) == 3
     assert all(not verdict.ok and verdict.refusals[0][0] == culprit for verdict in verdicts.values())
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_busy_rank_is_waited_for(rank):
+@WAITING.check(0, 1)
+def a_busy_rank_is_waited_for(rank):
     verdicts, seconds = vote([Vote(), Vote()], busy={rank: 3}, limit=1.5)
     assert only(verdicts).ok and seconds > 3
 
 
-def test_a_busy_rank_is_not_waited_for_without_end():
-    verdicts, _ = vote([Vote(), Vote()], busy={1: 12 * 0.3}, limit=0.3)
+@WAITING.check(1)
+def a_busy_rank_is_not_waited_for_without_end(rank):
+    verdicts, _ = vote([Vote(), Vote()], busy={rank: 12 * 0.3}, limit=0.3)
     assert only(verdicts).reason.code == "never_voted"
+
+
+@pytest.mark.parametrize("name", WAITING.names)
+def test_ranks_that_do_not_vote_in_time(name):
+    WAITING.result(name)
 
 
 def test_one_rank_and_no_store():

@@ -16,8 +16,10 @@ from fd_fusion.comm.workspace import Layout, Workspace
 from fd_fusion.config import FusionConfig
 from fd_fusion.reasons import FusionError
 from tests.comm.test_group import DictStore
+from tests.support.at_once import AtOnce
 
 LIMIT = 0.5
+WAITING = AtOnce()
 
 
 class Ranks:
@@ -68,8 +70,8 @@ def nothing(group):
     time.sleep((1.5 if group.rank else 3) * LIMIT)
 
 
-@pytest.mark.parametrize("culprit", [0, 1, 2])
-def test_a_rank_that_is_late_for_one_vote_binds_next_time(culprit):
+@WAITING.check(0, 1, 2)
+def a_rank_that_is_late_for_one_vote_binds_next_time(culprit):
     """Rank 1 never voted, it was said of every later bind of these processes."""
     ranks = Ranks()
     steps = [[bind(seconds=5 * LIMIT if rank == culprit else 0), bind("b")] for rank in range(3)]
@@ -78,8 +80,8 @@ def test_a_rank_that_is_late_for_one_vote_binds_next_time(culprit):
     assert ranks.run([bind("c"), bind("a")]) == [["on", "on"]] * 3
 
 
-@pytest.mark.parametrize("culprit", [0, 1])
-def test_a_late_rank_does_not_drag_its_lateness_along(culprit):
+@WAITING.check(0, 1)
+def a_late_rank_does_not_drag_its_lateness_along(culprit):
     """The others are at the next bind already when it comes to the last one: it must not take that for its own."""
     ranks = Ranks(2)
 
@@ -93,9 +95,9 @@ def test_a_late_rank_does_not_drag_its_lateness_along(culprit):
     assert "on" not in (found[0][0], found[1][0]) and found[0][1:] == found[1][1:] == ["on", "on"]
 
 
-@pytest.mark.parametrize("culprit", [0, 1, 2])
-@pytest.mark.parametrize("ballot", [0, 1, 2])
-def test_a_rank_that_raised_before_a_vote_binds_next_time(culprit, ballot):
+@WAITING.check(*((culprit, ballot) for culprit in range(3) for ballot in range(3)))
+def a_rank_that_raised_before_a_vote_binds_next_time(case):
+    culprit, ballot = case
     ranks = Ranks()
     steps = [[bind(), bind()] for _ in range(3)]
     steps[culprit] = [bind(raises_before=ballot), bind(seconds=LIMIT / 2)]
@@ -104,8 +106,8 @@ def test_a_rank_that_raised_before_a_vote_binds_next_time(culprit, ballot):
     assert [second for _, second in found] == ["on"] * 3
 
 
-@pytest.mark.parametrize("culprit", [0, 1, 2])
-def test_a_rank_that_never_came_to_a_bind_takes_part_in_the_next(culprit):
+@WAITING.check(0, 1, 2)
+def a_rank_that_never_came_to_a_bind_takes_part_in_the_next(culprit):
     ranks = Ranks()
     for label in ("a", "b"):  # the same model again, or another
         found = ranks.run(*[[nothing if rank == culprit else bind("a"), bind(label)] for rank in range(3)])
@@ -147,8 +149,8 @@ def reset(which="of a"):
     return step
 
 
-@pytest.mark.parametrize("culprit", [0, 1])
-def test_a_late_bind_costs_the_resets_that_follow_nothing(culprit):
+@WAITING.check(0, 1)
+def a_late_bind_costs_the_resets_that_follow_nothing(culprit):
     """They voted under the numbers of the last bind, which are not those of the rank that missed it."""
     ranks = Ranks(2)
     assert ranks.run([bind("a")]) == [["on"], ["on"]]
@@ -174,8 +176,8 @@ def pass_of(label="a"):
     return step
 
 
-@pytest.mark.parametrize("culprit", [0, 1])
-def test_a_late_bind_costs_the_first_forwards_that_follow_nothing(culprit):
+@WAITING.check(0, 1)
+def a_late_bind_costs_the_first_forwards_that_follow_nothing(culprit):
     ranks = Ranks(2)
     assert ranks.run([bind("a")]) == [["on"], ["on"]]
     steps = [[bind("b", seconds=5 * LIMIT if rank == culprit else 0)] for rank in range(2)]
@@ -183,8 +185,8 @@ def test_a_late_bind_costs_the_first_forwards_that_follow_nothing(culprit):
     assert ranks.run([pass_of(), pass_of()]) == [["on", "on"]] * 2
 
 
-@pytest.mark.parametrize("culprit", [0, 1])
-def test_a_rank_that_is_late_for_a_pass_takes_part_in_the_next(culprit):
+@WAITING.check(0, 1)
+def a_rank_that_is_late_for_a_pass_takes_part_in_the_next(culprit):
     """None of them runs the forwards of the first one."""
 
     def late(group):
@@ -216,6 +218,11 @@ def test_a_circle_of_two_groups_has_fresh_ballots_in_each_pass():
     [thread.start() for thread in threads]
     [thread.join(30) for thread in threads]
     assert len(found) == 3 and all(one == ([None, None], found[0][1], (0, 1, 2)) for one in found.values())
+
+
+@pytest.mark.parametrize("name", WAITING.names)
+def test_ranks_that_have_missed_a_vote(name):
+    WAITING.result(name)
 
 
 def test_a_rank_at_work_for_another_group_is_waited_for():

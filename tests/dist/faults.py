@@ -1,6 +1,6 @@
 """Rank script: what goes wrong in a running job, and how every rank must learn of it.
 
-faults.py WHAT [--device gpu] ...     WHAT: a function below; the last rank is the faulty one
+faults.py WHAT ... [--device gpu] ...     WHAT: a function below; the last rank is the faulty one
 """
 
 import os
@@ -180,10 +180,14 @@ def killed_in(group, options):
 
 def no_triton(group, options):
     """The last rank cannot import Triton: all ranks refuse, and say which one and why."""
+    supports = calls.backend.supports
     if _faulty(group):
         sys.modules["triton"] = None
         calls.backend.supports = lambda spec: None  # as if it had been there when bind asked
     _refused(group, options, "Triton cannot be imported")
+    if _faulty(group):
+        del sys.modules["triton"]
+        calls.backend.supports = supports
 
 
 def full_memory(group, options):
@@ -214,7 +218,7 @@ def _refused(group, options, expected):
         assert expected in str(error) and f"rank {group.size - 1}" in str(error), error
     else:
         raise AssertionError("it opened")
-    assert barrier(group, "refused", 30)
+    assert barrier(group, f"refused: {expected}", 30)
     assert not list(posix_shm.FOLDER.glob("*fd_fusion-*"))
 
 

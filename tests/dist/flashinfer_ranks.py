@@ -1,6 +1,6 @@
 """A rank of the FlashInfer backend on a CPU: the real vote, workspace, watchdog and calls, and a kernel in Python.
 
-usage: run_ranks("flashinfer_ranks.py", N, case, folder)
+usage: run_ranks("flashinfer_ranks.py", N, folder, case, ...)     each case as in a new process
 """
 
 import ctypes
@@ -21,7 +21,7 @@ from tests.support.flashinfer_spec import spec
 from tests.support.ranks import this_group, this_rank
 
 H, EPS = 128, 1e-6
-CASE, FOLDER = sys.argv[1], Path(sys.argv[2])
+FOLDER = Path(sys.argv[1])
 NOW = ("metadata", "block_quant_group_size", "weight_bias")
 
 
@@ -40,8 +40,8 @@ class Reader:
 
 def pretend(**release):
     """The package of this rank on sys.path, and CPU memory in place of the GPU's."""
-    folder = FOLDER / f"rank{this_rank()}"
-    folder.mkdir(exist_ok=True)
+    folder = FOLDER / case / f"rank{this_rank()}"
+    folder.mkdir(parents=True, exist_ok=True)
     if release:
         sys.path.insert(0, str(fake_flashinfer.write(folder, runs=True, **release)))
     flashinfer.CudaIpc, flashinfer.ControlReader = PosixShm, Reader
@@ -73,7 +73,7 @@ def kernel():
 
 def plain():
     pretend(version="0.7.2", extra=NOW, build_s=0.5)
-    group = this_group("tp")
+    group = this_group(f"tp {case}")
     op = open_backend(group)
     assert op.limit == 5 and op.stats()["version"] == "0.7.2"
     warm = kernel().CALLS[0]  # with a residual, and then without
@@ -116,7 +116,7 @@ def sub_groups():
 def refused():
     """Rank 1 differs; every rank gets one reason."""
     odd = {"missing": {}, "version": {"version": "0.6.12"}, "signature": {"version": "0.7.2", "base": ("x",)}}
-    how = CASE.partition(":")[2]
+    how = case.partition(":")[2]
     if how in odd:
         pretend(**(odd[how] if this_rank() == 1 else {"version": "0.7.2", "extra": NOW}))
     if how == "offset":  # 0.6.12 by name, without its parameter
@@ -128,16 +128,16 @@ def refused():
     providers = []
     flashinfer.CudaIpc = lambda: providers.append(PosixShm()) or providers[-1]
     try:
-        open_backend(this_group("tp"), weight_offset=float(how == "offset"))
+        open_backend(this_group(f"tp {case}"), weight_offset=float(how == "offset"))
     except FusionError as error:
-        print("reason:", error.reason)
+        print(f"{how}, reason:", error.reason)
     assert not any(provider._maps for provider in providers), "what could not be used is not given back"
 
 
 def hang():
     """Rank 1 does not come to the third call; the watchdog of rank 0 ends its process."""
     pretend(version="0.7.2", extra=NOW)
-    group = this_group("tp")
+    group = this_group(f"tp {case}")
     op = open_backend(group, timeout_s=1.0)
     call_and_compare(op, group, 2, 0.0)
     op.freeze()
@@ -147,7 +147,17 @@ def hang():
     time.sleep(4)
 
 
+def forget(path, fill):
+    """As in a process that has not loaded FlashInfer."""
+    sys.path[:], flashinfer_workspace.fill, loader._state = path, fill, None
+    for name in [name for name in sys.modules if name.split(".")[0] == "flashinfer"]:
+        del sys.modules[name]
+
+
 CASES = {"plain": plain, "sub_groups": sub_groups, "refused": refused, "hang": hang}
 loader.DISTRIBUTIONS = ()  # whatever is installed here is none of the test's business
-CASES[CASE.partition(":")[0]]()
-print("ended")
+before = sys.path[:], flashinfer_workspace.fill
+for case in sys.argv[2:]:
+    forget(*before)
+    CASES[case.partition(":")[0]]()
+    print(f"{case} ended")

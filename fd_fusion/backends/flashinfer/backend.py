@@ -21,7 +21,7 @@ from fd_fusion.backends.flashinfer.watchdog import ControlReader
 from fd_fusion.backends.flashinfer.workspace import Layout, open_memory, rows_that_fit
 from fd_fusion.comm.cuda_ipc import CudaIpc
 from fd_fusion.comm.group import Group
-from fd_fusion.comm.symmetric_memory import agree_or_raise, as_refusal
+from fd_fusion.comm.symmetric_memory import agree_or_raise, as_refusal, on_all_ranks
 from fd_fusion.frameworks.tensors import tensor
 from fd_fusion.reasons import FusionError, Reason, because
 from fd_fusion.reference import DTYPE_BYTES
@@ -96,8 +96,7 @@ def open(spec: OpSpec, group: Group) -> FlashInferOp:
     fit = rows_that_fit(spec.workspace_bytes, spec.size, spec.hidden_size, DTYPE_BYTES[spec.dtype])
     rows = min(fit, row_limit(spec) or fit)
     layout = Layout(spec.size, rows, spec.hidden_size, DTYPE_BYTES[spec.dtype])
-    provider, refusal = as_refusal(CudaIpc)
-    agree_or_raise(group, "flashinfer_device", refusal, None, spec.timeout_s)
+    provider = on_all_ranks(group, "flashinfer_device", CudaIpc, spec.timeout_s)
     memory = open_memory(group, layout, provider, timeout_s=spec.timeout_s)
 
     def make() -> FlashInferOp:
@@ -133,15 +132,15 @@ def _load_and_build(spec: OpSpec, group: Group) -> tuple[loader.FlashInfer, Call
         return library, _build(library) if group.rank == 0 else None
 
     loaded, refusal = as_refusal(load)
-    version = loaded and loaded[0].version
-    versions = agree_or_raise(group, "flashinfer_built", refusal, version, max(spec.timeout_s, BUILD_TIMEOUT_S))
+    version, limit_s = loaded and loaded[0].version, max(spec.timeout_s, BUILD_TIMEOUT_S)
+    versions = agree_or_raise(group, "flashinfer_built", refusal, version, limit_s)
     for rank, one in enumerate(versions):
         if one != versions[0]:
             raise FusionError(because("flashinfer_differs", rank=rank, got=one, need=versions[0]))
-    library = loaded[0]
-    entry, refusal = as_refusal(lambda: loaded[1] if group.rank == 0 else _build(library))
-    agree_or_raise(group, "flashinfer_loaded", refusal, None, max(spec.timeout_s, BUILD_TIMEOUT_S))
-    return library, entry
+    library, entry = loaded
+    return library, on_all_ranks(
+        group, "flashinfer_loaded", lambda: entry if group.rank == 0 else _build(library), limit_s
+    )
 
 
 def _build(library: loader.FlashInfer) -> Call | None:

@@ -18,6 +18,7 @@ from fd_fusion.backends.flashinfer.releases import BASE, rules
 from fd_fusion.reasons import FusionError, because
 
 PATTERN = 1  # kARResidualRMSNorm
+_UNUSED = ("allreduce_out", "quant_out", "scale_out", "scale_factor", "layout_code")  # of every release, None here
 Tensor = Any
 Call = Callable[..., None]  # (x, residual, norm_out, residual_out, weight, eps, bias, one_shot)
 
@@ -32,6 +33,17 @@ class Fixed:
     rows: int  # capacity
     is_fp32: bool
     pointers: Tensor
+
+    def arguments(self) -> dict[str, Any]:
+        """Return them by name, with what is the same in all workspaces."""
+        of_workspace = {
+            "world_size": self.size,
+            "world_rank": self.rank,
+            "hidden_dim": self.hidden_size,
+            "workspace_ptrs": self.pointers,
+        }
+        how = {"launch_with_pdl": False, "trigger_completion_at_end": True, "fp32_acc": True, "pattern_code": PATTERN}
+        return {**of_workspace, **how, **dict.fromkeys(_UNUSED)}
 
     def metadata(self) -> dict[str, Any]:
         """Return what a version from 0.5.0 compares a call with, as its own workspaces describe themselves."""
@@ -65,37 +77,26 @@ def python_call(function: Call, fixed: Fixed, version: str) -> tuple[Call, bool]
     strange += [f"no {name}" for name in BASE if name not in takes]
     if strange:
         raise FusionError(because("flashinfer_signature", version=version, names=", ".join(strange)))
-    extra: dict[str, Any] = {"metadata": fixed.metadata()} if "metadata" in takes else {}
+    same = fixed.arguments()
+    if "metadata" in takes:
+        same["metadata"] = fixed.metadata()
     if "block_quant_group_size" in takes:
-        extra["block_quant_group_size"] = None
+        same["block_quant_group_size"] = None
     adds_bias = "weight_bias" in takes
 
     def call(x, residual, norm_out, residual_out, weight, eps, bias, one_shot) -> None:
         if adds_bias:
-            extra["weight_bias"] = bias
+            same["weight_bias"] = bias
         function(
             allreduce_in=x,
-            world_size=fixed.size,
-            world_rank=fixed.rank,
             token_num=x.shape[0],
-            hidden_dim=fixed.hidden_size,
-            workspace_ptrs=fixed.pointers,
-            launch_with_pdl=False,
-            trigger_completion_at_end=True,
-            fp32_acc=True,
-            pattern_code=PATTERN,
             use_oneshot=one_shot,
-            allreduce_out=None,
             residual_in=residual,
             residual_out=residual_out,
             norm_out=norm_out,
-            quant_out=None,
-            scale_out=None,
             rms_gamma=weight,
             rms_eps=eps,
-            scale_factor=None,
-            layout_code=None,
-            **extra,
+            **same,
         )
 
     return call, adds_bias

@@ -13,7 +13,7 @@ from fd_fusion.backends.flashinfer.calls import Call, Tensor
 from fd_fusion.backends.flashinfer.releases import rules
 from fd_fusion.backends.flashinfer.watchdog import Watchdog
 from fd_fusion.comm.group import Group
-from fd_fusion.comm.symmetric_memory import CLOSE_TIMEOUT_S, agree_or_raise, as_refusal
+from fd_fusion.comm.symmetric_memory import CLOSE_TIMEOUT_S, on_all_ranks
 from fd_fusion.comm.workspace import WARM_UP
 from fd_fusion.frameworks.tensors import dtype_name, numbers, tensor
 from fd_fusion.reasons import FusionError, Reason, closed
@@ -114,12 +114,7 @@ class FlashInferOp:
             if wrong := next((reason for reason in reasons if reason), None):
                 raise FusionError(wrong)
 
-        _, refusal = as_refusal(run)
-        try:
-            agree_or_raise(self._group, "flashinfer_ran", refusal, None, WARM_UP * spec.timeout_s)
-        except FusionError:
-            self.close()
-            raise
+        on_all_ranks(self._group, "flashinfer_ran", run, WARM_UP * spec.timeout_s, undo=self.close)
 
     def _require(self, partial: Tensor, residual: Tensor, weight: Tensor, weight_offset: float) -> None:
         """Raise ValueError for what the kernel does not check; it would read past the end, or a wrong dtype."""

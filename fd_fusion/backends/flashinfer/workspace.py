@@ -21,12 +21,10 @@ from fd_fusion.comm.group import Group
 from fd_fusion.comm.symmetric_memory import (
     MemoryProvider,
     SymmetricMemory,
-    agree_or_raise,
-    as_refusal,
+    on_all_ranks,
     open_symmetric_memory,
     whole_lines,
 )
-from fd_fusion.reasons import FusionError
 
 CONTROL_INTS = 5
 _FLAG_BYTES_A_RANK = 256 * 4
@@ -89,12 +87,12 @@ def open_memory(group: Group, layout: Layout, provider: MemoryProvider, *, timeo
 
     memory = open_symmetric_memory(group, layout.nbytes, provider, push, timeout_s=timeout_s)
     # The device is synchronised before the vote: a late fill would erase what a peer has already pushed.
-    _, refusal = as_refusal(lambda: (fill(layout, memory), provider.synchronize()))
-    try:
-        agree_or_raise(group, "flashinfer_filled", refusal, None, timeout_s)
-    except FusionError:
-        memory.close()
-        raise
+
+    def fill_whole() -> None:
+        fill(layout, memory)
+        provider.synchronize()
+
+    on_all_ranks(group, "flashinfer_filled", fill_whole, timeout_s, undo=memory.close)
     return memory
 
 

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
-from fd_fusion.cli.demo.config import DecoderConfig, Weight, expected_weights
+from fd_fusion.cli.demo.config import DecoderConfig, expected_shapes, split_axis
 from fd_fusion.cli.messages import to_json
 
-# The names that safetensors gives to dtypes. NumPy has no bfloat16: its bits are widened after reading.
-DTYPES = {"F32": np.float32, "F16": np.float16, "F64": np.float64, "BF16": np.uint16}
+with contextlib.suppress(ImportError):  # NumPy has no bfloat16 without it
+    import ml_dtypes  # noqa: F401
+
+_DTYPES = ("F32", "F16", "F64", "BF16")  # as safetensors calls them
 
 
 def write_checkpoint(folder: Path, config: DecoderConfig, seed: int) -> None:
@@ -22,11 +27,8 @@ def write_checkpoint(folder: Path, config: DecoderConfig, seed: int) -> None:
 
     Raises: OSError: it cannot be written.
     """
-    from safetensors import SafetensorError
-    from safetensors.numpy import save_file
-
     rng = np.random.default_rng(seed)
-    weights = {name: _random(rng, name, weight) for name, weight in expected_weights(config).items()}
+    weights = {name: _random(rng, name, shape) for name, shape in expected_shapes(config).items()}
     try:
         save_file(weights, folder / "model.safetensors", metadata={"format": "np"})
     except SafetensorError as error:  # a full disk raises it too
@@ -35,50 +37,40 @@ def write_checkpoint(folder: Path, config: DecoderConfig, seed: int) -> None:
     (folder / "config.json").write_text(to_json(config.to_json(), 2) + "\n")
 
 
-def _random(rng: np.random.Generator, name: str, weight: Weight) -> np.ndarray:
-    values = rng.standard_normal(weight.shape, dtype=np.float32)
+def _random(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    values = rng.standard_normal(shape, dtype=np.float32)
     if name.endswith("norm.weight"):
         return 1 + np.float32(0.1) * values
-    if len(weight.shape) == 1:
+    if len(shape) == 1:
         return np.float32(0.1) * values
-    return values if name == "model.embed_tokens.weight" else values / np.float32(math.sqrt(weight.shape[1]))
-
-
-class Stored(NamedTuple):
-    """Where a weight lies: `offset` in bytes from the start of its file."""
-
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int
+    return values if name == "model.embed_tokens.weight" else values / np.float32(math.sqrt(shape[1]))
 
 
 class Checkpoint:
     """A folder with config.json and *.safetensors, checked against the names and shapes that its config asks for.
 
+    `stored` has the weights by name, not yet read.
     Raises: ValueError: no such folder, an unreadable file, or missing, extra or misshapen weights (named).
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
         self.config = DecoderConfig.from_json(_read_config(folder))
-        self.expected = expected_weights(self.config)
-        self.stored: dict[str, Stored] = {}
+        self.stored: dict[str, Any] = {}
         for file in sorted(folder.glob("*.safetensors")):
-            self.stored |= _read_header(file)
+            self.stored |= _open(file)
         self._leave_out_prediction_layers()
         self._check()
 
     def read(self, name: str, rank: int = 0, size: int = 1) -> np.ndarray:
         """Copy a weight as float32 (float64 stays); with `size` > 1 only the part of this rank."""
-        stored, split = self.stored[name], self.expected[name].split
-        whole = np.memmap(stored.file, DTYPES[stored.dtype], "r", stored.offset, stored.shape)
-        if split is not None and size > 1:
-            width = stored.shape[split] // size
-            whole = whole[(slice(None),) * split + (slice(rank * width, (rank + 1) * width),)]
-        if stored.dtype == "BF16":
-            return (whole.astype(np.uint32) << 16).view(np.float32)
-        return np.array(whole, np.float64 if stored.dtype == "F64" else np.float32)
+        stored, axis = self.stored[name], split_axis(name)
+        part = [slice(None)] * len(stored.get_shape())
+        if axis is not None and size > 1:
+            width = stored.get_shape()[axis] // size
+            part[axis] = slice(rank * width, (rank + 1) * width)
+        values = stored[tuple(part)]
+        return values if values.dtype == np.float64 else values.astype(np.float32)
 
     def _leave_out_prediction_layers(self) -> None:
         """Leave out the multi-token-prediction layers, which GLM-4.5 stores behind the decoder's."""
@@ -89,8 +81,8 @@ class Checkpoint:
                 del self.stored[name]
 
     def _check(self) -> None:
-        expected = {name: weight.shape for name, weight in self.expected.items()}
-        shapes = {name: stored.shape for name, stored in self.stored.items()}
+        expected = expected_shapes(self.config)
+        shapes = {name: tuple(stored.get_shape()) for name, stored in self.stored.items()}
         wrong = [name for name, shape in expected.items() if shapes.get(name, shape) != shape]
         faults = (
             ([name for name in expected if name not in shapes], " missing"),
@@ -122,26 +114,18 @@ def _read_config(folder: Path) -> dict:
     return data
 
 
-def _read_header(file: Path) -> dict[str, Stored]:
-    """Read the names in a safetensors file: eight bytes of length, a JSON header, then the data."""
+def _open(file: Path) -> dict[str, Any]:
+    """Map a safetensors file: its weights by name, each read when it is sliced."""
     try:
-        with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            header = json.loads(stream.read(min(length, file.stat().st_size)))
-        header.pop("__metadata__", None)
-        stored = {}
-        for name, entry in header.items():
-            start, stop = entry["data_offsets"]
-            shape, dtype = tuple(entry["shape"]), np.dtype(DTYPES[entry["dtype"]])
-            if (
-                start < 0
-                or stop - start != math.prod(shape) * dtype.itemsize
-                or 8 + length + stop > file.stat().st_size
-            ):
-                raise ValueError(f"{name} has not the bytes of its shape")
-            stored[name] = Stored(file, entry["dtype"], shape, 8 + length + start)
-        return stored
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        weights = safe_open(file, "np")
+        found = {name: weights.get_slice(name) for name in weights.keys()}  # noqa: SIM118
+        for name, weight in found.items():
+            if weight.get_dtype() not in _DTYPES:
+                raise ValueError(f"{name} is of {weight.get_dtype()}")
+            weight[:0]  # TypeError: NumPy has no such dtype
+        return found
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
         raise ValueError(
-            f"checkpoint {file}: not a readable safetensors file of {', '.join(DTYPES)}: {error!r}; write it anew"
+            f"checkpoint {file}: not a readable safetensors file of {', '.join(_DTYPES)}, the last with the package "
+            f"ml_dtypes: {error!r}; write it anew"
         ) from None

@@ -1,6 +1,6 @@
 """`python -m fd_fusion demo`: a tensor-parallel decoder of GLM-4.5's structure, run stock and bound, and compared.
 
-This process writes the checkpoint, starts the ranks, computes the truth in NumPy meanwhile, and judges.
+This process writes the checkpoint, computes the truth in NumPy, starts the ranks, and judges.
 Exit code: 0 when the numbers agree, 1 when they do not or a rank failed, 2 for bad arguments or a full disk, 130
 after Ctrl-C.
 """
@@ -8,11 +8,10 @@ after Ctrl-C.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import importlib.metadata
 import importlib.util
-import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -21,11 +20,11 @@ from fd_fusion.cli.demo.checkpoint import Checkpoint, write_checkpoint
 from fd_fusion.cli.demo.config import DecoderConfig
 from fd_fusion.cli.demo.rank import count_steps
 from fd_fusion.cli.demo.reference import Truth, make_truth
+from fd_fusion.cli.doctor.packages import PADDLE, version_of
 from fd_fusion.cli.messages import Parser, progress_line, say, to_json
 from fd_fusion.cli.processes.ranks import RanksFailed, free_ports, run_ranks
 from fd_fusion.cli.processes.run_folder import run_folder
 from fd_fusion.cli.processes.signals import ending_well
-from fd_fusion.comm.folder_store import write_whole
 from fd_fusion.config import BACKENDS, FusionConfig
 from fd_fusion.frameworks.paddle_runtime import too_old
 from fd_fusion.reasons import FusionError, because
@@ -53,14 +52,10 @@ def main(argv: list[str]) -> int:
             return _demo(args)
     except ValueError as error:
         return say(error, 2)
-    except BrokenPipeError:  # no reader of our output: the caller handles it
-        raise
     except FusionError as error:
         return say(error, 1)
     except RanksFailed as error:
         return say(error.with_log(), 1)
-    except OSError as error:
-        return say(error, 2)
 
 
 def _parser() -> Parser:
@@ -98,12 +93,12 @@ def _demo(args: argparse.Namespace) -> int:
     if config:
         config.check_ranks(args.nproc, args.backend)
     _check_packages(args.backend)
-    with run_folder("demo_") as folder:
+    with run_folder("demo_") as folder, progress_line("making the checkpoint") as show:
         if config:
             write_checkpoint(folder, config, args.seed)
         checkpoint = Checkpoint(args.checkpoint or folder)
         checkpoint.config.check_ranks(args.nproc, args.backend)
-        truth, results = _run(folder, checkpoint, fusion, args)
+        truth, results = _run(checkpoint, fusion, args, show)
     outcome = demo_report.judge(checkpoint.config, args.nproc, args.device, truth, results)
     print(to_json(outcome, 2) if args.json else "\n".join(demo_report.lines(outcome)))
     return 0 if outcome["agree"] else 1
@@ -115,30 +110,21 @@ def _check_packages(backend: str) -> None:
         raise FusionError(because("no_paddle", detail="no module named 'paddle'"))
     if backend == "triton" and importlib.util.find_spec("triton") is None:
         raise FusionError(because("no_triton", detail="no module named 'triton'"))
-    for name in ("paddlepaddle", "paddlepaddle-gpu"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            if refusal := too_old(importlib.metadata.version(name)):
-                raise FusionError(refusal)
+    for version in filter(None, map(version_of, PADDLE)):
+        if refusal := too_old(version):
+            raise FusionError(refusal)
 
 
-def _run(folder: Path, checkpoint: Checkpoint, fusion: FusionConfig, args) -> tuple[Truth, list[dict]]:
-    """Start the ranks; while they load, compute the truth and give them the tokens to feed in."""
-    tokens = folder / "tokens.json"
+def _run(
+    checkpoint: Checkpoint, fusion: FusionConfig, args: argparse.Namespace, show: Callable[[str], None]
+) -> tuple[Truth, list[dict[str, Any]]]:
+    """Compute the truth, then run the ranks on its tokens."""
+    show("computing the same in float64")
     prompt = np.random.default_rng(args.seed).integers(checkpoint.config.vocab_size, size=args.prompt_len).tolist()
-    found: list[Truth | Exception] = []
-
-    def find_truth() -> None:
-        try:
-            truth = make_truth(checkpoint, prompt, args.steps)
-            write_whole(tokens, to_json(truth.tokens))
-            found.append(truth)
-        except Exception as error:  # raised in the main thread
-            found.append(error)
-
-    threading.Thread(target=find_truth, daemon=True).start()
+    truth = make_truth(checkpoint, prompt, args.steps)
     job = {
         "checkpoint": str(checkpoint.folder.resolve()),
-        "tokens": str(tokens),
+        "tokens": truth.tokens,
         "prompt_len": args.prompt_len,
         "config": fusion.to_dict(),
         "device": args.device,
@@ -148,13 +134,5 @@ def _run(folder: Path, checkpoint: Checkpoint, fusion: FusionConfig, args) -> tu
     if args.device == "cpu" and args.backend == "triton":
         env["TRITON_INTERPRET"] = "1"
     total = count_steps(args.steps)
-    with progress_line("starting the ranks") as show:
-
-        def watch(done: list[int]) -> bool:
-            if found and isinstance(found[0], Exception):
-                raise found[0]
-            show(f"ranks: step {min(done)} of {total}")
-            return not found  # the ranks may wait for the tokens
-
-        results = run_ranks("demo.rank", args.nproc, job, timeout_s=10 * args.timeout_s, env=env, watch=watch)
-    return found[0], results
+    how = {"timeout_s": 10 * args.timeout_s, "watch": lambda done: show(f"ranks: step {done} of {total}")}
+    return truth, run_ranks("demo.rank", args.nproc, job, env=env, **how)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 from fd_fusion.kernels.all_reduce.plan import plan_for
 
@@ -46,28 +47,26 @@ class DecoderConfig:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value, least = getattr(self, field.name), 0 if field.name in _MAY_BE_ZERO else 1
-            if field.type == "int" and (type(value) is not int or value < least):
-                raise ValueError(f"{field.name} is {value!r}; give an integer from {least}")
-            if field.type == "bool" and type(value) is not bool:
-                raise ValueError(f"{field.name} is {value!r}; give true or false")
-            if field.type == "float" and (type(value) not in (int, float) or not 0 < value < math.inf):
-                raise ValueError(f"{field.name} is {value!r}; give a number above 0")
+            right, wanted = {
+                "int": (type(value) is int and value >= least, f"an integer from {least}"),
+                "bool": (type(value) is bool, "true or false"),
+                "float": (type(value) in (int, float) and 0 < value < math.inf, "a number above 0"),
+            }[field.type]
+            if not right:
+                raise ValueError(f"{field.name} is {value!r}; give {wanted}")
+        heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
+        chosen, experts = self.num_experts_per_tok, self.n_routed_experts
         if self.partial_rotary_factor > 1:
             raise ValueError(f"partial_rotary_factor is {self.partial_rotary_factor}; give a number up to 1")
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
-                f"num_attention_heads = {self.num_attention_heads} is not a multiple of num_key_value_heads = "
-                f"{self.num_key_value_heads}; choose another number of either"
-            )
-        if self.num_experts_per_tok > self.n_routed_experts:
-            raise ValueError(
-                f"num_experts_per_tok = {self.num_experts_per_tok} is above n_routed_experts = "
-                f"{self.n_routed_experts}; choose fewer experts a token"
-            )
+        if heads % kv_heads:
+            what = f"num_attention_heads = {heads} is not a multiple of num_key_value_heads = {kv_heads}"
+            raise ValueError(f"{what}; choose another number of either")
+        if chosen > experts:
+            what = f"num_experts_per_tok = {chosen} is above n_routed_experts = {experts}"
+            raise ValueError(f"{what}; choose fewer experts a token")
         if self.rotary_dim % 2:
-            raise ValueError(
-                f"head_dim = {self.head_dim}: its rotary part, {self.rotary_dim}, is odd; use another size"
-            )
+            what = f"head_dim = {self.head_dim}: its rotary part, {self.rotary_dim}, is odd"
+            raise ValueError(f"{what}; use another size")
 
     @property
     def rotary_dim(self) -> int:
@@ -109,62 +108,45 @@ class DecoderConfig:
 _MAY_BE_ZERO = ("first_k_dense_replace", "num_nextn_predict_layers")
 
 
-class Weight(NamedTuple):
-    """A weight of the checkpoint: its whole shape, [out, in] for a linear, and the axis split over the ranks."""
-
-    shape: tuple[int, ...]
-    split: int | None = None
-
-
-def expected_weights(config: DecoderConfig) -> dict[str, Weight]:
-    """Return every weight of a checkpoint of this config. Embedding, router, norms and lm_head are on every rank."""
-    hidden = config.hidden_size
-    weights = {
-        "model.embed_tokens.weight": Weight((config.vocab_size, hidden)),
-        "model.norm.weight": Weight((hidden,)),
-        "lm_head.weight": Weight((config.vocab_size, hidden)),
-    }
+def expected_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
+    """Return the whole shape of every weight of a checkpoint of this config, [out, in] for a linear."""
+    hidden, vocabulary = config.hidden_size, config.vocab_size
+    shapes = {"model.embed_tokens": (vocabulary, hidden), "model.norm": (hidden,), "lm_head": (vocabulary, hidden)}
     for layer in range(config.num_hidden_layers):
-        block = {
-            "input_layernorm.weight": Weight((hidden,)),
-            "post_attention_layernorm.weight": Weight((hidden,)),
-            **{f"self_attn.{name}": weight for name, weight in _attention(config).items()},
-            **{f"mlp.{name}": weight for name, weight in _mlp_or_moe(config, layer).items()},
-        }
-        weights |= {f"model.layers.{layer}.{name}": weight for name, weight in block.items()}
-    return weights
+        name = f"model.layers.{layer}"
+        shapes |= {f"{name}.input_layernorm": (hidden,), f"{name}.post_attention_layernorm": (hidden,)}
+        shapes |= _attention(config, f"{name}.self_attn")
+        if config.is_dense(layer):
+            shapes |= _mlp(f"{name}.mlp", hidden, config.intermediate_size)
+            continue
+        size = config.moe_intermediate_size
+        shapes |= {f"{name}.mlp.gate": (config.n_routed_experts, hidden)}
+        shapes |= {f"{name}.mlp.gate.e_score_correction_bias": (config.n_routed_experts,)}
+        shapes |= _mlp(f"{name}.mlp.shared_experts", hidden, size * config.n_shared_experts)
+        for expert in range(config.n_routed_experts):
+            shapes |= _mlp(f"{name}.mlp.experts.{expert}", hidden, size)
+    return {name if name.endswith("bias") else f"{name}.weight": shape for name, shape in shapes.items()}
 
 
-def _attention(config: DecoderConfig) -> dict[str, Weight]:
-    hidden, q_size = config.hidden_size, config.num_attention_heads * config.head_dim
-    kv_size = config.num_key_value_heads * config.head_dim
-    weights = {"o_proj.weight": Weight((hidden, q_size), 1)}
-    for name, size in (("q_proj", q_size), ("k_proj", kv_size), ("v_proj", kv_size)):
-        weights[f"{name}.weight"] = Weight((size, hidden), 0)
+def _attention(config: DecoderConfig, name: str) -> dict[str, tuple[int, ...]]:
+    size, hidden = config.head_dim, config.hidden_size
+    heads = {"q": config.num_attention_heads, "k": config.num_key_value_heads, "v": config.num_key_value_heads}
+    shapes = {f"{name}.o_proj": (hidden, config.num_attention_heads * size)}
+    for one, count in heads.items():
+        shapes[f"{name}.{one}_proj"] = (count * size, hidden)
         if config.attention_bias:
-            weights[f"{name}.bias"] = Weight((size,), 0)
+            shapes[f"{name}.{one}_proj.bias"] = (count * size,)
     if config.use_qk_norm:
-        weights["q_norm.weight"] = weights["k_norm.weight"] = Weight((config.head_dim,))
-    return weights
+        shapes |= {f"{name}.q_norm": (size,), f"{name}.k_norm": (size,)}
+    return shapes
 
 
-def _mlp_or_moe(config: DecoderConfig, layer: int) -> dict[str, Weight]:
-    hidden = config.hidden_size
-    if config.is_dense(layer):
-        return _mlp("", hidden, config.intermediate_size)
-    weights = {
-        "gate.weight": Weight((config.n_routed_experts, hidden)),
-        "gate.e_score_correction_bias": Weight((config.n_routed_experts,)),
-        **_mlp("shared_experts.", hidden, config.moe_intermediate_size * config.n_shared_experts),
-    }
-    for expert in range(config.n_routed_experts):
-        weights |= _mlp(f"experts.{expert}.", hidden, config.moe_intermediate_size)
-    return weights
+def _mlp(name: str, hidden: int, size: int) -> dict[str, tuple[int, ...]]:
+    shapes = {f"{name}.{one}_proj": (size, hidden) for one in ("gate", "up")}
+    return {**shapes, f"{name}.down_proj": (hidden, size)}
 
 
-def _mlp(prefix: str, hidden: int, size: int) -> dict[str, Weight]:
-    return {
-        f"{prefix}gate_proj.weight": Weight((size, hidden), 0),
-        f"{prefix}up_proj.weight": Weight((size, hidden), 0),
-        f"{prefix}down_proj.weight": Weight((hidden, size), 1),
-    }
+def split_axis(name: str) -> int | None:
+    """Return the axis of a weight that is split over the ranks. None: embedding, router, norms, lm_head are whole."""
+    linear = re.search(r"\.(\w+)_proj\.", name)
+    return None if linear is None else 1 if linear[1] in ("o", "down") else 0

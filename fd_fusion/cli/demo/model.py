@@ -20,22 +20,8 @@ from fd_fusion.layers.rms_norm import RMSNorm
 from fd_fusion.layers.row_parallel_linear import RowParallelLinear, reduce_or_hand_over
 
 Turn = tuple[paddle.Tensor, paddle.Tensor]  # cos and sin of each position's angles, [T, 1, rotary dim / 2]
-
-
-class KVCache:
-    """Keys and values of one sequence: for each layer [S, kv heads of this rank, D], grown at its end."""
-
-    def __init__(self, layers: int):
-        self.length = 0
-        self._layers: list[tuple[paddle.Tensor, paddle.Tensor] | None] = [None] * layers
-
-    def append(self, layer: int, k: paddle.Tensor, v: paddle.Tensor) -> tuple[paddle.Tensor, paddle.Tensor]:
-        """Add k and v [T, heads, D] of a layer; returns all of them, [S, heads, D]."""
-        old = self._layers[layer]
-        if old is not None:
-            k, v = paddle.concat([old[0], k]), paddle.concat([old[1], v])
-        self._layers[layer] = (k, v)
-        return k, v
+# Keys and values of one sequence, by layer, [S, kv heads of this rank, D] each; empty before its first call.
+Cache = dict[int, tuple[paddle.Tensor, paddle.Tensor]]
 
 
 class DemoAttention(nn.Layer):
@@ -55,14 +41,17 @@ class DemoAttention(nn.Layer):
         if config.use_qk_norm:
             self.qk_norm = QKRMSNorm(size, self.heads, self.kv_heads, config.rms_norm_eps)
 
-    def forward(self, x: paddle.Tensor, turn: Turn, cache: KVCache) -> paddle.Tensor:
+    def forward(self, x: paddle.Tensor, turn: Turn, cache: Cache) -> paddle.Tensor:
         """Attend, x [T, H] -> [T, H]."""
         qkv = paddle.concat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], axis=-1)
         if self.qk_norm is not None:
             qkv = self.qk_norm(qkv)
         heads = qkv.reshape([x.shape[0], -1, self.head_dim])  # [T, q|k|v heads, D]
         q, k, v = heads.split([self.heads, self.kv_heads, self.kv_heads], axis=1)
-        k, v = cache.append(self.layer, _rotate(k, turn), v)
+        k = _rotate(k, turn)
+        if self.layer in cache:
+            k, v = (paddle.concat([old, new]) for old, new in zip(cache[self.layer], (k, v)))
+        cache[self.layer] = k, v
         q, k, v = (t.transpose([1, 0, 2]) for t in (_rotate(q, turn), k, v))  # [heads, T or S, D]
         k, v = (t.repeat_interleave(self.heads // self.kv_heads, axis=0) for t in (k, v))
         rows, keys = q.shape[1], k.shape[1]
@@ -162,15 +151,15 @@ class DemoDecoder(nn.Layer):
         self.layers = nn.LayerList([DemoDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, tokens: paddle.Tensor, cache: KVCache) -> paddle.Tensor:
+    def forward(self, tokens: paddle.Tensor, cache: Cache) -> paddle.Tensor:
         """Decode tokens [T] -> normalised hidden states [T, H]."""
         rotary = self.config.rotary_dim
         steps = self.config.rope_theta ** (-paddle.arange(0, rotary, 2, dtype="float64") / rotary)
-        positions = paddle.arange(cache.length, cache.length + tokens.shape[0], dtype="float64")
+        start = cache[0][0].shape[0] if cache else 0
+        positions = paddle.arange(start, start + tokens.shape[0], dtype="float64")
         # In float64, since float32 has few digits left for the angle of a late position.
         angles = (positions.unsqueeze(1) * steps).unsqueeze(1)  # [T, 1, rotary / 2]
         turn = angles.cos().astype("float32"), angles.sin().astype("float32")
-        cache.length += tokens.shape[0]
         x, residual = self.embed_tokens(tokens), None
         for layer in self.layers:
             x, residual = layer(x, residual, turn, cache)
@@ -184,7 +173,7 @@ class DemoForCausalLM(nn.Layer):
         self.model = DemoDecoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias_attr=False)
 
-    def forward(self, tokens: paddle.Tensor, cache: KVCache) -> paddle.Tensor:
+    def forward(self, tokens: paddle.Tensor, cache: Cache) -> paddle.Tensor:
         """Append tokens [T] int64 to the cache -> logits [T, vocabulary]."""
         return self.lm_head(self.model(tokens, cache))
 

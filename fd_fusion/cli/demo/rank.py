@@ -1,14 +1,8 @@
-"""One rank of the demo: the decoder stock, bound, and unbound.
-
-The parent writes the file of tokens while the ranks load, and reads how many steps each rank has done.
-"""
+"""One rank of the demo: the decoder stock, bound, and unbound."""
 
 from __future__ import annotations
 
 import hashlib
-import json
-import os
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -43,27 +37,22 @@ def run(job: dict[str, Any], group: Group) -> dict[str, Any]:
     model = load_model(Checkpoint(Path(job["checkpoint"])))
     progress.step()
     with paddle.no_grad():
-        result = _compare_runs(model, job, _wait_for_tokens(Path(job["tokens"])), progress)
+        result = _compare_runs(model, job, progress)
     if group.size > 1:
         dist.barrier()  # the store lives on rank 0: no rank may leave while another one needs it
     return result
 
 
-def _wait_for_tokens(path: Path) -> list[int]:
-    while not path.exists():
-        time.sleep(0.02)
-    return json.loads(path.read_text())
-
-
-def _compare_runs(model: Any, job: dict, tokens: list[int], progress: Progress) -> dict[str, Any]:
+def _compare_runs(model: Any, job: dict[str, Any], progress: Progress) -> dict[str, Any]:
     """Run the decoder stock, bind it, run it bound, unbind it; compare its weights all along."""
+    import paddle
+
     from fd_fusion import FusionConfig, bind, check, unbind
 
-    before = fingerprint(model)
+    before, tokens, config = fingerprint(model), job["tokens"], FusionConfig.from_dict(job["config"])
     stock = decode(model, tokens, job["prompt_len"], progress)
-    report = bind(
-        model, FusionConfig.from_dict(job["config"]), example=lambda: two_rows(model, tokens), source="demo"
-    )
+    two_rows = paddle.to_tensor((tokens * 2)[:2])
+    report = bind(model, config, example=lambda: model(two_rows, {}), source="demo")
     bound_weights = fingerprint(model)
     progress.step()
     counts = [line.calls.copy() for line in report.sites]
@@ -81,23 +70,12 @@ def _compare_runs(model: Any, job: dict, tokens: list[int], progress: Progress) 
     }
 
 
-def two_rows(model: Any, tokens: list[int]) -> tuple[Any, ...]:
-    """Run a forward of two rows on a cache of its own: bind's proving pass."""
-    import paddle
-
-    from fd_fusion.cli.demo.model import KVCache
-
-    return (model(paddle.to_tensor((tokens * 2)[:2]), KVCache(model.config.num_hidden_layers)),)
-
-
 def decode(model: Any, tokens: list[int], prompt_len: int, progress: Progress) -> dict[str, Any]:
     """Prefill, then step for each further token. Logits [1 + steps, vocabulary] as float32 in hex, times in ms."""
     import numpy as np
     import paddle
 
-    from fd_fusion.cli.demo.model import KVCache
-
-    cache, logits, times = KVCache(model.config.num_hidden_layers), [], []
+    cache, logits, times = {}, [], []
     for part in [tokens[:prompt_len], *([token] for token in tokens[prompt_len:])]:
         start = time.perf_counter()
         logits.append(model(paddle.to_tensor(part), cache)[-1].numpy())
@@ -115,7 +93,4 @@ def fingerprint(model: Any) -> dict[str, list[Any]]:
 
 
 if __name__ == "__main__":
-    # At once: a framework that takes its process group apart while another rank is gone may abort.
-    code = rank_main(run)
-    sys.stdout.flush()
-    os._exit(code)
+    rank_main(run)

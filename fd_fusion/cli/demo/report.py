@@ -62,6 +62,7 @@ def _difference(got: np.ndarray, want: np.ndarray) -> float:
 
 def lines(outcome: dict[str, Any]) -> list[str]:
     """Return the lines that the demo prints."""
+    faults = _faults(outcome)
     return [
         _headline(outcome["decoder"], outcome["nproc"], outcome["device"]),
         "",
@@ -69,7 +70,7 @@ def lines(outcome: dict[str, Any]) -> list[str]:
         "",
         *_numbers(outcome),
         "",
-        _verdict(outcome),
+        f"verdict: the numbers do not agree: {'; '.join(faults)}" if faults else "verdict: the numbers agree",
     ]
 
 
@@ -86,8 +87,11 @@ def _headline(decoder: dict[str, Any], nproc: int, device: str) -> str:
 
 def _sites(report: dict[str, Any]) -> list[str]:
     """Return one line a pair: its backend and limit, or why it is off; and one for the q and k norms."""
-    rows = [(site["name"], site["backend"], _limit(site["limit"])) for site in report["sites"]]
-    rows += [(one["name"], "stock", _why(one)) for one in report["rejected"]]
+    rows = []
+    for site in report["sites"]:
+        limit = "any number of rows" if site["limit"] is None else f"up to {site['limit']} rows"
+        rows.append((site["name"], site["backend"], limit))
+    rows += [(one["name"], "stock", _why(one["reason"])) for one in report["rejected"]]
     if report["off"]:
         rows.append(("every pair", "stock", f"{report['off']['text']}; {report['off']['remedy']}"))
     width = max(len(name) for name, _, _ in rows)
@@ -97,13 +101,9 @@ def _sites(report: dict[str, Any]) -> list[str]:
     return lines + [f"norm  {f'{n} of q and k':<{width}}  {by:<10}  {how}" for (by, how), n in norms.items()]
 
 
-def _limit(limit: int | None) -> str:
-    return "any number of rows" if limit is None else f"up to {limit} rows"
-
-
-def _why(rejected: dict[str, Any]) -> str:
-    remedy = rejected["reason"]["remedy"]
-    return rejected["reason"]["text"] + ("" if remedy == TABLE["one_rank"].remedy else f"; {remedy}")
+def _why(reason: dict[str, Any]) -> str:
+    remedy = reason["remedy"]
+    return reason["text"] + ("" if remedy == TABLE["one_rank"].remedy else f"; {remedy}")
 
 
 def _numbers(outcome: dict[str, Any]) -> list[str]:
@@ -111,15 +111,15 @@ def _numbers(outcome: dict[str, Any]) -> list[str]:
     out = [f"{'run':<12}{'|logits - fp64|':>16}  {'prefill ms':>10}  {'a step ms':>9}  same bits on all ranks"]
     for run in RUNS:
         times = f"{outcome['prefill_ms'][run]:>10.2f}  {outcome['step_ms'][run]:>9.2f}"
-        out.append(f"{run:<12}{difference[run]:>16.2e}  {times}  {'yes' if equal[run] else 'NO'}")
-    out.append(
-        f"{'plain fp32':<12}{difference['plain']:>16.2e}  one process, NumPy; the budget is {outcome['budget']:.2e}"
-    )
-    calls = outcome["calls"] or {"none": 0}
-    out.append("calls finished: " + ", ".join(f"{code} {count}" for code, count in sorted(calls.items())))
-    same = outcome["weights_unchanged"]
-    out.append(f"weights: same keys and bits bound: {_yes(same['bound'])}, unbound again: {_yes(same['unbound'])}")
-    margin = outcome["router_margin"]
+        out.append(f"{run:<12}{difference[run]:>16.2e}  {times}  {_yes(equal[run])}")
+    plain = f"one process, NumPy; the budget is {outcome['budget']:.2e}"
+    calls = ", ".join(f"{code} {count}" for code, count in sorted(outcome["calls"].items())) or "none 0"
+    same, margin = outcome["weights_unchanged"], outcome["router_margin"]
+    out += [
+        f"{'plain fp32':<12}{difference['plain']:>16.2e}  {plain}",
+        f"calls finished: {calls}",
+        f"weights: same keys and bits bound: {_yes(same['bound'])}, unbound again: {_yes(same['unbound'])}",
+    ]
     if margin is not None:
         near = " - so near a tie that float32 may route otherwise; try another --seed" if margin < NEAR_TIE else ""
         out.append(f"router: smallest gap between a chosen expert and the next is {margin:.1e}{near}")
@@ -128,11 +128,6 @@ def _numbers(outcome: dict[str, Any]) -> list[str]:
 
 def _yes(flag: bool) -> str:
     return "yes" if flag else "NO"
-
-
-def _verdict(outcome: dict[str, Any]) -> str:
-    faults = _faults(outcome)
-    return f"verdict: the numbers do not agree: {'; '.join(faults)}" if faults else "verdict: the numbers agree"
 
 
 def _faults(outcome: dict[str, Any]) -> list[str]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fd_fusion.reasons import Reason
 
-# What a result means for the verdict. "off": fusion cannot run because of it. "broken": nothing can be trusted.
-STATES = ("ok", "note", "warn", "off", "broken")
+# What a result means for the verdict, and how a report shows it. "off": fusion cannot run because of it. "broken":
+# nothing can be trusted.
+STATES = {"ok": "ok  ", "note": "-   ", "warn": "WARN", "off": "OFF ", "broken": "BAD "}
 
 
 @dataclass(frozen=True)
@@ -26,13 +27,15 @@ class CheckResult:
     def __post_init__(self) -> None:
         assert self.state in STATES, self.state
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+
+def result(name: str, state: str, text: str, remedy: str = "", /, **data: Any) -> CheckResult:
+    """Make a result of a check. `run_checks` knows its topic."""
+    return CheckResult("", name, state, text, remedy, data)
 
 
-def of_reason(topic: str, name: str, state: str, reason: Reason, **data: Any) -> CheckResult:
+def of_reason(name: str, state: str, reason: Reason, /, **data: Any) -> CheckResult:
     """Make a result of a reason of the package."""
-    return CheckResult(topic, name, state, str(reason), reason.remedy, {"code": reason.code, **data})
+    return result(name, state, str(reason), reason.remedy, code=reason.code, **data)
 
 
 def run_checks(topic: str, probe: Callable[[], Iterable[CheckResult]], state: str = "warn") -> list[CheckResult]:
@@ -43,5 +46,5 @@ def run_checks(topic: str, probe: Callable[[], Iterable[CheckResult]], state: st
     except Exception as error:  # becomes a sentence of the report
         text = f"{topic} could not be checked: {type(error).__name__}: {error}"
         remedy = "fix what the sentence names" if state == "broken" else ""
-        found.append(CheckResult(topic, probe.__name__.strip("_<>"), state, text, remedy))
-    return found
+        found.append(result(probe.__name__.strip("_<>"), state, text, remedy))
+    return [replace(one, topic=one.topic or topic) for one in found]

@@ -9,11 +9,13 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 from fd_fusion import __version__
 from fd_fusion.cli.doctor import child as doctor_child
-from fd_fusion.cli.doctor.checks import CheckResult, of_reason, run_checks
+from fd_fusion.cli.doctor.checks import STATES, CheckResult, of_reason, result, run_checks
 from fd_fusion.cli.doctor.machine import machine
 from fd_fusion.cli.doctor.packages import packages
 from fd_fusion.cli.messages import Parser, progress_line, to_json
@@ -22,7 +24,6 @@ from fd_fusion.cli.processes.signals import ending_well
 from fd_fusion.config import resolve
 
 VERDICTS = {"works": 0, "unfused": 1, "broken": 2}
-_SIGNS = {"ok": "ok  ", "note": "-   ", "warn": "WARN", "off": "OFF ", "broken": "BAD "}
 
 
 def main(argv: list[str]) -> int:
@@ -51,24 +52,18 @@ def _parser() -> Parser:
 def find(size: int, *, launch: bool, show: Callable[[str], None] = lambda text: None) -> list[CheckResult]:
     """Run all checks, topic by topic; imports in child processes, at the same time. `show` gets the topic, n of m."""
     found = run_checks("packages", packages)
-    present = {one.name: one.state in ("ok", "warn") for one in found}
-    children = ["framework", *(name for name in ("flashinfer", "fastdeploy") if present.get(name))]
-    topics = ["machine", "config", *children, *["launch"] * (launch and size > 1)]
-
-    def start(topic: str) -> str:
-        show(f"checking {topic}, {1 + topics.index(topic)} of {len(topics)}")
-        return topic
-
+    installed = {one.name for one in found if one.state in ("ok", "warn")}
+    topics = {"machine": partial(run_checks, "machine", machine), "config": partial(run_checks, "config", config)}
     with contextlib.ExitStack() as stack:
-        sizes = [[size] if name == "framework" else [] for name in children]
-        asked = [stack.enter_context(doctor_child.asking(name, *more)) for name, more in zip(children, sizes)]
-        found += run_checks(start("machine"), machine)
-        found += run_checks(start("config"), config)
-        for name, answer in zip(children, asked):
-            start(name)
-            found += answer()
-    if "launch" in topics:
-        found += run_checks(start("launch"), lambda: _launch(size, found, show), "broken")
+        topics["framework"] = stack.enter_context(doctor_child.asking("framework", size))
+        for name in ("flashinfer", "fastdeploy"):
+            if name in installed:
+                topics[name] = stack.enter_context(doctor_child.asking(name))
+        if launch and size > 1:
+            topics["launch"] = lambda: run_checks("launch", lambda: _launch(size, found, show), "broken")
+        for number, (topic, check) in enumerate(topics.items(), 1):
+            show(f"checking {topic}, {number} of {len(topics)}")
+            found += check()
     return found
 
 
@@ -77,17 +72,15 @@ def config() -> Iterator[CheckResult]:
     try:
         resolved = resolve()
     except ValueError as error:
-        yield CheckResult("config", "source", "broken", str(error), "fix the variable, or unset it")
+        yield result("source", "broken", str(error), "fix the variable, or unset it")
         return
-    if resolved.config is not None:
-        data = {"source": resolved.source, "config": resolved.config.to_dict()}
-        yield CheckResult(
-            "config", "source", "ok", f"asked for by {resolved.source}: {resolved.config.to_dict()}", data=data
-        )
-        yield from _plugin(os.environ.get("FD_PLUGINS"))
-    else:
+    if resolved.config is None:
         state = "off" if resolved.reason.code == "kill_switch" else "note"
-        yield of_reason("config", "source", state, resolved.reason, source=resolved.source)
+        yield of_reason("source", state, resolved.reason, source=resolved.source)
+        return
+    data = {"source": resolved.source, "config": resolved.config.to_dict()}
+    yield result("source", "ok", f"asked for by {data['source']}: {data['config']}", **data)
+    yield from _plugin(os.environ.get("FD_PLUGINS"))
 
 
 def _plugin(allowed: str | None) -> Iterator[CheckResult]:
@@ -96,86 +89,75 @@ def _plugin(allowed: str | None) -> Iterator[CheckResult]:
         return
     names = ",".join(name for name in (allowed, "fd_fusion") if name)
     remedy = f"for FastDeploy set FD_PLUGINS={names}, or start it by `python -m fd_fusion serve`, which sets it"
+    state, text = "off", f"FD_PLUGINS={allowed!r} keeps fd_fusion out of FastDeploy"
     if allowed is None:
-        yield CheckResult(
-            "config", "plugin", "warn", "FD_PLUGINS is unset: newer FastDeploys load no plugin then", remedy
-        )
-    else:
-        yield CheckResult(
-            "config", "plugin", "off", f"FD_PLUGINS={allowed!r} keeps fd_fusion out of FastDeploy", remedy
-        )
+        state, text = "warn", "FD_PLUGINS is unset: newer FastDeploys load no plugin then"
+    yield result("plugin", state, text, remedy)
 
 
 def _launch(size: int, found: list[CheckResult], show: Callable[[str], None]) -> Iterator[CheckResult]:
     """Launch the kernel once on every rank and verify it, as real processes; on a CPU under Triton's interpreter."""
-    by_name = {(one.topic, one.name): one for one in found}
-    framework, triton = by_name.get(("framework", "import")), by_name.get(("backends", "triton"))
-    if framework is None or framework.state != "ok" or triton is None or triton.state != "ok":
-        who = "triton backend refused" if framework and framework.state == "ok" else "framework does not work"
-        yield CheckResult("launch", "triton", "note", f"not tried: the {who}")
+    working = {(one.topic, one.name): one for one in found if one.state == "ok"}
+    framework = working.get(("framework", "import"))
+    if framework is None or ("backends", "triton") not in working:
+        who = "triton backend refused" if framework else "framework does not work"
+        yield result("triton", "note", f"not tried: the {who}")
         return
-    device = framework.data["device"]
+    device, gpus = framework.data["device"], min(size, framework.data["gpus"])
     env = {"TRITON_INTERPRET": "1"} if device == "cpu" else {"CUDA_MODULE_LOADING": "EAGER"}
-    gpus = min(size, framework.data["gpus"])
-    where = "under the interpreter" if device == "cpu" else f"on {gpus} GPU{'s' * (gpus > 1)}"
+    where = f"{size} ranks " + ("under the interpreter" if device == "cpu" else f"on {gpus} GPU{'s' * (gpus > 1)}")
     calls = len(doctor_child.LAUNCHED_ROWS[device])
 
-    def watch(done: list[int]) -> bool:
-        show(f"launching the kernel on {size} ranks, {min(done)} of {calls} calls")
-        return False
+    def watch(done: int) -> None:
+        show(f"launching the kernel on {size} ranks, {done} of {calls} calls")
 
     try:
-        results = run_ranks("doctor.rank", size, {}, timeout_s=300, env=env, watch=watch)
+        ranks = run_ranks("doctor.rank", size, {}, timeout_s=300, env=env, watch=watch)
     except RanksFailed as error:
         remedy = "fix what the sentence names; with `--no-run` this step is left out"
-        yield CheckResult("launch", "triton", "broken", f"{size} ranks {where}: {error}", remedy, {"log": error.log})
+        yield result("triton", "broken", f"{where}: {error}", remedy, log=error.log)
         return
-    worst, digests = max(one["worst"] for one in results), {one["digest"] for one in results}
-    counted = all(one["counted"] for one in results)
-    data = {"ranks": size, "device": device, "error_over_budget": worst, "bit_equal": len(digests) == 1}
+    yield _verified(ranks, where, device)
+
+
+def _verified(ranks: list[dict[str, Any]], where: str, device: str) -> CheckResult:
+    worst, opened_s = (max(one[key] for one in ranks) for key in ("worst", "opened_s"))
+    same, counted = len({one["digest"] for one in ranks}) == 1, all(one["counted"] for one in ranks)
+    data = {"ranks": len(ranks), "device": device, "error_over_budget": worst, "bit_equal": same}
     data["counted_on_device"] = counted
     faults = {
         f"error {worst:.2f} of its budget": not worst <= 1,
-        "the ranks' bits differ": len(digests) > 1,
+        "the ranks' bits differ": not same,
         "the device did not count the rows of the calls": not counted,
     }
     if fault := next((text for text, there in faults.items() if there), None):
         remedy = "do not use fusion on this machine; report it with this output"
-        yield CheckResult("launch", "triton", "broken", f"{size} ranks {where}: wrong numbers: {fault}", remedy, data)
-        return
-    opened = max(one["opened_s"] for one in results)
-    text = (
-        f"{size} ranks {where}: right numbers (error {worst:.2f} of its budget), same bits; opened in {opened:.1f} s"
-    )
-    yield CheckResult("launch", "triton", "ok", text, data=data)
+        return result("triton", "broken", f"{where}: wrong numbers: {fault}", remedy, **data)
+    right = f"right numbers (error {worst:.2f} of its budget), same bits"
+    return result("triton", "ok", f"{where}: {right}; opened in {opened_s:.1f} s", **data)
 
 
 def judge(results: list[CheckResult]) -> dict[str, Any]:
     """Return the verdict as data. Keys and codes are stable; new checks may be added."""
-    broken = [one for one in results if one.state == "broken"]
-    off = [one for one in results if one.state == "off"]
-    verdict = "broken" if broken else "unfused" if off else "works"
-    on_cpu = any(one.topic == "framework" and one.data.get("device") == "cpu" for one in results)
-    works = "fusion works on this machine" + (
-        ", by the interpreter: there is no GPU, so nothing is gained" if on_cpu else ""
-    )
-    launched = any(one.topic == "launch" and one.state == "ok" for one in results)
-    works += "" if launched else "; nothing was launched"
-    sentence = {
-        "works": works,
-        "unfused": f"only the unfused path works on this machine: {off[0].text if off else ''}",
-        "broken": f"broken: {broken[0].text if broken else ''}",
-    }[verdict]
-    warned = [one for one in results if one.state == "warn"]
-    todo = list(dict.fromkeys(one.remedy for one in [*broken, *off, *warned] if one.remedy))
+    broken, off, warned = ([one for one in results if one.state == state] for state in ("broken", "off", "warn"))
+    if broken:
+        verdict, sentence = "broken", f"broken: {broken[0].text}"
+    elif off:
+        verdict, sentence = "unfused", f"only the unfused path works on this machine: {off[0].text}"
+    else:
+        verdict, sentence = "works", "fusion works on this machine"
+        if any(one.topic == "framework" and one.data.get("device") == "cpu" for one in results):
+            sentence += ", by the interpreter: there is no GPU, so nothing is gained"
+        if not any(one.topic == "launch" and one.state == "ok" for one in results):
+            sentence += "; nothing was launched"
     return {
         "schema": 1,
         "fd_fusion": __version__,
         "verdict": verdict,
         "exit_code": VERDICTS[verdict],
         "sentence": sentence,
-        "todo": todo,
-        "checks": [one.to_dict() for one in results],
+        "todo": list(dict.fromkeys(one.remedy for one in [*broken, *off, *warned] if one.remedy)),
+        "checks": [asdict(one) for one in results],
     }
 
 
@@ -186,7 +168,7 @@ def lines(outcome: dict[str, Any]) -> list[str]:
         if one["topic"] != topic:
             topic = one["topic"]
             out += ["", topic]
-        out.append(f"  {_SIGNS[one['state']]} {one['text']}")
+        out.append(f"  {STATES[one['state']]} {one['text']}")
         if one["remedy"] and one["state"] in ("warn", "off", "broken"):
             out.append(f"       -> {one['remedy']}")
         if one["data"].get("log"):

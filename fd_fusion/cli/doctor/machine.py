@@ -9,10 +9,10 @@ import subprocess
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from fd_fusion.cli.doctor.checks import CheckResult
+from fd_fusion.cli.doctor.checks import CheckResult, result
 
-TOPIC = "machine"
 _SMALL_SHM = 64 << 20  # Docker's default for /dev/shm
+_ALLOCATORS = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "PADDLE_CUDA_ALLOC_CONF")
 Tool = Callable[..., "str | None"]
 
 
@@ -32,10 +32,10 @@ def machine(tool: Tool = tool, environ: Mapping[str, str] = os.environ) -> Itera
     gpus = _gpus(tool)
     yield gpus
     yield _toolkit(tool)
+    if len(gpus.data["gpus"]) > 1:
+        yield _peers(tool)
+        yield _links(tool)
     if gpus.data["gpus"]:
-        if len(gpus.data["gpus"]) > 1:
-            yield _peers(tool)
-            yield _links(tool)
         yield from _confidential(tool)
     yield from _allocator(environ)
     yield _namespaces()
@@ -43,52 +43,49 @@ def machine(tool: Tool = tool, environ: Mapping[str, str] = os.environ) -> Itera
 
 
 def _gpus(tool: Tool) -> CheckResult:
-    text = tool(
-        "nvidia-smi", "--query-gpu=name,memory.total,memory.free,driver_version", "--format=csv,noheader,nounits"
-    )
-    rows = [[part.strip() for part in line.split(",")] for line in (text or "").splitlines() if line.strip()]
-    gpus = [{"name": r[0], "total_mib": _int(r[1]), "free_mib": _int(r[2])} for r in rows if len(r) == 4]
-    if not gpus:
-        return CheckResult(TOPIC, "gpus", "note", "no NVIDIA GPU or no driver: a CPU run", data={"gpus": []})
+    query = "--query-gpu=name,memory.total,memory.free,driver_version"
+    lines = (tool("nvidia-smi", query, "--format=csv,noheader,nounits") or "").splitlines()
+    rows = [row for line in lines if len(row := [part.strip() for part in line.split(",")]) == 4]
+    if not rows:
+        return result("gpus", "note", "no NVIDIA GPU or no driver: a CPU run", gpus=[])
+    gpus = [{"name": name, "total_mib": _int(total), "free_mib": _int(free)} for name, total, free, _ in rows]
     driver = rows[0][3]
     names = ", ".join(f"{gpu['name']} ({gpu['free_mib']} of {gpu['total_mib']} MiB free)" for gpu in gpus)
-    return CheckResult(TOPIC, "gpus", "ok", f"driver {driver}; {names}", data={"driver": driver, "gpus": gpus})
+    return result("gpus", "ok", f"driver {driver}; {names}", driver=driver, gpus=gpus)
 
 
 def _toolkit(tool: Tool) -> CheckResult:
     found = re.search(r"release ([\d.]+)", tool("nvcc", "--version") or "")
     ninja = tool("ninja", "--version")
-    data = {"nvcc": found and found[1], "ninja": ninja}
-    if found:
-        return CheckResult(TOPIC, "toolkit", "ok", f"CUDA toolkit {found[1]}, ninja {ninja or 'missing'}", data=data)
     text = "no CUDA toolkit: only FlashInfer would need it, to compile its kernel"
-    return CheckResult(TOPIC, "toolkit", "note", text, data=data)
+    if found:
+        text = f"CUDA toolkit {found[1]}, ninja {ninja or 'missing'}"
+    return result("toolkit", "ok" if found else "note", text, nvcc=found and found[1], ninja=ninja)
 
 
 def _peers(tool: Tool) -> CheckResult:
     """Check which GPUs can write into which: `nvidia-smi topo -p2p w`, a matrix of OK, CNS, NS ..."""
     rows = _matrix(tool("nvidia-smi", "topo", "-p2p", "w"), r"X|OK|CNS|GNS|TNS|NS|DR|U")
     bad = [f"{gpu}-GPU{i}" for gpu, row in rows.items() for i, cell in enumerate(row) if cell not in ("X", "OK")]
-    data = {"matrix": rows}
     if not rows:
-        text = "nvidia-smi does not show its P2P matrix; the launch below shows it"
-        return CheckResult(TOPIC, "p2p", "note", text, data=data)
+        return result(
+            "p2p", "note", "nvidia-smi does not show its P2P matrix; the launch below shows it", matrix=rows
+        )
     if bad:
         remedy = "use GPUs with P2P between them; in a virtual machine or with IOMMU on, ask for ACS to be disabled"
-        return CheckResult(TOPIC, "p2p", "warn", f"no P2P writes between {', '.join(bad[:8])}", remedy, data)
-    return CheckResult(TOPIC, "p2p", "ok", f"P2P writes between all {len(rows)} GPUs", data=data)
+        return result("p2p", "warn", f"no P2P writes between {', '.join(bad[:8])}", remedy, matrix=rows)
+    return result("p2p", "ok", f"P2P writes between all {len(rows)} GPUs", matrix=rows)
 
 
 def _links(tool: Tool) -> CheckResult:
     rows = _matrix(tool("nvidia-smi", "topo", "-m"), r"X|NV\d+|PIX|PXB|PHB|NODE|SYS")
     slow = sorted({cell for row in rows.values() for cell in row if not re.fullmatch(r"X|NV\d+", cell)})
-    data = {"matrix": rows}
+    if not rows:
+        return result("nvlink", "note", "nvidia-smi does not show how the GPUs are linked", matrix=rows)
     if slow:
         remedy = "measure with `python -m fd_fusion tune`: without NVLink fusing may not win"
-        return CheckResult(TOPIC, "nvlink", "warn", f"some GPUs are linked by {', '.join(slow)} only", remedy, data)
-    if not rows:
-        return CheckResult(TOPIC, "nvlink", "note", "nvidia-smi does not show how the GPUs are linked", data=data)
-    return CheckResult(TOPIC, "nvlink", "ok", "NVLink between all GPUs", data=data)
+        return result("nvlink", "warn", f"some GPUs are linked by {', '.join(slow)} only", remedy, matrix=rows)
+    return result("nvlink", "ok", "NVLink between all GPUs", matrix=rows)
 
 
 def _matrix(text: str | None, cell: str) -> dict[str, list[str]]:
@@ -106,44 +103,35 @@ def _confidential(tool: Tool) -> Iterator[CheckResult]:
     if text is None:
         return
     on = re.search(r"CC status:\s*ON", text, re.I) is not None
-    data = {"on": on}
-    if on:
-        remedy = "expect refused mappings between GPUs: see whether the launch below works"
-        yield CheckResult(TOPIC, "confidential_computing", "warn", "confidential computing is on", remedy, data)
-    else:
-        yield CheckResult(TOPIC, "confidential_computing", "ok", "confidential computing is off", data=data)
+    remedy = "expect refused mappings between GPUs: see whether the launch below works" if on else ""
+    text, state = f"confidential computing is {'on' if on else 'off'}", "warn" if on else "ok"
+    yield result("confidential_computing", state, text, remedy, on=on)
 
 
 def _allocator(environ: Mapping[str, str]) -> Iterator[CheckResult]:
     """Warn of expandable segments: such memory has no IPC handle. Ours comes from cuMemAlloc, and is unharmed."""
-    names = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "PADDLE_CUDA_ALLOC_CONF")
-    for name in names:
+    for name in _ALLOCATORS:
         if re.search(r"expandable_segments\s*:\s*true", environ.get(name, ""), re.I):
             text = f"{name} asks for expandable segments, which the host's own custom all-reduce may not share"
-            yield CheckResult(
-                TOPIC, "expandable_segments", "warn", text, f"unset {name} if it does", {"variable": name}
-            )
+            yield result("expandable_segments", "warn", text, f"unset {name} if it does", variable=name)
 
 
 def _namespaces() -> CheckResult:
     data = {name: os.readlink(f"/proc/self/ns/{name}") for name in ("ipc", "pid")}
     text = f"namespaces {data['ipc']}, {data['pid']}: all ranks must be in these"
-    return CheckResult(TOPIC, "namespaces", "ok", text, data=data)
+    return result("namespaces", "ok", text, **data)
 
 
 def _shared_memory() -> CheckResult:
     folder = Path("/dev/shm")
     if not folder.is_dir():
-        return CheckResult(
-            TOPIC, "shm", "warn", "there is no /dev/shm", "mount a tmpfs there", {"total": 0, "free": 0}
-        )
-    usage = shutil.disk_usage(folder)
-    data = {"total": usage.total, "free": usage.free}
-    text = f"/dev/shm: {usage.free >> 20} of {usage.total >> 20} MiB free"
-    if usage.free < _SMALL_SHM:
+        return result("shm", "warn", "there is no /dev/shm", "mount a tmpfs there", total=0, free=0)
+    total, _, free = shutil.disk_usage(folder)
+    text, state, remedy = f"/dev/shm: {free >> 20} of {total >> 20} MiB free", "ok", ""
+    if free < _SMALL_SHM:
+        text, state = f"{text}; NCCL and ranks on a CPU need more", "warn"
         remedy = "start the container with --shm-size=1g, or --ipc=host"
-        return CheckResult(TOPIC, "shm", "warn", f"{text}; NCCL and ranks on a CPU need more", remedy, data)
-    return CheckResult(TOPIC, "shm", "ok", text, data=data)
+    return result("shm", state, text, remedy, total=total, free=free)
 
 
 def _int(text: str) -> int | None:

@@ -9,12 +9,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from fd_fusion import __version__
-from fd_fusion.cli.doctor.checks import CheckResult, of_reason
+from fd_fusion.cli.doctor.checks import CheckResult, of_reason, result
 from fd_fusion.frameworks.paddle_runtime import too_old
 from fd_fusion.reasons import because
 
-TOPIC = "packages"
-_PADDLE = ("paddlepaddle", "paddlepaddle-gpu")
+PADDLE = ("paddlepaddle", "paddlepaddle-gpu")
 _FLASHINFER = ("flashinfer-python", "flashinfer-python-paddle")
 _FLASHINFER_PARTS = ("flashinfer-cubin", "flashinfer-jit-cache")
 _FASTDEPLOY = ("fastdeploy-gpu", "fastdeploy-gpu-80-90", "fastdeploy-gpu-86-89", "fastdeploy")
@@ -25,8 +24,7 @@ _OPTIONAL = {
     "prometheus_client": "metrics go to the log as JSON lines",
 }
 
-VersionOf = Callable[[str], "str | None"]
-SourceOf = Callable[[str], "str | None"]
+Look = Callable[[str], "str | None"]
 
 
 def version_of(distribution: str) -> str | None:
@@ -43,59 +41,61 @@ def source_of(module: str) -> str | None:
     return str(Path(next(iter(spec.submodule_search_locations))).parent) if spec else None
 
 
-def packages(version_of: VersionOf = version_of, source_of: SourceOf = source_of) -> Iterator[CheckResult]:
+def packages(version_of: Look = version_of, source_of: Look = source_of) -> Iterator[CheckResult]:
     """Check every package that fusion may need."""
-    yield CheckResult(
-        TOPIC, "python", "ok", f"Python {sys.version.split()[0]}", data={"version": sys.version.split()[0]}
-    )
-    yield CheckResult(TOPIC, "fd_fusion", "ok", f"fd_fusion {__version__}", data={"version": __version__})
-    yield _paddle({name: version_of(name) for name in _PADDLE}, version_of("torch"))
-    triton = version_of("triton")
-    if triton is None:
-        yield of_reason(TOPIC, "triton", "warn", because("no_triton", detail="it is not installed"))
+    yield _found("python", "Python", sys.version.split()[0])
+    yield _found("fd_fusion", "fd_fusion", __version__)
+    yield _paddle(version_of)
+    if version := version_of("triton"):
+        yield _found("triton", "Triton", version)
     else:
-        yield CheckResult(TOPIC, "triton", "ok", f"Triton {triton}", data={"version": triton})
+        yield of_reason("triton", "warn", because("no_triton", detail="it is not installed"))
     yield _flashinfer(version_of)
     yield _fastdeploy(version_of, source_of)
     for name, without in _OPTIONAL.items():
-        version = version_of(name)
-        text = f"{name} {version}" if version else f"{name} is not installed: {without}"
-        yield CheckResult(TOPIC, name, "ok" if version else "note", text, data={"version": version})
+        if version := version_of(name):
+            yield _found(name, name, version)
+        else:
+            yield result(name, "note", f"{name} is not installed: {without}", version=None)
 
 
-def _paddle(versions: dict[str, str | None], torch: str | None) -> CheckResult:
-    found = {name: version for name, version in versions.items() if version}
-    if len(found) == 2:
-        first, second = found.values()
-        return of_reason(
-            TOPIC, "paddle", "broken", because("two_paddles", first=first, second=second), versions=found
-        )
+def _found(name: str, called: str, version: str) -> CheckResult:
+    return result(name, "ok", f"{called} {version}", version=version)
+
+
+def _versions(names: tuple[str, ...], version_of: Look) -> tuple[dict[str, str], str]:
+    """Return the versions of those that are installed, and the same as text."""
+    found = {name: version for name in names if (version := version_of(name))}
+    return found, ", ".join(f"{name} {version}" for name, version in found.items())
+
+
+def _paddle(version_of: Look) -> CheckResult:
+    found, text = _versions(PADDLE, version_of)
     if not found:
-        state = "warn" if torch else "broken"  # on torch the kernels, bench and tune run, but no model
-        return of_reason(TOPIC, "paddle", state, because("no_paddle", detail="it is not installed"), versions={})
-    name, version = next(iter(found.items()))
-    if refusal := too_old(version):
-        return of_reason(TOPIC, "paddle", "broken", refusal, versions=found)
-    return CheckResult(TOPIC, "paddle", "ok", f"{name} {version}", data={"versions": found})
+        state = "warn" if version_of("torch") else "broken"  # on torch the kernels, bench and tune run, but no model
+        return of_reason("paddle", state, because("no_paddle", detail="it is not installed"), versions=found)
+    first, *second = found.values()
+    reason = because("two_paddles", first=first, second=second[0]) if second else too_old(first)
+    if reason:
+        return of_reason("paddle", "broken", reason, versions=found)
+    return result("paddle", "ok", text, versions=found)
 
 
-def _flashinfer(version_of: VersionOf) -> CheckResult:
+def _flashinfer(version_of: Look) -> CheckResult:
     """Check FlashInfer's packages, which must be of one version: its Python calls its kernels by position."""
-    found = {name: v for name in (*_FLASHINFER, *_FLASHINFER_PARTS) if (v := version_of(name))}
+    found, text = _versions((*_FLASHINFER, *_FLASHINFER_PARTS), version_of)
     if not any(name in found for name in _FLASHINFER):
-        return CheckResult(TOPIC, "flashinfer", "note", "FlashInfer is not installed: fine, triton needs none of it")
+        return result("flashinfer", "note", "FlashInfer is not installed: fine, triton needs none of it")
     if len({version.split("+")[0] for version in found.values()}) > 1:
-        versions = ", ".join(f"{name} {version}" for name, version in found.items())
-        return of_reason(TOPIC, "flashinfer", "warn", because("flashinfer_mixed", versions=versions), versions=found)
-    text = ", ".join(f"{name} {version}" for name, version in found.items())
-    return CheckResult(TOPIC, "flashinfer", "ok", text, data={"versions": found})
+        return of_reason("flashinfer", "warn", because("flashinfer_mixed", versions=text), versions=found)
+    return result("flashinfer", "ok", text, versions=found)
 
 
-def _fastdeploy(version_of: VersionOf, source_of: SourceOf) -> CheckResult:
+def _fastdeploy(version_of: Look, source_of: Look) -> CheckResult:
     for distribution in _FASTDEPLOY:
         if version := version_of(distribution):
-            return CheckResult(TOPIC, "fastdeploy", "ok", f"{distribution} {version}", data={"version": version})
+            return _found("fastdeploy", distribution, version)
     if folder := source_of("fastdeploy"):
         text = f"FastDeploy from {folder}, a source tree"
-        return CheckResult(TOPIC, "fastdeploy", "ok", text, data={"version": None, "folder": folder})
-    return CheckResult(TOPIC, "fastdeploy", "note", "FastDeploy is not installed", data={"version": None})
+        return result("fastdeploy", "ok", text, version=None, folder=folder)
+    return result("fastdeploy", "note", "FastDeploy is not installed", version=None)

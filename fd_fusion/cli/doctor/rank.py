@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import sys
 import time
 from typing import Any
 
@@ -19,7 +18,7 @@ from fd_fusion.spec import FusedOp, OpSpec
 
 def run(job: dict[str, Any], group: Group) -> dict[str, Any]:
     """Return worst error over its budget (at most 1 is right), a digest of all bits, whether the device counted as
-    many rows as were asked for, what the workspace took.
+    many rows as were asked for, how long the opening took.
     """
     from fd_fusion.backends import triton as backend
 
@@ -37,9 +36,8 @@ def run(job: dict[str, Any], group: Group) -> dict[str, Any]:
             worst = max(worst, error)
             digest.update(bits)
         op.check()
-        counted = op.stats()["device"]["rows"] - before
-        right = {"worst": worst, "digest": digest.hexdigest(), "counted": counted == sum(LAUNCHED_ROWS[device])}
-        return {**right, "bytes": op.bytes, "opened_s": opened_s}
+        counted = op.stats()["device"]["rows"] - before == sum(LAUNCHED_ROWS[device])
+        return {"worst": worst, "digest": digest.hexdigest(), "counted": counted, "opened_s": opened_s}
     finally:
         op.close()
 
@@ -81,4 +79,4 @@ def _plain(partials: list, residual: np.ndarray, weight: np.ndarray, spec: OpSpe
 
 
 if __name__ == "__main__":
-    sys.exit(rank_main(run))
+    rank_main(run)

@@ -17,7 +17,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from fd_fusion.cli.processes.run_folder import run_folder
 from fd_fusion.cli.processes.signals import held_back, undisturbed
@@ -48,11 +48,11 @@ def run_ranks(
     *,
     timeout_s: float,
     env: dict[str, str] | None = None,
-    watch: Callable[[list[int]], bool] = lambda done: False,
+    watch: Callable[[int], object] = lambda done: None,
 ) -> list[dict[str, Any]]:
     """Run `main` of `fd_fusion.cli.<module>` on `size` ranks. Returns what each gave to `rank_main`, in rank order.
 
-    `watch` is called with the steps that each rank has done; it returns whether the ranks wait for this process.
+    `watch` is called again and again with the number of steps that every rank has done.
     Raises: RanksFailed: a rank died, failed, or none made a step for `timeout_s`. No process and no file is left.
     """
     processes: list[subprocess.Popen] = []
@@ -74,21 +74,25 @@ def run_ranks(
                 remove_left(since)
 
 
-def rank_main(run: Callable[[dict[str, Any], Group], dict[str, Any]]) -> int:
-    """Read this rank's job, run it, write the result or one sentence of error. Returns the exit code."""
+def rank_main(run: Callable[[dict[str, Any], Group], dict[str, Any]]) -> NoReturn:
+    """Read this rank's job, run it, write the result or one sentence of error, and end this process.
+
+    At once: a framework that takes its process group apart while another rank is gone may abort.
+    """
     folder, rank = Path(sys.argv[1]), int(sys.argv[2])
     end_with_parent()
     job = json.loads((folder / "job.json").read_text())
     group = Group("cli", rank, job["size"], tuple(range(job["size"])), FolderStore(folder / "store"))
+    code = 0
     try:
-        result = run(job, group)
+        write_whole(folder / f"result.{rank}", json.dumps(run(job, group)))
     except Exception as error:  # the parent reads one sentence; the trace stays in the log
         traceback.print_exc()
         text = str(error).strip() if isinstance(error, (ValueError, RuntimeError)) else ""
         write_whole(folder / f"error.{rank}", (text or repr(error)).splitlines()[0])
-        return 1
-    write_whole(folder / f"result.{rank}", json.dumps(result))
-    return 0
+        code = 1
+    sys.stdout.flush()
+    os._exit(code)
 
 
 class Progress:
@@ -104,14 +108,9 @@ class Progress:
 
 
 def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
-    finally:
-        for one in sockets:
-            one.close()
+    with contextlib.ExitStack() as stack:
+        servers = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
+        return [server.getsockname()[1] for server in servers]
 
 
 def join_paddle(rank: int, size: int, ports: list[int], backend: str) -> None:
@@ -142,11 +141,9 @@ def _command(module: str, folder: Path, rank: int) -> list[Any]:
     return [sys.executable, "-W", "ignore", "-m", f"fd_fusion.cli.{module}", folder, str(rank)]
 
 
-def _wait(
-    processes: list[subprocess.Popen], folder: Path, timeout_s: float, watch: Callable[[list[int]], bool]
-) -> None:
+def _wait(processes: list[subprocess.Popen], folder: Path, timeout_s: float, watch: Callable[[int], object]) -> None:
     """Wait for all to end well. A rank that died without an error is named before those that wrote one."""
-    ranks, moved, last = range(len(processes)), time.monotonic(), [0]
+    ranks, moved, last = range(len(processes)), time.monotonic(), [0] * len(processes)
     while True:
         codes = [process.poll() for process in processes]
         errors = {r: path for r in ranks if (path := folder / f"error.{r}").exists()}
@@ -160,19 +157,18 @@ def _wait(
         if all(code == 0 for code in codes):
             return
         done = [int(path.read_text()) if (path := folder / f"progress.{r}").exists() else 0 for r in ranks]
-        if watch(done) or done != last:
+        watch(min(done))
+        if done != last:
             moved, last = time.monotonic(), done
         if time.monotonic() - moved > timeout_s:
-            running = [rank for rank in ranks if codes[rank] is None]
-            stopped = [rank for rank in running if _is_stopped(processes[rank])]
-            raise _no_progress(stopped, running, done, timeout_s, folder)
+            raise _no_progress(processes, done, timeout_s, folder)
         time.sleep(_POLL_S)
 
 
-def _no_progress(
-    stopped: list[int], running: list[int], done: list[int], timeout_s: float, folder: Path
-) -> RanksFailed:
-    """Name a rank that is furthest behind: it holds the others up."""
+def _no_progress(processes: list[subprocess.Popen], done: list[int], timeout_s: float, folder: Path) -> RanksFailed:
+    """Name the ranks that are stopped, or those that are furthest behind: they hold the others up."""
+    running = [rank for rank, process in enumerate(processes) if process.returncode is None]
+    stopped = [rank for rank in running if _is_stopped(processes[rank])]
     named = stopped or [rank for rank in running if done[rank] == min(done[r] for r in running)]
     who = f"rank {named[0]} was" if len(named) == 1 else f"ranks {', '.join(map(str, named))} were"
     how = "stopped" if stopped else "not done"

@@ -10,7 +10,6 @@ import argparse
 import contextlib
 import errno
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from fd_fusion import __version__
@@ -90,26 +89,33 @@ def tune(args: argparse.Namespace, show: Callable[[str], None] = lambda text: No
             results = _measure(args, mode, rows, show)
         except OSError as error:  # not the table's
             raise RanksFailed(f"the ranks could not be started: {error}") from None
-        times = tune_limits.merge([_numbered(one["times"]) for one in results])
-        limits = tune_limits.find_limits(times)
-        outcome = {
-            "schema": 1,
-            "fd_fusion": __version__,
-            "mode": mode,
-            "size": args.nproc,
-            "hidden_size": args.hidden_size,
-            "dtype": args.dtype,
-            "gpu": results[0]["gpu"],
-            "versions": versions_here(),
-            "times": times,
-            "skipped": {name: why for one in reversed(results) for name, why in one["skipped"].items()},
-            "rival": results[0].get("rival") or None,
-            "limits": limits.to_dict() if limits else None,
-            "stored": None,
-        }
-        if mode == "gpu" and limits is not None:
-            _store(outcome, limits, path)
+        outcome = _outcome(args, mode, results)
+        if mode == "gpu" and outcome["limits"]:
+            key = Fingerprint(outcome["gpu"], args.nproc, args.hidden_size, args.dtype, outcome["versions"])
+            store_limits(key, Limits.from_dict(outcome["limits"]), path)
+            outcome["stored"] = str(path)
     return outcome
+
+
+def _outcome(args: argparse.Namespace, mode: str, results: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return what `--json` prints; `results`: of each rank."""
+    times = tune_limits.merge([one["times"] for one in results])
+    limits = tune_limits.find_limits(times)
+    return {
+        "schema": 1,
+        "fd_fusion": __version__,
+        "mode": mode,
+        "size": args.nproc,
+        "hidden_size": args.hidden_size,
+        "dtype": args.dtype,
+        "gpu": results[0]["gpu"],
+        "versions": versions_here(),
+        "times": times,
+        "skipped": {name: why for one in reversed(results) for name, why in one["skipped"].items()},
+        "rival": results[0].get("rival") or None,
+        "limits": limits.to_dict() if limits else None,
+        "stored": None,
+    }
 
 
 def _framework() -> dict[str, Any]:
@@ -124,32 +130,18 @@ def _framework() -> dict[str, Any]:
 def _measure(
     args: argparse.Namespace, mode: str, rows: list[int], show: Callable[[str], None]
 ) -> list[dict[str, Any]]:
-    job = {
-        "ranks": args.nproc,
-        "hidden_size": args.hidden_size,
-        "dtype": args.dtype,
-        "rows": rows,
-        "rounds": args.rounds or _ROUNDS[mode],
-        "workspace_mb": args.workspace_mb,
-        "timeout_s": args.timeout_s,
-        "ports": free_ports(1 + args.nproc),
-    }
+    """Run the ranks. A job has the options by their names."""
+    job = {**vars(args), "rows": rows, "rounds": args.rounds or _ROUNDS[mode], "ports": free_ports(1 + args.nproc)}
     limit_s = (120 if mode == "cpu" else 900) + 10 * args.timeout_s  # FlashInfer may have to compile
     env = {"CUDA_MODULE_LOADING": "EAGER", "CUDA_DEVICE_MAX_CONNECTIONS": "32"}
-    env = {"TRITON_INTERPRET": "1"} if mode == "cpu" else env
+    if mode == "cpu":
+        env = {"TRITON_INTERPRET": "1"}
     total = len(rows) * len(tune_limits.COLUMNS)
 
-    def watch(done: list[int]) -> bool:
-        show(f"measuring on {args.nproc} ranks, {min(done)} of {total}")
-        return False
+    def watch(done: int) -> None:
+        show(f"measuring on {args.nproc} ranks, {done} of {total}")
 
     return run_ranks("tune.rank", args.nproc, job, timeout_s=limit_s, env=env, watch=watch)
-
-
-def _store(outcome: dict[str, Any], limits: Limits, path: Path) -> None:
-    key = Fingerprint(outcome["gpu"], *(outcome[name] for name in ("size", "hidden_size", "dtype", "versions")))
-    store_limits(key, limits, path)
-    outcome["stored"] = str(path)
 
 
 def _rows(text: str) -> list[int]:
@@ -162,17 +154,11 @@ def _rows(text: str) -> list[int]:
     return rows
 
 
-def _numbered(times: dict[str, dict[str, float]]) -> dict[str, dict[int, float]]:
-    """JSON has made the rows text."""
-    return {column: {int(rows): time for rows, time in mine.items()} for column, mine in times.items()}
-
-
 def lines(outcome: dict[str, Any]) -> list[str]:
     """The outcome for people."""
-    where = {
-        "cpu": "Triton's interpreter on a CPU: a check of the machinery, these figures mean nothing",
-        "gpu": f"{outcome['gpu']}, one GPU a rank",
-    }[outcome["mode"]]
+    where = f"{outcome['gpu']}, one GPU a rank"
+    if outcome["mode"] == "cpu":
+        where = "Triton's interpreter on a CPU: a check of the machinery, these figures mean nothing"
     out = [f"fd_fusion tune: {outcome['size']} ranks, H={outcome['hidden_size']}, {outcome['dtype']}; {where}", ""]
     out += _table(outcome["times"])
     out += [f"{name}: not measured: {why}" for name, why in outcome["skipped"].items()]
@@ -184,7 +170,13 @@ def lines(outcome: dict[str, Any]) -> list[str]:
             out.append(f"{name}: fusing wins up to {rows} rows" if rows else f"{name}: fusing never wins")
         if limits["two_shot_rows"]:
             out.append(f"triton: two-shot from {limits['two_shot_rows']} rows on")
-    return [*out, _what_became_of_it(outcome)]
+    if outcome["stored"]:
+        out.append(f"stored in {outcome['stored']}: the next bind reads it")
+    elif outcome["mode"] == "cpu":
+        out.append("not stored: figures of a CPU mean nothing")
+    else:
+        out.append("not stored: without the unfused rival nobody can tell up to where fusing wins")
+    return out
 
 
 def _table(times: dict[str, dict[int, float]]) -> list[str]:
@@ -194,11 +186,3 @@ def _table(times: dict[str, dict[int, float]]) -> list[str]:
         cells = [times.get(name, {}).get(rows) for name in tune_limits.COLUMNS]
         out.append(f"{rows:>6}" + "".join(f"{'' if cell is None else f'{cell:.2f}':>12}" for cell in cells))
     return out
-
-
-def _what_became_of_it(outcome: dict[str, Any]) -> str:
-    if outcome["stored"]:
-        return f"stored in {outcome['stored']}: the next bind reads it"
-    if outcome["mode"] == "cpu":
-        return "not stored: figures of a CPU mean nothing"
-    return "not stored: without the unfused rival nobody can tell up to where fusing wins"

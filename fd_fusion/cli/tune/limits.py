@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import math
+import statistics
 from collections.abc import Mapping, Sequence
+from itertools import takewhile
+from typing import Any
 
 from fd_fusion.tuning.table import Limits
 
@@ -11,13 +13,16 @@ COLUMNS = ("one_shot", "two_shot", "staying", "flashinfer", "unfused")  # stayin
 Times = Mapping[str, Mapping[int, float]]  # column -> rows -> microseconds; a column that could not run is absent
 
 
-def merge(ranks: Sequence[Times]) -> dict[str, dict[int, float]]:
-    """The slowest rank counts. A column, or a number of rows, that one rank lacks is dropped."""
+def merge(ranks: Sequence[Mapping[str, Mapping[Any, float]]]) -> dict[str, dict[int, float]]:
+    """The slowest rank counts. A column, or a number of rows, that one rank lacks is dropped.
+
+    The numbers of rows may be text: JSON has made them so.
+    """
     merged = {}
     for column in COLUMNS:
         if all(column in times for times in ranks):
             rows = set.intersection(*(set(times[column]) for times in ranks))
-            merged[column] = {t: max(times[column][t] for times in ranks) for t in sorted(rows)}
+            merged[column] = {int(t): max(times[column][t] for times in ranks) for t in sorted(rows, key=int)}
     return merged
 
 
@@ -25,12 +30,8 @@ def two_shot_rows(times: Times) -> int | None:
     """From how many rows on two-shot is the faster path, at every measured number of rows; None for never. With a
     residual that stays, where it can: so most Sites of a model call it."""
     one, two = times.get("one_shot", {}), times.get("staying") or times.get("two_shot", {})
-    first = None
-    for rows in sorted(set(one) & set(two), reverse=True):
-        if two[rows] >= one[rows]:
-            break
-        first = rows
-    return first
+    faster = takewhile(lambda rows: two[rows] < one[rows], sorted(set(one) & set(two), reverse=True))
+    return min(faster, default=None)
 
 
 def by_backend(times: Times) -> dict[str, dict[int, float]]:
@@ -52,7 +53,7 @@ def find_limits(times: Times) -> Limits | None:
     """The limits that a table keeps, or None where the rival was not measured.
 
     A limit is the last measured number of rows before the first at which fusing does not win: below it fusing won at
-    every size that was measured. Backends that win somewhere are ordered by their mean logarithm of time over the
+    every size that was measured. Backends that win somewhere are ordered by their geometric mean of time over the
     sizes at which all of them were measured, up to the largest limit.
     """
     rival = times.get("unfused")
@@ -63,18 +64,10 @@ def find_limits(times: Times) -> Limits | None:
     winners = [name for name, limit in limits.items() if limit]
     common = set.intersection(*(set(fused[name]) for name in winners)) if winners else set()
     common = {rows for rows in common if rows <= max(limits.values())}
-    order = sorted(winners, key=lambda name: _mean_log([fused[name][rows] for rows in common]))
+    order = sorted(winners, key=lambda name: statistics.geometric_mean(fused[name][rows] for rows in common))
     return Limits(limits, tuple(order), two_shot_rows(times))
 
 
 def _limit(mine: Mapping[int, float], rival: Mapping[int, float]) -> int:
-    limit = 0
-    for rows in sorted(set(mine) & set(rival)):
-        if mine[rows] >= rival[rows]:
-            break
-        limit = rows
-    return limit
-
-
-def _mean_log(times: Sequence[float]) -> float:
-    return sum(map(math.log, times)) / len(times)
+    won = takewhile(lambda rows: mine[rows] < rival[rows], sorted(set(mine) & set(rival)))
+    return max(won, default=0)

@@ -11,7 +11,7 @@ from fd_fusion.comm.cuda_driver import CudaDriver
 from fd_fusion.comm.cuda_ipc import CudaIpc
 from fd_fusion.comm.group import Group
 from fd_fusion.comm.posix_shm import PosixShm
-from fd_fusion.comm.symmetric_memory import agree_or_raise, as_refusal, open_symmetric_memory
+from fd_fusion.comm.symmetric_memory import agree_or_raise, on_all_ranks, open_symmetric_memory
 from fd_fusion.frameworks.triton_launch import interpreting, load_kernel, prepare
 from fd_fusion.reference import DTYPE_BYTES
 from fd_fusion.spec import OpSpec
@@ -47,8 +47,7 @@ class Pull:
     def __init__(self, spec: OpSpec, group: Group, rows: int):
         self.spec, self._row_units = spec, spec.hidden_size * DTYPE_BYTES[spec.dtype] // 16
         with interpreting(spec.device):
-            made, refusal = as_refusal(lambda: compile_kernels(spec))
-            agree_or_raise(group, "pull compiled", refusal, None, spec.timeout_s)
+            made = on_all_ranks(group, "pull compiled", lambda: compile_kernels(spec), spec.timeout_s)
             self._reduce, self._norms, store = made
             self._provider = CudaIpc() if spec.device == "gpu" else PosixShm()
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib
-import os
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -20,11 +18,11 @@ from fd_fusion.cli.doctor.rank import one_call
 from fd_fusion.cli.processes.ranks import Progress, rank_main
 from fd_fusion.cli.tune.rival import Rival, open_rivals, told
 from fd_fusion.comm.group import Group, working
-from fd_fusion.comm.symmetric_memory import as_refusal
+from fd_fusion.comm.symmetric_memory import on_all_ranks
 from fd_fusion.comm.vote import Vote, agree
 from fd_fusion.frameworks.tensors import place, synchronize, tensor
-from fd_fusion.reasons import FusionError, Reason, because
-from fd_fusion.spec import OpSpec
+from fd_fusion.reasons import FusionError, because
+from fd_fusion.spec import FusedOp, OpSpec
 from fd_fusion.tuning.limits import NEVER
 
 _CHECKED_ROWS = 64  # calls of more rows are not compared with the reference: that takes longer than timing them
@@ -59,7 +57,7 @@ def run(job: dict[str, Any], group: Group) -> dict[str, Any]:
     skipped |= without
     agree(group, "end", Vote(), timeout_s=job["timeout_s"])  # the framework's store lives on rank 0
     gpu = framework.cuda.get_device_name() if device == "gpu" else None
-    return {"times": times, "skipped": skipped, "rival": rival, "gpu": gpu, "framework": framework.__name__}
+    return {"times": times, "skipped": skipped, "rival": rival, "gpu": gpu}
 
 
 def _column(
@@ -74,9 +72,7 @@ def _column(
     try:
         rows = [t for t in job["rows"] if op.limit is None or t <= op.limit]
         for t in [t for t in rows if t <= _CHECKED_ROWS][:3]:
-            error, _ = one_call(framework, op, spec, t)
-            if not error <= 1:
-                raise FusionError(_wrong(backend, t, error))
+            _check(framework, spec, op, backend, t)
         times = {}
         for t in rows:
             x, residual, weight = _tensors(framework, spec, t)
@@ -89,8 +85,12 @@ def _column(
         op.close()
 
 
-def _wrong(backend: str, rows: int, error: float) -> Reason:
-    return because("backend_failed", backend=backend, error=f"wrong numbers at T={rows}: {error:.2f} of the budget")
+def _check(framework: Any, spec: OpSpec, op: FusedOp | Rival, name: str, rows: int) -> None:
+    """Raise FusionError for numbers that are not those of the reference."""
+    error, _ = one_call(framework, op, spec, rows)
+    if not error <= 1:
+        wrong = f"wrong numbers at T={rows}: {error:.2f} of the budget"
+        raise FusionError(because("backend_failed", backend=name, error=wrong))
 
 
 def _tensors(framework: Any, spec: OpSpec, rows: int) -> tuple[Any, Any, Any]:
@@ -159,28 +159,17 @@ def _unfused(
         mine = [t for t in job["rows"] if t <= rival.most_rows and t not in times]
         if not mine:
             continue
-        for step in (
-            partial(_check, framework, spec, rival, mine[0]),
-            partial(_times, framework, spec, rival, mine, job),
-        ):
-            found, refusal = as_refusal(step)
-            verdict = agree(group, f"rival {rival.name}", Vote(refusal), timeout_s=3 * job["timeout_s"])
-            if not verdict.ok:  # the next rival that takes these rows stands in
-                skipped[rival.name] = str(verdict.reason)
-                break
-        else:
-            times |= found
+        topic, wait_s = f"rival {rival.name}", 3 * job["timeout_s"]
+        try:
+            on_all_ranks(group, topic, partial(_check, framework, spec, rival, rival.name, mine[0]), wait_s)
+            times |= on_all_ranks(group, topic, partial(_times, framework, spec, rival, mine, job), wait_s)
             right.append(rival)
+        except FusionError as error:  # the next rival that takes these rows stands in
+            skipped[rival.name] = str(error.reason)
     synchronize(framework)
     for rival in rivals:
         rival.close()
     return times, told(right) if right else "", skipped
-
-
-def _check(framework: Any, spec: OpSpec, rival: Rival, rows: int) -> None:
-    error, _ = one_call(framework, rival, spec, rows)
-    if not error <= 1:
-        raise FusionError(_wrong(rival.name, rows, error))
 
 
 def _times(framework: Any, spec: OpSpec, rival: Rival, rows: list[int], job: dict[str, Any]) -> dict[int, float]:
@@ -194,7 +183,4 @@ def _times(framework: Any, spec: OpSpec, rival: Rival, rows: list[int], job: dic
 
 
 if __name__ == "__main__":
-    # At once: a framework that takes its process group apart while another rank is gone may abort.
-    code = rank_main(run)
-    sys.stdout.flush()
-    os._exit(code)
+    rank_main(run)

@@ -13,8 +13,8 @@ from typing import Any
 from fd_fusion.cli.processes.ranks import join_paddle
 from fd_fusion.cli.tune.pull import NORM_WARPS, Pull
 from fd_fusion.comm.group import Group
-from fd_fusion.comm.symmetric_memory import as_refusal
-from fd_fusion.comm.vote import Vote, agree
+from fd_fusion.comm.symmetric_memory import on_all_ranks
+from fd_fusion.reasons import FusionError
 from fd_fusion.reference import DTYPE_BYTES
 from fd_fusion.spec import OpSpec
 
@@ -51,14 +51,13 @@ def open_rivals(
     skipped: dict[str, str] = {}
 
     def opened(name: str, *steps: Callable[[], Any]) -> bool:
-        for number, step in enumerate(steps):  # no rank enters a collective step that another one cannot
-            rival, refusal = as_refusal(step)
-            verdict = agree(group, f"rival {name} {number}", Vote(refusal), timeout_s=3 * job["timeout_s"])
-            if not verdict.ok:
-                skipped[name] = str(verdict.reason)
-                return False
-        found[name] = rival
-        return True
+        try:
+            for number, step in enumerate(steps):  # no rank enters a collective step that another one cannot
+                rival = on_all_ranks(group, f"rival {name} {number}", step, 3 * job["timeout_s"])
+            found[name] = rival
+        except FusionError as error:
+            skipped[name] = str(error.reason)
+        return name in found
 
     library = "NCCL" if spec.device == "gpu" else "gloo"
     on_paddle = framework.__name__ == "paddle"

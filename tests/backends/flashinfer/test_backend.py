@@ -226,39 +226,37 @@ def test_the_control_block_is_read_on_a_stream_of_its_own_and_all_is_given_back(
     other.close()
 
 
-@pytest.mark.parametrize("size", [2, 4])
-def test_ranks_call_through_our_workspace(size, tmp_path):
-    ranks = run_ranks("flashinfer_ranks.py", size, "plain", tmp_path)
+@pytest.mark.parametrize("size, more", [(2, []), (4, ["sub_groups"])], ids=["2", "4, and sub-groups of 2"])
+def test_ranks_call_through_our_workspace(size, more, tmp_path):
+    ranks = run_ranks("flashinfer_ranks.py", size, tmp_path, "plain", *more)
     for ended in ranks:
-        assert ended.status == 0 and ended.text.endswith("ended\n"), ended.text
+        assert ended.status == 0 and all(f"{case} ended\n" in ended.text for case in ["plain", *more]), ended.text
     line = "fd_fusion: compiling the kernel of FlashInfer 0.7.2: some minutes, once on this machine"
     assert line in ranks[0].text
     built = [float((tmp_path / f"built{rank}").read_text()) for rank in range(size)]
     assert all(other - built[0] > 0.4 for other in built[1:]), "rank 0 builds first"
 
 
-def test_sub_groups_have_their_own_workspaces(tmp_path):
-    for ended in run_ranks("flashinfer_ranks.py", 4, "sub_groups", tmp_path):
-        assert ended.status == 0 and ended.text.endswith("ended\n"), ended.text
+REFUSED = {
+    "missing": "rank 1 refused: FlashInfer is not installed",
+    "version": "rank 1 has FlashInfer 0.6.12, rank 0 has 0.7.2",
+    "signature": "rank 1 refused: FlashInfer 0.7.2 takes x, no allreduce_in",
+    "fill": "rank 1 refused: the workspace could not be opened: ZeroDivisionError",
+    "offset": "FlashInfer 0.6.12 cannot add 1.0 to the norm's weight",
+}
 
 
-@pytest.mark.parametrize(
-    "how, text",
-    [
-        ("missing", "reason: rank 1 refused: FlashInfer is not installed"),
-        ("version", "reason: rank 1 has FlashInfer 0.6.12, rank 0 has 0.7.2"),
-        ("signature", "reason: rank 1 refused: FlashInfer 0.7.2 takes x, no allreduce_in"),
-        ("fill", "reason: rank 1 refused: the workspace could not be opened: ZeroDivisionError"),
-        ("offset", "reason: FlashInfer 0.6.12 cannot add 1.0 to the norm's weight"),
-    ],
-)
-def test_one_odd_rank_refuses_for_all(how, text, tmp_path):
-    for ended in run_ranks("flashinfer_ranks.py", 2, f"refused:{how}", tmp_path):
-        assert ended.status == 0 and text in ended.text, ended.text
+def test_one_odd_rank_refuses_for_all(tmp_path):
+    for ended in run_ranks("flashinfer_ranks.py", 2, tmp_path, *(f"refused:{how}" for how in REFUSED)):
+        for how, text in REFUSED.items():
+            assert f"{how}, reason: {text}" in ended.text, (how, ended.text)
+        assert ended.status == 0, ended.text
 
 
 def test_a_missing_rank_ends_the_process_that_waits_for_it(tmp_path):
-    waiting, missing = run_ranks("flashinfer_ranks.py", 2, "hang", tmp_path)
+    waiting, missing = run_ranks("flashinfer_ranks.py", 2, tmp_path, "hang")
     assert waiting.status == EXIT_STATUS, waiting.text
-    assert "flashinfer all_reduce_rms_norm (H=128, float32) of group 'tp', rank 0 of 2, has waited" in waiting.text
+    assert (
+        "flashinfer all_reduce_rms_norm (H=128, float32) of group 'tp hang', rank 0 of 2, has waited" in waiting.text
+    )
     assert "for 1 s" in waiting.text and missing.status == 0, missing.text

@@ -34,17 +34,17 @@ HOST = """
             assert time.monotonic() < deadline, "the host's thread cannot import while FlashInfer is loaded"
             time.sleep(0.0002)
 
-    builtins.during_import = lambda: another_look() if threads else None
-    threads = []
+    builtins.during_import = lambda: another_look() if host_threads else None
+    host_threads = []
 
     def watched():
-        threads.append(threading.Thread(target=host))
-        threads[0].start()
+        host_threads.append(threading.Thread(target=host))
+        host_threads[0].start()
         another_look()
         library = load()
         another_look()
         stop.set()
-        threads[0].join()
+        host_threads[0].join()
         return library
 
     def state():
@@ -246,6 +246,7 @@ def test_two_threads_load_once(package):
         threads = [threading.Thread(target=lambda: found.append(load())) for _ in range(4)]
         [thread.start() for thread in threads]; [thread.join() for thread in threads]
         assert len(found) == 4 and all(one is found[0] for one in found)
+        assert isinstance(found[0], loader.FlashInfer), found[0]
         """,
         package,
     )

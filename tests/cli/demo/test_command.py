@@ -10,22 +10,25 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import types
 from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors import SafetensorError
 from support.launch import ranks as rank_script
 from support.processes import alive, commands, rank_pid, state
 
 from fd_fusion import __main__
+from fd_fusion.cli.demo import checkpoint as demo_checkpoint
 from fd_fusion.cli.demo import command as demo
 from fd_fusion.cli.demo import report as demo_report
 from fd_fusion.cli.demo.config import DecoderConfig
 from fd_fusion.cli.demo.reference import Truth
 from fd_fusion.cli.messages import to_json
-from fd_fusion.cli.processes import run_folder
+from fd_fusion.cli.processes import ranks, run_folder
 
 ROOT = Path(__file__).parents[3]
 
@@ -204,15 +207,14 @@ def test_a_checkpoint_that_is_none_gets_one_sentence(config, says, capsys, monke
 
 def test_a_full_temporary_folder_gets_one_sentence(capsys, monkeypatch, tmp_path):
     """safetensors tells it with an error of its own."""
-    import safetensors.numpy
 
     def save_file(*_, **__):
-        raise safetensors.SafetensorError("I/O error: No space left on device (os error 28)")
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr(demo, "run_ranks", None)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr(safetensors.numpy, "save_file", save_file)
-    assert demo.main(["--hidden-size", "32"]) == 2
+    monkeypatch.setattr(demo_checkpoint, "save_file", save_file)
+    assert __main__.main(["demo", "--hidden-size", "32"]) == 2
     err = capsys.readouterr().err
     assert "No space left on device" in err and "TMPDIR" in err and err.count("\n") == 1
     assert not list(tmp_path.iterdir())
@@ -231,13 +233,18 @@ def test_a_missing_or_old_package_gets_one_sentence(capsys, monkeypatch):
     assert 'ip install "paddlepaddle>=3.3"' in capsys.readouterr().err
 
 
-def begun(process, tmp_path, steps=4):
+def working_folder(tmp_path, steps=4):
+    """The folder of the ranks' files once every rank has run some forwards, or None."""
+    files = list(tmp_path.glob("fd_fusion_*/progress.?"))
+    return files[0].parent if len(files) == 2 and all(int(file.read_text()) >= steps for file in files) else None
+
+
+def begun(process, tmp_path):
     """Wait until every rank has run some forwards; returns the folder of the ranks' files."""
     end = time.monotonic() + 150
     while time.monotonic() < end and process.poll() is None:
-        files = list(tmp_path.glob("fd_fusion_*/progress.?"))
-        if len(files) == 2 and all(int(file.read_text()) >= steps for file in files):
-            return files[0].parent
+        if folder := working_folder(tmp_path):
+            return folder
         time.sleep(0.02)
     process.kill()
     raise AssertionError(process.communicate())
@@ -253,11 +260,25 @@ def test_a_killed_rank_is_named(tmp_path):
 
 
 @pytest.mark.timeout(300)
-def test_a_stopped_rank_is_named(tmp_path):
-    process = start(tmp_path, "--steps", "40", "--hidden-size", "64", "--timeout-s", "0.8")
-    os.kill(rank_pid(begun(process, tmp_path), 0), signal.SIGSTOP)
-    out, err = process.communicate(timeout=100)
-    assert process.returncode == 1 and "rank 0 was stopped: no rank made a step for 8 s" in err and not out
+def test_a_stopped_rank_is_named(tmp_path, monkeypatch, capsys):
+    """By a clock that runs fast from then on."""
+    since = []
+
+    def clock():
+        return time.monotonic() + sum(1000 * (time.monotonic() - start) for start in since)
+
+    def stop():
+        while not (folder := working_folder(tmp_path)):
+            time.sleep(0.02)
+        os.kill(rank_pid(folder, 0), signal.SIGSTOP)
+        since.append(time.monotonic())
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(ranks, "time", types.SimpleNamespace(monotonic=clock, sleep=time.sleep))
+    threading.Thread(target=stop, daemon=True).start()
+    assert demo.main(["--steps", "40", "--hidden-size", "64"]) == 1
+    out, err = capsys.readouterr()
+    assert "rank 0 was stopped: no rank made a step for 300 s" in err and not out
     assert not left_behind(tmp_path)
 
 

@@ -15,7 +15,7 @@ from support.segments import left, none_left
 
 from fd_fusion.cli.doctor import child as doctor_child
 from fd_fusion.cli.doctor import command as doctor
-from fd_fusion.cli.doctor.checks import CheckResult, run_checks
+from fd_fusion.cli.doctor.checks import CheckResult, result, run_checks
 from fd_fusion.cli.doctor.machine import machine
 from fd_fusion.cli.doctor.packages import packages
 from fd_fusion.cli.processes import ranks
@@ -116,10 +116,11 @@ def test_a_machine_without_any_tool():
 
 def test_a_probe_that_fails_is_a_sentence():
     def probe():
-        yield CheckResult("t", "first", "ok", "fine")
+        yield result("first", "ok", "fine")
         raise OSError("no such thing")
 
     first, second = run_checks("t", probe)
+    assert first.topic == second.topic == "t"
     assert first.name == "first" and second.name == "probe" and second.state == "warn"
     assert second.text == "t could not be checked: OSError: no such thing"
 

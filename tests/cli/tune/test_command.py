@@ -117,7 +117,6 @@ RESULT = {
     "skipped": {"flashinfer": "FlashInfer is not installed"},
     "rival": "a pull up to 8 rows, NCCL",
     "gpu": "GPU X",
-    "framework": "paddle",
 }
 TWO_GPUS = {"device": "gpu", "arch": 90, "gpus": 2}
 

@@ -10,6 +10,7 @@ import pytest
 
 from fd_fusion.cli.tune import rank as tune_rank
 from fd_fusion.cli.tune import rival as rivals
+from fd_fusion.comm import symmetric_memory
 from fd_fusion.comm.vote import Vote
 from fd_fusion.hosts.fastdeploy import custom_all_reduce
 from fd_fusion.spec import OpSpec
@@ -21,8 +22,7 @@ JOB = {"rows": [1, 1024, 1025, 2048], "timeout_s": 1, "ports": [1, 2, 3], "round
 @pytest.fixture
 def alone(monkeypatch):
     """A vote of one rank, and no Paddle group, pull or host that would need GPUs."""
-    monkeypatch.setattr(rivals, "agree", lambda group, topic, vote, timeout_s: _verdict(vote))
-    monkeypatch.setattr(tune_rank, "agree", lambda group, topic, vote, timeout_s: _verdict(vote))
+    monkeypatch.setattr(symmetric_memory, "agree", lambda group, topic, vote, timeout_s: _verdict(vote))
     monkeypatch.setattr(rivals, "_paddle_rival", lambda *_: rival("NCCL", 2048))
     monkeypatch.setattr(rivals, "Pull", lambda *_: None)
     monkeypatch.setattr(rivals, "_pull_rival", lambda framework, spec, pull: rival("pull", 1024))

@@ -9,7 +9,8 @@ A thread whose time runs out, or that reads a set abort word, takes NaN for the 
 by then: the other threads of that program may have read all words, and find nothing wrong.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import NamedTuple
 
 NAN, SUM, UNSENT = "nan", "sum", None
 THREADS = (0, 1)
@@ -34,15 +35,13 @@ class Rules:
         return (source if self.one_word_for_all_readers else reader) * self.split + source
 
 
-@dataclass(frozen=True)
-class Program:
+class Program(NamedTuple):
     call: int = 0
     begun: bool = False
     done: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True)
-class State:
+class State(NamedTuple):
     programs: tuple[Program, ...]
     words: tuple[tuple, ...]  # by place: the stores to it, (call, sum) or UNSENT, of which the first is visible
     results: frozenset = frozenset()  # (call, what a thread found), as long as no abort word is set
@@ -68,7 +67,7 @@ def explore(rules):
 def _steps(rules, state, wrong):
     for place, stores in enumerate(state.words):
         if len(stores) > 1:
-            yield replace(state, words=_put(state.words, place, stores[1:]))
+            yield state._replace(words=_put(state.words, place, stores[1:]))
     for number, program in enumerate(state.programs):
         if program.call == rules.calls:
             continue
@@ -92,7 +91,7 @@ def _begin(rules, state, number, program, own):
     for reader in set(range(rules.split)) - {number} if own == SUM or not rules.failure_kept_back else ():
         place = rules.word(reader, number)
         words = _put(words, place, (*words[place], (program.call, own)))
-    return replace(state, programs=_put(state.programs, number, replace(program, begun=True)), words=words)
+    return state._replace(programs=_put(state.programs, number, program._replace(begun=True)), words=words)
 
 
 def _poll(rules, state, number, program, thread, wrong):
@@ -111,21 +110,21 @@ def _poll(rules, state, number, program, thread, wrong):
 
 def _give_up(rules, state, number, program, thread, wrong):
     """A thread has waited long enough, or finds the abort word set."""
-    state = replace(state, aborted=state.aborted or thread == 0 or not rules.only_thread_0_reports)
+    state = state._replace(aborted=state.aborted or thread == 0 or not rules.only_thread_0_reports)
     if not state.aborted:
         wrong.add("a row is NaN in part and no abort word is set")
     return _done(rules, state, number, program, thread, frozenset())
 
 
 def _done(rules, state, number, program, thread, results):
-    program = replace(program, done=tuple(sorted((*program.done, thread))))
+    program = program._replace(done=tuple(sorted((*program.done, thread))))
     words, all_done = state.words, program.done == THREADS
     if (len(program.done) == 1 if rules.cleared_with_no_barrier else all_done) and not rules.not_cleared:
         for other in set(range(rules.split)) - {number}:
             place = rules.word(number, other)
             words = _put(words, place, (*words[place], UNSENT))
     program = Program(program.call + 1) if all_done else program
-    return replace(state, programs=_put(state.programs, number, program), words=words, results=results)
+    return state._replace(programs=_put(state.programs, number, program), words=words, results=results)
 
 
 def _put(values, place, value):
