@@ -55,7 +55,8 @@ def _largest(words, DTYPE: tl.constexpr):
 
 @triton.jit
 def _factors(largest, POW2: tl.constexpr):
-    factor = tl.where(largest == 0, 1.0, tl.div_rn(tl.full(largest.shape, LARGEST, tl.float32), largest))
+    most = tl.full(largest.shape, LARGEST, tl.float32)
+    factor = tl.div_rn(most, tl.where(largest == 0, most, largest))  # not by zero, which takes a GPU longer
     factor = tl.where(factor == INFINITY, TOP_POW2 if POW2 else TOP, factor)
     if POW2:
         factor = (factor.to(tl.uint32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
