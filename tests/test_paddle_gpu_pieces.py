@@ -42,9 +42,9 @@ def test_the_pieces_are_read_as_one(tmp_path):
     assert [pieces.read(2) for _ in range(5)] == [b"ab", b"c", b"de", b"", b""]
 
 
-@pytest.mark.parametrize("gpus, skipped", [(1, 5), (2, 0)])
+@pytest.mark.parametrize("gpus, skipped", [(1, 6), (2, 1), (4, 0)])
 @pytest.mark.parametrize("fails", [None, "late"])
-def test_what_needs_two_gpus_is_skipped_on_one_and_never_passed(monkeypatch, tmp_path, gpus, skipped, fails):
+def test_what_needs_more_gpus_is_skipped_and_never_passed(monkeypatch, tmp_path, gpus, skipped, fails):
     """The run with cases that only note how they were asked for."""
     run, asked = load("run"), []
 
@@ -54,6 +54,7 @@ def test_what_needs_two_gpus_is_skipped_on_one_and_never_passed(monkeypatch, tmp
 
     for kind in ("ranks", "launched", "command"):
         monkeypatch.setattr(run, kind, noting)
+    monkeypatch.setattr(run, "staying", noting("staying"))
     monkeypatch.setattr(run, "count_gpus", lambda: gpus)
     monkeypatch.setattr(run, "unpack", lambda: tmp_path)
     monkeypatch.setattr(run, "environment", lambda site: {})
@@ -62,14 +63,12 @@ def test_what_needs_two_gpus_is_skipped_on_one_and_never_passed(monkeypatch, tmp
 
     assert run.main(tmp_path, []) == (1 if fails else 0)
     found = json.loads((tmp_path / "results.json").read_text())
-    assert len(found) == 23
-    assert {name for name, case in found.items() if case == {"skipped": "needs two GPUs"}} == (
-        run.GPU_A_RANK if skipped else set()
-    )
+    assert len(found) == 24
+    need = {name: f"needs {number} GPUs" for name, number in run.NEEDS.items() if number > gpus}
+    assert {name: case["skipped"] for name, case in found.items() if "skipped" in case} == need
     ran = {name: case["passed"] for name, case in found.items() if "skipped" not in case}
-    assert len(ran) == 23 - skipped and [name for name, passed in ran.items() if not passed] == (
-        [fails] if fails else []
-    )
-    assert (tmp_path / "log.txt").read_text().count(": skipped: needs two GPUs\n") == skipped
+    assert len(need) == skipped and len(ran) == 24 - skipped
+    assert [name for name, passed in ran.items() if not passed] == ([fails] if fails else [])
+    assert (tmp_path / "log.txt").read_text().count(": skipped: needs ") == skipped
     replays = next(words for words, _ in asked if "many_replays" in words)
     assert replays[-1] == (100_000 if gpus > 1 else 2_000)

@@ -40,7 +40,8 @@ PIECES = ROOT / ".paddle_gpu"
 LIMIT_S = int(os.environ.get("LIMIT_S", "340"))
 DIES = -signal.SIGKILL
 ROWS = ("--rows", 1, 3, 15, 17, 600, 2)
-GPU_A_RANK = {"own_layers", "demo", "two_ranks_launched", "nccl_in_turn", "tune"}  # NCCL refuses two ranks on one GPU
+NEEDS = dict.fromkeys(("own_layers", "demo", "two_ranks_launched", "nccl_in_turn", "tune"), 2)  # NCCL: one rank a GPU
+NEEDS["staying"] = 4
 
 
 class Pieces:
@@ -163,6 +164,23 @@ def launched(script: str, backend: str, *args: str, seconds: int = 100):
     return run
 
 
+def staying(limit: float) -> tuple[bool, str]:
+    """Whole models of four ranks, by two-shot: a residual stays where the next norm alone reads it."""
+    env = {"PYTHONPATH": os.pathsep.join([os.environ["PYTHONPATH"], str(ROOT)]), "PADDLE_DISTRI_BACKEND": "nccl"}
+    scenarios = "healthy", "aux_hidden_states", "read_at_other_T", "another_norm"
+    with tempfile.TemporaryDirectory() as folder:
+        found = launch("staying_residual.py", 4, Path(folder), *scenarios, timeout_s=min(150, limit), env=env)
+    stays, read = found[0]["healthy"]["example"], found[0]["aux_hidden_states"]
+    passed = [
+        all(one == found[0] for one in found),
+        stays["same"] and stays["staying"] == 5 and stays["paths"] == ["000000", *["222221"] * 3],
+        read["same"] and read["staying"] == 0 and read["residual"] == "the model's output",
+        found[0]["read_at_other_T"] == [5, True],
+        found[0]["another_norm"] == [[True] * 3] * 3,
+    ]
+    return all(passed), f"{passed}\n{found[0]}"
+
+
 def command(*words: object, seconds: int = 60, env: dict | None = None):
     """A case of one command line, which starts its own processes."""
 
@@ -182,6 +200,7 @@ def cases(scratch: str, gpus: int) -> tuple[dict, dict]:
     beside = {
         "own_layers": launched("bind_model.py", "triton", "eager", "old"),
         "demo": command(python, "-m", "fd_fusion", "demo", "--device", "gpu", "--backend", "triton", seconds=120),
+        "staying": staying,
         "numbers": ranks("runtime.py", "numbers", "payload", "together", "--hidden", 1024, *ROWS, seconds=100),
         "two_ranks_launched": command(
             *(python, "-m", "paddle.distributed.launch", "--nproc_per_node", 2),
@@ -240,8 +259,8 @@ def main(out: Path, wanted: list[str]) -> int:
                 for name, case in group.items():
                     if wanted and name not in wanted:
                         continue
-                    if gpus < 2 and name in GPU_A_RANK:
-                        results.skip(name, "needs two GPUs")
+                    if gpus < (needed := NEEDS.get(name, 1)):
+                        results.skip(name, f"needs {needed} GPUs")
                     else:
                         pool.submit(run_case, results, name, case)
     return 0 if all(case.get("passed", True) for case in results.cases.values()) else 1
