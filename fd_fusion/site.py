@@ -222,6 +222,7 @@ class Site:
     def leave_residual(self, reader: Site) -> None:
         """Leave the residual with the owners of its rows, by two-shot: `reader` alone reads it, as was proven."""
         self._stays, reader._follows = (True,), True
+        self.limit = reader.limit = self._op.staying_limit
 
     def _gathered(self, residual: Tensor | None) -> Tensor | None:
         """Return the whole of a residual that the Site in front may have left with its owners."""
@@ -318,7 +319,7 @@ class Site:
     def start_proof(self, prover: Prover) -> None:
         """Fuse nothing until `end_proof`: every finish goes through `prover`, which records a misuse."""
         self._proven, self._prover, self._pending, self.handed = False, prover, None, 0
-        self._stays, self._follows = (), False
+        self._stays, self._follows, self.limit = (), False, self._op.limit
 
     def end_proof(self, proven: bool) -> None:
         self._proven, self._prover, self._pending, self.whole = proven, None, None, None

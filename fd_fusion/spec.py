@@ -46,6 +46,7 @@ class OpSpec:
     workspace_bytes: int = FusionConfig.workspace_mb << 20
     timeout_s: float = FusionConfig.timeout_s
     tuned_rows: int | None = None  # the tuning table's limit for the backend that is asked, if it has one
+    tuned_staying_rows: int = 0  # that where a residual stays with the owners of its rows
     fp8: tuple[Fp8, ...] = ()  # what `finish_fp8` may be asked for
     two_shot_rows: int | None = None  # the tuning table's, NEVER for never; None leaves it to the backend
 
@@ -118,6 +119,10 @@ class StayingOp(FusedOp, Protocol):
     @property
     def may_stay(self) -> bool:
         """Return whether it does so for some T. An op without this property never does."""
+
+    @property
+    def staying_limit(self) -> int | None:
+        """Return the most rows of a call whose residual stays, as `limit` of one whose residual is sent back."""
 
     def residual_stays(self, rows: int) -> bool:
         """Return whether a call of so many rows reads a row of the residual on its owner alone, and may leave it

@@ -57,6 +57,18 @@ def test_the_path_is_chosen_by_rows_alone(limit, rows, path, code):
     assert site.fuses(rows) == (code == "fused")
 
 
+def test_where_a_residual_stays_both_of_its_sites_have_the_limit_of_that():
+    first, _ = make(staying_limit=9)
+    second, _ = make(staying_limit=9)
+    third, _ = make(staying_limit=9)
+    first.leave_residual(second)
+    assert [one.fuses(9) for one in (first, second, third)] == [True, True, False] and not first.fuses(10)
+    for one in (first, second):
+        one.start_proof(None)
+        one.end_proof(True)
+    assert not first.fuses(9) and not second.fuses(9) and first.fuses(4), "a new proof begins anew"
+
+
 def test_rows_of_more_than_two_dimensions_are_counted_together():
     site, calls = make(4)
     assert [one.shape for one in site.complete(Fake(2, 2, 8), None)] == [(2, 2, 8)] * 2

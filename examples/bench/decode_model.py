@@ -137,7 +137,8 @@ class Model:
         for number, block in enumerate(self.blocks):
             partial = torch.mm(self._attention(number, block, x, qk_norm), block["o"].T, out=reduce.buffer(rows))
             x, residual = reduce.call(partial, residual, ones)
-            x, residual = reduce.call(self._mlp(number, block, x, reduce.buffer(rows)), residual, ones)
+            finish = reduce.call if number + 1 < self.layers else reduce.last
+            x, residual = finish(self._mlp(number, block, x, reduce.buffer(rows)), residual, ones)
         return x, residual
 
     def _attention(self, number: int, block: dict, x: torch.Tensor, qk_norm: Callable) -> torch.Tensor:

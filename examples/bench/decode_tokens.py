@@ -10,20 +10,18 @@ import torch
 import torch.nn.functional as F
 
 from bench.decode_model import Model
+from bench.rivals import Rival
 from fd_fusion.comm.group import Group
 from fd_fusion.comm.vote import Vote, agree
 
 STEPS = 8
 
 
-class Some:
+class Some(Rival):
     """Reduces the first rows alone, by the fused op; the others keep this rank's part, which nobody looks at."""
 
     def __init__(self, op: Any, rows: int, plain: torch.Tensor, eps: float):
         self._op, self._rows, self._plain, self._eps = op, rows, plain, eps
-
-    def buffer(self, rows: int) -> torch.Tensor:
-        return self._plain[:rows]
 
     def call(self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor) -> tuple[Any, Any]:
         rows, x, residual = self._rows, x.clone(), residual.clone()

@@ -64,6 +64,10 @@ class Rival:
     def buffer(self, rows: int) -> torch.Tensor:
         return self._plain[:rows]
 
+    def last(self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor) -> tuple[Any, Any]:
+        """The call behind a model's last layer, whose residual no other call of this kind reads."""
+        return self.call(x, residual, weight)
+
     def close(self) -> None:
         """Nothing is held."""
 
@@ -88,12 +92,15 @@ class AllReduce(NoReduction):
 
 
 class Fused(Rival):
-    """This package's op, as `bind` opens it."""
+    """This package's op, as `bind` opens it; a residual stays with its owners where the op can leave it."""
 
     def __init__(self, op: Any, plain: torch.Tensor, eps: float):
         self.op, self._plain, self._eps = op, plain, eps
 
     def call(self, x, residual, weight):
+        return self.op.finish(x, residual, weight, self._eps, 0.0, self.op.may_stay)
+
+    def last(self, x, residual, weight):
         return self.op.finish(x, residual, weight, self._eps, 0.0)
 
 

@@ -78,7 +78,9 @@ class TritonOp:
         kernels, fp8 = self._compile(), compile_fp8(spec, self._plan)
         self._launches = {variant: kernel.launch for variant, kernel in kernels.items()}
         self._fp8_launches = {variant: kernel.launch for variant, kernel in fp8.items()}
-        self._slots = plans.slots_of(self._plan, workspace_bytes=spec.workspace_bytes, limit=self.limit)
+        self.may_stay = any(path == STAYS for _, path, _ in kernels)
+        self.staying_limit = row_limit(spec, stays=self.may_stay)
+        self._slots = plans.slots_of(self._plan, workspace_bytes=spec.workspace_bytes, limit=self.staying_limit)
         self.at_once = {path: self._rows_at_once(path, {**kernels, **fp8}) for _, path, _ in kernels}
         word = ANY_ADDRESS, ANY_ADDRESS
         store = triton_launch.load_kernel("all_reduce.probe", "store_word")
@@ -92,7 +94,6 @@ class TritonOp:
             (getattr(self._framework, name), {key[1:]: run for key, run in launches.items() if key[0] == name})
             for name in spec.weight_dtypes
         ]
-        self.may_stay = any(path == STAYS for _, path, _ in kernels)
         self._two_shot_rows, self._row_bytes = self._plan.two_shot_rows or 1 << 62, 4 * self._plan.words
         self._calls = itertools.count()
         self._counts = Counts(2)

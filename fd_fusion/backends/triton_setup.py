@@ -77,7 +77,7 @@ def paths_of(spec: OpSpec, plan: plans.Plan) -> tuple[int, ...]:
     """Return the paths that a call may take. Of two ranks one-shot is the faster, so no residual stays there."""
     if plan.two_shot_rows is None:
         return (ONE_SHOT, TWO_SHOT) if spec.device == "cpu" else (ONE_SHOT,)
-    limit = row_limit(spec)
+    limit = row_limit(spec, stays=True)
     is_used = spec.size > 2 and (limit is None or plan.two_shot_rows <= limit)
     return (ONE_SHOT, TWO_SHOT, STAYS) if is_used else (ONE_SHOT, TWO_SHOT)
 

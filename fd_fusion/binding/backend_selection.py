@@ -47,7 +47,7 @@ def select_backend(
     if not wins and config.max_token_num is None:
         return None, because("never_wins", size=spec.size, hidden_size=spec.hidden_size, dtype=spec.dtype), ()
     if tuned:
-        spec = replace(spec, two_shot_rows=tuned.two_shot_rows or NEVER)
+        spec = replace(spec, two_shot_rows=tuned.two_shot_rows or NEVER, tuned_staying_rows=tuned.staying_rows)
     first: Verdict | None = None
     for name in _candidates(config.backend, spec.device, tuned):
         spec = replace(spec, tuned_rows=tuned.rows.get(name) or None if tuned else None)

@@ -21,7 +21,7 @@ from typing import Any
 from fd_fusion import __version__
 from fd_fusion.reasons import Reason, because
 
-_SCHEMA = 1
+_SCHEMA = 2  # 1: without staying_rows
 _LARGEST = 1 << 20  # bytes of a file, and rows of a limit, that are accepted
 _BACKENDS = ("triton", "flashinfer")
 _KEYS = ("gpu", "size", "hidden_size", "dtype")
@@ -45,17 +45,20 @@ class Limits:
     rows: by backend, the most rows T for which it beat the unfused path; 0 for never.
     order: the backends that win somewhere, best first.
     two_shot_rows: from how many rows on triton's two-shot is the faster path; None for never.
+    staying_rows: the most rows T for which triton beat the unfused path by a residual that stays with its owners; 0
+        where it did not, or was not measured.
     """
 
     rows: Mapping[str, int]
     order: tuple[str, ...]
     two_shot_rows: int | None = None
+    staying_rows: int = 0
 
     def __post_init__(self) -> None:
         """Raise ValueError for numbers that cannot be a measurement."""
-        numbers = [*self.rows.values(), 1 if self.two_shot_rows is None else self.two_shot_rows]
+        numbers = [*self.rows.values(), 1 if self.two_shot_rows is None else self.two_shot_rows, self.staying_rows]
         if not all(isinstance(n, int) and not isinstance(n, bool) and 0 <= n <= _LARGEST for n in numbers):
-            raise ValueError(f"limits {dict(self.rows)}, two-shot {self.two_shot_rows}: expected 0 to {_LARGEST}")
+            raise ValueError(f"limits {self.to_dict()}: expected 0 to {_LARGEST}")
         if self.two_shot_rows == 0 or not set(self.rows) <= set(_BACKENDS):
             raise ValueError(f"limits of {sorted(self.rows)}, two-shot {self.two_shot_rows}: expected {_BACKENDS}")
         if sorted(self.order) != sorted(name for name, rows in self.rows.items() if rows):
@@ -65,12 +68,12 @@ class Limits:
     def from_dict(cls, data: Any) -> Limits:
         """Read the limits of an entry. Raises ValueError."""
         try:
-            return cls(dict(data["rows"]), tuple(data["order"]), data["two_shot_rows"])
+            return cls(dict(data["rows"]), tuple(data["order"]), data["two_shot_rows"], data["staying_rows"])
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"not an entry of limits: {type(error).__name__}: {error}") from None
 
     def to_dict(self) -> dict[str, Any]:
-        return {"rows": dict(self.rows), "order": list(self.order), "two_shot_rows": self.two_shot_rows}
+        return {**asdict(self), "rows": dict(self.rows), "order": list(self.order)}
 
 
 def versions_here() -> dict[str, str]:

@@ -19,7 +19,7 @@ from fd_fusion.tuning.limits import NEVER, limit_source, row_limit
 from fd_fusion.tuning.table import Fingerprint, Limits, read_limits, store_limits, table_lock, table_path
 
 KEY = Fingerprint("GPU X", 2, 4096, "bfloat16", {"fd_fusion": "0.1.0", "triton": "triton 3.6.0"})
-LIMITS = Limits({"triton": 128, "flashinfer": 0}, ("triton",), 32)
+LIMITS = Limits({"triton": 128, "flashinfer": 0}, ("triton",), 32, 512)
 
 
 @pytest.fixture
@@ -108,7 +108,7 @@ def test_a_failure_on_the_way_to_the_table_does_not_part_the_ranks(monkeypatch):
 def entry(**limits):
     return {
         "for": {**vars(KEY)},
-        "limits": {"rows": {"triton": 1}, "order": ["triton"], "two_shot_rows": None, **limits},
+        "limits": {"rows": {"triton": 1}, "order": ["triton"], "two_shot_rows": None, "staying_rows": 0, **limits},
     }
 
 
@@ -119,17 +119,18 @@ def entry(**limits):
         "[" * 100_000,
         "[]",
         json.dumps({"schema": 99, "entries": []}),
-        json.dumps({"schema": 1, "entries": [3]}),
-        json.dumps({"schema": 1, "entries": [{"for": vars(KEY), "limits": 3}]}),
-        json.dumps({"schema": 1, "entries": [entry(rows={"triton": -1})]}),
-        json.dumps({"schema": 1, "entries": [entry(rows={"triton": 1 << 30})]}),
-        json.dumps({"schema": 1, "entries": [entry(rows={"triton": True})]}),
-        json.dumps({"schema": 1, "entries": [entry(rows={"../evil": 1}, order=["../evil"])]}),
-        json.dumps({"schema": 1, "entries": [entry(order=["flashinfer"])]}),
-        json.dumps({"schema": 1, "entries": [entry(two_shot_rows="many")]}),
+        json.dumps({"schema": 2, "entries": [3]}),
+        json.dumps({"schema": 2, "entries": [{"for": vars(KEY), "limits": 3}]}),
+        json.dumps({"schema": 2, "entries": [entry(rows={"triton": -1})]}),
+        json.dumps({"schema": 2, "entries": [entry(rows={"triton": 1 << 30})]}),
+        json.dumps({"schema": 2, "entries": [entry(rows={"triton": True})]}),
+        json.dumps({"schema": 2, "entries": [entry(rows={"../evil": 1}, order=["../evil"])]}),
+        json.dumps({"schema": 2, "entries": [entry(order=["flashinfer"])]}),
+        json.dumps({"schema": 2, "entries": [entry(two_shot_rows="many")]}),
+        json.dumps({"schema": 2, "entries": [entry(staying_rows=-1)]}),
         " " * ((1 << 20) + 1),
     ],
-    ids=range(13),
+    ids=range(14),
 )
 def test_a_wrong_table_is_left_alone_with_a_reason_and_written_anew(path, content):
     path.write_text(content)
@@ -194,6 +195,9 @@ def test_the_order_of_limits():
     asked = replace(tuned, max_token_num=5)
     assert row_limit(asked) == 5 and limit_source(asked) == "max_token_num"
     assert row_limit(replace(tuned, deterministic=True)) is None
+    staying = replace(tuned, tuned_staying_rows=300)
+    assert [row_limit(one, stays=True) for one in (staying, tuned, replace(staying, max_token_num=5))] == [300, 77, 5]
+    assert row_limit(staying) == 77 and row_limit(replace(SPEC, size=4, hidden_size=8192), stays=True) == 2048
 
 
 class Store(dict):
@@ -245,10 +249,11 @@ class _Framework:
 
 
 def test_bind_takes_order_and_limits_from_the_table(monkeypatch):
-    limits = Limits({"triton": 100, "flashinfer": 300}, ("flashinfer", "triton"), 16)
+    limits = Limits({"triton": 100, "flashinfer": 300}, ("flashinfer", "triton"), 16, 400)
     (got, _, _), asked = open_on_two(monkeypatch, [(limits, None)] * 2)
     assert got.backend == "flashinfer" and got.limit_source == "tuning table" and got.note is None
     assert row_limit(asked[0][1]) == 300 and asked[0][1].two_shot_rows == 16
+    assert asked[0][1].tuned_staying_rows == 400
 
 
 def test_a_path_that_never_wins_is_named_so(monkeypatch):

@@ -168,6 +168,8 @@ def lines(outcome: dict[str, Any]) -> list[str]:
     if limits and outcome["mode"] == "gpu":
         for name, rows in limits["rows"].items():
             out.append(f"{name}: fusing wins up to {rows} rows" if rows else f"{name}: fusing never wins")
+        if limits["staying_rows"]:
+            out.append(f"triton: up to {limits['staying_rows']} rows where a residual stays with its owners")
         if limits["two_shot_rows"]:
             out.append(f"triton: two-shot from {limits['two_shot_rows']} rows on")
     if outcome["stored"]:

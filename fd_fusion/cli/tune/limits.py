@@ -35,18 +35,16 @@ def two_shot_rows(times: Times) -> int | None:
 
 
 def by_backend(times: Times) -> dict[str, dict[int, float]]:
-    """The times of each fusing backend; triton's with the path that it would take, and a residual that comes back:
-    the limit holds where a model needs that."""
-    found, switch = {}, two_shot_rows(times)
-    if "one_shot" in times:
-        two = times.get("two_shot", {})
-        found["triton"] = {
-            rows: two[rows] if switch is not None and rows >= switch else time
-            for rows, time in times["one_shot"].items()
-        }
-    if "flashinfer" in times:
-        found["flashinfer"] = dict(times["flashinfer"])
-    return found
+    """The times of each fusing backend; triton's with a residual that is sent back."""
+    found = {"triton": by_path(times, "two_shot")} if "one_shot" in times else {}
+    return found | ({"flashinfer": dict(times["flashinfer"])} if "flashinfer" in times else {})
+
+
+def by_path(times: Times, two_shot: str) -> dict[int, float]:
+    """The times of triton, by the path that a call would take; `two_shot`: the column of the longer one."""
+    switch, two = two_shot_rows(times), times.get(two_shot, {})
+    one_shot = {rows: time for rows, time in times["one_shot"].items() if switch is None or rows < switch}
+    return one_shot | {rows: time for rows, time in two.items() if switch is not None and rows >= switch}
 
 
 def find_limits(times: Times) -> Limits | None:
@@ -65,7 +63,8 @@ def find_limits(times: Times) -> Limits | None:
     common = set.intersection(*(set(fused[name]) for name in winners)) if winners else set()
     common = {rows for rows in common if rows <= max(limits.values())}
     order = sorted(winners, key=lambda name: statistics.geometric_mean(fused[name][rows] for rows in common))
-    return Limits(limits, tuple(order), two_shot_rows(times))
+    staying = _limit(by_path(times, "staying"), rival) if "staying" in times and "triton" in limits else 0
+    return Limits(limits, tuple(order), two_shot_rows(times), staying)
 
 
 def _limit(mine: Mapping[int, float], rival: Mapping[int, float]) -> int:

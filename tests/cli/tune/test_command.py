@@ -48,7 +48,10 @@ def test_a_limit_lies_below_the_first_loss_and_the_fastest_comes_first():
 def test_two_shot_begins_by_a_residual_that_stays_and_the_limit_holds_for_one_that_does_not():
     ours = times(one_shot=[3, 4, 9, 40], two_shot=[5, 6, 8, 30], staying=[5, 3, 6, 15])
     found = tune_limits.find_limits({**ours, **times(unfused=[9, 7, 9, 20])})
-    assert found.two_shot_rows == 8 and found.rows == {"triton": 64}
+    assert found.two_shot_rows == 8 and found.rows == {"triton": 64} and found.staying_rows == 512
+    assert tune_limits.find_limits({**ours, **times(unfused=[9, 7, 9, 14])}).staying_rows == 64
+    del ours["staying"]
+    assert tune_limits.find_limits({**ours, **times(unfused=[9, 7, 9, 20])}).staying_rows == 0
 
 
 NAMES = {
@@ -74,20 +77,22 @@ def test_the_built_in_limits_lie_where_fusing_won(name):
         assert built_in_limit("gpu", result["ranks"], hidden_size) <= found.rows["triton"], (hidden_size, found)
 
 
-@pytest.mark.parametrize("size", [2, 4])
-def test_up_to_the_built_in_limits_no_cell_lost_to_a_pull_or_to_nccl(size):
-    """By the path that a call takes without a table, with a residual that comes back."""
+@pytest.mark.parametrize("size, two_shot", [(2, ""), (4, ""), (4, ", the residual stays")])
+def test_up_to_the_built_in_limits_no_cell_lost_to_a_pull_or_to_nccl(size, two_shot):
+    """By the path that a call takes without a table; where the residual stays, to nothing that was measured."""
     result = json.loads((ROOT / f"examples/results/rivals_n{size}.json").read_text())
     us = {(row["H"], row["T"], row["name"]): row["us"] for row in result["rows"]}
-    cells = {(hidden, rows) for hidden, rows, _ in us if rows <= built_in_limit("gpu", size, hidden)}
+    limits = {hidden: built_in_limit("gpu", size, hidden, stays=bool(two_shot)) for hidden, _, _ in us}
+    whole = ("pull +", "nccl", "symm", "flashinfer") if two_shot else ("pull +", "nccl")
+    others = {name for *_, name in us if name.startswith(whole)}
     compared = 0
-    for hidden, rows in cells:
+    for hidden, rows in {(hidden, rows) for hidden, rows, _ in us if rows <= limits[hidden]}:
         switch = plan_for(size, hidden, "bfloat16").two_shot_rows
-        path = "triton two-shot" if switch is not None and rows >= switch else "triton one-shot"
-        for other in ("pull + norm", "nccl + norm"):
+        path = "triton one-shot" if switch is None or rows < switch else f"triton two-shot{two_shot}"
+        for other in others:
             compared += (hidden, rows, other) in us
             assert us[hidden, rows, path] < us.get((hidden, rows, other), math.inf), (hidden, rows, other)
-    assert compared >= 80 and max(rows for _, rows in cells) == {2: 2048, 4: 1024}[size]
+    assert compared >= 80 and max(limits.values()) == (1024 if (size, two_shot) == (4, "") else 2048)
 
 
 def test_where_two_shot_begins_it_is_the_faster_path_with_a_residual_that_stays():
@@ -104,6 +109,7 @@ def test_where_two_shot_begins_it_is_the_faster_path_with_a_residual_that_stays(
 def test_the_built_in_limits_of_groups_that_were_not_measured_stay_cautious():
     assert [built_in_limit("gpu", size, 4096) for size in range(3, 9)] == [64, 512, 64, 64, 64, 64]
     assert [built_in_limit("gpu", 4, hidden) for hidden in (2048, 8192, 16384)] == [1024, 256, 128]
+    assert [built_in_limit("gpu", size, 4096, stays=True) for size in range(3, 9)] == [64, 2048, 64, 64, 64, 64]
 
 
 def test_never_winning_and_a_missing_rival():
