@@ -10,13 +10,10 @@ import triton
 import triton.language as tl
 
 from fd_fusion.kernels.all_reduce.packing import unpack
-from fd_fusion.reference import FP8_GROUP, FP8_MAX
+from fd_fusion.kernels.all_reduce.scales import divisors_and_scales, factors_and_scales, quotient_of
+from fd_fusion.reference import FP8_GROUP
 
 GROUP_WORDS = tl.constexpr(FP8_GROUP // 2)  # of two halves
-LARGEST = tl.constexpr(FP8_MAX)
-TOP = tl.constexpr(float.fromhex("0x1.FEp127"))
-TOP_POW2 = tl.constexpr(2.0**127)
-INFINITY = tl.constexpr(float("inf"))
 
 
 class Quantising(NamedTuple):
@@ -45,22 +42,28 @@ def _by_word(of_groups):
 
 
 @triton.jit
-def _largest(words, DTYPE: tl.constexpr):
-    """Return the largest size in each group, NaN left out, in fp32: halves are in the order of their bits."""
-    infinity: tl.constexpr = 0x7F80 if DTYPE == "bfloat16" else 0x7C00
-    low, high = words & 0x7FFF, (words >> 16) & 0x7FFF
-    low, high = tl.where(low > infinity, 0, low), tl.where(high > infinity, 0, high)
-    return unpack(tl.max(_by_group(tl.maximum(low, high)), axis=1), DTYPE)[0]
+def _larger(a, b):
+    """Of two words of bf16 that are not negative, half by half, the larger; NaN only where both are."""
+    return tl.inline_asm_elementwise("max.bf16x2 $0, $1, $2;", "=r,r,r", [a, b], tl.uint32, True, 1)
 
 
 @triton.jit
-def _factors(largest, POW2: tl.constexpr):
-    most = tl.full(largest.shape, LARGEST, tl.float32)
-    factor = tl.div_rn(most, tl.where(largest == 0, most, largest))  # not by zero, which takes a GPU longer
-    factor = tl.where(factor == INFINITY, TOP_POW2 if POW2 else TOP, factor)
-    if POW2:
-        factor = (factor.to(tl.uint32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
-    return factor
+def _larger_fp16(a, b):
+    return tl.inline_asm_elementwise("max.f16x2 $0, $1, $2;", "=r,r,r", [a, b], tl.uint32, True, 1)
+
+
+@triton.jit
+def _largest(words, DTYPE: tl.constexpr, INTERPRETED: tl.constexpr):
+    """Return the largest size in each group, NaN left out, in fp32: halves are in the order of their bits."""
+    infinity: tl.constexpr = 0x7F80 if DTYPE == "bfloat16" else 0x7C00
+    if not INTERPRETED:
+        words = tl.reduce(_by_group(words & 0x7FFF7FFF), 1, _larger if DTYPE == "bfloat16" else _larger_fp16)
+    low, high = words & 0x7FFF, (words >> 16) & 0x7FFF
+    low, high = tl.where(low > infinity, 0, low), tl.where(high > infinity, 0, high)
+    sizes = tl.maximum(low, high)
+    if INTERPRETED:
+        sizes = tl.max(_by_group(sizes), axis=1)
+    return unpack(sizes, DTYPE)[0]
 
 
 @triton.jit
@@ -113,19 +116,18 @@ def store_quantised(norm, row, slice_index, quantising, shape):
     """Store the codes and the scales of this program's slice of a row. `norm`: its words."""
     DTYPE: tl.constexpr = shape.DTYPE
     FORMULA: tl.constexpr = quantising.FORMULA
+    INTERPRETED: tl.constexpr = quantising.INTERPRETED
     a, b = unpack(norm, DTYPE)
     if FORMULA == "static":
         a, b = a * quantising.static_factor, b * quantising.static_factor
     else:
-        largest = _largest(norm, DTYPE)
+        largest = _largest(norm, DTYPE, INTERPRETED)
         if FORMULA == "divide" or FORMULA == "divide_7":
-            largest = tl.maximum(largest, 1e-10) * (7.0 if FORMULA == "divide_7" else 1.0)
-            scales = tl.div_rn(largest, tl.full(largest.shape, LARGEST, tl.float32))
-            divisor = _by_word(largest)
-            a, b = tl.div_rn(a * LARGEST, divisor), tl.div_rn(b * LARGEST, divisor)
+            divisors, scales = divisors_and_scales(largest, FORMULA == "divide_7", DTYPE, INTERPRETED)
+            divisor = _by_word(divisors)
+            a, b = quotient_of(a, divisor, DTYPE, INTERPRETED), quotient_of(b, divisor, DTYPE, INTERPRETED)
         else:
-            factors = _factors(largest, FORMULA == "multiply_pow2")
-            scales = tl.div_rn(tl.full(largest.shape, 1.0, tl.float32), factors)
+            factors, scales = factors_and_scales(largest, FORMULA == "multiply_pow2", INTERPRETED)
             factor = _by_word(factors)
             a, b = a * factor, b * factor
         # As with the words of `kernel.work_on_rows`, a slice may not fill its part of the tensors.
@@ -136,7 +138,7 @@ def store_quantised(norm, row, slice_index, quantising, shape):
         words_here = tl.minimum(shape.SLICE, shape.WORDS - of_slice * shape.SLICE) if shape.C > 1 else shape.WORDS
         groups = of_slice * (shape.SLICE // GROUP_WORDS) + in_slice
         _store_scales(scales, row.number, groups, in_slice * GROUP_WORDS < words_here, quantising)
-    codes = _to_codes(a, b, quantising.INTERPRETED)
+    codes = _to_codes(a, b, INTERPRETED)
     tl.store(codes_of(row, slice_index, quantising, shape), codes, mask=row.mask)
 
 
