@@ -21,9 +21,10 @@ from pathlib import Path
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 REHEARSED = "TRITON_INTERPRET" in os.environ  # on a CPU, with no graphs: the times mean nothing
 
-import bench_rank as bench
+import bench_rank
 import numpy as np
 import torch
+from bench.quantiser import Quantiser
 
 import fd_fusion
 from fd_fusion import reference
@@ -31,19 +32,18 @@ from fd_fusion.backends import triton as backend
 from fd_fusion.backends.triton_setup import ONE_SHOT
 from fd_fusion.comm.group import Group
 from fd_fusion.comm.vote import Vote, agree
-from fd_fusion.frameworks import triton_launch
 from fd_fusion.frameworks.tensors import bytes_of, numbers
 from fd_fusion.reasons import FusionError
 from fd_fusion.spec import Fp8, OpSpec
 from tests.support.ranks import this_group, this_rank
 
-EPS = bench.EPS
+EPS = bench_rank.EPS
 BOTH, ALONE = Fp8(), Fp8(keeps_norm=False, by_column=True)
 EVERY = (*(Fp8(formula, static_scale=0.02) for formula in reference.FP8_FORMULAS), ALONE)
 SHAPES = {"128 words": (128, 1), "512 words": (512, 4), "1024 words": (1024, 4), "a row": (None, 4), "a row, 8": (None, 8)}
 
 
-_PARTS = ("fd_fusion.kernels", "fd_fusion.backends", "tests.dist.fp8_quantiser")
+_PARTS = ("fd_fusion.kernels", "fd_fusion.backends", "bench.quantiser")
 _imported = {}  # by form: its modules
 
 
@@ -74,32 +74,6 @@ def form(folder):
 def open_form(folder, spec, group):
     with form(folder):
         return importlib.import_module("fd_fusion.backends.triton").open(spec, group)
-
-
-class Quantiser:
-    """The quantiser in one shape, with outputs as those of the op."""
-
-    def __init__(self, hidden, words, warps, device, folder=None, formula="multiply", dtype="bfloat16"):
-        total = hidden // 2
-        words = min(words or total, total)
-        pdl = device == "gpu" and triton_launch.uses_pdl()
-        self._parts, block = -(-total // words), max(128 * warps, 1 << (words - 1).bit_length())
-        constants = {"WORDS": total, "SLICE": words, "BLOCK": block, "C": self._parts, "PDL": pdl}
-        constants |= {"INTERPRETED": device == "cpu", "FORMULA": formula, "DTYPE": dtype}
-        constants |= {"num_warps": warps, "enable_fp_fusion": False}
-        constants |= {"launch_pdl": True} if pdl else {}
-        address = 1 << 40
-        with form(folder):
-            kernel = importlib.import_module("tests.dist.fp8_quantiser").quantise_rows
-            self._launch = triton_launch.prepare(kernel, (*(address,) * 3, 2, 2), constants, device).launch
-
-    def __call__(self, norm, fp8):
-        from fd_fusion.backends.triton_fp8 import Outputs
-
-        made = Outputs(torch, norm, fp8)
-        codes, scales, row_stride, group_stride, _ = made.arguments(0)
-        self._launch(norm.shape[0] * self._parts, norm.data_ptr(), codes, scales, row_stride, group_stride)
-        return made
 
 
 def opened(options, size, rank):
@@ -163,7 +137,7 @@ def every_half(dtype, formula, count, device):
     words[:, 5], words[::3, 9], words[::5, 11] = bits[:, 0], 0x7FFF, 0x8000
     x = words.to(torch.int32).to(torch.int16).view(getattr(torch, dtype)).view(-1, 1024)
     want = reference.quantise(numbers(x), formula)
-    made = Quantiser(1024, 512, 1, device, None, formula, dtype)(x.to("cpu" if device == "cpu" else "cuda"), BOTH)
+    made = Quantiser(1024, 512, 1, device, formula, dtype)(x.to("cpu" if device == "cpu" else "cuda"), BOTH)
     wrong_scales = numbers(made.scales).view(np.uint32) != want[1].view(np.uint32)
     return int((bytes_of(made.codes) != want[0]).sum()), int(wrong_scales.sum())
 
@@ -225,7 +199,7 @@ def contenders(ops, quantisers, x, residual, weight):
 
 def measure(calls_of, options, calls, rows):
     if not REHEARSED:
-        return bench.measure(calls_of, options.rounds, calls, rows, None)
+        return bench_rank.measure(calls_of, options.rounds, calls, rows, None)
     times = {}
     for name, call in calls_of.items():
         start = time.monotonic()
@@ -319,7 +293,7 @@ def main():
                 Quantiser(spec.hidden_size, *shape, spec.device)
         if options.compile == 0:
             for dtype, formula in itertools.product(("bfloat16", "float16"), reference.FP8_FORMULAS[:-1]):
-                Quantiser(1024, 512, 1, spec.device, None, formula, dtype)
+                Quantiser(1024, 512, 1, spec.device, formula, dtype)
         return
     group = this_group()
     specs = opened(options, group.size, group.rank)
