@@ -43,13 +43,13 @@ EVERY = (*(Fp8(formula, static_scale=0.02) for formula in reference.FP8_FORMULAS
 SHAPES = {"128 words": (128, 1), "512 words": (512, 4), "1024 words": (1024, 4), "a row": (None, 4), "a row, 8": (None, 8)}
 
 
-_PARTS = ("fd_fusion.kernels", "fd_fusion.backends", "bench.quantiser")
+_PARTS = ("fd_fusion.kernels", "fd_fusion.backends")
 _imported = {}  # by form: its modules
 
 
 @contextlib.contextmanager
 def form(folder):
-    """Import kernels, backends and the quantiser anew inside this block, with the kernels of `folder`."""
+    """Import kernels and backends anew inside this block, with the kernels of `folder`."""
     def of_form():
         return {name: module for name, module in sys.modules.items() if name.startswith(_PARTS)}
 

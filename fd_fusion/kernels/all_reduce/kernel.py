@@ -255,4 +255,4 @@ def all_reduce_rms_norm(x, residual, weight, norm_out, residual_out, state_memor
         addresses, rows, rank, op, eps, weight_offset,
         Shape(N, WORDS, SLICE, BLOCK, C, SLICES, PLACES, DTYPE, WEIGHT_DTYPE, HAS_RESIDUAL, TWO_SHOT, RESULTS),
         Polling(POLL, POLL_RESULTS, OPERANDS, UNITS, INTERPRETED),
-        Quantising(0, 0, 0, 0, 0.0, "norm", "", INTERPRETED))  # fmt: skip
+        Quantising(0, 0, 0, 0, 0.0, "norm", "", INTERPRETED, None, None, None, None, None, 0))  # fmt: skip
