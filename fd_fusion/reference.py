@@ -93,10 +93,7 @@ FP8_FORMULAS = ("multiply", "multiply_pow2", "divide", "divide_7", "static")
 
 def round_to_e4m3(x: np.ndarray) -> np.ndarray:
     """Round to nearest even in e4m3, as codes (uint8). Larger numbers and Inf become 448, every NaN 0x7F."""
-    codes = np.arange(0x7F, dtype=np.uint8)  # 0 to 448, in order
-    exponent, mantissa = codes >> 3, codes & 7
-    # Below the first normal number, 2^-6, all steps are 2^-9.
-    values = np.where(exponent == 0, mantissa, (8 + mantissa) * 2.0 ** np.maximum(exponent - 1.0, 0)) * 2.0**-9
+    values = value_of_e4m3(np.arange(0x7F, dtype=np.uint8))  # 0 to 448, in order
     with np.errstate(invalid="ignore"):  # of a signalling NaN
         size = np.abs(x.astype(np.float64))
     middles = (values[:-1] + values[1:]) / 2
@@ -104,6 +101,14 @@ def round_to_e4m3(x: np.ndarray) -> np.ndarray:
     at_middle = (above < len(middles)) & (middles[np.minimum(above, len(middles) - 1)] == size)
     rounded = np.where(at_middle, above + (above & 1), above).astype(np.uint8)
     return np.where(np.isnan(x), np.uint8(0x7F), rounded | np.where(np.signbit(x), np.uint8(0x80), np.uint8(0)))
+
+
+def value_of_e4m3(codes: np.ndarray) -> np.ndarray:
+    """Return the numbers that codes other than NaN stand for, in float64."""
+    exponent, mantissa = codes >> 3 & 15, codes & 7
+    # Below the first normal number, 2^-6, all steps are 2^-9.
+    sizes = np.where(exponent == 0, mantissa, (8 + mantissa) * 2.0 ** np.maximum(exponent - 1.0, 0)) * 2.0**-9
+    return np.where(codes & 0x80, -sizes, sizes)
 
 
 def quantise(norm: np.ndarray, formula: str, static_scale: float = 1.0) -> tuple[np.ndarray, np.ndarray]:

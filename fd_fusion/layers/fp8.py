@@ -24,7 +24,7 @@ class Quantised(NamedTuple):
 
 
 class Fp8Linear(nn.Layer):
-    """y = x W^T, x and W in FP8: x by groups of 128, W by blocks of 128 x 128, as published checkpoints have it.
+    """y = x W^T + b, x and W in FP8: x by groups of 128, W by blocks of 128 x 128, as published checkpoints have it.
     There is no gradient.
 
     The product multiplies in float32 what the codes stand for: set `product` for a kernel of the host,
@@ -34,11 +34,19 @@ class Fp8Linear(nn.Layer):
         in_features: a multiple of 128.
         out_features: of this rank.
         form: how an x that is a tensor is quantised.
-        dtype: of y; the default dtype when None.
-    Parameters: weight [out, in] float8_e4m3fn, weight_scale_inv [out / 128, in / 128] float32.
+        dtype: of y and b; the default dtype when None.
+    Parameters: weight [out, in] float8_e4m3fn, weight_scale_inv [out / 128, in / 128] float32; with `bias` b [out].
     """
 
-    def __init__(self, in_features: int, out_features: int, *, form: Fp8 | None = None, dtype: str | None = None):
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        form: Fp8 | None = None,
+        dtype: str | None = None,
+        bias: bool = False,
+    ):
         super().__init__()
         if in_features % FP8_GROUP:
             raise ValueError(f"Fp8Linear: in_features={in_features} is not a multiple of {FP8_GROUP}")
@@ -48,6 +56,7 @@ class Fp8Linear(nn.Layer):
         zero, one = (paddle.ParamAttr(initializer=nn.initializer.Constant(x), trainable=False) for x in (0.0, 1.0))
         self.weight = self.create_parameter([out_features, in_features], attr=zero, dtype="float8_e4m3fn")
         self.weight_scale_inv = self.create_parameter(list(blocks), attr=one, dtype="float32")
+        self.bias = self.create_parameter([out_features], dtype=self.dtype, is_bias=True) if bias else None
 
     def forward(self, x: paddle.Tensor | Quantised) -> paddle.Tensor:
         """Multiply x [T, in], quantised or not -> [T, out].
@@ -58,7 +67,8 @@ class Fp8Linear(nn.Layer):
         if scales is None:
             raise ValueError("Fp8Linear: x is without scales of groups, which this layer needs")
         multiply = _multiply if is_eager() else _multiply_traced
-        return multiply(codes, scales, self.weight, self.weight_scale_inv, self.product, self.dtype)
+        y = multiply(codes, scales, self.weight, self.weight_scale_inv, self.product, self.dtype)
+        return y if self.bias is None else y + self.bias
 
 
 def _multiply(codes, scales, weight, weight_scale_inv, product, dtype):

@@ -1,65 +1,79 @@
 """Rank script: FP8 out of the fused kernel, on torch tensors: its bits against the contract, then its speed.
 
 The rival is the same op without FP8 and a quantiser of its own behind it, in the best of several shapes; it uses the
-same code for a row and starts, like the op, while the kernel in front ends. Started by tests/gpu/bench_fp8.py, which has the method of the figures from
-bench_rank.py.
+same code for a row and starts, like the op, while the kernel in front ends. Other forms of the kernels, each a folder
+with a copy of fd_fusion/kernels (`--forms`), are timed beside the package's. Started by tests/gpu/bench_fp8.py, which
+has the method of the figures from bench_rank.py.
 """
 
 import argparse
+import contextlib
 import dataclasses
+import importlib
 import itertools
 import json
 import os
 import statistics
 import sys
 import time
+from pathlib import Path
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 REHEARSED = "TRITON_INTERPRET" in os.environ  # on a CPU, with no graphs: the times mean nothing
 
-import bench_rank as bench
+import bench_rank
 import numpy as np
 import torch
+from bench.quantiser import Quantiser
 
+import fd_fusion
 from fd_fusion import reference
 from fd_fusion.backends import triton as backend
 from fd_fusion.backends.triton_setup import ONE_SHOT
 from fd_fusion.comm.group import Group
 from fd_fusion.comm.vote import Vote, agree
-from fd_fusion.frameworks import triton_launch
 from fd_fusion.frameworks.tensors import bytes_of, numbers
+from fd_fusion.reasons import FusionError
 from fd_fusion.spec import Fp8, OpSpec
-from tests.dist.fp8_quantiser import quantise_rows
 from tests.support.ranks import this_group, this_rank
 
-EPS = bench.EPS
+EPS = bench_rank.EPS
 BOTH, ALONE = Fp8(), Fp8(keeps_norm=False, by_column=True)
 EVERY = (*(Fp8(formula, static_scale=0.02) for formula in reference.FP8_FORMULAS), ALONE)
 SHAPES = {"128 words": (128, 1), "512 words": (512, 4), "1024 words": (1024, 4), "a row": (None, 4), "a row, 8": (None, 8)}
 
 
-class Quantiser:
-    """The quantiser in one shape, with outputs as those of the op."""
+_PARTS = ("fd_fusion.kernels", "fd_fusion.backends")
+_imported = {}  # by form: its modules
 
-    def __init__(self, hidden, words, warps, device, formula="multiply", dtype="bfloat16"):
-        total = hidden // 2
-        words = min(words or total, total)
-        pdl = device == "gpu" and triton_launch.uses_pdl()
-        self._parts, block = -(-total // words), max(128 * warps, 1 << (words - 1).bit_length())
-        constants = {"WORDS": total, "SLICE": words, "BLOCK": block, "C": self._parts, "PDL": pdl}
-        constants |= {"INTERPRETED": device == "cpu", "FORMULA": formula, "DTYPE": dtype}
-        constants |= {"num_warps": warps, "enable_fp_fusion": False}
-        constants |= {"launch_pdl": True} if pdl else {}
-        address = 1 << 40
-        self._launch = triton_launch.prepare(quantise_rows, (*(address,) * 3, 2, 2), constants, device).launch
 
-    def __call__(self, norm, fp8):
-        from fd_fusion.backends.triton_fp8 import Outputs
+@contextlib.contextmanager
+def form(folder):
+    """Import kernels and backends anew inside this block, with the kernels of `folder`."""
+    def of_form():
+        return {name: module for name, module in sys.modules.items() if name.startswith(_PARTS)}
 
-        made = Outputs(torch, norm, fp8)
-        codes, scales, row_stride, group_stride, _ = made.arguments(0)
-        self._launch(norm.shape[0] * self._parts, norm.data_ptr(), codes, scales, row_stride, group_stride)
-        return made
+    own = of_form()
+    if folder is not None:
+        for name in own:
+            del sys.modules[name]
+        sys.modules.update(_imported.get(folder, {}))
+        fd_fusion.__path__.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        if folder is not None:
+            fd_fusion.__path__.remove(str(folder))
+            _imported[folder] = of_form()
+            for name in _imported[folder]:
+                del sys.modules[name]
+            sys.modules.update(own)
+            fd_fusion.kernels, fd_fusion.backends = sys.modules[_PARTS[0]], sys.modules[_PARTS[1]]
+
+
+def open_form(folder, spec, group):
+    with form(folder):
+        return importlib.import_module("fd_fusion.backends.triton").open(spec, group)
 
 
 def opened(options, size, rank):
@@ -160,7 +174,7 @@ def hash_of(data):
     return hashlib.sha256(data).hexdigest()
 
 
-def contenders(op, unquantised, quantisers, x, residual, weight):
+def contenders(ops, quantisers, x, residual, weight):
     """The op alone, with FP8 beside and in the place of its norm, and with each quantiser behind it."""
     def plain(op):
         return lambda: op.finish(x, residual, weight, EPS, 0.0)
@@ -170,19 +184,22 @@ def contenders(op, unquantised, quantisers, x, residual, weight):
 
     def behind(quantiser, form=ALONE):
         def call():
-            norm, summed = op.finish(x, residual, weight, EPS, 0.0)
+            norm, summed = ops["now"].finish(x, residual, weight, EPS, 0.0)
             return norm, quantiser(norm, form), summed
 
         return call
 
-    found = {"bf16": plain(op), "bf16 + FP8": with_fp8(op, BOTH), "FP8": with_fp8(op, ALONE)}
-    found["bf16, plain workspace"] = plain(unquantised)
+    found = {"bf16": plain(ops["now"]), "bf16, plain workspace": plain(ops["plain"])}
+    for name, op in ops.items():
+        if name != "plain":
+            which = "" if name == "now" else f", {name}"
+            found |= {f"bf16 + FP8{which}": with_fp8(op, BOTH), f"FP8{which}": with_fp8(op, ALONE)}
     return found | {f"bf16, quantiser ({name})": behind(one) for name, one in quantisers.items()}
 
 
 def measure(calls_of, options, calls, rows):
     if not REHEARSED:
-        return bench.measure(calls_of, options.rounds, calls, rows, None)
+        return bench_rank.measure(calls_of, options.rounds, calls, rows, None)
     times = {}
     for name, call in calls_of.items():
         start = time.monotonic()
@@ -191,14 +208,35 @@ def measure(calls_of, options, calls, rows):
     return times
 
 
+def open_forms(group, specs, hidden, forms, wrong):
+    """Open the op without FP8, the package's with FP8, and that of each form whose bits are right, which all ranks
+    have found so; what is not goes to `wrong`."""
+    spec = specs[f"H={hidden}"]
+    ops = {"plain": backend.open(specs[f"plain, H={hidden}"], group), "now": backend.open(spec, group)}
+    for folder in forms:
+        try:
+            op = open_form(folder, spec, group)
+        except FusionError as error:  # on all ranks
+            wrong.append([folder.name, hidden, str(error)])
+            continue
+        ops[folder.name] = op
+        for rows, form in itertools.product((1, 7, op.at_once[ONE_SHOT] * 2 + 1), (BOTH, ALONE)):
+            found = check_bits(group, op, form, rows, hidden, rows == 7)[0]
+            everybody = agree(group, "bits of a form", Vote(data=found), timeout_s=60).data
+            if any(any(one.values()) for one in everybody):
+                wrong.append([folder.name, hidden, rows, everybody])
+    for op in ops.values():
+        op.freeze()
+    return ops
+
+
 def speed(group, specs, options, began):
     """us a call of each contender, by (H, T); the slowest rank's, the median over the rounds."""
-    results = []
+    results, wrong = [], []
     for hidden in options.hidden:
         spec = specs[f"H={hidden}"]
-        op, plain = backend.open(spec, group), backend.open(specs[f"plain, H={hidden}"], group)
-        op.freeze()
-        plain.freeze()
+        ops = open_forms(group, specs, hidden, options.forms, wrong)
+        op = ops["now"]
         quantisers = {name: Quantiser(hidden, *shape, spec.device) for name, shape in SHAPES.items()}
         for rows in options.rows:
             spent = agree(group, "time", Vote(data=time.monotonic() - began), timeout_s=60).data
@@ -213,16 +251,17 @@ def speed(group, specs, options, began):
                 same = torch.equal(made.codes.view(torch.uint8), want[1].view(torch.uint8))
                 assert same and torch.equal(made.scales, want[2]), (name, hidden, rows)
             calls = 2 if REHEARSED else 20 if rows <= 128 else 6
-            mine = measure(contenders(op, plain, quantisers, x, residual, weight), options, calls, rows)
+            mine = measure(contenders(ops, quantisers, x, residual, weight), options, calls, rows)
             everybody = agree(group, "times", Vote(data=mine), timeout_s=60).data
             slowest = {n: [max(one[n][i] for one in everybody) for i in range(options.rounds)] for n in mine}
             for name, all_of in slowest.items():
                 cell = {"N": group.size, "H": hidden, "T": rows, "name": name, "at_once": op.at_once[ONE_SHOT]}
                 results.append(cell | {"us": round(statistics.median(all_of), 3), "min_us": round(min(all_of), 3)})
-        for one in (op, plain):
+        for one in ops.values():
             one.check()
             one.close()
         if group.rank == 0:
+            print("FORMS", json.dumps(wrong), flush=True)
             print("RESULT", json.dumps(results), flush=True)
             print(f"H={hidden} done at {time.monotonic() - began:.0f} s", flush=True)
 
@@ -232,10 +271,12 @@ def main():
     parser.add_argument("--hidden", type=int, nargs="+", default=[4096, 5120, 7168])
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048])
     parser.add_argument("--most", type=int, default=130, help="rows of the largest call whose bits are compared")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--seconds", type=float, default=80)
     parser.add_argument("--workspace_mb", type=int, default=40)
-    parser.add_argument("--compile", type=int, help="compile the spec of this number for two ranks, and run nothing")
+    parser.add_argument("--forms", type=Path, nargs="*", default=[], help="each a folder with `kernels`")
+    parser.add_argument("--compile", type=int, help="compile the spec of this number for two ranks, and run nothing; "
+                        "of a form, if one is given")  # fmt: skip
     options = parser.parse_args()
     began = time.monotonic()
     if not REHEARSED:
@@ -243,7 +284,10 @@ def main():
         torch.zeros(1, device="cuda")
     if options.compile is not None:
         spec = list(opened(options, 2, 0).values())[options.compile]
-        backend.TritonOp(spec, Group("compile", 0, 2, (0, 1), None))
+        with form(options.forms[0] if options.forms else None):
+            importlib.import_module("fd_fusion.backends.triton").TritonOp(spec, Group("compile", 0, 2, (0, 1), None))
+        if options.forms:
+            return
         if spec.fp8 == (BOTH, ALONE) and spec.two_shot_rows is None:
             for shape in SHAPES.values():
                 Quantiser(spec.hidden_size, *shape, spec.device)

@@ -2,6 +2,7 @@
 
 python tests/gpu/bench_fp8.py --out FOLDER     two GPUs, 210 s at most; fp8.json, fp8.md, ranks.log, virtual.log
 
+`--forms FOLDER...`: each with a copy of fd_fusion/kernels that is timed beside the package's.
 `--rehearse`: on a CPU, by the interpreter, at small sizes: the times mean nothing.
 """
 
@@ -27,6 +28,7 @@ def main():
     parser.add_argument("--out", required=True, type=Path)
     parser.add_argument("--rehearse", action="store_true")
     parser.add_argument("--seconds", type=int, default=200, help="for everything")
+    parser.add_argument("--forms", type=lambda text: Path(text).resolve(), nargs="*", default=[])
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     os.environ["PYTHONUNBUFFERED"], began, failed = "1", time.monotonic(), []
@@ -38,33 +40,38 @@ def main():
         os.environ["TRITON_INTERPRET"] = "1"
     else:
         os.environ.setdefault("CUDA_MODULE_LOADING", "EAGER")
-        compile_all()
+        compile_all(options.forms)
         failed += virtual_ranks(options.out, min(60, left() - 60))
     args = [*(SMALL if options.rehearse else []), "--seconds", int(left() - 25)]
+    args += ["--forms", *options.forms] if options.forms else []
     ended = run_ranks("fp8_rank.py", 2, *args, timeout_s=int(left() - 5))
     text = "".join(f"--- rank {rank}, status {one.status}\n{one.text}\n" for rank, one in enumerate(ended))
     (options.out / "ranks.log").write_text(text)
     found = {key: json.loads(line[len(key) :]) for line in ended[0].text.splitlines() for key in
-             ("VALUES", "RESULT") if line.startswith(key)}  # fmt: skip
+             ("VALUES", "RESULT", "FORMS") if line.startswith(key)}  # fmt: skip
     values, rows = found.get("VALUES", {"right": 0, "wrong": ["not reached"]}), found.get("RESULT", [])
-    result = {**circumstances(options), "values": values, "rows": rows}
+    wrong_forms = found.get("FORMS", [])
+    result = {**circumstances(options), "values": values, "wrong_forms": wrong_forms, "rows": rows}
     (options.out / "fp8.json").write_text(json.dumps(result, indent=1))
     (options.out / "fp8.md").write_text(table(rows))
     print(table(rows))
     print(f"bits: {values['right']} cases right, {len(values['wrong'])} wrong {values['wrong'][:3]}")
     failed += [f"rank {rank}: status {one.status}" for rank, one in enumerate(ended) if one.status]
     failed += ["wrong bits"] if values["wrong"] else []
+    failed += [f"forms: {wrong_forms}"] if wrong_forms else []
     print(f"{time.monotonic() - began:.0f} s; {'; '.join(failed) or 'nothing failed'}")
     if failed:
         print(text[-3000:])
     sys.exit(bool(failed or not rows))
 
 
-def compile_all():
-    """All at once, into Triton's cache: specs 0 to 10 of fp8_rank.py."""
+def compile_all(forms):
+    """All at once, into Triton's cache: specs 0 to 10 of fp8_rank.py, and of those that are timed each form."""
     command = [sys.executable, "-W", "ignore", str(ROOT / "tests/dist/fp8_rank.py"), "--compile"]
     env, start = {**os.environ, "CUDA_MODULE_LOADING": "LAZY", "PYTHONPATH": str(ROOT)}, time.monotonic()
-    jobs = [subprocess.Popen([*command, str(number)], env=env, cwd=ROOT) for number in range(11)]
+    jobs = [[str(number)] for number in range(11)]
+    jobs += [[number, "--forms", form] for form in forms for number in ("0", "7", "9")]
+    jobs = [subprocess.Popen([*command, *job], env=env, cwd=ROOT) for job in jobs]
     for job in jobs:
         try:
             job.wait(timeout=max(1, 80 - (time.monotonic() - start)))

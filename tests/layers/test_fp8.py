@@ -101,6 +101,9 @@ def test_the_linear_multiplies_what_the_codes_stand_for(by_column):
     far = np.abs(linear(quantised).numpy() - wide(quantised.norm) @ weight.T).max()
     assert 0 < far < 0.1 * np.abs(weight).sum(1).max(), "FP8 rounds, and by no more than 1/16"
     assert linear(rows(0)).shape == [0, 200]
+    biased = Fp8Linear(256, 200, dtype="float32", bias=True)
+    biased.set_state_dict({**linear.state_dict(), "bias": paddle.arange(200, dtype="float32")})
+    assert (biased(quantised) == linear(quantised) + paddle.arange(200, dtype="float32")).all()
 
 
 def test_a_kernel_of_the_host_takes_the_place_of_the_product():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import math
 import re
@@ -15,6 +16,7 @@ from safetensors.numpy import save_file
 
 from fd_fusion.cli.demo.config import DecoderConfig, expected_shapes, split_axis
 from fd_fusion.cli.messages import to_json
+from fd_fusion.reference import FP8_GROUP, FP8_MAX, round_to_e4m3
 
 with contextlib.suppress(ImportError):  # NumPy has no bfloat16 without it
     import ml_dtypes  # noqa: F401
@@ -49,13 +51,13 @@ def _random(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> np.n
 class Checkpoint:
     """A folder with config.json and *.safetensors, checked against the names and shapes that its config asks for.
 
-    `stored` has the weights by name, not yet read.
+    `stored` has the weights by name, not yet read. quantised: see `DecoderConfig`; weights are quantised when read.
     Raises: ValueError: no such folder, an unreadable file, or missing, extra or misshapen weights (named).
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, quantised: bool = False):
         self.folder = folder
-        self.config = DecoderConfig.from_json(_read_config(folder))
+        self.config = dataclasses.replace(DecoderConfig.from_json(_read_config(folder)), quantised=quantised)
         self.stored: dict[str, Any] = {}
         for file in sorted(folder.glob("*.safetensors")):
             self.stored |= _open(file)
@@ -71,6 +73,16 @@ class Checkpoint:
             part[axis] = slice(rank * width, (rank + 1) * width)
         values = stored[tuple(part)]
         return values if values.dtype == np.float64 else values.astype(np.float32)
+
+    def read_blocks(self, name: str, rank: int = 0, size: int = 1) -> tuple[np.ndarray, np.ndarray]:
+        """Quantise a linear in blocks of 128 x 128 -> e4m3 codes [out, in] of this rank's rows, and their scales."""
+        weight = self.read(name)
+        padded = np.abs(np.pad(weight, ((0, -len(weight) % FP8_GROUP), (0, 0))))
+        largest = padded.reshape(-1, FP8_GROUP, weight.shape[1] // FP8_GROUP, FP8_GROUP).max(axis=(1, 3))
+        scales = np.where(largest == 0, np.float32(1), largest / np.float32(FP8_MAX))
+        codes = round_to_e4m3(weight / wide_blocks(scales)[: len(weight)])
+        start, stop = len(weight) * rank // size, len(weight) * (rank + 1) // size
+        return codes[start:stop], scales[start // FP8_GROUP : -(-stop // FP8_GROUP)]
 
     def _leave_out_prediction_layers(self) -> None:
         """Leave out the multi-token-prediction layers, which GLM-4.5 stores behind the decoder's."""
@@ -93,6 +105,11 @@ class Checkpoint:
             raise ValueError(
                 f"checkpoint {self.folder}: {'; '.join(found)}; give a checkpoint whose weights fit its config.json"
             )
+
+
+def wide_blocks(scales: np.ndarray) -> np.ndarray:
+    """Return the scale of each weight in whole blocks."""
+    return scales.repeat(FP8_GROUP, axis=0).repeat(FP8_GROUP, axis=1)
 
 
 def _first(names: list[str], most: int = 3) -> str:

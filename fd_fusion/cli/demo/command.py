@@ -68,6 +68,8 @@ def _parser() -> Parser:
     sizes.add_argument(
         "--checkpoint", type=Path, metavar="DIR", help="a GLM-4.5 checkpoint to load, in place of sizes"
     )
+    text = "an FP8 model: what reads a norm takes it in FP8, the rest is bfloat16"
+    parser.add_argument("--quantised", action="store_true", help=text)
     parser.add_argument("--prompt-len", type=int, default=12, help="tokens of the prefill (default: 12)")
     parser.add_argument("--steps", type=int, default=4, help="decode steps after it (default: 4)")
     parser.add_argument("--seed", type=int, default=0, help="of the weights and the prompt (default: 0)")
@@ -89,14 +91,14 @@ def _demo(args: argparse.Namespace) -> int:
     for name, least in (("prompt_len", 1), ("steps", 1), ("seed", 0)):
         if getattr(args, name) < least:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: give a number from {least}")
-    config = None if args.checkpoint else DecoderConfig(**sizes)
+    config = None if args.checkpoint else DecoderConfig(**sizes, quantised=args.quantised)
     if config:
         config.check_ranks(args.nproc, args.backend)
     _check_packages(args.backend)
     with run_folder("demo_") as folder, progress_line("making the checkpoint") as show:
         if config:
             write_checkpoint(folder, config, args.seed)
-        checkpoint = Checkpoint(args.checkpoint or folder)
+        checkpoint = Checkpoint(args.checkpoint or folder, args.quantised)
         checkpoint.config.check_ranks(args.nproc, args.backend)
         truth, results = _run(checkpoint, fusion, args, show)
     outcome = demo_report.judge(checkpoint.config, args.nproc, args.device, truth, results)
@@ -124,6 +126,7 @@ def _run(
     truth = make_truth(checkpoint, prompt, args.steps)
     job = {
         "checkpoint": str(checkpoint.folder.resolve()),
+        "quantised": args.quantised,
         "tokens": truth.tokens,
         "prompt_len": args.prompt_len,
         "config": fusion.to_dict(),
@@ -133,6 +136,6 @@ def _run(
     env = {"NVIDIA_TF32_OVERRIDE": "0"}  # the budget is that of float32
     if args.device == "cpu" and args.backend == "triton":
         env["TRITON_INTERPRET"] = "1"
-    total = count_steps(args.steps)
+    total = count_steps(args.steps, args.quantised)
     how = {"timeout_s": 10 * args.timeout_s, "watch": lambda done: show(f"ranks: step {done} of {total}")}
     return truth, run_ranks("demo.rank", args.nproc, job, env=env, **how)

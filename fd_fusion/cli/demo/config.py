@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fd_fusion.kernels.all_reduce.plan import plan_for
+from fd_fusion.reference import FP8_GROUP
 
 MAX_RANKS = 16
 # What the decoder does in one way only. A checkpoint that asks for another is refused.
@@ -43,6 +44,7 @@ class DecoderConfig:
     attention_bias: bool = True
     use_qk_norm: bool = True
     num_nextn_predict_layers: int = 0
+    quantised: bool = False  # to FP8: what reads a norm; norms, residual and the other linears are bfloat16 then
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -71,6 +73,11 @@ class DecoderConfig:
     @property
     def rotary_dim(self) -> int:
         return int(self.head_dim * self.partial_rotary_factor)
+
+    @property
+    def dtype(self) -> str:
+        """Of the residual, the norms and the partial sums."""
+        return "bfloat16" if self.quantised else "float32"
 
     def is_dense(self, layer: int) -> bool:
         return layer < self.first_k_dense_replace
@@ -102,7 +109,18 @@ class DecoderConfig:
                     f"{key} = {getattr(self, key)} is not a multiple of --nproc {ranks}; choose another of the two"
                 )
         if backend == "triton" and ranks > 1:
-            plan_for(ranks, self.hidden_size, "float32")
+            plan_for(ranks, self.hidden_size, self.dtype)
+        if self.quantised:
+            self._check_blocks(ranks)
+
+    def _check_blocks(self, ranks: int) -> None:
+        """Raise ValueError where a rank would have a block of weights in part, and more than that."""
+        heads, kv_heads, size = self.num_attention_heads, self.num_key_value_heads, self.head_dim
+        mlp = self.intermediate_size, self.moe_intermediate_size, self.moe_intermediate_size * self.n_shared_experts
+        for rows in (width // ranks for width in (heads * size, kv_heads * size, *mlp)):
+            if self.hidden_size % FP8_GROUP or (rows % FP8_GROUP and FP8_GROUP % rows):
+                what = f"--quantised: hidden_size = {self.hidden_size} and {rows} rows of weights on a rank"
+                raise ValueError(f"{what} are not whole blocks of {FP8_GROUP}; choose other sizes")
 
 
 _MAY_BE_ZERO = ("first_k_dense_replace", "num_nextn_predict_layers")

@@ -11,13 +11,13 @@ from fd_fusion.cli.processes.ranks import Progress, join_paddle, rank_main
 from fd_fusion.comm.group import Group
 
 
-def count_steps(decode_steps: int) -> int:
-    """Count the steps of progress of a rank: start, load, two runs of 1 + decode_steps forwards, bind."""
-    return 3 + 2 * (1 + decode_steps)
+def count_steps(decode_steps: int, quantised: bool) -> int:
+    """Count the steps of progress of a rank: start, load, runs of 1 + decode_steps forwards, bind."""
+    return 3 + (3 if quantised else 2) * (1 + decode_steps)
 
 
 def run(job: dict[str, Any], group: Group) -> dict[str, Any]:
-    """Return the logits and times of both runs, bind's report, and whether the weights stayed the same."""
+    """Return the logits and times of the runs, bind's report, and whether the weights stayed the same."""
     from fd_fusion.frameworks.paddle_runtime import require_paddle
     from fd_fusion.frameworks.tensors import devices
 
@@ -34,7 +34,7 @@ def run(job: dict[str, Any], group: Group) -> dict[str, Any]:
     if group.size > 1:
         join_paddle(group.rank, group.size, job["ports"], "nccl" if on_gpu else "gloo")
     progress.step()
-    model = load_model(Checkpoint(Path(job["checkpoint"])))
+    model = load_model(Checkpoint(Path(job["checkpoint"]), job["quantised"]))
     progress.step()
     with paddle.no_grad():
         result = _compare_runs(model, job, progress)
@@ -44,7 +44,8 @@ def run(job: dict[str, Any], group: Group) -> dict[str, Any]:
 
 
 def _compare_runs(model: Any, job: dict[str, Any], progress: Progress) -> dict[str, Any]:
-    """Run the decoder stock, bind it, run it bound, unbind it; compare its weights all along."""
+    """Run the decoder stock, bind it, run it bound, unbind it; compare its weights all along. A quantised one is run
+    bound a second time, each norm quantised behind the kernel instead of in it."""
     import paddle
 
     from fd_fusion import FusionConfig, bind, check, unbind
@@ -61,12 +62,16 @@ def _compare_runs(model: Any, job: dict[str, Any], progress: Progress) -> dict[s
     data = report.to_dict()
     for site, line, count in zip(data["sites"], report.sites, counts):
         site["calls"] = dict(line.calls - count)
+    runs = {"stock": stock, "bound": bound}
+    if job["quantised"]:
+        for line in report.sites:
+            line.selected.op.fp8 = ()
+        runs["apart"] = decode(model, tokens, job["prompt_len"], progress)
     unbind(model)
     return {
         "report": data,
         "weights": {"bound": bound_weights == before, "unbound": fingerprint(model) == before},
-        "stock": stock,
-        "bound": bound,
+        **runs,
     }
 
 

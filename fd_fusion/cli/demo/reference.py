@@ -1,16 +1,19 @@
 """The demo's decoder in NumPy, one process, whole sequence, no cache: written apart from the Paddle model.
 
-In float64 it is the truth; in float32 its error from that truth is the measure of what float32 can do.
+In float64 it is the truth; in float32 its error from that truth is the measure of what float32 can do. A quantised
+decoder quantises its norms in both; in float32 it rounds to bfloat16 too, where the model does.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from fd_fusion.cli.demo.checkpoint import Checkpoint
-from fd_fusion.reference import qk_rms_norm, rms_norm
+from fd_fusion.cli.demo.checkpoint import Checkpoint, wide_blocks
+from fd_fusion.cli.demo.config import DecoderConfig
+from fd_fusion.reference import FP8_GROUP, qk_rms_norm, quantise, rms_norm, round_to, value_of_e4m3
 
 
 @dataclass
@@ -33,17 +36,38 @@ class ReferenceDecoder:
         x = self._w("model.embed_tokens.weight")[tokens]
         for layer in range(config.num_hidden_layers):
             prefix = f"model.layers.{layer}."
-            x = x + self._attention(self._norm(x, prefix + "input_layernorm"), prefix + "self_attn.")
+            h = self._quantised(self._norm(x, prefix + "input_layernorm"))
+            x = self._round(x + self._attention(h, prefix + "self_attn."))
             h = self._norm(x, prefix + "post_attention_layernorm")
-            block = self._mlp if config.is_dense(layer) else self._moe
-            x = x + block(h, prefix + "mlp.")
+            dense, prefix = config.is_dense(layer), prefix + "mlp."
+            x = self._round(x + (self._mlp(self._quantised(h), prefix) if dense else self._moe(h, prefix)))
         return self._norm(x, "model.norm") @ self._w("lm_head.weight").T
 
     def _w(self, name: str) -> np.ndarray:
-        return self.checkpoint.read(name).astype(self.dtype)
+        value = self.checkpoint.read(name)
+        if self.checkpoint.config.quantised:
+            if re.search(r"\.(q|k|v|gate|up)_proj\.weight$", name):
+                codes, scales = self.checkpoint.read_blocks(name)
+                value = value_of_e4m3(codes) * wide_blocks(scales)[: len(codes)]
+            elif re.search(r"(layernorm|model\.norm|embed_tokens|[on]_proj)\.weight$", name):
+                value = round_to(value, "bfloat16")
+        return value.astype(self.dtype)
+
+    def _round(self, x: np.ndarray) -> np.ndarray:
+        """Round to bfloat16, as a quantised model does; not the truth."""
+        rounds = self.checkpoint.config.quantised and self.dtype == np.float32
+        return round_to(x, "bfloat16").astype(np.float32) if rounds else x
+
+    def _quantised(self, x: np.ndarray) -> np.ndarray:
+        """Return what the codes of a norm stand for."""
+        if not self.checkpoint.config.quantised:
+            return x
+        codes, scales = quantise(x, "multiply")
+        return (value_of_e4m3(codes) * scales.repeat(FP8_GROUP, axis=1)).astype(self.dtype)
 
     def _norm(self, x: np.ndarray, name: str) -> np.ndarray:
-        return rms_norm(x, self._w(f"{name}.weight"), eps=self.checkpoint.config.rms_norm_eps, dtype=self.dtype)
+        eps = self.checkpoint.config.rms_norm_eps
+        return self._round(rms_norm(x, self._w(f"{name}.weight"), eps=eps, dtype=self.dtype))
 
     def _attention(self, x: np.ndarray, prefix: str) -> np.ndarray:
         config, rows = self.checkpoint.config, len(x)
@@ -70,7 +94,7 @@ class ReferenceDecoder:
 
     def _row_parallel(self, x: np.ndarray, name: str) -> np.ndarray:
         pieces = [np.array_split(t, self.parts, axis=1) for t in (x, self._w(f"{name}.weight"))]
-        return sum(a @ b.T for a, b in zip(*pieces))
+        return sum(self._round(self._round(a) @ b.T) for a, b in zip(*pieces))
 
     def _rope(self, x: np.ndarray) -> np.ndarray:
         """Rotate dimension i of the first half of the rotary part with dimension i of its second half; x [T, D]."""
@@ -95,6 +119,7 @@ class ReferenceDecoder:
         if top < config.n_routed_experts:
             ranked = np.take_along_axis(ranked, order, axis=1)
             self.margin = min(self.margin, float((ranked[:, top - 1] - ranked[:, top]).min()))
+        x = self._quantised(x)
         y = self._mlp(x, f"{prefix}shared_experts.")
         for expert in range(config.n_routed_experts):
             rows = np.nonzero((order[:, :top] == expert).any(axis=1))[0]
@@ -107,11 +132,20 @@ class ReferenceDecoder:
         return y
 
 
+def difference(got: np.ndarray, want: np.ndarray, config: DecoderConfig) -> float:
+    """Return the largest difference; inf where one of them is not a number, so that it is in no budget.
+
+    Of a quantised model, that of the median token: where two experts are as good as equal, rounding to e4m3 chooses.
+    """
+    largest = np.nan_to_num(np.abs(got - want), nan=np.inf).max(axis=-1)
+    return float(np.median(largest) if config.quantised and np.isfinite(largest).all() else largest.max())
+
+
 @dataclass(frozen=True)
 class Truth:
     """What the ranks are compared with. Logits [1 + steps, vocabulary]: after the prompt and after each step.
 
-    `plain_error` is the largest error of plain float32 runs.
+    `plain_error` is the largest error of plain float32 runs, by `difference`.
     """
 
     tokens: list[int]
@@ -132,5 +166,5 @@ def make_truth(checkpoint: Checkpoint, prompt: list[int], steps: int) -> Truth:
         tokens.append(int(exact.logits(tokens)[-1].argmax()))
     logits = exact.logits(tokens)
     plain = [ReferenceDecoder(checkpoint, np.float32, parts).logits(tokens) for parts in (1, 2, 4)]
-    error = max(float(np.abs(one - logits).max()) for one in plain)
+    error = max(difference(one, logits, checkpoint.config) for one in plain)
     return Truth(tokens, logits[len(prompt) - 1 :], error, exact.margin)

@@ -10,11 +10,11 @@ import numpy as np
 
 from fd_fusion import __version__
 from fd_fusion.cli.demo.config import DecoderConfig
-from fd_fusion.cli.demo.reference import Truth
+from fd_fusion.cli.demo.reference import Truth, difference
 from fd_fusion.reasons import TABLE
 from fd_fusion.reference import budget
 
-RUNS = ("stock", "bound")
+RUNS = ("stock", "bound", "apart")  # the last: bound, quantised behind the kernel
 NEAR_TIE = 1e-5  # a gap between router scores that float32 may close
 
 
@@ -25,11 +25,12 @@ def judge(
 
     The budget is that of the package's tests: twice the error of a plain float32 run, and one unit in the last place.
     """
-    logits = {run: [_unpack(result[run]["logits"], truth) for result in results] for run in RUNS}
+    runs = [run for run in RUNS if run in results[0]]
+    logits = {run: [_unpack(result[run]["logits"], truth) for result in results] for run in runs}
     largest = float(np.abs(truth.logits).max())
-    allowed = float(budget(truth.plain_error, "float32", largest)) if np.isfinite(largest) else np.nan
-    errors = {run: max(_difference(one, truth.logits) for one in logits[run]) for run in RUNS}
-    equal = {run: all(one.tobytes() == logits[run][0].tobytes() for one in logits[run]) for run in RUNS}
+    allowed = float(budget(truth.plain_error, config.dtype, largest)) if np.isfinite(largest) else np.nan
+    errors = {run: max(difference(one, truth.logits, config) for one in logits[run]) for run in runs}
+    equal = {run: all(one.tobytes() == logits[run][0].tobytes() for one in logits[run]) for run in runs}
     weights = {when: all(result["weights"][when] for result in results) for when in ("bound", "unbound")}
     report = results[0]["report"]
     calls = sum((Counter(site["calls"]) for site in report["sites"]), Counter())
@@ -42,22 +43,19 @@ def judge(
         "calls": dict(calls),
         "difference": {**errors, "plain": truth.plain_error},
         "budget": allowed,
-        "step_ms": {run: max(float(np.median(result[run]["ms"][1:])) for result in results) for run in RUNS},
-        "prefill_ms": {run: max(result[run]["ms"][0] for result in results) for run in RUNS},
+        "step_ms": {run: max(float(np.median(result[run]["ms"][1:])) for result in results) for run in runs},
+        "prefill_ms": {run: max(result[run]["ms"][0] for result in results) for run in runs},
         "ranks_bit_equal": equal,
         "weights_unchanged": weights,
         "router_margin": truth.margin if np.isfinite(truth.margin) else None,
     }
+    if config.quantised:
+        outcome["same_apart"] = logits["bound"][0].tobytes() == logits["apart"][0].tobytes()
     return {**outcome, "agree": not _faults(outcome)}
 
 
 def _unpack(text: str, truth: Truth) -> np.ndarray:
     return np.frombuffer(bytes.fromhex(text), np.float32).reshape(truth.logits.shape)
-
-
-def _difference(got: np.ndarray, want: np.ndarray) -> float:
-    """Return the largest difference; inf where one of them is not a number, so that it is in no budget."""
-    return float(np.nan_to_num(np.abs(got - want), nan=np.inf).max())
 
 
 def lines(outcome: dict[str, Any]) -> list[str]:
@@ -77,8 +75,9 @@ def lines(outcome: dict[str, Any]) -> list[str]:
 def _headline(decoder: dict[str, Any], nproc: int, device: str) -> str:
     dense = min(decoder["first_k_dense_replace"], decoder["num_hidden_layers"])
     moe = decoder["num_hidden_layers"] - dense
+    dtype = "FP8 and bfloat16" if decoder["quantised"] else "float32"
     return (
-        f"{nproc} rank{'s' * (nproc > 1)}, float32 on {device.upper()}: {dense} dense and {moe} MoE "
+        f"{nproc} rank{'s' * (nproc > 1)}, {dtype} on {device.upper()}: {dense} dense and {moe} MoE "
         f"layers, H={decoder['hidden_size']}, {decoder['num_attention_heads']} heads, "
         f"{decoder['num_key_value_heads']} kv heads of {decoder['head_dim']}, {decoder['n_routed_experts']} experts, "
         f"top {decoder['num_experts_per_tok']}; embedding, router and lm_head whole on every rank"
@@ -107,20 +106,24 @@ def _why(reason: dict[str, Any]) -> str:
 
 
 def _numbers(outcome: dict[str, Any]) -> list[str]:
-    difference, equal = outcome["difference"], outcome["ranks_bit_equal"]
+    error, equal = outcome["difference"], outcome["ranks_bit_equal"]
     out = [f"{'run':<12}{'|logits - fp64|':>16}  {'prefill ms':>10}  {'a step ms':>9}  same bits on all ranks"]
-    for run in RUNS:
+    for run in equal:
         times = f"{outcome['prefill_ms'][run]:>10.2f}  {outcome['step_ms'][run]:>9.2f}"
-        out.append(f"{run:<12}{difference[run]:>16.2e}  {times}  {_yes(equal[run])}")
+        out.append(f"{run:<12}{error[run]:>16.2e}  {times}  {_yes(equal[run])}")
     plain = f"one process, NumPy; the budget is {outcome['budget']:.2e}"
     calls = ", ".join(f"{code} {count}" for code, count in sorted(outcome["calls"].items())) or "none 0"
     same, margin = outcome["weights_unchanged"], outcome["router_margin"]
     out += [
-        f"{'plain fp32':<12}{difference['plain']:>16.2e}  {plain}",
+        f"{'plain bf16' if 'same_apart' in outcome else 'plain fp32':<12}{error['plain']:>16.2e}  {plain}",
         f"calls finished: {calls}",
         f"weights: same keys and bits bound: {_yes(same['bound'])}, unbound again: {_yes(same['unbound'])}",
     ]
-    if margin is not None:
+    if "same_apart" in outcome:
+        in_kernel = any(site["fp8"] not in (None, "apart") for site in outcome["report"]["sites"])
+        bits = f"quantised in the kernel, and apart from it: same bits: {_yes(outcome['same_apart'])}"
+        out.append(f"{bits if in_kernel else 'quantised in no kernel'}; errors are those of the median token")
+    elif margin is not None:
         near = " - so near a tie that float32 may route otherwise; try another --seed" if margin < NEAR_TIE else ""
         out.append(f"router: smallest gap between a chosen expert and the next is {margin:.1e}{near}")
     return out
@@ -134,10 +137,11 @@ def _faults(outcome: dict[str, Any]) -> list[str]:
     """Return why the numbers do not agree. With a budget that is no number, nothing agrees."""
     if not np.isfinite(outcome["budget"]):
         return ["the exact result, or the same in float32, holds NaN or Inf; check the weights"]
-    faults = [
-        f"the {run} run is out of budget" for run in RUNS if not outcome["difference"][run] <= outcome["budget"]
-    ]
-    faults += [f"the ranks' bits differ in the {run} run" for run in RUNS if not outcome["ranks_bit_equal"][run]]
+    equal, error = outcome["ranks_bit_equal"], outcome["difference"]
+    faults = [f"the {run} run is out of budget" for run in equal if not error[run] <= outcome["budget"]]
+    faults += [f"the ranks' bits differ in the {run} run" for run, same in equal.items() if not same]
+    if not outcome.get("same_apart", True):
+        faults += ["quantised behind the kernel, the bits are others than quantised in it"]
     return faults + [
         f"weights changed when {when}" for when, same in outcome["weights_unchanged"].items() if not same
     ]

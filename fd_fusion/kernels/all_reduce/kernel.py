@@ -112,13 +112,16 @@ def work_on_rows(addresses, count, rank, op, eps, weight_offset, shape, polling,
 
 @triton.jit
 def _one_shot(number, stride, words, rows, memory, call, shape, polling, quantising):
-    """Finish the first row of a program, which is pushed, then push and finish one after the other."""
+    """Finish the first row of a program, which is pushed, then push and finish one after the other. A row is
+    quantised while the words of the next one are under way."""
     while number < rows.count:  # not a range: the interpreter of some versions cannot take its bounds from arguments
-        _finish(number, words, rows, memory, call, shape, polling, quantising)
+        norm, wait_state = _finish(number, words, rows, memory, call, shape, polling, quantising)
+        finished = number
         number += stride
         if number < rows.count:
             words = _load(number, rows, shape)
             _push(number, words, rows, memory, call, shape)
+        _quantise(finished, norm, wait_state, rows, call, shape, quantising)
 
 
 @triton.jit
@@ -137,11 +140,14 @@ def _two_shot(first, stride, rows, memory, call, shape, polling, quantising):
             to_push += stride
         while to_finish < end:
             if to_finish % shape.N == call.rank:
-                _finish(to_finish, _load(to_finish, rows, shape), rows, memory, call, shape, polling, quantising)
+                words = _load(to_finish, rows, shape)
+                norm, wait_state = _finish(to_finish, words, rows, memory, call, shape, polling, quantising)
+                _quantise(to_finish, norm, wait_state, rows, call, shape, quantising)
             to_finish += stride
         while to_receive < end:
             if to_receive % shape.N != call.rank:
-                _receive(to_receive, rows, memory, call, shape, polling, quantising)
+                norm, wait_state = _receive(to_receive, rows, memory, call, shape, polling, quantising)
+                _quantise(to_receive, norm, wait_state, rows, call, shape, quantising)
             to_receive += stride
         batch_end += shape.N * stride
 
@@ -165,7 +171,8 @@ def _push(number, words, rows, memory, call, shape):
 
 @triton.jit
 def _finish(number, words, rows, memory, call, shape, polling, quantising):
-    """Finish a row of words that are pushed; by two-shot this rank owns the row, and its peers get the result."""
+    """Finish a row of words that are pushed; by two-shot this rank owns the row, and its peers get the result.
+    Returns the words of its norm and the state of the wait, for `_quantise`."""
     slot = _slot(number, rows, shape)
     row = Row(number, without_sentinel(words), rows.offsets, rows.mask, slot, memory.own_slots + slot)
     residual = rows.residual + number.to(tl.int64) * shape.WORDS
@@ -176,11 +183,13 @@ def _finish(number, words, rows, memory, call, shape, polling, quantising):
     _store(row, norm, summed, wait_state, counter_now, rows, memory, call, shape, quantising)
     if shape.C > shape.SLICES:
         clear_sums(number, memory, call, shape)
+    return norm, wait_state
 
 
 @triton.jit
 def _receive(number, rows, memory, call, shape, polling, quantising):
-    """Receive a row from its owner. A residual that stays is NaN here, for whoever reads the row all the same."""
+    """Receive a row from its owner, and return as `_finish`. A residual that stays is NaN here, for whoever reads the
+    row all the same."""
     slot = _slot(number, rows, shape)
     # Nothing is loaded: the compiler takes the layout of the words from a load, and the polling code needs that one.
     nothing = tl.load(rows.x + rows.offsets, mask=mask_if(rows.mask, rows.count < 0), other=NAN)
@@ -189,6 +198,7 @@ def _receive(number, rows, memory, call, shape, polling, quantising):
     if shape.RESULTS == 1:
         summed = nothing
     _store(row, norm, summed, wait_state, counter_now, rows, memory, call, shape, quantising)
+    return norm, wait_state
 
 
 @triton.jit
@@ -199,14 +209,20 @@ def _store(row, norm, summed, wait_state, counter_now, rows, memory, call, shape
     if quantising.OUTPUT != "codes":
         tl.store(norm_out, norm, mask=row.mask)
     tl.store(residual_out, summed, mask=row.mask)
-    if quantising.OUTPUT != "norm":  # last, when the registers of the sum are free
-        store_quantised(norm, row, call.slice_index, quantising, shape)
     if wait_state != 0:
         fail(norm_out, residual_out, row, wait_state, memory, call, shape)
-        if quantising.OUTPUT != "norm":
-            fail_quantised(row, call.slice_index, quantising, shape)
     if shows_two_streams(counter_now, call.launch):
         report_failure(memory, call, row.number, wait_state | WAIT_TWO_STREAMS, 0, 0, shape.N)
+
+
+@triton.jit
+def _quantise(number, norm, wait_state, rows, call, shape, quantising):
+    """Store codes and scales, last: the registers of the sum are free."""
+    if quantising.OUTPUT != "norm":
+        row = Row(number, norm, rows.offsets, rows.mask, 0, rows.x)
+        store_quantised(norm, row, call.slice_index, quantising, shape)
+        if wait_state != 0:
+            fail_quantised(row, call.slice_index, quantising, shape)
 
 
 @triton.jit(do_not_specialize=["x", "residual", "weight", "norm_out", "residual_out", "state_memory", "own_slots",
@@ -239,4 +255,4 @@ def all_reduce_rms_norm(x, residual, weight, norm_out, residual_out, state_memor
         addresses, rows, rank, op, eps, weight_offset,
         Shape(N, WORDS, SLICE, BLOCK, C, SLICES, PLACES, DTYPE, WEIGHT_DTYPE, HAS_RESIDUAL, TWO_SHOT, RESULTS),
         Polling(POLL, POLL_RESULTS, OPERANDS, UNITS, INTERPRETED),
-        Quantising(0, 0, 0, 0, 0.0, "norm", "", INTERPRETED))  # fmt: skip
+        Quantising(0, 0, 0, 0, 0.0, "norm", "", INTERPRETED, None, None, None, None, None, 0))  # fmt: skip

@@ -18,7 +18,9 @@ def all_reduce_rms_norm_fp8(x, residual, weight, norm_out, residual_out, state_m
                             WEIGHT_DTYPE: tl.constexpr, HAS_RESIDUAL: tl.constexpr, TWO_SHOT: tl.constexpr,
                             RESULTS: tl.constexpr, POLL: tl.constexpr, POLL_RESULTS: tl.constexpr,
                             OPERANDS: tl.constexpr, UNITS: tl.constexpr, PDL: tl.constexpr,
-                            INTERPRETED: tl.constexpr, OUTPUT: tl.constexpr, FORMULA: tl.constexpr):  # fmt: skip
+                            INTERPRETED: tl.constexpr, OUTPUT: tl.constexpr, FORMULA: tl.constexpr,
+                            LARGEST: tl.constexpr, GATHER: tl.constexpr, STORE_SCALE: tl.constexpr,
+                            OPERANDS_OF_WORDS: tl.constexpr, OPERANDS_OF_SCALES: tl.constexpr):  # fmt: skip
     """Compute `kernel.all_reduce_rms_norm` and quantise norm_out as `reference.quantise` does.
 
     Args: those of `all_reduce_rms_norm`, and
@@ -35,4 +37,5 @@ def all_reduce_rms_norm_fp8(x, residual, weight, norm_out, residual_out, state_m
         addresses, rows, rank, op, eps, weight_offset,
         Shape(N, WORDS, SLICE, BLOCK, C, SLICES, PLACES, DTYPE, WEIGHT_DTYPE, HAS_RESIDUAL, TWO_SHOT, RESULTS),
         Polling(POLL, POLL_RESULTS, OPERANDS, UNITS, INTERPRETED),
-        Quantising(codes, scales, row_stride, group_stride, static_factor, OUTPUT, FORMULA, INTERPRETED))  # fmt: skip
+        Quantising(codes, scales, row_stride, group_stride, static_factor, OUTPUT, FORMULA, INTERPRETED,
+                   LARGEST, GATHER, STORE_SCALE, OPERANDS_OF_WORDS, OPERANDS_OF_SCALES, 4 * UNITS))  # fmt: skip

@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from fd_fusion.kernels.all_reduce import quantise_ptx
 from fd_fusion.kernels.all_reduce.poll_ptx import poll
 from fd_fusion.reference import DTYPE_BYTES, FP8_GROUP
 
@@ -261,10 +262,15 @@ def constants(
         "PDL": pdl,
         "INTERPRETED": plan.interpreted,
         **({"launch_pdl": True} if pdl else {}),
-        **(dict(zip(("OUTPUT", "FORMULA"), fp8)) if fp8 else {}),
+        **(_of_fp8(plan, units, *fp8) if fp8 else {}),
         "num_warps": plan.num_warps,
         "num_stages": 1,
         # At least two programs fit on a multiprocessor.
         "maxnreg": min(registers, 32768 // (32 * plan.num_warps)),
         "enable_fp_fusion": False,
     }
+
+
+def _of_fp8(plan: Plan, units: int, output: str, formula: str) -> dict[str, Any]:
+    found = {"OUTPUT": output, "FORMULA": formula}
+    return found | quantise_ptx.quantising(units, plan.dtype, plan.interpreted)

@@ -1,7 +1,8 @@
 """Quantise a row of the norm to FP8 while it is in registers: `reference.quantise`, bit for bit.
 
 The rounded norm is what is quantised, so that both paths, which end in the same words, give the same codes. A group
-of 128 elements is in 16 threads of one warp; no group straddles two programs (`Plan.fp8`).
+of 128 elements is in 16 threads of one warp; no group straddles two programs (`Plan.fp8`). On a GPU each thread
+divides for one group alone (`quantise_ptx.py`).
 """
 
 from typing import NamedTuple
@@ -10,13 +11,10 @@ import triton
 import triton.language as tl
 
 from fd_fusion.kernels.all_reduce.packing import unpack
-from fd_fusion.reference import FP8_GROUP, FP8_MAX
+from fd_fusion.kernels.all_reduce.scales import divisors_and_scales, factors_and_scales, quotient_of
+from fd_fusion.reference import FP8_GROUP
 
 GROUP_WORDS = tl.constexpr(FP8_GROUP // 2)  # of two halves
-LARGEST = tl.constexpr(FP8_MAX)
-TOP = tl.constexpr(float.fromhex("0x1.FEp127"))
-TOP_POW2 = tl.constexpr(2.0**127)
-INFINITY = tl.constexpr(float("inf"))
 
 
 class Quantising(NamedTuple):
@@ -30,37 +28,28 @@ class Quantising(NamedTuple):
     OUTPUT: tl.constexpr  # "norm", "codes" or "both"
     FORMULA: tl.constexpr  # of `reference.quantise`
     INTERPRETED: tl.constexpr
+    LARGEST: tl.constexpr  # PTX of `quantise_ptx.py`, and its operands; None under the interpreter
+    GATHER: tl.constexpr
+    STORE_SCALE: tl.constexpr
+    OPERANDS_OF_WORDS: tl.constexpr
+    OPERANDS_OF_SCALES: tl.constexpr
+    PACK: tl.constexpr  # words of a thread
 
 
 @triton.jit
-def _by_group(tensor):
-    return tl.reshape(tensor, (tensor.shape[0] // GROUP_WORDS, GROUP_WORDS))
-
-
-@triton.jit
-def _by_word(of_groups):
-    """Return what each group has, for each word of the group."""
-    wide = tl.broadcast_to(tl.expand_dims(of_groups, 1), (of_groups.shape[0], GROUP_WORDS))
-    return tl.reshape(wide, (of_groups.shape[0] * GROUP_WORDS,))
-
-
-@triton.jit
-def _largest(words, DTYPE: tl.constexpr):
-    """Return the largest size in each group, NaN left out, in fp32: halves are in the order of their bits."""
-    infinity: tl.constexpr = 0x7F80 if DTYPE == "bfloat16" else 0x7C00
-    low, high = words & 0x7FFF, (words >> 16) & 0x7FFF
-    low, high = tl.where(low > infinity, 0, low), tl.where(high > infinity, 0, high)
-    return unpack(tl.max(_by_group(tl.maximum(low, high)), axis=1), DTYPE)[0]
-
-
-@triton.jit
-def _factors(largest, POW2: tl.constexpr):
-    most = tl.full(largest.shape, LARGEST, tl.float32)
-    factor = tl.div_rn(most, tl.where(largest == 0, most, largest))  # not by zero, which takes a GPU longer
-    factor = tl.where(factor == INFINITY, TOP_POW2 if POW2 else TOP, factor)
-    if POW2:
-        factor = (factor.to(tl.uint32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
-    return factor
+def _largest(words, quantising, DTYPE: tl.constexpr):
+    """Return the largest size in the group of each word, NaN left out, in fp32; on a GPU in the group of the lane."""
+    if quantising.LARGEST is None:
+        infinity: tl.constexpr = 0x7F80 if DTYPE == "bfloat16" else 0x7C00
+        low, high = words & 0x7FFF, (words >> 16) & 0x7FFF
+        low, high = tl.where(low > infinity, 0, low), tl.where(high > infinity, 0, high)
+        groups: tl.constexpr = (words.shape[0] // GROUP_WORDS, GROUP_WORDS)
+        sizes = tl.max(tl.reshape(tl.maximum(low, high), groups), axis=1)  # halves are in the order of their bits
+        sizes = tl.reshape(tl.broadcast_to(tl.expand_dims(sizes, 1), groups), words.shape)
+    else:
+        sizes = tl.inline_asm_elementwise(
+            quantising.LARGEST, quantising.OPERANDS_OF_WORDS, [words], tl.uint32, True, quantising.PACK)  # fmt: skip
+    return unpack(sizes, DTYPE)[0]
 
 
 @triton.jit
@@ -85,27 +74,31 @@ def _to_codes(a, b, INTERPRETED: tl.constexpr):
     return codes
 
 
-# Store $2 at $1 + $3 * $4 if $5. Computed outside, the address would be kept in registers while words are awaited.
-STORE_SCALE = tl.constexpr("""{
-.reg .pred stored;
-.reg .u64 place;
-mad.wide.s32 place, $3, $4, $1;
-setp.ne.s32 stored, $5, 0;
-@stored st.global.f32 [place], $2;
-mov.b32 $0, 0;
-}""")
+@triton.jit
+def _for_words(of_lane, quantising):
+    """Return for each word what the lane of its group has."""
+    if quantising.GATHER is not None:
+        bits = of_lane.to(tl.uint32, bitcast=True)
+        bits = tl.inline_asm_elementwise(
+            quantising.GATHER, quantising.OPERANDS_OF_WORDS, [bits], tl.uint32, True, quantising.PACK)  # fmt: skip
+        of_lane = bits.to(tl.float32, bitcast=True)
+    return of_lane
 
 
 @triton.jit
-def _store_scales(scales, row_number, groups, mask, quantising):
+def _store_scales(scales, row, slice_index, quantising, shape):
     """Store a scale for each group. On a GPU by PTX: tl.store would move the scales to other threads first."""
-    row = quantising.scales + row_number.to(tl.int64) * quantising.row_stride * 4
-    if quantising.INTERPRETED:
+    groups = slice_index * (shape.SLICE // GROUP_WORDS) + row.offsets // GROUP_WORDS
+    place = quantising.scales + row.number.to(tl.int64) * quantising.row_stride * 4
+    if quantising.STORE_SCALE is None:
         places = groups.to(tl.int64) * quantising.group_stride
-        tl.store(row.to(tl.pointer_type(tl.float32)) + places, scales, mask=mask)
+        tl.store(place.to(tl.pointer_type(tl.float32)) + places, scales, mask=row.mask)
     else:
-        operands = [row, scales, groups, quantising.group_stride * 4, mask.to(tl.int32)]
-        tl.inline_asm_elementwise(STORE_SCALE, "=r,l,f,r,r,r", operands, tl.int32, False, 1)
+        bits = scales.to(tl.uint32, bitcast=True)
+        tl.inline_asm_elementwise(
+            quantising.STORE_SCALE, quantising.OPERANDS_OF_SCALES,
+            [place, bits, groups, quantising.group_stride * 4, row.mask.to(tl.int32)],
+            tl.int32, False, quantising.PACK)  # fmt: skip
 
 
 @triton.jit
@@ -113,31 +106,22 @@ def store_quantised(norm, row, slice_index, quantising, shape):
     """Store the codes and the scales of this program's slice of a row. `norm`: its words."""
     DTYPE: tl.constexpr = shape.DTYPE
     FORMULA: tl.constexpr = quantising.FORMULA
+    INTERPRETED: tl.constexpr = quantising.INTERPRETED
     a, b = unpack(norm, DTYPE)
     if FORMULA == "static":
         a, b = a * quantising.static_factor, b * quantising.static_factor
     else:
-        largest = _largest(norm, DTYPE)
+        largest = _largest(norm, quantising, DTYPE)
         if FORMULA == "divide" or FORMULA == "divide_7":
-            largest = tl.maximum(largest, 1e-10) * (7.0 if FORMULA == "divide_7" else 1.0)
-            scales = tl.div_rn(largest, tl.full(largest.shape, LARGEST, tl.float32))
-            divisor = _by_word(largest)
-            a, b = tl.div_rn(a * LARGEST, divisor), tl.div_rn(b * LARGEST, divisor)
+            divisors, scales = divisors_and_scales(largest, FORMULA == "divide_7", DTYPE, INTERPRETED)
+            divisor = _for_words(divisors, quantising)
+            a, b = quotient_of(a, divisor, DTYPE, INTERPRETED), quotient_of(b, divisor, DTYPE, INTERPRETED)
         else:
-            factors = _factors(largest, FORMULA == "multiply_pow2")
-            scales = tl.div_rn(tl.full(largest.shape, 1.0, tl.float32), factors)
-            factor = _by_word(factors)
+            factors, scales = factors_and_scales(largest, FORMULA == "multiply_pow2", INTERPRETED)
+            factor = _for_words(factors, quantising)
             a, b = a * factor, b * factor
-        # As with the words of `kernel.work_on_rows`, a slice may not fill its part of the tensors.
-        in_slice, of_slice = tl.arange(0, largest.shape[0]), slice_index
-        if shape.SLICES > 1:
-            of_slice += in_slice // (shape.BLOCK // GROUP_WORDS)
-            in_slice %= shape.BLOCK // GROUP_WORDS
-        words_here = tl.minimum(shape.SLICE, shape.WORDS - of_slice * shape.SLICE) if shape.C > 1 else shape.WORDS
-        groups = of_slice * (shape.SLICE // GROUP_WORDS) + in_slice
-        _store_scales(scales, row.number, groups, in_slice * GROUP_WORDS < words_here, quantising)
-    codes = _to_codes(a, b, quantising.INTERPRETED)
-    tl.store(codes_of(row, slice_index, quantising, shape), codes, mask=row.mask)
+        _store_scales(scales, row, slice_index, quantising, shape)
+    tl.store(codes_of(row, slice_index, quantising, shape), _to_codes(a, b, INTERPRETED), mask=row.mask)
 
 
 @triton.jit

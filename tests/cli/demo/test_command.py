@@ -76,6 +76,23 @@ def test_the_runs_agree(nproc, extra, tmp_path):
     assert not left_behind(tmp_path)
 
 
+@pytest.mark.timeout(300)
+def test_a_quantised_model(tmp_path):
+    """Codes of the kernel give the logits that a quantiser behind it gives, near an exact decoder that quantises."""
+    process = start(tmp_path, "--quantised", "--backend", "triton", "--steps", "2", "--prompt-len", "3", "--json")
+    out, err = process.communicate(timeout=280)
+    assert process.returncode == 0, out + err
+    data = json.loads(out)
+    assert [site["fp8"] for site in data["report"]["sites"]] == ["multiply"] * 5 + [None], "the last norm is not"
+    assert data["same_apart"] and data["ranks_bit_equal"] == dict.fromkeys(("stock", "bound", "apart"), True)
+    assert max(data["difference"].values()) <= data["budget"] < 1, "of logits of one"
+    assert data["calls"] == {"fused": 6 * 3}
+    shown = "\n".join(demo_report.lines(data))
+    assert "2 ranks, FP8 and bfloat16 on CPU" in shown and "apart from it: same bits: yes" in shown
+    data["same_apart"] = False
+    assert "the bits are others than quantised in it" in demo_report.lines(data)[-1]
+
+
 def test_json_has_these_keys(tmp_path):
     truth, results = made_up()
     outcome = demo_report.judge(DecoderConfig(), 2, "cpu", truth, results)
@@ -160,6 +177,8 @@ def test_a_truth_that_is_no_number_agrees_with_nothing(number):
         (["--max-token-num", "0"], "max_token_num = 0"),
         (["--timeout-s", "0"], "timeout_s = 0"),
         (["--backend", "triton", "--hidden-size", "34", "--heads", "2", "--kv-heads", "2"], "H=34 of float32"),
+        (["--quantised", "--hidden-size", "320"], "--quantised: hidden_size = 320 and 128 rows of weights on a rank"),
+        (["--quantised", "--intermediate-size", "288"], "144 rows of weights on a rank are not whole blocks of 128"),
         (["--checkpoint", "/no/such/folder"], "config.json cannot be read"),
         (["--checkpoint", "/no/such/folder", "--heads", "4"], "--checkpoint brings its own sizes"),
     ],

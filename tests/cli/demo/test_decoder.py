@@ -9,10 +9,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from fd_fusion.cli.demo import command as demo
-from fd_fusion.cli.demo.checkpoint import Checkpoint, write_checkpoint
+from fd_fusion.cli.demo.checkpoint import Checkpoint, wide_blocks, write_checkpoint
 from fd_fusion.cli.demo.config import DecoderConfig, expected_shapes, split_axis
 from fd_fusion.cli.demo.reference import ReferenceDecoder, make_truth
-from fd_fusion.reference import budget
+from fd_fusion.reference import budget, value_of_e4m3
 
 TINY = {
     "hidden_size": 32,
@@ -143,6 +143,26 @@ def test_the_two_decoders_agree(changes, tmp_path):
     allowed = budget(truth.plain_error, "float32", float(np.abs(truth.logits).max()))
     # Ten numbers of a tiny model are few to take a largest error from, hence twice the budget here.
     assert np.abs(got - truth.logits).max() <= 2 * allowed < 1e-4
+
+
+def test_blocks_of_a_rank_are_those_of_the_whole_weight(tmp_path):
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "moe_intermediate_size": 128}
+    checkpoint = Checkpoint(written(tmp_path, **sizes), quantised=True)
+    for name, size in (
+        ("model.layers.0.mlp.up_proj.weight", 2),
+        ("model.layers.1.mlp.experts.0.gate_proj.weight", 4),
+    ):
+        codes, scales = checkpoint.read_blocks(name)
+        value = value_of_e4m3(codes) * wide_blocks(scales)
+        weight = checkpoint.read(name)
+        assert np.abs(value - weight).max() <= np.abs(weight).max() / 16, "half a step of e4m3"
+        assert (np.abs(value).reshape(-1, 128, 2, 128).max((1, 3)) > 0.999 * scales * 448).all(), (
+            "each block is filled"
+        )
+        shards = [checkpoint.read_blocks(name, rank, size) for rank in range(size)]
+        assert np.array_equal(np.concatenate([one[0] for one in shards]), codes)
+        wide = [wide_blocks(one[1])[: len(one[0])] for one in shards]
+        assert np.array_equal(np.concatenate(wide), wide_blocks(scales)[: len(codes)])
 
 
 def test_the_reference_is_causal_and_sees_ties(tmp_path):

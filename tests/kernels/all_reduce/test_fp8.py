@@ -1,5 +1,10 @@
 """FP8 out of the all-reduce kernel under the interpreter: every bit as `reference.quantise` has it for the norm."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -68,6 +73,14 @@ def test_a_missing_rank(two_shot):
     assert np.isfinite(from_bits(results[0]["0.0.norm"], "bfloat16")).all()
     for step in (1, 2):
         assert is_nan(results[0], 0, step) and (results[0][f"0.{step}.codes"] == 0x7F).all()
+
+
+def test_divisions_of_a_gpu_give_the_same_bits_for_every_half():
+    env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).parents[3])}
+    command = [sys.executable, Path(__file__).with_name("fp8_division.py"), "-1", "0", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=env)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("quotients") == 12
 
 
 @pytest.mark.parametrize("size", range(2, 9))
