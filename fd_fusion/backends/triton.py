@@ -7,6 +7,7 @@ Triton's interpreter, each rank a process. All that a call needs beside its tens
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import struct
 from collections.abc import Callable
@@ -94,6 +95,7 @@ class TritonOp:
         ]
         self.may_stay = any(path == STAYS for _, path, _ in kernels)
         self._two_shot_rows, self._row_bytes = self._plan.two_shot_rows or 1 << 62, 4 * self._plan.words
+        self._parts = functools.lru_cache(1024)(functools.partial(_parts, self._plan))
         self._calls = itertools.count()
         self._counts = Counts(2)
         self._workspace: Workspace | None = None
@@ -235,13 +237,11 @@ class TritonOp:
 
         `call_id`, `op` on the error page, counts calls, or captures of them.
         """
-        parts = ((0, rows),) if rows <= self._slots else plans.launches(self._slots, rows)
         call_id, (local, own) = next(self._calls) & 0xFFFFFF, self._own
-        at_once, two_shot = self.at_once[path], path != ONE_SHOT
-        for start, count in parts:
+        for programs, start, count in self._parts(rows, self._slots, self.at_once[path], path != ONE_SHOT):
             skip = start * self._row_bytes
             launch(
-                plans.grid(self._plan, at_once, count, two_shot)[0],
+                programs,
                 partial + skip,
                 residual + skip,
                 weight,
@@ -282,6 +282,13 @@ class TritonOp:
         run_all_fp8(self, self._spec, self._framework)
         self._provider.synchronize()
         self.check()
+
+
+def _parts(plan: plans.Plan, rows: int, slots: int, at_once: int, two_shot: bool) -> list[tuple[int, int, int]]:
+    """Cut a call of `rows` rows into launches: (programs, first row, rows) of each."""
+    return [
+        (plans.grid(plan, at_once, count, two_shot)[0], start, count) for start, count in plans.launches(slots, rows)
+    ]
 
 
 def _ready(tensor: Any) -> Any:
