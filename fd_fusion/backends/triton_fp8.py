@@ -43,7 +43,8 @@ class Outputs:
 
     def __init__(self, framework: Any, partial: Any, fp8: Fp8):
         rows, hidden = partial.shape
-        groups, self.kernel, self._hidden = hidden // FP8_GROUP, fp8.kernel, hidden
+        groups, self._hidden = hidden // FP8_GROUP, hidden
+        self.kernel, self.keeps_norm = fp8.kernel, fp8.keeps_norm
         self._static_factor = float(np.float32(1) / np.float32(fp8.static_scale))
         self.codes = _empty(framework, (rows, hidden), "float8_e4m3fn", partial)
         self.scales, self._strides = None, (0, 0)

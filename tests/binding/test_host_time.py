@@ -11,6 +11,7 @@ from fd_fusion.binding import backend_selection
 from fd_fusion.comm.vote import Verdict
 from fd_fusion.config import FusionConfig
 from fd_fusion.frameworks import tensors
+from fd_fusion.spec import Fp8
 from tests.binding import host_time
 
 
@@ -90,6 +91,22 @@ def test_the_kernel_gets_whole_rows_on_16_byte_boundaries(strange, first, step):
     assert got == [(0, one.view("int16").numpy().tobytes()) for one in whole]
 
 
+@pytest.mark.parametrize("keeps_norm", [False, True])
+def test_a_norm_that_nobody_gets_has_no_tensor(keeps_norm):
+    """The kernel that writes codes alone gets the address of the sum for a norm: it writes there if it fails."""
+    got, form = [], Fp8(keeps_norm=keeps_norm)
+    op = host_time.op_with(lambda constants: lambda programs, *args: got.append(args), fp8=(form,))
+    x, weight = paddle.ones([3, host_time.H], dtype="bfloat16"), paddle.ones([host_time.H], dtype="bfloat16")
+    norm, codes, _, residual = op.finish_fp8(x, x, weight, 1e-6, 0.0, form)
+    ((_, _, _, norm_address, sum_address, *_),) = got
+    assert sum_address == residual.data_ptr() and got[0][12] == codes.data_ptr()
+    assert (norm is not None) == keeps_norm
+    assert (
+        norm_address == (norm.data_ptr() if keeps_norm else sum_address)
+        and (norm_address != sum_address) == keeps_norm
+    )
+
+
 def test_a_backend_is_asked_about_the_weights_of_all_pairs(monkeypatch):
     """And it is asked once with each eps: the answers are voted on."""
     asked = []
@@ -106,10 +123,10 @@ def test_new_tensors_are_those_of_the_framework(dtype):
     x = paddle.ones([3, 8], dtype=dtype)
     for own in (x, x[:, :4].contiguous(), x[:0]):
         want = paddle.empty_like(own)
-        first, second = tensors.empty_pair(own.dtype)(own)
+        first, second = (tensors.new_like(own.dtype)(own) for _ in range(2))
         for name in ("shape", "dtype", "place", "stop_gradient", "strides"):
             assert getattr(first, name) == getattr(second, name) == getattr(want, name), name
-        assert first.size == 0 or first.data_ptr() != second.data_ptr()
+        assert first.size == 0 or len({one.data_ptr() for one in (own, first, second)}) == 3
 
 
 def test_without_a_fast_way_the_public_one_is_taken(monkeypatch):
@@ -118,4 +135,4 @@ def test_without_a_fast_way_the_public_one_is_taken(monkeypatch):
         module = SimpleNamespace(__name__=name, empty_like=lambda tensor: made.append(tensor) or len(made))
         monkeypatch.setattr(tensors, "paddle_or_torch", lambda module=module: module)
         made.clear()
-        assert tensors.empty_pair("a dtype")("a tensor") == (1, 2) and made == ["a tensor"] * 2
+        assert tensors.new_like("a dtype")("a tensor") == 1 and made == ["a tensor"]
