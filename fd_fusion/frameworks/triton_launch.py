@@ -63,13 +63,14 @@ def triton_driver() -> Iterator[None]:
         return
     from triton.runtime.driver import driver
 
-    before = driver._active  # not reset_active(): without torch that raises "0 active drivers"
+    name = "_active" if hasattr(driver, "_active") else "active"  # of Triton 3.3
+    before = getattr(driver, name)  # not reset_active(): without torch that raises "0 active drivers"
     driver.set_active(_paddle_driver())
     try:
         yield
     finally:
         if before is not None or not _torch_hides_the_gpu():
-            driver._active = before
+            setattr(driver, name, before)
 
 
 def _torch_hides_the_gpu() -> bool:

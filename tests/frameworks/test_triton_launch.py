@@ -9,6 +9,7 @@ from unittest import mock
 import numpy as np
 import pytest
 
+from fd_fusion.frameworks import triton_launch
 from fd_fusion.frameworks.triton_launch import interpreting, launcher, load_kernel, prepare
 
 SOURCES = {  # of modules beside the package's own: Triton reads the source of a function from its file
@@ -51,6 +52,18 @@ def test_the_functions_of_the_all_reduce_kernel():
     slow = {value for module in modules for value in vars(module).values() if type(value) is type(kernel)}
     store_word = getattr(sys.modules.get("fd_fusion.kernels.all_reduce.probe"), "store_word", kernel)
     assert slow <= {kernel, store_word}
+
+
+def test_triton_3_3_gets_its_own_driver_back(monkeypatch):
+    """Its driver is looked for when it is first used, and lies in another place than in later versions."""
+    config = types.SimpleNamespace(active="not looked for")
+    config.set_active = lambda driver: setattr(config, "active", driver)
+    monkeypatch.setattr(importlib.import_module("triton.runtime.driver"), "driver", config)
+    monkeypatch.setattr(triton_launch, "_paddle_driver", lambda: "ours")
+    monkeypatch.setattr(triton_launch, "paddle_or_torch", lambda: types.SimpleNamespace(__name__="paddle"))
+    with triton_launch.triton_driver():
+        assert config.active == "ours"
+    assert vars(config).keys() == {"active", "set_active"} and config.active == "not looked for"
 
 
 LIKE, TAIL = (1 << 40, 2, 1e-5), (8, "bfloat16", True)
