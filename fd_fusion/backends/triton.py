@@ -32,7 +32,7 @@ from fd_fusion.comm.symmetric_memory import MemoryProvider, agree_or_raise, as_r
 from fd_fusion.comm.vote import Vote, agree
 from fd_fusion.comm.workspace import Workspace, open_workspace
 from fd_fusion.frameworks import triton_launch
-from fd_fusion.frameworks.tensors import new_like, paddle_or_torch
+from fd_fusion.frameworks.tensors import maker, paddle_or_torch
 from fd_fusion.kernels.all_reduce import plan as plans
 from fd_fusion.kernels.all_reduce.counts import Counts
 from fd_fusion.reasons import Reason, closed
@@ -86,7 +86,7 @@ class TritonOp:
         self._store_word = triton_launch.prepare(store, word, {}, spec.device).launch
         self._framework = paddle_or_torch()
         dtype = getattr(self._framework, spec.dtype)
-        self._dtypes, self._new_like = (dtype, dtype), new_like(dtype)
+        self._dtypes, self._new = (dtype, dtype), maker(spec.device)
         launches = self._launches | self._fp8_launches
         # By a weight's dtype, compared by identity: to compare or to hash two dtypes takes a microsecond.
         self._of_weights = [
@@ -128,8 +128,8 @@ class TritonOp:
         if (x | r | w) & 15 or not (partial.is_contiguous() and added.is_contiguous() and weight.is_contiguous()):
             partial, added, weight = _ready(partial), _ready(added), _ready(weight)
             x, r, w = partial.data_ptr(), added.data_ptr(), weight.data_ptr()
-        residual_out = self._new_like(partial)
-        norm_out = self._new_like(partial) if fp8 is None or fp8.keeps_norm else residual_out
+        residual_out = self._new(shape, self._dtypes[0])
+        norm_out = self._new(shape, self._dtypes[0]) if fp8 is None or fp8.keeps_norm else residual_out
         if rows:
             path = ONE_SHOT if rows < self._two_shot_rows else STAYS if stays and residual is not None else TWO_SHOT
             out = norm_out.data_ptr(), residual_out.data_ptr()
@@ -144,7 +144,7 @@ class TritonOp:
         Returns: (norm_out or None, codes, scales, residual_out). codes [T, H], float8_e4m3fn; scales [T, H / 128] as
             `fp8` says, None for a static scale. If a rank is missing all codes are NaN.
         """
-        outputs = Outputs(self._framework, partial, fp8)
+        outputs = Outputs(self._framework, self._new, partial.shape, fp8)
         norm_out, residual_out = self._finish(partial, residual, weight, eps, weight_offset, stays, outputs)
         return None if norm_out is residual_out else norm_out, outputs.codes, outputs.scales, residual_out
 

@@ -118,21 +118,25 @@ def test_a_backend_is_asked_about_the_weights_of_all_pairs(monkeypatch):
     assert {one.weight_dtypes for one in asked[0]} == {("bfloat16", "float32")}
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float8_e4m3fn"])
 def test_new_tensors_are_those_of_the_framework(dtype):
-    x = paddle.ones([3, 8], dtype=dtype)
-    for own in (x, x[:, :4].contiguous(), x[:0]):
-        want = paddle.empty_like(own)
-        first, second = (tensors.new_like(own.dtype)(own) for _ in range(2))
+    new, known = tensors.maker("cpu"), getattr(paddle, dtype)
+    for shape in ([3, 8], [0, 8], (2, 4)):
+        want = paddle.empty(shape, dtype)
+        first, second = (new(shape, known) for _ in range(2))
         for name in ("shape", "dtype", "place", "stop_gradient", "strides"):
             assert getattr(first, name) == getattr(second, name) == getattr(want, name), name
-        assert first.size == 0 or len({one.data_ptr() for one in (own, first, second)}) == 3
+        assert first.size == 0 or first.data_ptr() != second.data_ptr()
 
 
 def test_without_a_fast_way_the_public_one_is_taken(monkeypatch):
-    made = []
-    for name in ("torch", "paddle"):
-        module = SimpleNamespace(__name__=name, empty_like=lambda tensor: made.append(tensor) or len(made))
+    """Of torch on the GPU that is current when the op is opened, not on the CPU."""
+    for name, device, where in (("torch", "cpu", {}), ("torch", "gpu", {"device": "cuda:3"}), ("paddle", "gpu", {})):
+        module = SimpleNamespace(
+            __name__=name,
+            empty=lambda shape, **how: (shape, how),
+            device=lambda kind, number: f"{kind}:{number}",
+            cuda=SimpleNamespace(current_device=lambda: 3),
+        )
         monkeypatch.setattr(tensors, "paddle_or_torch", lambda module=module: module)
-        made.clear()
-        assert tensors.new_like("a dtype")("a tensor") == 1 and made == ["a tensor"]
+        assert tensors.maker(device)([2], "a dtype") == ([2], {"dtype": "a dtype", **where})

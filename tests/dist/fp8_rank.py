@@ -27,7 +27,7 @@ from fd_fusion.backends.triton_setup import ONE_SHOT
 from fd_fusion.comm.group import Group
 from fd_fusion.comm.vote import Vote, agree
 from fd_fusion.frameworks import triton_launch
-from fd_fusion.frameworks.tensors import bytes_of, numbers
+from fd_fusion.frameworks.tensors import bytes_of, maker, numbers
 from fd_fusion.spec import Fp8, OpSpec
 from tests.dist.fp8_quantiser import quantise_rows
 from tests.support.ranks import this_group, this_rank
@@ -56,7 +56,7 @@ class Quantiser:
     def __call__(self, norm, fp8):
         from fd_fusion.backends.triton_fp8 import Outputs
 
-        made = Outputs(torch, norm, fp8)
+        made = Outputs(torch, maker("gpu" if norm.is_cuda else "cpu"), norm.shape, fp8)
         codes, scales, row_stride, group_stride, _ = made.arguments(0)
         self._launch(norm.shape[0] * self._parts, norm.data_ptr(), codes, scales, row_stride, group_stride)
         return made

@@ -33,7 +33,6 @@ WHOLE = {
     "assign",
     "assign_out_",
 }  # views of contiguous ones
-FP8 = "float8_e4m3fn"
 NO_VERSION = "0.0.0"  # of a nightly build
 METHODS = {"clone", "contiguous", "copy_", "numpy", "_copy_to"}  # native for contiguous tensors
 cpu_calls = {}  # how often each op went over the CPU
@@ -91,8 +90,7 @@ def _names(paddle):
     paddle._C = types.SimpleNamespace(_cuda_getCurrentRawStream=lambda number: stream(number).cuda_stream)
     importlib.import_module("paddle.base.dygraph.base").in_sot_simulation_mode = lambda: False
     _mean_of_no_rows(paddle)
-    empty, paddle.float8_e4m3fn = paddle.empty, paddle.uint8  # no FP8: bytes in its place
-    paddle.empty = lambda shape, dtype=None, name=None: empty(shape, "uint8" if dtype == FP8 else dtype, name)
+    paddle.float8_e4m3fn = paddle.uint8
     tensor = core.eager.Tensor
     tensor.stride = lambda x, axis=None: x.get_strides() if axis is None else x.get_strides()[axis]
     tensor.is_cuda = property(lambda x: x.place.is_gpu_place())
