@@ -16,6 +16,7 @@ from types import SimpleNamespace
 from runtime import Call, calls, opened, paddle, take_gpu
 
 from fd_fusion.frameworks import triton_launch
+from fd_fusion.spec import Fp8
 from tests.binding.host_time import op_with
 
 made_of, launcher = {}, triton_launch.launcher
@@ -51,6 +52,19 @@ def host_time(group, options):
         "bare launch, Triton's C function does nothing": lambda args: silent(op._plan.split, *args),
     }
     report(op, call.tensors, launches, lambda part: calls.host_us(part, paddle.device.synchronize))
+    op.check()
+    op.close()
+    _fp8(group, options)
+
+
+def _fp8(group, options):
+    form = Fp8(by_column=True, keeps_norm=False)  # as FastDeploy's GEMM reads it
+    op, case = opened(group, options, rows=1, fp8=(form,))
+    x, residual, weight = Call(op, case, group).tensors
+    known = [Known(tensor) for tensor in (x, residual, weight)]
+    for name, given in {"": (x, residual, weight), ", dtypes interned": known}.items():
+        us = calls.host_us(lambda given=given: op.finish_fp8(*given, 1e-5, 0.0, form), paddle.device.synchronize)
+        print(f"host time, finish_fp8{name}: {us:.2f} us", flush=True)
     op.check()
     op.close()
 
