@@ -10,6 +10,7 @@ import triton.language as tl
 
 from fd_fusion.backends.triton_fp8 import Outputs
 from fd_fusion.frameworks import triton_launch
+from fd_fusion.frameworks.tensors import maker
 from fd_fusion.kernels.all_reduce import quantise_ptx
 from fd_fusion.kernels.all_reduce.context import Row, Shape
 from fd_fusion.kernels.all_reduce.kernel import gdc_wait
@@ -57,7 +58,7 @@ class Quantiser:
         self._launch = triton_launch.prepare(quantise_rows, (*(address,) * 3, 2, 2), constants, device).launch
 
     def __call__(self, norm: torch.Tensor, fp8: Fp8) -> Any:
-        made = Outputs(torch, norm, fp8)
+        made = Outputs(torch, maker("gpu" if norm.is_cuda else "cpu"), norm.shape, fp8)
         codes, scales, row_stride, group_stride, _ = made.arguments(0)
         self._launch(norm.shape[0] * self._parts, norm.data_ptr(), codes, scales, row_stride, group_stride)
         return made

@@ -7,6 +7,7 @@ Triton's interpreter, each rank a process. All that a call needs beside its tens
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import struct
 from collections.abc import Callable
@@ -31,7 +32,7 @@ from fd_fusion.comm.symmetric_memory import MemoryProvider, agree_or_raise, as_r
 from fd_fusion.comm.vote import Vote, agree
 from fd_fusion.comm.workspace import Workspace, open_workspace
 from fd_fusion.frameworks import triton_launch
-from fd_fusion.frameworks.tensors import empty_pair, paddle_or_torch
+from fd_fusion.frameworks.tensors import maker, paddle_or_torch
 from fd_fusion.kernels.all_reduce import plan as plans
 from fd_fusion.kernels.all_reduce.counts import Counts
 from fd_fusion.reasons import Reason, closed
@@ -87,7 +88,7 @@ class TritonOp:
         self._store_word = triton_launch.prepare(store, word, {}, spec.device).launch
         self._framework = paddle_or_torch()
         dtype = getattr(self._framework, spec.dtype)
-        self._dtypes, self._empty_pair = (dtype, dtype), empty_pair(dtype)
+        self._dtypes, self._new = (dtype, dtype), maker(spec.device)
         launches = self._launches | self._fp8_launches
         # By a weight's dtype, compared by identity: to compare or to hash two dtypes takes a microsecond.
         self._of_weights = [
@@ -95,6 +96,7 @@ class TritonOp:
             for name in spec.weight_dtypes
         ]
         self._two_shot_rows, self._row_bytes = self._plan.two_shot_rows or 1 << 62, 4 * self._plan.words
+        self._parts = functools.lru_cache(1024)(functools.partial(_parts, self._plan))
         self._calls = itertools.count()
         self._counts = Counts(2)
         self._workspace: Workspace | None = None
@@ -127,7 +129,8 @@ class TritonOp:
         if (x | r | w) & 15 or not (partial.is_contiguous() and added.is_contiguous() and weight.is_contiguous()):
             partial, added, weight = _ready(partial), _ready(added), _ready(weight)
             x, r, w = partial.data_ptr(), added.data_ptr(), weight.data_ptr()
-        norm_out, residual_out = self._empty_pair(partial)
+        residual_out = self._new(shape, self._dtypes[0])
+        norm_out = self._new(shape, self._dtypes[0]) if fp8 is None or fp8.keeps_norm else residual_out
         if rows:
             path = ONE_SHOT if rows < self._two_shot_rows else STAYS if stays and residual is not None else TWO_SHOT
             out = norm_out.data_ptr(), residual_out.data_ptr()
@@ -142,9 +145,9 @@ class TritonOp:
         Returns: (norm_out or None, codes, scales, residual_out). codes [T, H], float8_e4m3fn; scales [T, H / 128] as
             `fp8` says, None for a static scale. If a rank is missing all codes are NaN.
         """
-        outputs = Outputs(self._framework, partial, fp8)
+        outputs = Outputs(self._framework, self._new, partial.shape, fp8)
         norm_out, residual_out = self._finish(partial, residual, weight, eps, weight_offset, stays, outputs)
-        return norm_out if fp8.keeps_norm else None, outputs.codes, outputs.scales, residual_out
+        return None if norm_out is residual_out else norm_out, outputs.codes, outputs.scales, residual_out
 
     def residual_stays(self, rows: int) -> bool:
         return self.may_stay and rows >= self._two_shot_rows
@@ -236,13 +239,11 @@ class TritonOp:
 
         `call_id`, `op` on the error page, counts calls, or captures of them.
         """
-        parts = ((0, rows),) if rows <= self._slots else plans.launches(self._slots, rows)
         call_id, (local, own) = next(self._calls) & 0xFFFFFF, self._own
-        at_once, two_shot = self.at_once[path], path != ONE_SHOT
-        for start, count in parts:
+        for programs, start, count in self._parts(rows, self._slots, self.at_once[path], path != ONE_SHOT):
             skip = start * self._row_bytes
             launch(
-                plans.grid(self._plan, at_once, count, two_shot)[0],
+                programs,
                 partial + skip,
                 residual + skip,
                 weight,
@@ -283,6 +284,13 @@ class TritonOp:
         run_all_fp8(self, self._spec, self._framework)
         self._provider.synchronize()
         self.check()
+
+
+def _parts(plan: plans.Plan, rows: int, slots: int, at_once: int, two_shot: bool) -> list[tuple[int, int, int]]:
+    """Cut a call of `rows` rows into launches: (programs, first row, rows) of each."""
+    return [
+        (plans.grid(plan, at_once, count, two_shot)[0], start, count) for start, count in plans.launches(slots, rows)
+    ]
 
 
 def _ready(tensor: Any) -> Any:

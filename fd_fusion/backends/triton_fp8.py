@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -41,21 +43,22 @@ def compile_fp8(spec: OpSpec, plan: plans.Plan) -> dict[tuple, triton_launch.Loa
 class Outputs:
     """Codes and scales of one call. Rows between T and the padding of the scales are not written."""
 
-    def __init__(self, framework: Any, partial: Any, fp8: Fp8):
-        rows, hidden = partial.shape
-        groups, self.kernel, self._hidden = hidden // FP8_GROUP, fp8.kernel, hidden
-        self._static_factor = float(np.float32(1) / np.float32(fp8.static_scale))
-        self.codes = _empty(framework, (rows, hidden), "float8_e4m3fn", partial)
+    def __init__(self, framework: Any, new: Callable[[Sequence[int], Any], Any], shape: Sequence[int], fp8: Fp8):
+        rows, self._hidden = shape
+        groups = self._hidden // FP8_GROUP
+        self.kernel, self.keeps_norm, self._static_factor = fp8.kernel, fp8.keeps_norm, _inverse(fp8.static_scale)
+        self.codes = new(shape, framework.float8_e4m3fn)
         self.scales, self._strides = None, (0, 0)
         if fp8.formula == "static":
             return
         if fp8.by_column:
             padded = -(-rows // _PADDING) * _PADDING
-            self.scales = _empty(framework, (groups, padded), "float32", partial).T[:rows]
             self._strides = 1, padded
+            whole = new((groups, padded), framework.float32)
+            self.scales = framework.as_strided(whole, (rows, groups), self._strides)
         else:
-            self.scales = _empty(framework, (rows, groups), "float32", partial)
             self._strides = groups, 1
+            self.scales = new((rows, groups), framework.float32)
 
     def arguments(self, start: int) -> tuple:
         """Return what the kernel takes behind its other arguments, for rows from `start` on."""
@@ -64,8 +67,6 @@ class Outputs:
         return codes + start * self._hidden, scales, *self._strides, self._static_factor
 
 
-def _empty(framework: Any, shape: tuple[int, ...], dtype: str, like: Any) -> Any:
-    """Return a new tensor beside `like`."""
-    if framework.__name__ == "paddle":
-        return framework.empty(shape, dtype)
-    return framework.empty(shape, dtype=getattr(framework, dtype), device=like.device)
+@functools.cache
+def _inverse(scale: float) -> float:
+    return float(np.float32(1) / np.float32(scale))

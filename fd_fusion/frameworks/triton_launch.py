@@ -63,13 +63,14 @@ def triton_driver() -> Iterator[None]:
         return
     from triton.runtime.driver import driver
 
-    before = driver._active  # not reset_active(): without torch that raises "0 active drivers"
+    name = "_active" if hasattr(driver, "_active") else "active"  # of Triton 3.3
+    before = getattr(driver, name)  # not reset_active(): without torch that raises "0 active drivers"
     driver.set_active(_paddle_driver())
     try:
         yield
     finally:
         if before is not None or not _torch_hides_the_gpu():
-            driver._active = before
+            setattr(driver, name, before)
 
 
 def _torch_hides_the_gpu() -> bool:
@@ -144,20 +145,44 @@ def prepare(kernel: Any, like: tuple, constants: dict[str, Any], device: str) ->
         like: arguments of the types that all calls will have. The kernel must not specialize on their values.
         constants: its constexpr arguments, which come last, and launch options.
 
-    A launch goes to the loaded function at once, by the entry point that Triton 3.3 to 3.9 share: looking the
-    kernel up by its arguments, as `kernel[grid](...)` does, takes most of the host time of a launch.
+    A launch goes to the loaded function at once: looking the kernel up by its arguments, as `kernel[grid](...)` does,
+    takes most of the host time of a launch.
     """
     if device == "cpu":
         return Loaded(lambda programs, *args: kernel[(programs,)](*args, **constants), 1)
     with triton_driver():
         made = kernel.warmup(*like, grid=(1,), **constants)
         made._init_handles()
-    framework, run = paddle_or_torch(), made.run
+    framework = paddle_or_torch()
     stream = functools.partial(framework._C._cuda_getCurrentRawStream, framework.cuda.current_device())
-    loaded = (made.function, made.packed_metadata, None, None, None)  # launch metadata, hooks
     tail = tuple(constants[name] for name in kernel.arg_names if name in constants)
     resident = programs_at_once(made.metadata.num_warps, made.n_regs)
-    return Loaded(lambda programs, *args: run(programs, 1, 1, stream(), *loaded, *args, *tail), resident)
+    return Loaded(launcher(made, stream, like, tail), resident)
+
+
+def launcher(made: Any, stream: Callable[[], int], like: tuple, tail: tuple) -> Callable[..., None]:
+    """Return launch(programs, *args) of a compiled kernel, on the stream that is current then.
+
+    By the entry point that Triton 3.3 to 3.9 share; or, sooner by a microsecond, by the C function behind it, which
+    takes other arguments in each version: they are read from a call with a function in its place. A kernel that needs
+    scratch memory gets it from Triton at each launch.
+    """
+    run, loaded = made.run, (made.function, made.packed_metadata, None, None, None)  # launch metadata, hooks
+    function, noted = getattr(run, "launch", None), []
+    if function is not None and not (run.global_scratch_size or getattr(run, "profile_scratch_size", 0)):
+        grid, every = (1, 1, 1, object()), (*like, *tail)
+        run.launch = lambda *given: noted.append(given)
+        try:
+            run(*grid, *loaded, *every)
+        finally:
+            run.launch = function
+    for given in noted:
+        flat, nested = given[4 : -len(every)], given[4:-1]
+        if given == (*grid, *flat, *every):
+            return lambda programs, *args: function(programs, 1, 1, stream(), *flat, *args, *tail)
+        if given == (*grid, *nested, every):
+            return lambda programs, *args: function(programs, 1, 1, stream(), *nested, (*args, *tail))
+    return lambda programs, *args: run(programs, 1, 1, stream(), *loaded, *args, *tail)
 
 
 def uses_pdl() -> bool:

@@ -23,13 +23,14 @@ SIZE, ROWS, H = 2, 16, 4096
 GROUP = Group("host", 0, SIZE, tuple(range(SIZE)), None)
 
 
-def op_with(launch_of, weight_dtypes=("bfloat16",)):
+def op_with(launch_of, weight_dtypes=("bfloat16",), fp8=()):
     """The triton backend as it is open on a GPU, but for its memory and its kernels: `launch_of(constants)`."""
 
     def prepare(kernel, like, constants, device):
         return triton_launch.Loaded(launch_of(constants), 2)
 
-    spec = OpSpec(0, SIZE, H, "bfloat16", weight_dtypes=weight_dtypes, device="gpu", arch=90, timeout_s=1.0)
+    device = {"device": "gpu", "arch": 90}
+    spec = OpSpec(0, SIZE, H, "bfloat16", weight_dtypes=weight_dtypes, fp8=fp8, timeout_s=1.0, **device)
     with (
         mock.patch.object(backend, "CudaIpc", lambda: SimpleNamespace(multiprocessors=lambda: 132)),
         mock.patch.object(triton_launch, "require_mode"),

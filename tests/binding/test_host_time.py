@@ -11,6 +11,7 @@ from fd_fusion.binding import backend_selection
 from fd_fusion.comm.vote import Verdict
 from fd_fusion.config import FusionConfig
 from fd_fusion.frameworks import tensors
+from fd_fusion.spec import Fp8
 from tests.binding import host_time
 
 
@@ -90,6 +91,22 @@ def test_the_kernel_gets_whole_rows_on_16_byte_boundaries(strange, first, step):
     assert got == [(0, one.view("int16").numpy().tobytes()) for one in whole]
 
 
+@pytest.mark.parametrize("keeps_norm", [False, True])
+def test_a_norm_that_nobody_gets_has_no_tensor(keeps_norm):
+    """The kernel that writes codes alone gets the address of the sum for a norm: it writes there if it fails."""
+    got, form = [], Fp8(keeps_norm=keeps_norm)
+    op = host_time.op_with(lambda constants: lambda programs, *args: got.append(args), fp8=(form,))
+    x, weight = paddle.ones([3, host_time.H], dtype="bfloat16"), paddle.ones([host_time.H], dtype="bfloat16")
+    norm, codes, _, residual = op.finish_fp8(x, x, weight, 1e-6, 0.0, form)
+    ((_, _, _, norm_address, sum_address, *_),) = got
+    assert sum_address == residual.data_ptr() and got[0][12] == codes.data_ptr()
+    assert (norm is not None) == keeps_norm
+    assert (
+        norm_address == (norm.data_ptr() if keeps_norm else sum_address)
+        and (norm_address != sum_address) == keeps_norm
+    )
+
+
 def test_a_backend_is_asked_about_the_weights_of_all_pairs(monkeypatch):
     """And it is asked once with each eps: the answers are voted on."""
     asked = []
@@ -101,21 +118,25 @@ def test_a_backend_is_asked_about_the_weights_of_all_pairs(monkeypatch):
     assert {one.weight_dtypes for one in asked[0]} == {("bfloat16", "float32")}
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float8_e4m3fn"])
 def test_new_tensors_are_those_of_the_framework(dtype):
-    x = paddle.ones([3, 8], dtype=dtype)
-    for own in (x, x[:, :4].contiguous(), x[:0]):
-        want = paddle.empty_like(own)
-        first, second = tensors.empty_pair(own.dtype)(own)
+    new, known = tensors.maker("cpu"), getattr(paddle, dtype)
+    for shape in ([3, 8], [0, 8], (2, 4)):
+        want = paddle.empty(shape, dtype)
+        first, second = (new(shape, known) for _ in range(2))
         for name in ("shape", "dtype", "place", "stop_gradient", "strides"):
             assert getattr(first, name) == getattr(second, name) == getattr(want, name), name
         assert first.size == 0 or first.data_ptr() != second.data_ptr()
 
 
 def test_without_a_fast_way_the_public_one_is_taken(monkeypatch):
-    made = []
-    for name in ("torch", "paddle"):
-        module = SimpleNamespace(__name__=name, empty_like=lambda tensor: made.append(tensor) or len(made))
+    """Of torch on the GPU that is current when the op is opened, not on the CPU."""
+    for name, device, where in (("torch", "cpu", {}), ("torch", "gpu", {"device": "cuda:3"}), ("paddle", "gpu", {})):
+        module = SimpleNamespace(
+            __name__=name,
+            empty=lambda shape, **how: (shape, how),
+            device=lambda kind, number: f"{kind}:{number}",
+            cuda=SimpleNamespace(current_device=lambda: 3),
+        )
         monkeypatch.setattr(tensors, "paddle_or_torch", lambda module=module: module)
-        made.clear()
-        assert tensors.empty_pair("a dtype")("a tensor") == (1, 2) and made == ["a tensor"] * 2
+        assert tensors.maker(device)([2], "a dtype") == ([2], {"dtype": "a dtype", **where})

@@ -277,6 +277,7 @@ def few_slots(group, options):
     op.close()
 
 
+CODES = "float8_e4m3fn"
 FP8 = (
     Fp8(),
     Fp8("divide", by_column=True, keeps_norm=False),
@@ -322,7 +323,7 @@ def check_fp8(form, outputs, norm, summed, dtype):
     assert (tensors.bits_of(residual_out, dtype) == summed).all()
     assert (norm_out is None) != form.keeps_norm
     assert norm_out is None or (tensors.bits_of(norm_out, dtype) == norm).all()
-    assert str(codes.dtype).endswith("float8_e4m3fn") and list(codes.shape) == list(norm.shape)
+    assert str(codes.dtype).endswith(CODES) and list(codes.shape) == list(norm.shape)
     assert (bytes_of(codes) == want[0]).all(), f"{form}: codes"
     digest.update(bytes_of(codes).tobytes())
     if form.formula == "static":

@@ -1,12 +1,16 @@
-"""A kernel under the interpreter: the functions that it calls become plain ones, whatever their names and modules."""
+"""A kernel under the interpreter: the functions that it calls become plain ones, whatever their names and modules.
+And how a compiled one is launched."""
 
 import importlib
 import sys
 import types
+from unittest import mock
 
 import numpy as np
+import pytest
 
-from fd_fusion.frameworks.triton_launch import interpreting, load_kernel, prepare
+from fd_fusion.frameworks import triton_launch
+from fd_fusion.frameworks.triton_launch import interpreting, launcher, load_kernel, prepare
 
 SOURCES = {  # of modules beside the package's own: Triton reads the source of a function from its file
     "steps": "@triton.jit\ndef add_one(x):\n    return x + 1\n",
@@ -48,3 +52,78 @@ def test_the_functions_of_the_all_reduce_kernel():
     slow = {value for module in modules for value in vars(module).values() if type(value) is type(kernel)}
     store_word = getattr(sys.modules.get("fd_fusion.kernels.all_reduce.probe"), "store_word", kernel)
     assert slow <= {kernel, store_word}
+
+
+def test_triton_3_3_gets_its_own_driver_back(monkeypatch):
+    """Its driver is looked for when it is first used, and lies in another place than in later versions."""
+    config = types.SimpleNamespace(active="not looked for")
+    config.set_active = lambda driver: setattr(config, "active", driver)
+    monkeypatch.setattr(importlib.import_module("triton.runtime.driver"), "driver", config)
+    monkeypatch.setattr(triton_launch, "_paddle_driver", lambda: "ours")
+    monkeypatch.setattr(triton_launch, "paddle_or_torch", lambda: types.SimpleNamespace(__name__="paddle"))
+    with triton_launch.triton_driver():
+        assert config.active == "ours"
+    assert vars(config).keys() == {"active", "set_active"} and config.active == "not looked for"
+
+
+LIKE, TAIL = (1 << 40, 2, 1e-5), (8, "bfloat16", True)
+
+
+class Launcher:
+    """Triton's Python round its C function, which notes what it gets; `form` is the version's way to call it."""
+
+    def __init__(self, form, scratch=0):
+        self.form, self.launched, self.calls = form, [], 0
+        self.global_scratch_size, self.launch = scratch, lambda *given: self.launched.append(given)
+
+    def __call__(self, x, y, z, stream, function, *rest):
+        self.calls += 1
+        self.launch(*self.form(x, y, z, stream, function, *rest))
+
+
+FORMS = {
+    "3.3": lambda x, y, z, stream, function, *rest: (x, y, z, stream, function, False, None, *rest),
+    "3.6": lambda x, y, z, stream, function, *rest: (x, y, z, stream, function, False, True, None, None, *rest),
+    "3.9": lambda *given: (*given[:5], False, True, *given[5:9], None, None, "kinds", b"OO", given[9:]),
+    "one that counts": lambda x, y, z, stream, function, *rest: (x, y, z, stream, function, *rest, 7),
+    "one with the stream behind": lambda x, y, z, stream, function, *rest: (x, y, z, function, stream, *rest),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("scratch", [0, 128])
+def test_the_c_function_gets_what_triton_would_give_it(form, scratch):
+    """On the stream that is current at each launch; where this version's way is not known, or memory is to be made
+    for each launch, by Triton's own Python."""
+    run, streams = Launcher(FORMS[form], scratch), iter(range(70, 80))
+    made = types.SimpleNamespace(run=run, function=5, packed_metadata=(4, 1, 0))
+    launch = launcher(made, lambda: next(streams), LIKE, TAIL)
+    assert not run.launched, "a kernel was launched to find out how"
+    run.calls = 0
+    for programs in (3, 9):
+        launch(programs, 1 << 41, 6, 0.5)
+    tail = (5, (4, 1, 0), None, None, None, 1 << 41, 6, 0.5, *TAIL)
+    assert run.launched == [FORMS[form](3, 1, 1, 70, *tail), FORMS[form](9, 1, 1, 71, *tail)]
+    assert run.calls == (0 if form[0] == "3" and not scratch else 2)
+
+
+def test_the_c_function_of_this_triton():
+    """The installed version's class, without a GPU: its own way is known."""
+    driver = importlib.import_module("triton.backends.nvidia.driver")
+    run, got = object.__new__(driver.CudaLauncher), []
+    sizes = "global_scratch_size", "global_scratch_align", "profile_scratch_size", "profile_scratch_align", "num_ctas"
+    for name in (*sizes, "gsan_enabled", "launch_cooperative_grid", "launch_pdl"):
+        setattr(run, name, 0)
+    run.arg_annotations = run.kernel_signature = None
+    run.launch = lambda *given: got.append(given)
+    made = types.SimpleNamespace(run=run, function=5, packed_metadata=(4, 1, 0))
+    with mock.patch.object(importlib.import_module("triton.runtime.driver").driver, "_active", object(), create=True):
+        launch = launcher(made, lambda: 70, LIKE, TAIL)
+        launch(3, *LIKE)
+        run(3, 1, 1, 70, 5, (4, 1, 0), None, None, None, *LIKE, *TAIL)
+    assert len(got) == 2 and got[0] == got[1]
+    calls = []
+    sys.setprofile(lambda frame, event, arg: event == "call" and calls.append(frame.f_code.co_name))
+    launch(3, *LIKE)
+    sys.setprofile(None)
+    assert "__call__" not in calls

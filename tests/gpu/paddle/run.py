@@ -39,6 +39,8 @@ from tests.support.ranks import run_ranks
 PIECES = ROOT / ".paddle_gpu"
 LIMIT_S = int(os.environ.get("LIMIT_S", "340"))
 DIES = -signal.SIGKILL
+FOUR = ("--two_shot_rows", 5, "--rows", 3, 7, 5, 64)
+MANY = ("--workspace_mb", 128, "--rows", 2, 2200)  # more rows than run at once: batches of N for a program
 ROWS = ("--rows", 1, 3, 15, 17, 600, 2)
 NEEDS = dict.fromkeys(("own_layers", "demo", "two_ranks_launched", "nccl_in_turn", "tune"), 2)  # NCCL: one rank a GPU
 NEEDS["staying"] = 4
@@ -126,14 +128,14 @@ class Results:
             print(f"{name}: {how}", flush=True)
 
 
-def ranks(script: str, *what: object, seconds: int = 60, dies: bool = False):
-    """A case of two ranks: all end with status 0, but the last one where it `dies`, and their digests are equal."""
+def ranks(script: str, *what: object, size: int = 2, seconds: int = 60, dies: bool = False):
+    """A case of some ranks: all end with status 0, but the last one where it `dies`, and their digests are equal."""
 
     def run(limit: float) -> tuple[bool, str]:
-        ended = run_ranks(f"../gpu/paddle/{script}", 2, *what, "--device", "gpu", timeout_s=min(seconds, limit))
+        ended = run_ranks(f"../gpu/paddle/{script}", size, *what, "--device", "gpu", timeout_s=min(seconds, limit))
         text = "\n".join(f"-- rank {number}: status {one.status}\n{one.text}" for number, one in enumerate(ended))
         digests = {found[1] for one in ended if (found := re.search("digest (.*)", one.text))}
-        return [one.status for one in ended] == [0, DIES if dies else 0] and len(digests) == 1, text
+        return [one.status for one in ended] == [0] * (size - 1) + [DIES if dies else 0] and len(digests) == 1, text
 
     return run
 
@@ -201,6 +203,9 @@ def cases(scratch: str, gpus: int) -> tuple[dict, dict]:
         "own_layers": launched("bind_model.py", "triton", "eager", "old"),
         "demo": command(python, "-m", "fd_fusion", "demo", "--device", "gpu", "--backend", "triton", seconds=120),
         "staying": staying,
+        "fp8": ranks("runtime.py", "fp8", "--hidden", 1024, seconds=90),
+        "four_ranks": ranks("runtime.py", "stays", "fp8", "--hidden", 1024, *FOUR, size=4, seconds=120),
+        "batches": ranks("runtime.py", "numbers", "--hidden", 1024, *MANY, size=4, seconds=120),
         "numbers": ranks("runtime.py", "numbers", "payload", "together", "--hidden", 1024, *ROWS, seconds=100),
         "two_ranks_launched": command(
             *(python, "-m", "paddle.distributed.launch", "--nproc_per_node", 2),
@@ -227,7 +232,7 @@ def cases(scratch: str, gpus: int) -> tuple[dict, dict]:
         ),
     }
     alone = {
-        "host_time": ranks("host_time.py", "host_time", *wide),
+        "host_time": ranks("host_time.py", "host_time", *wide, seconds=90),
         "many_replays": ranks("runtime.py", "many_replays", *wide, "--calls", calls, seconds=90),
         "little_memory": ranks("runtime.py", "little_memory", *wide),
     }
@@ -254,7 +259,7 @@ def main(out: Path, wanted: list[str]) -> int:
     run_case(results, "import", command(sys.executable, "-c", say))
     with tempfile.TemporaryDirectory() as scratch:
         beside, alone = cases(scratch, gpus)
-        for together, group in ((1, alone), (3, beside)):
+        for together, group in ((1, alone), (3 if gpus > 1 else 2, beside)):
             with ThreadPoolExecutor(together) as pool:
                 for name, case in group.items():
                     if wanted and name not in wanted:

@@ -90,6 +90,7 @@ def _names(paddle):
     paddle._C = types.SimpleNamespace(_cuda_getCurrentRawStream=lambda number: stream(number).cuda_stream)
     importlib.import_module("paddle.base.dygraph.base").in_sot_simulation_mode = lambda: False
     _mean_of_no_rows(paddle)
+    paddle.float8_e4m3fn = paddle.uint8
     tensor = core.eager.Tensor
     tensor.stride = lambda x, axis=None: x.get_strides() if axis is None else x.get_strides()[axis]
     tensor.is_cuda = property(lambda x: x.place.is_gpu_place())
