@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import struct
+import sys
 from pathlib import Path
 
 import pytest
@@ -72,3 +73,12 @@ def test_what_needs_more_gpus_is_skipped_and_never_passed(monkeypatch, tmp_path,
     assert (tmp_path / "log.txt").read_text().count(": skipped: needs ") == skipped
     replays = next(words for words, _ in asked if "many_replays" in words)
     assert replays[-1] == (100_000 if gpus > 1 else 2_000)
+
+
+def test_every_part_of_the_host_time_can_be_called(monkeypatch, capsys):
+    """Each calls something of the op's own, which may change."""
+    monkeypatch.setattr(sys, "path", [str(FOLDER), *sys.path])
+    part = load("host_time")
+    monkeypatch.setattr(part.timeit, "repeat", lambda call, **_: [call() is not None])
+    part.on_a_cpu()
+    assert "finish, dtypes interned, norm_out in place" in capsys.readouterr().out
