@@ -23,7 +23,7 @@ class SiteLine:
     site: Site
     selected: SelectedBackend
     ranks: tuple[int, ...]
-    fp8: Fp8 | None = None
+    fp8: Fp8 | Reason | None = None
 
     @property
     def quantised_apart(self) -> Reason | None:
@@ -31,6 +31,8 @@ class SiteLine:
         op = self.selected.op
         if self.fp8 is None or self.fp8 in op.fp8:
             return None
+        if isinstance(self.fp8, Reason):
+            return self.fp8
         return getattr(op, "no_fp8", None) or because("no_fp8", got=f"the {self.backend} backend", need="nothing")
 
     @property
@@ -73,7 +75,7 @@ class Report:
     qk_stock: dict[str, Reason] = field(default_factory=dict)
     _logged: bool = field(default=False, repr=False)
 
-    def add_site(self, site: Site, selected: SelectedBackend, group: Group, fp8: Fp8 | None = None) -> None:
+    def add_site(self, site: Site, selected: SelectedBackend, group: Group, fp8: Fp8 | Reason | None = None) -> None:
         self.sites.append(SiteLine(site, selected, group.ranks, fp8))
 
     @property
