@@ -15,7 +15,8 @@ SITES = re.compile(r"fd_fusion \S+: (?:\w+: )?(\d+) sites?\b")
 
 
 def answers(server):
-    return {prompt: server.ask(prompt, TOKENS) for prompt in PROMPTS}
+    """Four ranks with the kernels interpreted may take minutes for all of them on two cores."""
+    return {prompt: server.ask(prompt, TOKENS, timeout_s=240) for prompt in PROMPTS}
 
 
 def check_truth(folder, said):

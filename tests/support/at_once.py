@@ -1,11 +1,13 @@
-"""Checks that wait for time limits and compute next to nothing: all of a file at once, each a test by its name."""
+"""Checks that wait for time limits and compute little: some of a file at once, each a test by its name."""
 
 import concurrent.futures
 import functools
 
+AT_A_TIME = 8  # more of them would hold one another up on a busy machine, whose time limits they wait for
+
 
 class AtOnce:
-    """`check` collects them; `names` are for `parametrize`; the first `result` starts all, in threads."""
+    """`check` collects them; `names` are for `parametrize`; the first `result` runs all, in threads."""
 
     def __init__(self):
         self._checks = {}
@@ -26,7 +28,7 @@ class AtOnce:
 
     @functools.cached_property
     def _futures(self):
-        with concurrent.futures.ThreadPoolExecutor(len(self._checks)) as pool:
+        with concurrent.futures.ThreadPoolExecutor(AT_A_TIME) as pool:
             return {name: pool.submit(check) for name, check in self._checks.items()}
 
     def result(self, name):

@@ -206,7 +206,7 @@ class Store(dict):
 
 
 class Pair:
-    hidden_size, dtype, weight_dtype, weight_offset, eps = 4096, "bfloat16", "bfloat16", 0.0, 1e-6
+    hidden_size, dtype, weight_dtype, weight_offset, eps, fp8 = 4096, "bfloat16", "bfloat16", 0.0, 1e-6, None
 
 
 def open_on_two(monkeypatch, tables, **config):
