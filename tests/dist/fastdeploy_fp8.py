@@ -1,11 +1,13 @@
 """Layers of `block_wise_fp8` over the contract host, with a quantiser by formula: bound, they take what the kernel
 quantised, and give the bits that they give when they quantise the norm themselves."""
 
+import contextlib
 import functools
 import os
 import sys
 import tempfile
 import types
+from collections import Counter
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "host")]
@@ -25,6 +27,11 @@ from fd_fusion.hosts.fastdeploy.plugin import register
 
 register()
 import fastdeploy.model_executor
+from fastdeploy.model_executor.forward_meta import ForwardMeta
+from fastdeploy.model_executor.layers.linear import BlockWiseFP8LinearMethod
+from paddle.jit import sot
+
+from fd_fusion.layers import finish_op
 
 FEW, MANY = [1, 2, 3], [i % 60 for i in range(20)]
 SIZES = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 64, "num_hidden_layers": 2}
@@ -64,12 +71,17 @@ def outputs(worker, rows):
     return found, len(calls)
 
 
-def check_carried(carry, given, norm, codes, scales, readers):
+def check_carried(carry, given, norm, codes, scales, readers, site):
     """What a norm carries is what the host would make of it."""
     want = paddle_fp8.quantise(norm, readers.form.formula, readers.form.by_column, 1.0)
     assert (bytes_of(codes) == bytes_of(want[0])).all() and (scales.numpy() == want[1].numpy()).all()
     given.append(readers.form.formula)
-    carry(norm, codes, scales, readers)
+    carry(norm, codes, scales, readers, site)
+
+
+def counted(report, before=None):
+    """What the Sites counted, since `before`."""
+    return sum((line.site.fp8_calls for line in report.sites), Counter()) - (before or Counter())
 
 
 def compare(folder, formula, carried):
@@ -81,14 +93,18 @@ def compare(folder, formula, carried):
     assert report.proven and len(report.sites) == 4, report.lines()
     forms = [fp8.Fp8(formula, by_column=True)] * 3 + [None]
     assert [line.fp8 for line in report.sites] == forms and not any(line.quantised_apart for line in report.sites)
+    assert f"3 norms in FP8, taken by {carried} layers" in report.lines()[0], report.lines()
     fp8.carry = lambda *args: None
     quantised_apart, count = outputs(bound, FEW)
     fp8.carry = functools.partial(check_carried, carry, given)
+    before_it = counted(report)
     in_kernel, fewer = outputs(bound, FEW)
     assert np.array_equal(in_kernel, quantised_apart) and np.isfinite(in_kernel).all()
     assert given == [formula] * carried and fewer == count - carried, (given, count, fewer)
     fp8.carry = carry
+    assert counted(report, before_it) == {"made": carried, "taken": carried}
     assert outputs(bound, MANY)[1] == count, "above the limit the host quantises all"
+    assert counted(report, before_it) == {"made": carried, "taken": carried}
     fd_fusion.unbind(model)
     assert outputs(bound, FEW)[1] == count, "and so it does when nothing is bound"
     after = {name: vars(module).get(name) for module, name in ((phi, "fp8_quant_blockwise"), (gpu, "per_token_quant"))}
@@ -110,6 +126,68 @@ def refused(folder):
     broken = False
 
 
+@contextlib.contextmanager
+def each_linear_first(change):
+    """A host whose linears change what they get before they quantise it, in place or not."""
+    stock = BlockWiseFP8LinearMethod.apply
+    BlockWiseFP8LinearMethod.apply = lambda self, layer, x: stock(self, layer, change(x))
+    yield
+    BlockWiseFP8LinearMethod.apply = stock
+
+
+def not_the_very_tensor(folder):
+    """A host that copies what it reads quantises by itself, and the report says so."""
+    with each_linear_first(lambda x: x.clone()):
+        bound = bring_up(folder)
+        (report,) = [one for one in fd_fusion.report() if one.sites]
+        assert report.proven and [line.site.takers for line in report.sites] == [0, 0, 0, None]
+        (line,) = [line for line in report.lines() if "quantised behind the kernel" in line]
+        assert line == "fd_fusion: 3 norms quantised behind the kernel: no layer took the FP8 of its norm in the proving pass", line
+        assert "FP8" not in report.lines()[0]
+        got, count = outputs(bound, FEW)
+        fd_fusion.unbind(bound.model_runner.model)
+        assert outputs(bound, FEW)[1] == count and np.isfinite(got).all()
+        assert not any(line.site.fp8_calls for line in report.sites)
+
+
+def double(x):
+    x.copy_(x * 2, False)
+    return x
+
+
+def changed_in_place(folder):
+    """A host that changes the norm by an op that counts no version: the outputs of the proving pass show it."""
+    with each_linear_first(double):
+        try:
+            bring_up(folder)
+        except fd_fusion.BindError as error:
+            assert error.reason.root.code == "outputs_differ", error
+        else:
+            raise AssertionError("nothing was refused")
+
+
+def traced(folder):
+    """The host's static graph, by SOT: one whole graph, in which the host's op quantises."""
+    phi.fp8_quant_blockwise = by_opaque_op
+    bound = bring_up(folder)
+    (report,) = [one for one in fd_fusion.report() if one.sites]
+    assert report.proven and "3 norms in FP8, taken by 3 layers" in report.lines()[0], report.lines()
+    inner, ids = bound.model_runner.model.model, paddle.to_tensor(FEW)
+    want, made = inner(ids, ForwardMeta(ids)), [line.site.fp8_calls["made"] for line in report.sites]
+    code = type(inner).forward
+    got = sot.symbolic_translate(code, training=False)(inner, ids, ForwardMeta(ids))
+    ((found, _), *_), _ = sot.opcode_translator.executor.executor_cache.OpcodeExecutorCache().cache[code.__code__]
+    assert not [name for name in found[0].co_names if name.startswith("$")], "the graph is broken"
+    assert (got == want).all() and [line.site.fp8_calls["made"] for line in report.sites] == made
+    fd_fusion.unbind(bound.model_runner.model)
+    phi.fp8_quant_blockwise = by_phi
+
+
+def by_opaque_op(x, using_pow2_scale=True, output_scale_transpose=True, using_ue8m0_scale=False):
+    codes, scales = finish_op._quantise(x, "multiply", False, 1.0)
+    return codes, scales.T
+
+
 own, phi.fp8_quant_blockwise = phi.fp8_quant_blockwise, by_phi
 with tempfile.TemporaryDirectory() as scratch:
     config = {**SIZES, "dtype": "bfloat16", "attention_bias": False, "quantization": "block_wise_fp8"}
@@ -122,5 +200,8 @@ with tempfile.TemporaryDirectory() as scratch:
     compare(folder, "divide_7", 3)
     os.environ.update(FD_USE_PHI_FP8_QUANT="1", FD_FP8_QUANT_WITH_POW2SCALE="0")
     refused(folder)
+    not_the_very_tensor(folder)
+    changed_in_place(folder)
+    traced(folder)
 phi.fp8_quant_blockwise = own
 record(done=True)

@@ -77,7 +77,7 @@ class HostStock:
         once = _producer_forward(stock, site) if len(on) < 2 else _regrouping_forward(stock, site, on)
         undo.append(_set_forward(found.producer, once))
         norm = _norm_forward(found.norm.forward, site)
-        if self._readers is not None:
+        if self._readers is not None and site.quantises(self._readers.form) and site.takers != 0:
             undo.append(fp8.install())
             norm = _quantising_forward(norm, site, self._readers)
         undo.append(_set_forward(found.norm, norm))
@@ -198,15 +198,21 @@ def _norm_forward(stock: Callable, site: Site) -> Callable:
 
 
 def _quantising_forward(plain: Callable, site: Site, readers: fp8.Readers) -> Callable:
-    """Finish as `plain` does, and in an eager call give the norm its codes and scales to carry, where one kernel made
-    all of it."""
+    """Finish as `plain` does, and in an eager call give the norm its codes and scales to carry: those that one kernel
+    made with it; in the proving pass the host's own, so that its outputs show that no layer gets others."""
+
+    def by_host(norm, form):
+        if not site.proving or not len(norm):
+            return None, None
+        site.takers = 0
+        return fp8.by_host(norm, form.by_column)[1:]
 
     def forward(x, residual_input=None, forward_meta=None, proxy_rmsnorm=None):
         if proxy_rmsnorm is not None or not paddle_ops.is_eager() or len(x.shape) != 2:
             return plain(x, residual_input, forward_meta, proxy_rmsnorm)
-        norm, codes, scales, residual = site.finish_fp8(x, residual_input, readers.form, lambda *_: (None, None))
+        norm, codes, scales, residual = site.finish_fp8(x, residual_input, readers.form, by_host)
         if codes is not None:
-            fp8.carry(norm, codes, scales, readers)
+            fp8.carry(norm, codes, scales, readers, site)
         return norm, residual
 
     forward.__wrapped__ = plain

@@ -17,9 +17,11 @@ import numpy as np
 import paddle
 
 from fd_fusion.binding.attributes import set_attribute, undo_in_turn
+from fd_fusion.frameworks.paddle_ops import is_eager
 from fd_fusion.frameworks.tensors import bytes_of, numbers
 from fd_fusion.reasons import Reason, because
 from fd_fusion.reference import FP8_GROUP, quantise
+from fd_fusion.site import Site
 from fd_fusion.spec import Fp8
 
 _LINEAR = "BlockWiseFP8LinearMethod"
@@ -30,21 +32,21 @@ _PHI = ("paddle.incubate.nn.functional", "fp8_quant_blockwise")
 _OPS = "fastdeploy.model_executor.ops.gpu"
 
 
-class Carried(NamedTuple):
-    """What a tensor carries: its codes and scales, and what these were made for."""
-
-    codes: Any
-    scales: Any  # [T, H / 128]
-    form: Fp8
-    any_strides: bool
-    version: int  # of the tensor, which an op in place moves on
-
-
 class Readers(NamedTuple):
     """What the layers behind a norm ask for."""
 
     form: Fp8
     any_strides: bool  # who asks for scales by rows takes others too
+
+
+class Carried(NamedTuple):
+    """What a tensor carries: its codes and scales, and what these were made for."""
+
+    codes: Any
+    scales: Any  # [T, H / 128]
+    readers: Readers
+    site: Site
+    state: tuple[int, ...]  # of the tensor: another one shows that it is not the norm any more
 
 
 def readers_of(reader: Any, hidden_size: int, dtype: str) -> Readers | Reason | None:
@@ -74,27 +76,32 @@ def readers_of(reader: Any, hidden_size: int, dtype: str) -> Readers | Reason | 
 
 def formula_of(by_column: bool, dtype: str) -> str | Reason:
     """Return the formula of the quantiser that the host calls now, of which it gives every bit."""
-    from fastdeploy import envs
-
     x = _samples(dtype)
     try:
-        if envs.FD_USE_PHI_FP8_QUANT:
-            pow2 = bool(envs.FD_FP8_QUANT_WITH_POW2SCALE)
-            formulas = ("multiply_pow2",) if pow2 else ("multiply",)
-            codes, scales = _symbol(*_PHI)(x, using_pow2_scale=pow2, output_scale_transpose=by_column)
-            scales = scales.T if by_column else scales
-        else:
-            formulas = "divide", "divide_7"
-            name = "per_token_quant_padding" if by_column else "per_token_quant"
-            codes, scales = _symbol(_OPS, name)(x, FP8_GROUP, False)
+        formulas, codes, scales = by_host(x, by_column)
     except (AttributeError, ImportError, RuntimeError, TypeError, ValueError) as error:
         return because("fp8_differs", detail=f"it raised {type(error).__name__}: {error}")
-    got = bytes_of(codes), numbers(scales[: len(x)]).view(np.uint32)
+    got = bytes_of(codes), numbers(scales).view(np.uint32)
     for formula in formulas:
         want_codes, want_scales = quantise(numbers(x), formula)
         if np.array_equal(got[0], want_codes) and np.array_equal(got[1], want_scales.view(np.uint32)):
             return formula
     return because("fp8_differs", detail=f"its bits are not those of {' or '.join(formulas)}")
+
+
+def by_host(x: Any, by_column: bool) -> tuple[tuple[str, ...], Any, Any]:
+    """Quantise by the host's own quantiser, as its layers call it now. Returns (formulas that it may be of, codes,
+    scales [T, H / 128])."""
+    from fastdeploy import envs
+
+    if envs.FD_USE_PHI_FP8_QUANT:
+        pow2 = bool(envs.FD_FP8_QUANT_WITH_POW2SCALE)
+        codes, scales = _symbol(*_PHI)(x, using_pow2_scale=pow2, output_scale_transpose=by_column)
+        formulas, scales = ("multiply_pow2",) if pow2 else ("multiply",), scales.T if by_column else scales
+    else:
+        formulas, name = ("divide", "divide_7"), "per_token_quant_padding" if by_column else "per_token_quant"
+        codes, scales = _symbol(_OPS, name)(x, FP8_GROUP, False)
+    return formulas, codes, scales[: len(x)]
 
 
 def _samples(dtype: str) -> Any:
@@ -112,9 +119,14 @@ def _samples(dtype: str) -> Any:
     return paddle.to_tensor(words.view(np.int16)).view(dtype)
 
 
-def carry(norm: Any, codes: Any, scales: Any, readers: Readers) -> None:
+def carry(norm: Any, codes: Any, scales: Any, readers: Readers, site: Site) -> None:
     """Let a norm carry its codes and scales to the layers that read it."""
-    setattr(norm, _CARRIED, Carried(codes, scales, *readers, norm.inplace_version))
+    setattr(norm, _CARRIED, Carried(codes, scales, readers, site, _state(norm)))
+
+
+def _state(x: Any) -> tuple[int, ...]:
+    """Return what an op in place changes: the version, which most count, also of a view; the memory; the shape."""
+    return x.inplace_version, x.data_ptr(), *x.shape
 
 
 _installed: list[Callable[[], None]] = []  # the undos
@@ -152,39 +164,33 @@ def _carrying(stock: Callable, asked: Callable[..., tuple[tuple[str, ...], bool,
     """Return the quantiser that gives what a tensor carries. `asked`: what the other arguments ask for."""
 
     def quantiser(x, *args, **kwargs):
+        if not is_eager():  # a graph that is being traced calls the stock one, and must not look into a tensor
+            return stock(x, *args, **kwargs)
         carried = getattr(x, _CARRIED, None)
-        if carried is None or carried.version != x.inplace_version:
+        if carried is None or carried.state != _state(x):
             return stock(x, *args, **kwargs)
+        form, any_strides = carried.readers
         formulas, by_column, transposed = asked(*args, **kwargs) or ((), False, False)
-        fits = by_column == carried.form.by_column or (carried.any_strides and not by_column)
-        if carried.form.formula not in formulas or not fits:
+        if form.formula not in formulas or not (by_column == form.by_column or (any_strides and not by_column)):
             return stock(x, *args, **kwargs)
+        carried.site.count_taken()
         return carried.codes, carried.scales.T if transposed else carried.scales
 
     quantiser.__wrapped__ = stock
     return quantiser
 
 
-def _asked_of_phi(
-    epsilon=0.0,
-    input_transpose=False,
-    output_scale_transpose=True,
-    return_transpose_only=False,
-    using_pow2_scale=True,
-    using_ue8m0_scale=False,
-    quant_method="1x128",
-    output_type="e4m3",
-    name=None,
-):
-    """Return (formulas, by column, given transposed) of a call of `fp8_quant_blockwise`; None of an unusual one."""
-    if (epsilon, input_transpose, return_transpose_only, using_ue8m0_scale) != (0.0, False, False, False):
-        return None
-    if (quant_method, output_type) != ("1x128", "e4m3"):
+def _asked_of_phi(*args, using_pow2_scale=None, output_scale_transpose=None, using_ue8m0_scale=False, **others):
+    """Return (formulas, by column, given transposed) of a call of `fp8_quant_blockwise`, as the host writes it; None
+    of one with anything else in it, or that leaves it to Paddle's defaults."""
+    if args or others or using_ue8m0_scale or using_pow2_scale is None or output_scale_transpose is None:
         return None
     formulas = ("multiply_pow2",) if using_pow2_scale else ("multiply",)
     return formulas, output_scale_transpose, output_scale_transpose
 
 
-def _asked_of_ops(by_column: bool, block_size, use_ue8m0=False):
+def _asked_of_ops(by_column: bool, block_size=None, use_ue8m0=None, *args, **others):
     """Return the same of a call of one of FastDeploy's ops, which give the scales by columns as a view."""
-    return None if use_ue8m0 or block_size != FP8_GROUP else (("divide", "divide_7"), by_column, False)
+    if args or others or use_ue8m0 is not False or block_size != FP8_GROUP:
+        return None
+    return ("divide", "divide_7"), by_column, False

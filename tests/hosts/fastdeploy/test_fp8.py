@@ -4,19 +4,23 @@ FASTDEPLOY_SRC=/path/to/FastDeploy python -m pytest tests/hosts/fastdeploy/test_
 """
 
 import ast
+import copy
 import os
 import sys
 import types
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import paddle
 import pytest
+from paddle.jit import sot
 
 from fd_fusion.frameworks import paddle_fp8
 from fd_fusion.frameworks.tensors import bytes_of
 from fd_fusion.hosts.fastdeploy import fp8
+from fd_fusion.layers import finish_op
 from fd_fusion.reasons import Reason
 from fd_fusion.spec import Fp8
 
@@ -37,7 +41,7 @@ class Host:
         codes, scales = paddle_fp8.quantise(x, formula, output_scale_transpose, 1.0)
         return codes, scales.T if output_scale_transpose else scales
 
-    def per_token_quant(self, x, block_size, use_ue8m0):
+    def per_token_quant(self, x, *args):
         self.calls.append("per_token_quant")
         return paddle_fp8.quantise(x, self.divisor, False, 1.0)
 
@@ -59,7 +63,9 @@ def host(monkeypatch):
     monkeypatch.setitem(sys.modules, "fastdeploy.model_executor.ops.gpu", gpu)
     monkeypatch.setattr(phi, "fp8_quant_blockwise", found.fp8_quant_blockwise)
     found.gpu, found.package = gpu, package
-    return found
+    yield found
+    while fp8._users:  # of a test that failed
+        fp8._leave()
 
 
 def reader(*kinds, config=None):
@@ -73,6 +79,7 @@ def reader(*kinds, config=None):
     return paddle.nn.LayerList(parts)
 
 
+ASKED = {"using_pow2_scale": False, "output_scale_transpose": True}
 LINEAR, TRITON, DEEP_GEMM = "BlockWiseFP8LinearMethod", "BlockWiseFP8MoEMethod", "DeepGemmFusedMoeMethod"
 
 
@@ -137,56 +144,169 @@ def test_a_layer_with_a_graph_of_its_own_quantises(host):
     assert found.code == "no_fp8" and "FD_USE_BLOCK_WISE_CUDA_GRAPH" in str(found) and not host.calls
 
 
-def carrying(by_column=True, formula="multiply", any_strides=True, rows=3):
+class Taken:
+    """The Site of a norm, which counts who takes its FP8."""
+
+    def __init__(self):
+        self.count = 0
+
+    def count_taken(self):
+        self.count += 1
+
+
+def carrying(by_column=True, formula="multiply", any_strides=True, rows=3, site=None):
     """A norm that carries codes and scales, of which no quantiser would make the same."""
     norm = paddle.to_tensor(np.linspace(-3, 3, rows * 256, dtype="float32").reshape(rows, 256)).astype("bfloat16")
     codes, scales = paddle_fp8.quantise(norm * 2, formula, by_column, 1.0)
-    fp8.carry(norm, codes, scales, fp8.Readers(Fp8(formula, by_column=by_column), any_strides))
+    fp8.carry(norm, codes, scales, fp8.Readers(Fp8(formula, by_column=by_column), any_strides), site or Taken())
     return norm, codes, scales
 
 
 def test_the_very_tensor_is_not_quantised_again(host):
-    stock = phi.fp8_quant_blockwise, host.gpu.per_token_quant_padding
-    norm, codes, scales = carrying()
+    stock, site = (phi.fp8_quant_blockwise, host.gpu.per_token_quant_padding), Taken()
+    norm, codes, scales = carrying(site=site)
     undo, second = fp8.install(), fp8.install()
     got = phi.fp8_quant_blockwise(norm, using_pow2_scale=False, output_scale_transpose=True, using_ue8m0_scale=False)
     assert got[0] is codes and (got[1] == scales.T).all() and got[1].shape == [2, 3]
     rows = phi.fp8_quant_blockwise(norm, using_pow2_scale=False, output_scale_transpose=False)
     assert rows[0] is codes and rows[1] is scales, "whose strides the experts read"
-    assert not host.calls
+    for same in (norm.astype("bfloat16"), norm.contiguous(), norm.reshape([3, 256]), paddle.nn.Identity()(norm)):
+        assert phi.fp8_quant_blockwise(same, **ASKED)[0] is codes, "Paddle gives the very tensor back"
+    assert not host.calls and site.count == 6
     undo()
     undo()  # once is enough
-    assert phi.fp8_quant_blockwise(norm, using_pow2_scale=False)[0] is codes
+    assert phi.fp8_quant_blockwise(norm, **ASKED)[0] is codes
     second()
     assert (phi.fp8_quant_blockwise, host.gpu.per_token_quant_padding) == stock
-    assert phi.fp8_quant_blockwise(norm, using_pow2_scale=False)[0] is not codes
+    assert phi.fp8_quant_blockwise(norm, **ASKED)[0] is not codes
 
 
-def test_any_other_tensor_is_quantised_as_ever(host):
+def changed(how):
+    """A norm that was changed in place behind the kernel: `how` gets it."""
+    norm = carrying()[0]
+    how(norm)
+    return norm
+
+
+def set_memory(norm):
+    norm.data = norm * 2
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        lambda: carrying()[0].clone(),
+        lambda: carrying()[0][:2],
+        lambda: carrying()[0][:],
+        lambda: carrying()[0].detach(),
+        lambda: copy.deepcopy(carrying()[0]),
+        lambda: carrying()[0].cast("bfloat16"),
+        lambda: changed(lambda norm: norm.scale_(2.0)),
+        lambda: changed(lambda norm: norm[:2].scale_(2.0)),
+        lambda: changed(lambda norm: norm.reshape([-1]).scale_(2.0)),
+        lambda: changed(lambda norm: norm.__setitem__(0, 1.0)),
+        lambda: changed(lambda norm: paddle.assign(norm * 2, output=norm)),
+        lambda: changed(lambda norm: norm.reshape_([6, 128])),
+        lambda: changed(set_memory),
+    ],
+)
+def test_another_tensor_or_a_changed_one_is_quantised_as_ever(host, x):
+    undo, x = fp8.install(), x()
+    got = phi.fp8_quant_blockwise(x, **ASKED)
+    want = paddle_fp8.quantise(x, "multiply", True, 1.0)
+    undo()
+    assert host.calls == ["fp8_quant_blockwise"]
+    assert (bytes_of(got[0]) == bytes_of(want[0])).all() and (want[1] == got[1].T).all()
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"using_pow2_scale": True},
+        {"using_ue8m0_scale": True},
+        {"output_type": "e5m2"},
+        {"quant_method": "128x128"},
+        {"input_transpose": True},
+        {"epsilon": 1e-3},
+        {"an_argument_of_a_newer_paddle": 1},
+    ],
+)
+def test_another_form_is_quantised_as_ever(host, asked):
+    undo, (norm, codes, _) = fp8.install(), carrying()
+    assert phi.fp8_quant_blockwise(norm, **{**ASKED, **asked})[0] is not codes and len(host.calls) == 1
+    undo()
+
+
+def test_what_a_norm_does_not_carry_is_quantised_as_ever(host):
     undo = fp8.install()
     norm, codes, _ = carrying()
-    changed, rows_only = carrying()[0], carrying(any_strides=False)[0]
-    changed.scale_(2.0)
-    by_rows = carrying(by_column=False)[0]
-    asked = {"using_pow2_scale": False, "output_scale_transpose": True}
     others = [
-        (norm.clone(), asked),
-        (norm[:2], asked),
-        (changed, asked),
-        (norm, {**asked, "using_pow2_scale": True}),
-        (norm, {**asked, "output_type": "e5m2"}),
-        (norm, {**asked, "quant_method": "128x128"}),
-        (norm, {**asked, "using_ue8m0_scale": True}),
-        (norm, {**asked, "input_transpose": True}),
-        (rows_only, {**asked, "output_scale_transpose": False}),
-        (by_rows, asked),
+        (norm, {"using_pow2_scale": False}),  # the rest is left to Paddle's defaults
+        (norm, {"output_scale_transpose": True}),
+        (carrying(any_strides=False)[0], {**ASKED, "output_scale_transpose": False}),
+        (carrying(by_column=False)[0], ASKED),
+        (carrying(formula="divide")[0], ASKED),
     ]
     for number, (x, how) in enumerate(others):
         assert phi.fp8_quant_blockwise(x, **how)[0] is not codes
         assert len(host.calls) == number + 1, how
     host.gpu.per_token_quant_padding(norm, 128, False)
-    assert host.calls[-1] == "per_token_quant_padding", "another formula"
+    assert host.calls[-1] == "per_token_quant_padding", "another formula, as when the environment was changed"
     undo()
+
+
+def test_a_norm_that_was_freed_leaves_nothing_behind(host):
+    """Nothing goes by an address or an id, which the next tensor may have."""
+    undo = fp8.install()
+    for _ in range(50):
+        carrying()
+        fresh = paddle.to_tensor(np.ones((3, 256), "float32")).astype("bfloat16")
+        codes, _ = phi.fp8_quant_blockwise(fresh, **ASKED)
+        assert (codes.astype("float32") == 448).all()
+    undo()
+    assert len(host.calls) == 50
+
+
+def test_each_thread_gets_what_its_own_norm_carries(host):
+    undo = fp8.install()
+
+    def run(_):
+        norm, codes, _ = carrying()
+        return all(phi.fp8_quant_blockwise(norm, **ASKED)[0] is codes for _ in range(50))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(run, range(8))) and not host.calls
+    undo()
+
+
+@pytest.mark.parametrize("full_graph", [True, False], ids=["ast", "sot"])
+def test_a_traced_graph_quantises(host, monkeypatch, full_graph):
+    """By the host's op, in one whole graph: what a tensor carries is not looked for."""
+
+    def stock(x, using_pow2_scale=True, output_scale_transpose=True, using_ue8m0_scale=False):
+        return finish_op._quantise(x, "multiply", False, 1.0)
+
+    monkeypatch.setattr(phi, "fp8_quant_blockwise", stock)
+    undo, (norm, *_) = fp8.install(), carrying()
+
+    def forward(x):
+        codes, scales = paddle.incubate.nn.functional.fp8_quant_blockwise(
+            x, using_pow2_scale=False, output_scale_transpose=True
+        )
+        for _ in range(10):  # SOT leaves smaller graphs alone
+            scales = scales * 1.0
+        return codes.astype("float32"), scales
+
+    if full_graph:
+        got = paddle.jit.to_static(forward, full_graph=True)(norm)
+    else:
+        got = sot.symbolic_translate(forward, training=False)(norm)
+        made = sot.opcode_translator.executor.executor_cache.OpcodeExecutorCache().cache[forward.__code__]
+        ((code, _), *_), _ = made
+        assert not [name for name in code[0].co_names if name.startswith("$")], "the graph is broken"
+    want = paddle_fp8.quantise(norm, "multiply", True, 1.0)
+    undo()
+    assert (got[0] == want[0].astype("float32")).all() and (got[1] == want[1]).all()
 
 
 def test_the_ops_of_the_host(host):
@@ -194,8 +314,8 @@ def test_the_ops_of_the_host(host):
     norm, codes, scales = carrying(formula="divide_7")
     assert host.gpu.per_token_quant_padding(norm, 128, False) == (codes, scales)
     assert host.gpu.per_token_quant(norm, 128, False) == (codes, scales) and not host.calls
-    assert host.gpu.per_token_quant(norm, 64, False)[0] is not codes
-    assert host.gpu.per_token_quant_padding(norm, 128, True)[0] is not codes
+    for how in ((64, False), (128, True), (128,), (128, False, 1)):
+        assert host.gpu.per_token_quant(norm, *how)[0] is not codes
     undo()
 
 
