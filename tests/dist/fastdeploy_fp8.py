@@ -16,7 +16,7 @@ import numpy as np
 import paddle
 import paddle.distributed as dist
 from hosting import fd_config_of, hidden_states, worker_of, write_checkpoint
-from support.rank import record, start
+from support.rank import end, start
 
 rank, size = start()
 import fd_fusion
@@ -204,4 +204,4 @@ with tempfile.TemporaryDirectory() as scratch:
     changed_in_place(folder)
     traced(folder)
 phi.fp8_quant_blockwise = own
-record(done=True)
+end(done=True)
