@@ -54,7 +54,7 @@ def test_stock_and_fused_say_the_same(kind, tree, checkpoint, tmp_path):
         check_fused(server, stock)
 
 
-@pytest.mark.parametrize("kind", sorted(KINDS.keys() - {"qwen3_moe", "glm4_moe"}))
+@pytest.mark.parametrize("kind", sorted(KINDS.keys() - {"qwen3_moe", "glm4_moe", "glm4_moe_fp8"}))
 def test_fused_says_the_truth(kind, tree, checkpoint, tmp_path):
     """The stock server is not asked again: bind has compared its forward with that of the stock model, bit by bit."""
     folder = checkpoint(kind)
