@@ -46,7 +46,7 @@ class Carried(NamedTuple):
     scales: Any  # [T, H / 128]
     readers: Readers
     site: Site
-    state: tuple[int, ...]  # of the tensor: another one shows that it is not the norm any more
+    state: tuple[int, int]  # of the tensor: another one shows that it is not the norm any more
 
 
 def readers_of(reader: Any, hidden_size: int, dtype: str) -> Readers | Reason | None:
@@ -125,9 +125,9 @@ def carry(norm: Any, codes: Any, scales: Any, readers: Readers, site: Site) -> N
     setattr(norm, _CARRIED, Carried(codes, scales, readers, site, _state(norm)))
 
 
-def _state(x: Any) -> tuple[int, ...]:
-    """Return what an op in place changes: the version, which most count, also of a view; the memory; the shape."""
-    return x.inplace_version, x.data_ptr(), *x.shape
+def _state(x: Any) -> tuple[int, int]:
+    """Return what a change in place changes: the version, also by a view, or the memory (`x.data = ...`)."""
+    return x.inplace_version, x.data_ptr()
 
 
 _installed: list[Callable[[], None]] = []  # the undos
