@@ -39,7 +39,9 @@ def use_cuda_road(platforms):
 
     _replace_cuda(paddle)
     _replace_collectives(paddle)
-    _compute_halves(paddle)
+    _quantise(paddle)
+    if os.environ.get("SERVING_DTYPE") == "bfloat16":
+        _compute_halves(paddle)
 
 
 def start_worker_on_cpu(module):
@@ -121,11 +123,15 @@ def _is_half(tensor):
     return str(getattr(tensor, "dtype", "")) == "paddle.bfloat16"
 
 
-def _compute_halves(paddle):
-    """What Paddle's CPU build lacks for bfloat16: in float32, and rounded. It has no quantiser to FP8 at all."""
-    from paddle.distributed.fleet.layers.mpu import mp_ops
-
+def _quantise(paddle):
     from cpu_host.ops.fp8 import fp8_quant_blockwise
+
+    paddle.incubate.nn.functional.fp8_quant_blockwise = fp8_quant_blockwise  # compiled for a GPU alone
+
+
+def _compute_halves(paddle):
+    """What Paddle's CPU build lacks for bfloat16: in float32, and rounded."""
+    from paddle.distributed.fleet.layers.mpu import mp_ops
 
     def wide(x):
         return x.astype("float32") if _is_half(x) else x
@@ -147,7 +153,6 @@ def _compute_halves(paddle):
     names = (paddle.Tensor, "__add__"), (paddle, "matmul"), (functional, "linear"), (functional, "swiglu")
     for owner, name in (*names, (mp_ops, "_c_lookup_table"), (fused, "swiglu"), (fused, "fused_rms_norm")):
         replace(owner, name)
-    fused.fp8_quant_blockwise = fp8_quant_blockwise
 
 
 def make_one_mesh(module):
