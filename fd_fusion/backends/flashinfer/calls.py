@@ -56,22 +56,13 @@ class Fixed:
         }
 
 
-def parameters(function: Callable[..., Any]) -> dict[str, bool]:
-    """Return the parameters by name, and whether each must be given; without a signature, the oldest release's."""
-    try:
-        found = inspect.signature(function).parameters.values()
-    except (ValueError, TypeError):
-        return dict.fromkeys(BASE, True)
-    plain = [p for p in found if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    return {p.name: p.default is p.empty for p in plain}
-
-
 def python_call(function: Call, fixed: Fixed, version: str) -> tuple[Call, bool]:
     """Call through `trtllm_allreduce_fusion`, by keyword. Returns the call, and whether it adds a bias.
 
     Raises: FusionError: the version must be given something that is unknown, or lacks a parameter.
     """
-    takes = parameters(function)
+    found = inspect.signature(function).parameters.values()
+    takes = {p.name: p.default is p.empty for p in found if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
     known = {*BASE, "metadata", "block_quant_group_size", "weight_bias"}
     strange = [name for name, must in takes.items() if must and name not in known]
     strange += [f"no {name}" for name in BASE if name not in takes]

@@ -3,7 +3,7 @@
 import pytest
 from support.flashinfer_releases import RELEASES
 
-from fd_fusion.backends.flashinfer.calls import Fixed, compiled_call, parameters, python_call
+from fd_fusion.backends.flashinfer.calls import Fixed, compiled_call, python_call
 from fd_fusion.backends.flashinfer.releases import BASE, block_threads, parse, rules
 from fd_fusion.reasons import FusionError
 from tests.support.sites import make_site
@@ -83,25 +83,6 @@ def test_the_order_before_0_2_9_does_not_matter():
     function, calls = recorder([*BEFORE_0_2_9, "trigger_completion_at_end"])
     one_call(python_call(function, FIXED, "0.2.8")[0])
     assert calls[0]["use_oneshot"] is True and calls[0]["trigger_completion_at_end"] is True
-
-
-@pytest.mark.parametrize("error", [ValueError, TypeError])
-def test_without_a_signature_the_oldest_parameters_are_assumed(error):
-    calls = []
-
-    class Builtin:
-        @property
-        def __signature__(self):
-            raise error("no signature found")
-
-        def __call__(self, **given):
-            calls.append(given)
-
-    function = Builtin()
-    assert parameters(function) == dict.fromkeys(BASE, True)
-    call, adds_bias = python_call(function, FIXED, "0.6.12")
-    one_call(call)
-    assert not adds_bias and set(calls[0]) == set(BASE)
 
 
 def test_an_unknown_signature_is_a_reason():
