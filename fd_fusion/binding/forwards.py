@@ -15,7 +15,6 @@ from fd_fusion.binding.outputs import (
     Trace,
     first_difference,
     nothing_shown,
-    outputs_differ,
     tensors_of,
     within_spread,
 )
@@ -41,7 +40,7 @@ class Forwards:
     ):
         self._pairs, self._proof, self._example, self._layers = pairs, proof, example, layers
         self._outputs: dict[str, list[Any]] = {}
-        self._compared = True
+        self.compared = True
         self._traces: dict[str, Trace] = {}
         self._spoilt: set[str] = set()  # buffers that held NaN before the staying forward
         self.which = ""  # the last one that ran
@@ -56,8 +55,8 @@ class Forwards:
             self._spoilt = self._buffers_of_nan() if which == STAYING else set()
             with trace.watching(), paddle.no_grad():  # it is not differentiated, and a Site refuses gradients
                 outputs = self._example()
-                self._compared = outputs is not NOT_COMPARED
-                self._outputs[which] = tensors_of(outputs) if self._compared else []
+                self.compared = outputs is not NOT_COMPARED
+                self._outputs[which] = tensors_of(outputs) if self.compared else []
         except Exception as error:
             reason = because("forward_raised", which=which, error=f"{type(error).__name__}: {error}")
             self.raised, self.reason = error, error.reason if isinstance(error, FusionError) else reason
@@ -81,10 +80,7 @@ class Forwards:
             return self.run(STAYING if staying else PROVING)
 
     def compare(self) -> tuple[Reason | None, Reason | None, bool]:
-        """Judge the proving forward: (why a Site refuses, why it showed nothing, whether its outputs differ).
-
-        An error in it is a reason too: the other ranks wait for this one's vote.
-        """
+        """Judge the proving forward: (why a Site refuses, why it showed nothing, whether its outputs differ)."""
         try:
             if self._nothing_computed():
                 return None, because("no_rows_yet"), False
@@ -92,14 +88,9 @@ class Forwards:
             differs = first_difference(self._outputs[PROVING], self._outputs[STOCK]) is not None
             if reason is not None or differs:
                 return reason, None, reason is None
-            return None, nothing_shown(self._outputs[STOCK]) if self._compared else None, False
-        except Exception as error:
+            return None, nothing_shown(self._outputs[STOCK]) if self.compared else None, False
+        except Exception as error:  # a reason too: the other ranks wait for this one's vote
             return _not_compared(error), None, False
-
-    @property
-    def can_link(self) -> bool:
-        """Return whether there are links to prove, and outputs to prove them by."""
-        return bool(self._proof.links) and self._compared
 
     def compare_staying(self, staying: StayingProof) -> Reason | None:
         """Return why a residual that stays with its owners would be read elsewhere, or None."""
@@ -116,8 +107,7 @@ class Forwards:
             return _not_compared(error)
 
     def _buffers_of_nan(self) -> set[str]:
-        """Return the paths of the layers' buffers that hold NaN; their sums, since a buffer may be a large cache. A
-        host may have given the memory of a buffer back."""
+        """Return the paths of buffers that hold NaN, by their sums: one may be a large cache, or be given back."""
         return {
             f"{path}.{name}".lstrip(".")
             for path, layer in self._layers.items()
@@ -149,7 +139,7 @@ class Forwards:
         for name, (norm_input, _) in stock.norms.items():
             if name in self._proof.alike and norm_input == self._proof.handed_over.get(name):
                 return because("already_reduced", site=name)
-        return outputs_differ(output, stock.parts_at(self._traces[PROVING]))
+        return because("outputs_differ", output=output, site=stock.parts_at(self._traces[PROVING]) or "none")
 
     @contextlib.contextmanager
     def _recording_hooks(self, staying: StayingProof | None) -> Iterator[None]:

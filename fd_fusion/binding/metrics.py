@@ -87,7 +87,7 @@ def totals(reports: Sequence[Report]) -> tuple[Counter[_Key], int]:
             stats = line.selected.op.stats()
             counted["timeouts",] += stats.get("timeouts") or 0
             if stats.get("device"):
-                counted["device_rows", line.backend] += stats["device"]["rows"]
+                counted["device_rows", line.selected.backend] += stats["device"]["rows"]
     return counted, lifecycle.taken_bytes()
 
 

@@ -84,17 +84,14 @@ class Proof:
 
     def _total(self, site: Site, partial: Any) -> Any:
         """Return the host's own sum. Where the host reduces the parts of a block one by one, and the pair their sum
-        once, they differ by roundings: then the host's goes on, so that all behind it are the same bits; ours is near
-        it.
+        once, they differ by roundings: then the host's goes on, so that all behind it are the same bits.
         """
-        size, whole = self._of[site.name][0].size, site.whole
-        own = partial if whole is None else as_numpy(partial)
-        total = site.total(partial)
+        contract, whole = self._of[site.name][0], site.whole
         if whole is None:
-            return total
-        site.whole = None
-        theirs = as_numpy(whole)
-        if not exact.regrouped(as_numpy(total), theirs, own, size, self._of[site.name][0].dtype):
+            return site.total(partial)
+        own = as_numpy(partial)
+        total, site.whole = as_numpy(site.total(partial)), None
+        if not exact.regrouped(total, as_numpy(whole), own, contract.size, contract.dtype):
             self.miss(because("sum_differs", site=site.name))
         return whole
 
@@ -163,11 +160,15 @@ def rows_of_nan(tensor: Any) -> int:
 
 
 def vacuous(words: Sequence[Mapping[str, Any]]) -> Reason | None:
-    """Return the first site of a group whose sums are zeros on every rank, or not finite, as a reason."""
+    """Return the first site of a group whose sums are zeros on every rank, or not finite, as a reason.
+
+    Of zeros a reduction that is missing, or made twice, would not show; NaN is equal to whatever a fault makes of it.
+    """
     for name in words[0]:
-        if evidence.nothing_finite([of_rank[name] for of_rank in words]):
+        of_ranks = [of_rank[name] for of_rank in words]
+        if not np.all([one["finite"] for one in of_ranks], axis=0).any():  # no row that was tried, on every rank
             return because("not_finite", what=name)
-        if evidence.nothing_to_sum([of_rank[name] for of_rank in words]):
+        if not any(one["summands"] for one in of_ranks):
             return because("zeros", site=name)
     return None
 

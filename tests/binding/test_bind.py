@@ -21,7 +21,7 @@ from fd_fusion.binding.forwards import AGAIN, STOCK, Forwards, on_copies
 from fd_fusion.binding.outputs import first_difference, relative_errors, tensors_of, within_spread
 from fd_fusion.binding.pairs import without_hooked
 from fd_fusion.binding.proof import Proof
-from fd_fusion.binding.report import Report
+from fd_fusion.binding.report import Report, SiteLine
 from fd_fusion.comm import group as group_module
 from fd_fusion.comm.group import Group
 from fd_fusion.comm.vote import Verdict, agree
@@ -268,13 +268,13 @@ def test_a_first_forward_whose_vote_fails_leaves_nothing_bound():
     model(paddle.ones([1, 2]))
 
 
-def test_bind_tries_anew_after_a_first_forward_that_gave_up(monkeypatch):
+def test_bind_tries_anew_after_a_first_forward_that_gave_up():
     """It returned the report of the failed one for ever: "3 sites, not proven yet", and nothing was to come."""
     model, config = paddle.nn.Linear(2, 2), FusionConfig()
     state = bound.Bound(Report(config, "a test", "Model"))
     state.groups.append(Group("g", 0, 2, (0, 1), BrokenStore()))
     armed(model, state)
-    monkeypatch.setitem(binding._bound, model, state)
+    binding._bound[model] = state
     with pytest.raises(FusionError, match="it is gone"):
         model(paddle.ones([1, 2]))
     report = fd_fusion.bind(model, config)
@@ -536,7 +536,7 @@ def test_numbers_of_a_norm_that_change_after_bind_count_as_they_do_in_stock():
     for rows in (x, x.reshape([1, *x.shape])):
         assert (site.fused(rows, None)[0] == norm.stock_forward(rows)[0]).all()
     state = Bound(Report(FusionConfig(), "a test", "Model"))
-    state.report.add_site(site, SimpleNamespace(op=op), pair.group)
+    state.report.sites.append(SiteLine(site, SimpleNamespace(op=op), pair.group.ranks))
     contract = proving_pass._subject(state, pair, site)[1]
     assert (contract.eps, contract.weight_offset) == (0.5, 0.25)
 
@@ -579,5 +579,5 @@ def test_workspace_mb_is_shared_by_the_workspaces_of_all_groups_and_models(monke
         lifecycle.hold(Group("another", 0, 2, (0, 1), None), SimpleNamespace(bytes=nbytes))
     config = FusionConfig(workspace_mb=10)
     state = Bound(Report(config, "a test", "none"), live=groups)
-    opening.open_sites(state, pairs, config, False, None, dict.fromkeys(groups, ("digest", 0)))
+    opening.open_sites(state, opening.by_group(pairs, None), dict.fromkeys(groups, ("digest", 0)), None, False)
     assert given == [("a", 64, 2621440), ("a", 128, 2621440), ("b", 64, 1441792)], "7.5 MiB by 3, and 5.5 by 4"

@@ -16,11 +16,11 @@ from fd_fusion.binding.evidence import (
     Contract,
     columns_of,
     joint_refusal,
-    nothing_to_sum,
     own_refusal,
     probe_refusal,
     words_of,
 )
+from fd_fusion.binding.proof import vacuous
 from fd_fusion.reference import round_to
 
 HIDDEN, EPS, DTYPES = 256, 1e-6, ("bfloat16", "float16", "float32")
@@ -159,10 +159,14 @@ def test_a_residual_that_differs_between_ranks():
 
 def test_zeros_prove_nothing_and_equal_shards_do():
     zeros, ones = np.zeros((2, 8), np.float32), np.ones((2, 8), np.float32)
-    assert nothing_to_sum([words_of(zeros, None, {})] * 2)
-    assert not nothing_to_sum([words_of(zeros * np.nan, None, {})] * 2), "what was poisoned is no zero"
-    assert not nothing_to_sum([words_of(ones, None, {})] * 2)
-    assert not nothing_to_sum([words_of(zeros, None, {}), words_of(ones, None, {})])
+    for ranks, code in (
+        ([zeros, zeros], "zeros"),
+        ([zeros * np.nan] * 2, "not_finite"),  # what was poisoned is no zero
+        ([ones, ones], None),
+        ([zeros, ones], None),
+    ):
+        reason = vacuous([{"site": words_of(partial, None, {})} for partial in ranks])
+        assert (reason and reason.code) == code
 
 
 def test_the_columns_are_both_ends_and_others_and_the_same_everywhere():

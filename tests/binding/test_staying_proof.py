@@ -144,7 +144,7 @@ def prove_staying(sites, change=lambda model: None, example=lambda model, x: lam
     proof = Proof(subjects(sites, "float32"))
     forwards = Forwards(pairs, proof, example(model, x), dict(model.named_sublayers(include_self=True)))
     assert forwards.run(STOCK) is None
-    assert forwards.prove([]) is None and forwards.compare() == (None, None, False) and forwards.can_link
+    assert forwards.prove([]) is None and forwards.compare() == (None, None, False) and proof.links
     staying = StayingProof(proof)
     assert forwards.prove([], staying) is None
     reason = forwards.compare_staying(staying)
