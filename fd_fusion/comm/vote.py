@@ -15,8 +15,17 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from fd_fusion.comm.group import Group, meeting_key, meetings_key, working
-from fd_fusion.comm.waiting import Signs, is_published, progress_key, publish, wait_for
+from fd_fusion.comm.group import (
+    Group,
+    Signs,
+    is_published,
+    meeting_key,
+    meetings_key,
+    progress_key,
+    publish,
+    wait_for,
+    working,
+)
 from fd_fusion.reasons import FusionError, Reason, because, refused_by
 
 _SEAL = 1 << 20  # a waiter's mark on the ballot; rank 0's own mark is 1, so both fit into one counter

@@ -20,9 +20,8 @@ import torch
 from fd_fusion.backends.flashinfer import backend as flashinfer
 from fd_fusion.backends.flashinfer import loader
 from fd_fusion.backends.flashinfer import op as flashinfer_op
-from fd_fusion.backends.flashinfer.calls import Fixed, compiled_call, python_call
+from fd_fusion.backends.flashinfer.calls import Fixed, block_threads, compiled_call, python_call, rules
 from fd_fusion.backends.flashinfer.op import FlashInferOp
-from fd_fusion.backends.flashinfer.releases import block_threads, rules
 from fd_fusion.backends.flashinfer.watchdog import ControlReader
 from fd_fusion.backends.flashinfer.workspace import Layout, fill
 from fd_fusion.comm.cuda_ipc import CudaIpc

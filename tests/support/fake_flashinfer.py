@@ -6,7 +6,7 @@ real one, so a wrong address, a wrong offset or a wrong fill shows on a CPU.
 
 from pathlib import Path
 
-from fd_fusion.backends.flashinfer.releases import BASE
+from fd_fusion.backends.flashinfer.calls import BASE
 
 KERNEL = '''
 import ctypes, time

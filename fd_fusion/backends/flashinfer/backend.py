@@ -14,9 +14,8 @@ import time
 import numpy as np
 
 from fd_fusion.backends.flashinfer import loader
-from fd_fusion.backends.flashinfer.calls import Call, Fixed, compiled_call, python_call
+from fd_fusion.backends.flashinfer.calls import Call, Fixed, block_threads, compiled_call, python_call, rules
 from fd_fusion.backends.flashinfer.op import ALIGNMENT, FlashInferOp
-from fd_fusion.backends.flashinfer.releases import block_threads, rules
 from fd_fusion.backends.flashinfer.watchdog import ControlReader
 from fd_fusion.backends.flashinfer.workspace import Layout, open_memory, rows_that_fit
 from fd_fusion.comm.cuda_ipc import CudaIpc

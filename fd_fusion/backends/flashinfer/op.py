@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 
 from fd_fusion import exact
-from fd_fusion.backends.flashinfer.calls import Call, Tensor
-from fd_fusion.backends.flashinfer.releases import rules
+from fd_fusion.backends.flashinfer.calls import Call, Tensor, rules
 from fd_fusion.backends.flashinfer.watchdog import Watchdog
 from fd_fusion.comm.group import Group
 from fd_fusion.comm.symmetric_memory import CLOSE_TIMEOUT_S, on_all_ranks

@@ -3,8 +3,7 @@
 import pytest
 from support.flashinfer_releases import RELEASES
 
-from fd_fusion.backends.flashinfer.calls import Fixed, compiled_call, python_call
-from fd_fusion.backends.flashinfer.releases import BASE, block_threads, parse, rules
+from fd_fusion.backends.flashinfer.calls import BASE, Fixed, block_threads, compiled_call, parse, python_call, rules
 from fd_fusion.reasons import FusionError
 from tests.support.sites import make_site
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from support.flashinfer_releases import RELEASES
 
-from fd_fusion.backends.flashinfer.releases import BASE
+from fd_fusion.backends.flashinfer.calls import BASE
 
 pytestmark = pytest.mark.online
 ROOT = Path(__file__).parents[3]
