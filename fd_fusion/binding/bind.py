@@ -42,11 +42,7 @@ def bind(
     """Collective: give the pairs of `model` their Sites. `fd_fusion.bind` has the contract.
 
     Args:
-        pairs, qk_norms: what the host has found.
-        resolved: the config that won, or why there is none.
-        example: runs a forward for the proving pass.
         example_of: (forward, args, kwargs) -> example, in place of copies of the first forward's arguments.
-        deterministic: the host is in its deterministic or batch-invariant mode.
         group: ranks that vote in any case, also for a model in which this rank finds no pair.
         refusal: why this rank cannot bind; the others read it in the vote.
         freezes_itself: no host calls `freeze` after its graphs were captured.

@@ -4,11 +4,6 @@ A worker serves no /metrics; the host's API process does. Where PROMETHEUS_MULTI
 is there, the numbers go into that folder, and the process that serves /metrics adds those of all workers up.
 Elsewhere they are one line of JSON in the worker's log. `tick` runs in `fd_fusion.check()`, before tokens are
 published: never in a forward, never while a graph is captured, and in the thread that also closes workspaces.
-
-    fd_fusion_finished_total{path, reason}   finishes counted by Python: eager, or once while a graph is captured
-    fd_fusion_device_rows_total{backend}     rows that kernels finished, graph replays too (triton)
-    fd_fusion_timeouts_total                 workspaces that ran out of time
-    fd_fusion_workspace_bytes                memory of all workspaces
 """
 
 from __future__ import annotations

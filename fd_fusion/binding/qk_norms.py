@@ -54,11 +54,7 @@ def choose_qk_norms(norms: Sequence[QKNorm], config: FusionConfig) -> tuple[list
 
 
 class Kernel:
-    """qkv -> qkv, changed in place. The weights are read at each call, since they may be reloaded, and so are
-    eps and weight_offset, as the stock formula reads them.
-
-    A copy of its layer has none: it would read the weights of this one.
-    """
+    """qkv -> qkv, changed in place, with the numbers and the weights of each call. A copy of its layer has none."""
 
     def __init__(self, norm: QKNorm):
         from fd_fusion.backends.qk_rms_norm import qk_rms_norm
