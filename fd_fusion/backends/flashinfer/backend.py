@@ -52,7 +52,13 @@ def supports(spec: OpSpec) -> Reason | None:
     version = loader.installed_version()
     if version is None:
         return because("flashinfer_missing")
-    return _version_refusal(spec, version) or _room_refusal(spec) or _compiler_refusal(version)
+    if refusal := _version_refusal(spec, version):
+        return refusal
+    shape = spec.size, spec.hidden_size, DTYPE_BYTES[spec.dtype]
+    if not rows_that_fit(spec.workspace_bytes, *shape):
+        need = Layout(spec.size, 1, *shape[1:]).nbytes + 256
+        return because("workspace_small", need=need, got=spec.workspace_bytes)
+    return _compiler_refusal(version)
 
 
 def _version_refusal(spec: OpSpec, version: str) -> Reason | None:
@@ -67,14 +73,6 @@ def _version_refusal(spec: OpSpec, version: str) -> Reason | None:
     if spec.weight_offset and not rule.weight_bias:
         return because("flashinfer_weight_offset", version=version, offset=spec.weight_offset)
     return None
-
-
-def _room_refusal(spec: OpSpec) -> Reason | None:
-    e = DTYPE_BYTES[spec.dtype]
-    if rows_that_fit(spec.workspace_bytes, spec.size, spec.hidden_size, e):
-        return None
-    need = Layout(spec.size, 1, spec.hidden_size, e).nbytes + 256
-    return because("workspace_small", need=need, got=spec.workspace_bytes)
 
 
 def _compiler_refusal(version: str) -> Reason | None:

@@ -85,7 +85,10 @@ def _load() -> FlashInfer:
     version = installed_version()
     if version is None:
         raise FusionError(because("flashinfer_missing"))
-    framework = _framework()
+    try:  # on a machine without Paddle the tensors are torch's own
+        framework = sys.modules.get("paddle") or importlib.import_module("torch")
+    except ImportError as error:
+        raise FusionError(because("no_paddle", detail=str(error))) from None
     before = set(sys.modules)
     scope = scoped_torch if framework.__name__ == "paddle" else contextlib.nullcontext
     try:
@@ -95,7 +98,8 @@ def _load() -> FlashInfer:
     except FusionError:
         raise
     except Exception as error:  # whatever an import can raise; it becomes the reason or the note
-        _forget(before)
+        for name in filter(_is_flashinfers, set(sys.modules) - before):
+            del sys.modules[name]  # no later import finds half of a package
         return _load_compiled(version, framework, f"{type(error).__name__}: {error}")
     _refuse_foreign(framework)
     version = getattr(sys.modules[PACKAGE], "__version__", version)
@@ -108,14 +112,6 @@ def _load() -> FlashInfer:
             importlib.import_module(f"{PACKAGE}.comm.trtllm_ar").get_trtllm_comm_module()
 
     return FlashInfer(version, framework, function, build)
-
-
-def _framework() -> ModuleType:
-    """Return Paddle if the process runs on it; on a machine without Paddle the tensors are torch's own."""
-    try:
-        return sys.modules.get("paddle") or importlib.import_module("torch")
-    except ImportError as error:
-        raise FusionError(because("no_paddle", detail=str(error))) from None
 
 
 def _load_compiled(version: str, framework: ModuleType, error: str) -> FlashInfer:
@@ -133,19 +129,14 @@ def _load_compiled(version: str, framework: ModuleType, error: str) -> FlashInfe
 
 def _refuse_foreign(framework: ModuleType) -> None:
     """Raise if FlashInfer was imported before with real torch, by the host perhaps: it takes torch tensors then."""
-    for name, module in list(sys.modules.items()):
-        if name == PACKAGE or name.startswith(f"{PACKAGE}."):
-            torch = vars(module).get("torch")
-            tensor = getattr(torch, "Tensor", None)
-            if tensor is not None and tensor is not framework.Tensor:
-                raise FusionError(because("flashinfer_foreign", module=name, framework=framework.__name__))
+    for name in filter(_is_flashinfers, list(sys.modules)):
+        tensor = getattr(vars(sys.modules[name]).get("torch"), "Tensor", None)
+        if tensor is not None and tensor is not framework.Tensor:
+            raise FusionError(because("flashinfer_foreign", module=name, framework=framework.__name__))
 
 
-def _forget(before: set[str]) -> None:
-    """Remove what a failed import left behind, so that no later import finds half of a package."""
-    for name in set(sys.modules) - before:
-        if name == PACKAGE or name.startswith(f"{PACKAGE}."):
-            del sys.modules[name]
+def _is_flashinfers(module: str) -> bool:
+    return module.partition(".")[0] == PACKAGE
 
 
 def _map_cuda_runtime() -> None:
