@@ -61,7 +61,8 @@ def select_backend(
     if tuned:
         spec = replace(spec, two_shot_rows=tuned.two_shot_rows or NEVER)
     first: Verdict | None = None
-    for name in _candidates(config.backend, spec.device, tuned):
+    by_table = tuned.order if tuned and tuned.order else _AUTO[spec.device]  # the fastest first
+    for name in by_table if config.backend == "auto" else (config.backend,):
         spec = replace(spec, tuned_rows=tuned.rows.get(name) or None if tuned else None)
         specs = [replace(spec, eps=eps, weight_offset=offset) for eps, offset in norms]
         op, verdict = _try(name, specs, group, config.timeout_s)
@@ -69,13 +70,6 @@ def select_backend(
             return SelectedBackend(name, op, limit_source(spec), note), None, ()
         first = first or verdict
     return None, first.reason, tuple(rank for rank, _ in first.refusals)
-
-
-def _candidates(named: str, device: str, tuned: Limits | None) -> tuple[str, ...]:
-    """Return the backends to try: by the tuning table the fastest first, without one that never wins."""
-    if named != "auto":
-        return (named,)
-    return tuned.order if tuned and tuned.order else _AUTO[device]
 
 
 def _tuned(group: Group, spec: OpSpec) -> tuple[Limits | None, Reason | None]:

@@ -106,28 +106,17 @@ class Proof:
         try:
             if calls.error is not None:
                 raise calls.error
-            reason = self._judge(site, contract, weight, (partial, residual), fused)
+            numbers = _numbers(fused)  # of the real sums, judged as far as one rank can; the rest goes into the vote
+            self.words[site.name] = evidence.words_of(as_numpy(partial), as_numpy(residual), numbers)
+            dtypes = {dtype_name(one) for pair in fused.values() for one in pair}
+            if dtypes != {contract.dtype}:
+                raise TypeError(f"the kernel gave {', '.join(sorted(dtypes))}, not {contract.dtype}")
+            reason = evidence.own_refusal(contract, as_numpy(weight()), numbers)
             reason = evidence.probe_refusal(contract, _numbers(probe), _numbers(host)) or reason
         except Exception as error:  # recorded, voted on and reported; the pass itself goes on as stock
             reason = because("proof_raised", site=site.name, error=f"{type(error).__name__}: {error}")
         if reason:
             self.miss(reason)
-
-    def _judge(
-        self,
-        site: Site,
-        contract: Contract,
-        weight: Callable[[], Any],
-        inputs: tuple[Any, Any],
-        fused: dict[str, Any],
-    ) -> Reason | None:
-        """Judge the kernel's outputs of the real sums, as far as one rank can; the rest goes into the vote."""
-        numbers = _numbers(fused)
-        self.words[site.name] = evidence.words_of(*map(as_numpy, inputs), numbers)
-        dtypes = {dtype_name(one) for pair in fused.values() for one in pair}
-        if dtypes != {contract.dtype}:
-            raise TypeError(f"the kernel gave {', '.join(sorted(dtypes))}, not {contract.dtype}")
-        return evidence.own_refusal(contract, as_numpy(weight()), numbers)
 
     def own_refusal(self) -> Reason | None:
         """Return why this rank alone refuses, or None."""

@@ -112,7 +112,18 @@ class Report:
             # Python counts calls when it runs: eager, or once while a graph is captured. What a graph replays is
             # counted on the device alone: stats.device of a workspace.
             "calls_counted": "eager or capture",
-            "workspaces": [_space_dict(line) for line in self.workspaces],
+            "workspaces": [
+                {
+                    "backend": line.selected.backend,
+                    "ranks": list(line.ranks),
+                    "limit": line.site.limit,
+                    "limit_source": line.selected.limit_source,
+                    "note": line.selected.note and line.selected.note.to_dict(),
+                    "workspace_bytes": line.selected.op.bytes,
+                    "stats": _stats(line.selected),
+                }
+                for line in self.workspaces
+            ],
             "sites": [
                 {
                     "name": line.name,
@@ -178,16 +189,3 @@ def _size(nbytes: int) -> str:
     if nbytes < 2**20 // 10:
         return f"{-(-nbytes // 1024)} KB"
     return f"{nbytes / 2**20:.1f}".removesuffix(".0") + " MB"
-
-
-def _space_dict(line: SiteLine) -> dict[str, Any]:
-    selected = line.selected
-    return {
-        "backend": selected.backend,
-        "ranks": list(line.ranks),
-        "limit": line.site.limit,
-        "limit_source": selected.limit_source,
-        "note": selected.note and selected.note.to_dict(),
-        "workspace_bytes": selected.op.bytes,
-        "stats": _stats(selected),
-    }

@@ -17,7 +17,7 @@ from fd_fusion.binding import backend_selection, bound, first_forward, lifecycle
 from fd_fusion.binding import bind as binding
 from fd_fusion.binding.bound import Bound
 from fd_fusion.binding.evidence import Contract
-from fd_fusion.binding.forwards import AGAIN, STOCK, Forwards, on_copies
+from fd_fusion.binding.forwards import Forwards, on_copies
 from fd_fusion.binding.outputs import first_difference, relative_errors, tensors_of, within_spread
 from fd_fusion.binding.pairs import without_hooked
 from fd_fusion.binding.proof import Proof
@@ -371,20 +371,21 @@ class Strange:
 def test_outputs_that_cannot_be_compared_are_a_reason_that_is_voted_on():
     """The comparison raised on one rank, and the others waited for its vote."""
     forwards = Forwards([], Proof([]), Strange, {})
-    assert forwards.run(STOCK) is None and forwards.prove([]) is None
-    refusal, nothing, differs = forwards.compare()
-    assert refusal.code == "not_compared" and "on purpose" in str(refusal) and nothing is None and not differs
-    assert forwards.run(AGAIN) is None
-    assert forwards.judge_spread()[0].code == "not_compared"
+    assert forwards.stock().refusal is None
+    ballot = forwards.proving([])
+    assert ballot.refusal.code == "not_compared" and "on purpose" in str(ballot.refusal)
+    assert ballot.again is None and not ballot.differs and ballot.raised is None
+    assert forwards.again().refusal.code == "not_compared"
 
 
 def test_a_forward_that_does_not_repeat_its_shapes_says_so():
     """A cache that grows: it was told as a fault of the data flow at a site."""
     cache = []
     forwards = Forwards([], Proof([]), lambda: cache.append(None) or paddle.ones([len(cache), 2]), {})
-    assert forwards.run(STOCK) is None and forwards.prove([]) is None
-    assert forwards.compare() == (None, None, True) and forwards.run(AGAIN) is None
-    assert forwards.judge_spread()[0].code == "shapes_differ"
+    assert forwards.stock().refusal is None
+    ballot = forwards.proving([])
+    assert (ballot.refusal, ballot.again, ballot.differs) == (None, None, True)
+    assert forwards.again().refusal.code == "shapes_differ"
 
 
 def test_outputs_that_hold_themselves():
