@@ -257,18 +257,9 @@ no_presence: a rank that is missing outside of a fused call will not be named: {
 # flashinfer: the FlashInfer backend and its loader.
 flashinfer_missing: FlashInfer is not installed
     -> install FlashInfer, or name the triton backend
-flashinfer_import: FlashInfer {version} does not import under {framework}: {error}
-    -> install flashinfer-python-paddle, compile the kernel beforehand where torch is, or name the triton backend
-flashinfer_foreign: {module} was imported before and is bound to another framework than {framework}
-    -> import FlashInfer with torch in another process, or name the triton backend
-no_torch_proxy: this Paddle has no torch proxy: {error}
-    -> install Paddle 3.3 or newer
-flashinfer_no_kernel: FlashInfer {version} has no trtllm_allreduce_fusion
-    -> install FlashInfer 0.6.12, 0.6.17 or 0.7.2.post1, or name the triton backend
-flashinfer_signature: FlashInfer {version} takes {names}, which fd_fusion does not know
-    -> install FlashInfer 0.6.12, 0.6.17 or 0.7.2.post1, or name the triton backend
-flashinfer_build: FlashInfer {version} did not build its kernel: {error}
-    -> see the log of this rank
+flashinfer_build: FlashInfer {version} did not build its kernel, or it cannot be loaded: {error}
+    -> install apache-tvm-ffi and FlashInfer 0.6.12, 0.6.17 or 0.7.2.post1, compile its kernel where torch is, or name
+    the triton backend
 flashinfer_no_compiler: the kernel of FlashInfer {version} must be compiled and {tool} is not found
     -> install {tool}
 flashinfer_no_gpu: FlashInfer's kernel runs on a GPU only
