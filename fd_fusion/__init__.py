@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # what runs is __getattr__
     from fd_fusion.binding.bind import check as check
-    from fd_fusion.binding.bind import freeze as freeze
     from fd_fusion.binding.bind import report as report
-    from fd_fusion.binding.bind import reset as reset
     from fd_fusion.binding.bind import unbind as unbind
+    from fd_fusion.binding.lifecycle import freeze as freeze
+    from fd_fusion.binding.lifecycle import reset as reset
     from fd_fusion.config import FusionConfig as FusionConfig
     from fd_fusion.hosts.decoder import Decoder as Decoder
     from fd_fusion.hosts.own_layers import bind as bind
@@ -50,8 +50,8 @@ _HOME = {
     "unbind": "binding.bind",
     "report": "binding.bind",
     "check": "binding.bind",
-    "freeze": "binding.bind",
-    "reset": "binding.bind",
+    "freeze": "binding.lifecycle",
+    "reset": "binding.lifecycle",
     "Fp8": "spec",
     "Fp8Linear": "layers.fp8",
     "RMSNorm": "layers.rms_norm",

@@ -25,15 +25,18 @@ class Entry:
 
 
 def _read_table(text: str) -> dict[str, Entry]:
-    """Read rows of `code: sentence` and `-> remedy`, "(rule)" behind the code of a rule; a longer row is indented."""
+    """Read rows of `code: sentence` and `-> remedy`, "(rule)" behind the code of a rule; a longer row is indented.
+
+    Without a remedy there is nothing to do.
+    """
     table: dict[str, Entry] = {}
     lines = [line for line in text.strip().splitlines() if line and not line.startswith("#")]
     for row in re.split(r"\n(?=\S)", "\n".join(lines)):
-        head, remedy = re.sub(r"\n +", " ", row).split(" -> ", 1)
+        head, _, remedy = re.sub(r"\n +", " ", row).partition(" -> ")
         name, sentence = head.split(": ", 1)
         code = name.removesuffix(" (rule)")
         assert code not in table, code
-        table[code] = Entry(sentence, remedy, rule=name != code)
+        table[code] = Entry(sentence, remedy or "nothing to do", rule=name != code)
     return table
 
 
@@ -50,7 +53,6 @@ two_configs: layers of one model carry different fusion configs: {first} and {se
 
 # Whether a pair can have a Site.
 one_rank (rule): one rank: there is nothing to reduce
-    -> nothing to do
 no_pairs: no known (row-parallel linear, norm) pair in {model}
     -> name them, bind(model, pairs=...), as help(fd_fusion.bind) shows; for FastDeploy see its supported decoders
 unclear_pairs: {model} has {producers} layers that all-reduce and {norms} RMSNorms of their width, where one more than
@@ -151,39 +153,29 @@ gradients: {layer}: gradients are recorded, and a fused op has none
 too_many_rows: T={rows} is above the limit of {limit} rows
     -> raise max_token_num, or tune the limit
 no_rows: T=0: there is nothing to compute
-    -> nothing to do
 tracing: the proving pass runs in eager mode only
     -> run one eager forward before capture
 
 # fastdeploy
 draft_model (rule): {model} is a draft model: one layer, whose MLP feeds no norm of its own
-    -> nothing to do
 shared_with_draft (rule): the draft model runs this norm too, on sums of its own
-    -> nothing to do
 sequence_parallel: sequence-parallel MoE splits the rows over the ranks
     -> start the server with --disable-sequence-parallel-moe to fuse the attention's pairs
 expert_parallel (rule): expert parallel: the experts are not split over the group
-    -> nothing to do
 proxy_rmsnorm: FD_USE_PHI_RMSNORM asks for another norm
     -> unset FD_USE_PHI_RMSNORM to fuse
 two_batch_overlap: {model} runs two batches at once, from two threads
-    -> nothing to do
 read_between_layers: the model reads a sum between its layers: `{line}`
     -> nothing to do: fused, that sum would be partial
 split_token: the linear splits its rows over the ranks
-    -> nothing to do
 unknown_block: {block} reduces in a way that is not known
     -> report it with the version of FastDeploy
 pipeline_boundary (rule): layer {layer} is not on this rank
-    -> nothing to do
 quantised_norm: the norm quantises its output
-    -> nothing to do
 norm_bias: the norm has a bias
-    -> nothing to do
 wide_residual: the host keeps the residual in {got} beside activations in {dtype}
     -> nothing to do: one kernel reads both in one dtype
 unknown_norm: {norm} is not a plain RMSNorm over the last dimension
-    -> nothing to do
 symbol_moved: {path} is not where this version of fd_fusion expects it
     -> install an fd_fusion made for this FastDeploy, or report its version
 
@@ -205,11 +197,9 @@ world_size: {got} ranks; this backend takes {allowed}
 hidden_size: hidden size {got} is not {need}
     -> pad the hidden size, or leave this pair unfused
 no_fp8: {got}: the kernel quantises {need}
-    -> nothing to do
 fp8_differs: the host's quantiser is not known: {detail}
     -> report it with the host's version; the host quantises
 fp8_not_taken: no layer took the FP8 of its norm in the proving pass
-    -> nothing to do
 deterministic: deterministic mode is on and the {backend} backend is not batch invariant
     -> name the triton backend
 qk_zero: {site}: its weights are zero, so nothing shows whether the kernel is right
@@ -270,18 +260,9 @@ no_presence: a rank that is missing outside of a fused call will not be named: {
 # flashinfer: the FlashInfer backend and its loader.
 flashinfer_missing: FlashInfer is not installed
     -> install FlashInfer, or name the triton backend
-flashinfer_import: FlashInfer {version} does not import under {framework}: {error}
-    -> install flashinfer-python-paddle, compile the kernel beforehand where torch is, or name the triton backend
-flashinfer_foreign: {module} was imported before and is bound to another framework than {framework}
-    -> import FlashInfer with torch in another process, or name the triton backend
-no_torch_proxy: this Paddle has no torch proxy: {error}
-    -> install Paddle 3.3 or newer
-flashinfer_no_kernel: FlashInfer {version} has no trtllm_allreduce_fusion
-    -> install FlashInfer 0.6.12, 0.6.17 or 0.7.2.post1, or name the triton backend
-flashinfer_signature: FlashInfer {version} takes {names}, which fd_fusion does not know
-    -> install FlashInfer 0.6.12, 0.6.17 or 0.7.2.post1, or name the triton backend
-flashinfer_build: FlashInfer {version} did not build its kernel: {error}
-    -> see the log of this rank
+flashinfer_build: FlashInfer {version} did not build its kernel, or it cannot be loaded: {error}
+    -> install apache-tvm-ffi and FlashInfer 0.6.12, 0.6.17 or 0.7.2.post1, compile its kernel where torch is, or name
+    the triton backend
 flashinfer_no_compiler: the kernel of FlashInfer {version} must be compiled and {tool} is not found
     -> install {tool}
 flashinfer_no_gpu: FlashInfer's kernel runs on a GPU only

@@ -64,9 +64,14 @@ def test_the_layers_do_not_touch_the_torch_proxy_nor_load_other_frameworks():
     assert got == "True []"
 
 
-def test_public_names_resolve():
-    names = run("import fd_fusion; print([n for n in fd_fusion.__all__ if getattr(fd_fusion, n) is None])")
-    assert names == "[]"
+def test_public_names_resolve_and_those_of_a_subpackage():
+    missing, same = run(
+        "import fd_fusion; print([n for n in fd_fusion.__all__ if getattr(fd_fusion, n) is None]); "
+        "from fd_fusion.layers import *; print(RMSNorm is fd_fusion.RMSNorm, QKRMSNorm.__name__)"
+    ).splitlines()
+    assert (missing, same) == ("[]", "True QKRMSNorm")
+    with pytest.raises(ImportError, match="no_such"):
+        from fd_fusion.layers import no_such  # noqa: F401
 
 
 @pytest.mark.parametrize("package", ["fd_fusion", "fd_fusion.layers"])
@@ -79,13 +84,6 @@ def test_the_lazy_names_are_known_before_they_are_used(package):
     assert sorted(read) == sorted(set(module.__all__) - {"__version__"}) == sorted(module._HOME)
     (listed,) = (node.value for node in source.body if isinstance(node, ast.Assign) and _target(node) == "__all__")
     assert ast.literal_eval(listed) == module.__all__, "a list that can be read without running"
-
-
-def test_names_of_a_subpackage():
-    code = "from fd_fusion.layers import *; import fd_fusion; print(RMSNorm is fd_fusion.RMSNorm, QKRMSNorm.__name__)"
-    assert run(code) == "True QKRMSNorm"
-    with pytest.raises(ImportError, match="no_such"):
-        from fd_fusion.layers import no_such  # noqa: F401
 
 
 def _for_type_checkers(node: ast.AST) -> bool:

@@ -33,7 +33,7 @@ def test_a_remedy_says_what_to_do(code):
 
 
 def test_the_versions_of_flashinfer_that_remedies_name_are_known():
-    listed = re.search(r"FlashInfer (.*), or name", TABLE["flashinfer_signature"].remedy)[1]
+    listed = re.search(r"FlashInfer (.*), compile", TABLE["flashinfer_build"].remedy)[1]
     named = set(re.split(", | or ", listed))
     assert len(named) == 3 and named <= {release.version for release in RELEASES}
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from fd_fusion.comm.group import Group, working
+from fd_fusion.comm.symmetric_memory import as_refusal
 from fd_fusion.comm.vote import Verdict, Vote, agree
 from fd_fusion.config import FusionConfig
 from fd_fusion.frameworks import paddle_runtime
@@ -40,31 +41,8 @@ def select_backend(
     Args: workspace_bytes: the most that the workspace may have, equal on all ranks.
     Returns: (backend, None, ()), or (None, the reason of the first candidate, the ranks that refused).
     """
-    spec = _spec_of(pairs, group, config, deterministic, workspace_bytes)
-    norms = dict.fromkeys((pair.eps, pair.weight_offset) for pair in pairs)
-    tuned, note = (None, None) if deterministic or spec.device == "cpu" else _tuned(group, spec)
-    wins = tuned is None or (tuned.order if config.backend == "auto" else tuned.rows.get(config.backend, True))
-    if not wins and config.max_token_num is None:
-        return None, because("never_wins", size=spec.size, hidden_size=spec.hidden_size, dtype=spec.dtype), ()
-    if tuned:
-        spec = replace(spec, two_shot_rows=tuned.two_shot_rows or NEVER, tuned_staying_rows=tuned.staying_rows)
-    first: Verdict | None = None
-    for name in _candidates(config.backend, spec.device, tuned):
-        spec = replace(spec, tuned_rows=tuned.rows.get(name) or None if tuned else None)
-        specs = [replace(spec, eps=eps, weight_offset=offset) for eps, offset in norms]
-        op, verdict = _try(name, specs, group, config.timeout_s)
-        if op is not None:
-            return SelectedBackend(name, op, limit_source(spec), note), None, ()
-        first = first or verdict
-    return None, first.reason, tuple(rank for rank, _ in first.refusals)
-
-
-def _spec_of(
-    pairs: Sequence[Any], group: Group, config: FusionConfig, deterministic: bool, workspace_bytes: int
-) -> OpSpec:
-    """Describe the op of one workspace, without the eps and the weight offset, which differ from pair to pair."""
     device, arch = paddle_runtime.device_of()
-    return OpSpec(
+    spec = OpSpec(
         *(group.rank, group.size, pairs[0].hidden_size, pairs[0].dtype),
         weight_dtypes=tuple(pair.weight_dtype for pair in pairs),
         fp8=tuple(dict.fromkeys(pair.fp8 for pair in pairs if isinstance(pair.fp8, Fp8))),
@@ -75,13 +53,23 @@ def _spec_of(
         workspace_bytes=workspace_bytes,
         timeout_s=config.timeout_s,
     )
-
-
-def _candidates(named: str, device: str, tuned: Limits | None) -> tuple[str, ...]:
-    """Return the backends to try, in turn: by the tuning table the fastest first, without one that never wins."""
-    if named != "auto":
-        return (named,)
-    return tuned.order if tuned and tuned.order else _AUTO[device]
+    norms = dict.fromkeys((pair.eps, pair.weight_offset) for pair in pairs)  # which differ from pair to pair
+    tuned, note = (None, None) if deterministic or spec.device == "cpu" else _tuned(group, spec)
+    wins = tuned is None or (tuned.order if config.backend == "auto" else tuned.rows.get(config.backend, True))
+    if not wins and config.max_token_num is None:
+        return None, because("never_wins", size=spec.size, hidden_size=spec.hidden_size, dtype=spec.dtype), ()
+    if tuned:
+        spec = replace(spec, two_shot_rows=tuned.two_shot_rows or NEVER, tuned_staying_rows=tuned.staying_rows)
+    first: Verdict | None = None
+    by_table = tuned.order if tuned and tuned.order else _AUTO[spec.device]  # the fastest first
+    for name in by_table if config.backend == "auto" else (config.backend,):
+        spec = replace(spec, tuned_rows=tuned.rows.get(name) or None if tuned else None)
+        specs = [replace(spec, eps=eps, weight_offset=offset) for eps, offset in norms]
+        op, verdict = _try(name, specs, group, config.timeout_s)
+        if op is not None:
+            return SelectedBackend(name, op, limit_source(spec), note), None, ()
+        first = first or verdict
+    return None, first.reason, tuple(rank for rank, _ in first.refusals)
 
 
 def _tuned(group: Group, spec: OpSpec) -> tuple[Limits | None, Reason | None]:
@@ -106,14 +94,8 @@ def _try(name: str, specs: list[OpSpec], group: Group, timeout_s: float) -> tupl
     verdict = agree(group, f"{name}.supports", Vote(refusal), timeout_s=timeout_s)
     if not verdict.ok:
         return None, verdict
-    op = None
     with working(group, timeout_s=timeout_s):
-        try:
-            op = backend.open(specs[0], group)
-        except FusionError as error:
-            refusal = error.reason
-        except Exception as error:  # its text becomes this rank's vote
-            refusal = because("open_failed", error=f"{type(error).__name__}: {error}")
+        op, refusal = as_refusal(lambda: backend.open(specs[0], group))
     with contextlib.ExitStack() as unless_ok:
         if op is not None:
             unless_ok.callback(op.close)

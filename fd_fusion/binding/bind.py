@@ -6,7 +6,6 @@ Knows no host: what a pair is, how its ends take a Site and how its stock path r
 from __future__ import annotations
 
 import contextlib
-import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,17 +13,17 @@ from fd_fusion.binding import lifecycle, metrics
 from fd_fusion.binding.bound import Book, Bound, give_up, logger, undo_all
 from fd_fusion.binding.first_forward import attach_and_prove
 from fd_fusion.binding.forwards import ExampleOf
-from fd_fusion.binding.opening import by_group, conclude_opening, group_of_last_resort, join, label_of, open_sites
+from fd_fusion.binding.opening import by_group, conclude_opening, group_of_last_resort, label_of, open_sites
 from fd_fusion.binding.pairs import Pair, without_hooked
 from fd_fusion.binding.qk_norms import QKNorm, choose_qk_norms
 from fd_fusion.binding.report import Report
+from fd_fusion.comm.circle import meet
 from fd_fusion.comm.group import Group
 from fd_fusion.config import Resolved
 from fd_fusion.reasons import BindError, FusionTimeout, Reason, because
 from fd_fusion.site import Rejected
 
-_bound = Book()
-_reports: weakref.WeakKeyDictionary[Any, Report] = weakref.WeakKeyDictionary()  # of models that hold no state
+_bound = Book()  # models that are off too
 
 
 def bind(
@@ -43,11 +42,7 @@ def bind(
     """Collective: give the pairs of `model` their Sites. `fd_fusion.bind` has the contract.
 
     Args:
-        pairs, qk_norms: what the host has found.
-        resolved: the config that won, or why there is none.
-        example: runs a forward for the proving pass.
         example_of: (forward, args, kwargs) -> example, in place of copies of the first forward's arguments.
-        deterministic: the host is in its deterministic or batch-invariant mode.
         group: ranks that vote in any case, also for a model in which this rank finds no pair.
         refusal: why this rank cannot bind; the others read it in the vote.
         freezes_itself: no host calls `freeze` after its graphs were captured.
@@ -58,11 +53,9 @@ def bind(
         if before.report.config == resolved.config and before.on:
             return before.report
         unbind(model)
-    report = Report(resolved.config, resolved.source, type(model).__name__)
-    with lifecycle.lock:
-        _reports[model] = report
+    state = _enter(model, Report(resolved.config, resolved.source, type(model).__name__, off=resolved.reason))
+    report, state.freezes_itself = state.report, freezes_itself
     if resolved.config is None:
-        report.off = resolved.reason
         return report
     found = without_hooked(pairs)
     report.rejected += [pair for pair in found if isinstance(pair, Rejected)]
@@ -73,26 +66,34 @@ def bind(
         report.off = because("disabled", flag="enable_all_reduce_rms_norm")
     elif not found and not report.rejected:
         report.off = because("no_pairs", model=type(model).__name__)
-    state = Bound(report, freezes_itself=freezes_itself)
     try:
         failure = refusal or _choose_qk(state, qk_norms)
         state.failures += [failure] if failure is not None else []
         pairs_of = by_group(found, group or group_of_last_resort(report, found))
         labels = {one: label_of(model, of, resolved.config, deterministic) for one, of in pairs_of.items()}
-        join(state, {one: "/".join(map(str, label)) for one, label in labels.items()})
+        state.labels = {one: f"{digest}/{number}" for one, (digest, number) in labels.items()}
+        state.known, state.broken, state.live = meet(state.labels, timeout_s=resolved.config.timeout_s)
         if resolved.config.enable_all_reduce_rms_norm:
-            open_sites(state, found, resolved.config, deterministic, failure, labels)
+            report.rejected += [Rejected(pair.name, because("one_rank")) for pair in found if pair.group.size == 1]
+            open_sites(state, pairs_of, labels, failure, deterministic)
         conclude_opening(state)
         attach_and_prove(model, state, example, example_of)
     except BaseException as error:
         give_up(state, error)
+        _enter(model, report)  # no layer is held any more
         raise
     with lifecycle.lock:
-        _bound[model] = state
-        del _reports[model]  # its Sites reach the layers, and a layer may know its model
+        _bound[model] = state  # its Sites reach the layers from now on, and a layer may know its model
     lifecycle.watch_model(model, [selected.op for selected in state.selected])
     report.log(logger)
     return report
+
+
+def _enter(model: Any, report: Report) -> Bound:
+    """Enter a model that is not bound, or not yet."""
+    with lifecycle.lock:
+        _bound[model] = state = Bound(report, on=False)
+    return state
 
 
 def unbind(model: Any) -> None:
@@ -101,7 +102,7 @@ def unbind(model: Any) -> None:
     A graph that was captured or traced while the model was bound uses them, and must not run again.
     """
     with lifecycle.lock:
-        state, _ = _bound.pop(model, None), _reports.pop(model, None)
+        state = _bound.pop(model)
     if state is not None:
         undo_all(state)
 
@@ -109,8 +110,7 @@ def unbind(model: Any) -> None:
 def report() -> list[Report]:
     """Return the reports of the models of this process for which `bind` was called, those that are off too."""
     with lifecycle.lock:
-        bound = [state.report for state in _bound.values()]
-        return bound + [one for one in _reports.values() if not any(one is other for other in bound)]
+        return [state.report for state in _bound.values()]
 
 
 def note_off(model: Any, resolved: Resolved, reason: Reason) -> None:
@@ -118,8 +118,8 @@ def note_off(model: Any, resolved: Resolved, reason: Reason) -> None:
 
     Raises: BindError: under `strict`, unless the reason is a rule.
     """
-    with contextlib.suppress(TypeError), lifecycle.lock:  # what is no layer, and cannot be held weakly, has no report
-        _reports[model] = Report(resolved.config, resolved.source, type(model).__name__, off=reason)
+    with contextlib.suppress(TypeError):  # what is no layer, and cannot be held weakly, has no report
+        _enter(model, Report(resolved.config, resolved.source, type(model).__name__, off=reason))
     if resolved.config is not None and resolved.config.strict and not reason.is_rule:
         raise BindError(reason)
 
@@ -141,38 +141,6 @@ def error_pages() -> list[int]:
     """Return the descriptors of the pages on which fused kernels of this process write which rank is missing."""
     pages = [selected.op.error_page for state in _bound.values() for selected in state.selected]
     return [page for page in pages if page is not None]
-
-
-def freeze() -> None:
-    """Wait less for a missing rank from now on. Collective in spirit only: a rank that calls it later waits longer.
-
-        a fused call waits at most   10 x timeout_s before freeze, while a rank may still compile or capture
-                                     timeout_s      after it
-
-    For every bound model of this process. FastDeploy's worker calls it after its graphs were captured. A model of
-    this package's own layers freezes by itself when the second eager forward after its proving pass starts (the
-    first has run every fused op, so nothing is left to compile), or at the first later one that is not being
-    captured; call `freeze()` where all that follows are replays of graphs. Not while a graph is being captured.
-    `check`, `reset` and `bind` may follow it; a model that is bound later starts with the long wait.
-    Raises: FusionError (`closed`): the model was unbound by another thread meanwhile.
-    """
-    lifecycle.freeze()
-
-
-def reset() -> None:
-    """Collective: go on after a FusionTimeout. Every rank calls it, with no fused call under way on any of them.
-
-    Every workspace of this process is reset, oldest first: all ranks wait until all have ended what they run, then
-    clear their memory, and vote on the outcome. Each is usable again on all ranks of its group, or on none.
-
-        a silent rank is waited for at most   2 x t + t for each workspace,
-                                              t = timeout_s once frozen, else 10 x timeout_s
-
-    Numbers that were computed between the timeout and the reset are NaN or unfit: throw them away.
-    Raises: FusionError: a rank is missing (`never_voted`), or could not clear its memory; that workspace stays dead,
-        the others were reset all the same. Restart the ranks then.
-    """
-    lifecycle.reset()
 
 
 def _choose_qk(state: Bound, norms: Sequence[QKNorm]) -> Reason | None:

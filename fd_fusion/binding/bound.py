@@ -15,8 +15,7 @@ from fd_fusion.binding.qk_norms import QKNorm
 from fd_fusion.binding.report import Report
 from fd_fusion.comm.circle import Known
 from fd_fusion.comm.group import Group
-from fd_fusion.config import FusionConfig
-from fd_fusion.reasons import BindError, FusionError, Reason, because
+from fd_fusion.reasons import FusionError, Reason, because
 from fd_fusion.site import ForwardCount, Rejected, Site
 
 logger = logging.getLogger("fd_fusion")
@@ -57,55 +56,45 @@ class Bound:
 
 
 class Book:
-    """model -> its state. A state must give None where it is copied or pickled: it belongs to this model alone.
+    """model -> its state. A model keeps a state that reaches its layers, the book any other one.
 
-    A state that reaches no layer (`reaches_layers`) is kept by the book, and leaves no trace in its model.
-
-    A state reaches the model's layers, and a layer may hold its model. A book that kept the state, even under a weak
-    key, would keep such a model for ever; a state that the model keeps is a cycle, which the garbage collector takes
-    whole.
+    A layer may hold its model: a book that kept such a state would keep the model for ever, even under a weak key. A
+    state that its model keeps is a cycle, which the garbage collector takes whole.
     """
 
     def __init__(self) -> None:
-        self._states: weakref.WeakKeyDictionary[Any, Callable[[], Any]] = weakref.WeakKeyDictionary()
+        self._states: weakref.WeakKeyDictionary[Any, Callable[[], Bound | None]] = weakref.WeakKeyDictionary()
 
-    def __setitem__(self, model: Any, state: Any) -> None:
+    def __setitem__(self, model: Any, state: Bound) -> None:
         if state.reaches_layers:
             model.__dict__[_ATTRIBUTE] = state
-            self._states[model] = weakref.ref(state)
-        else:
-            self._states[model] = lambda: state
+        self._states[model] = weakref.ref(state) if state.reaches_layers else lambda: state
 
-    def get(self, model: Any, default: Any = None) -> Any:
-        found = self._states.get(model)
-        state = None if found is None else found()
-        return default if state is None else state
+    def get(self, model: Any) -> Bound | None:
+        return self._states.get(model, lambda: None)()
 
-    def pop(self, model: Any, default: Any = None) -> Any:
-        state = self.get(model, default)
+    def pop(self, model: Any) -> Bound | None:
+        state = self.get(model)
         if self._states.pop(model, None) is not None:
             model.__dict__.pop(_ATTRIBUTE, None)
         return state
 
-    __delitem__ = pop
-
-    def values(self) -> list[Any]:
-        states = [found() for found in list(self._states.values())]
-        return [state for state in states if state is not None]
-
-    def __len__(self) -> int:
-        return len(self.values())
+    def values(self) -> list[Bound]:
+        return [state for found in list(self._states.values()) if (state := found()) is not None]
 
 
-def refuse(report: Report, pairs: list[Pair], reason: Reason, ranks: tuple[int, ...], config: FusionConfig) -> None:
-    """Leave the pairs stock, or raise BindError where `strict` or a named backend insists: alike on all ranks."""
-    leave_stock(report, pairs, reason, ranks)
-    if not reason.root.is_rule and config.insists:
-        raise BindError(reason)
+def leave_stock(state: Bound, pairs: list[Pair], reason: Reason, ranks: tuple[int, ...]) -> None:
+    state.report.rejected += [Rejected(pair.name, reason, ranks) for pair in pairs]
+    state.failures.append(reason)
 
 
-def leave_stock(report: Report, pairs: list[Pair], reason: Reason, ranks: tuple[int, ...]) -> None:
-    report.rejected += [Rejected(pair.name, reason, ranks) for pair in pairs]
+def leave_all_stock(state: Bound, reason: Reason, ranks: tuple[int, ...]) -> None:
+    """Take all Sites away again, as every other rank does: a model is never half bound."""
+    undo_all(state)
+    state.on = False
+    state.report.sites.clear()
+    leave_stock(state, [pair for pair, _ in state.sites], reason, ranks)
+    state.sites, state.groups = [], []  # nothing of the model is held any more
 
 
 def insisted_failure(state: Bound) -> Reason | None:

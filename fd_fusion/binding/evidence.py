@@ -108,16 +108,6 @@ def probe_refusal(contract: Contract, fused: Outputs, host: Outputs) -> Reason |
     return None
 
 
-def nothing_to_sum(ranks: Sequence[dict[str, Any]]) -> bool:
-    """Return whether every rank handed over zeros: a reduction that is missing, or made twice, would not show."""
-    return not any(words["summands"] for words in ranks)
-
-
-def nothing_finite(ranks: Sequence[dict[str, Any]]) -> bool:
-    """Return whether no row that was tried is finite on every rank: NaN is equal to whatever a fault makes of it."""
-    return not np.all([words["finite"] for words in ranks], axis=0).any()
-
-
 def _too_far(contract: Contract, output: str, excess: np.ndarray) -> Reason | None:
     if (excess <= 1).all():
         return None

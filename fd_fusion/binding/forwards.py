@@ -10,12 +10,12 @@ from typing import Any
 
 import paddle
 
+from fd_fusion.binding.ballot import Ballot
 from fd_fusion.binding.outputs import (
     NOT_COMPARED,
     Trace,
     first_difference,
     nothing_shown,
-    outputs_differ,
     tensors_of,
     within_spread,
 )
@@ -31,7 +31,7 @@ STOCK, PROVING, AGAIN, STAYING = "stock", "proving", "second stock", "staying"
 
 
 class Forwards:
-    """Run a model's forwards on this rank, and compare what they gave, without a vote.
+    """Run a model's forwards on this rank, and compare what they gave: each as a ballot, for a vote.
 
     Args: layers: all layers of the model by their paths, to find hooks.
     """
@@ -44,14 +44,34 @@ class Forwards:
         self._compared = True
         self._traces: dict[str, Trace] = {}
         self._spoilt: set[str] = set()  # buffers that held NaN before the staying forward
-        self.which = ""  # the last one that ran
-        self.raised: Exception | None = None  # what it raised
-        self.reason: Reason | None = None  # the same as a reason
+        self.raised: Exception | None = None  # what the last forward raised
+        self._reason: Reason | None = None  # the same as a reason
+        self.spread: Reason | None = None  # why outputs were not compared bit by bit
 
-    def run(self, which: str) -> Reason | None:
+    def stock(self) -> Ballot:
+        return self._ballot(STOCK, self._run(STOCK), Ballot)
+
+    def proving(self, qk_norms: Sequence[QKNorm]) -> Ballot:
+        """Run the forward with the Sites attached, in which nothing is fused: its outputs must be the stock ones."""
+        return self._ballot(PROVING, self._run_attached(PROVING, self._proof, qk_norms), self._compare)
+
+    def again(self) -> Ballot:
+        """Run a second stock forward, where the outputs differed: does stock repeat its own bits?"""
+        return self._ballot(AGAIN, self._run(AGAIN), self._judge_spread)
+
+    def staying(self, qk_norms: Sequence[QKNorm]) -> Ballot:
+        """Run the forward that proves that a residual may stay with the owners of its rows."""
+        proof = StayingProof(self._proof)
+        raised = self._run_attached(STAYING, proof, qk_norms)
+        refusal = raised and because("residual_read", why=str(raised))
+        ballot = self._ballot(STAYING, refusal, lambda: Ballot(self._who_reads(proof)))
+        ballot.links = list(self._proof.links)
+        return ballot
+
+    def _run(self, which: str) -> Reason | None:
         """Run one forward. Returns what it raised as a reason, for the vote: the ranks stay in step."""
         self._traces[which] = trace = Trace({pair.name: pair.reader for pair, _ in self._pairs})
-        self.which, self.raised, self.reason = which, None, None
+        self.raised = self._reason = None
         try:
             self._spoilt = self._buffers_of_nan() if which == STAYING else set()
             with trace.watching(), paddle.no_grad():  # it is not differentiated, and a Site refuses gradients
@@ -60,64 +80,54 @@ class Forwards:
                 self._outputs[which] = tensors_of(outputs) if self._compared else []
         except Exception as error:
             reason = because("forward_raised", which=which, error=f"{type(error).__name__}: {error}")
-            self.raised, self.reason = error, error.reason if isinstance(error, FusionError) else reason
-        return self.reason
+            self.raised, self._reason = error, error.reason if isinstance(error, FusionError) else reason
+        return self._reason
 
-    @property
-    def reached(self) -> list[str]:
-        """Return the pairs whose norms the last forward came to."""
-        return list(self._traces[self.which].norms)
-
-    def prove(self, qk_norms: Sequence[QKNorm], staying: StayingProof | None = None) -> Reason | None:
-        """Run the proving forward, with the Sites attached, or the one that proves that a residual may stay."""
+    def _run_attached(self, which: str, proof: Proof, qk_norms: Sequence[QKNorm]) -> Reason | None:
         with contextlib.ExitStack() as undo:
             for pair, site in self._pairs:
                 undo.callback(pair.stock.attach(site))
-                site.start_proof(staying or self._proof)
+                site.start_proof(proof)
                 undo.callback(site.end_proof, False)
             for norm in qk_norms:
                 undo.callback(norm.attach(_in_place(norm.stock)))
-            undo.enter_context(self._recording_hooks(staying))
-            return self.run(STAYING if staying else PROVING)
+            undo.enter_context(self._recording_hooks(proof if isinstance(proof, StayingProof) else None))
+            return self._run(which)
 
-    def compare(self) -> tuple[Reason | None, Reason | None, bool]:
-        """Judge the proving forward: (why a Site refuses, why it showed nothing, whether its outputs differ).
-
-        An error in it is a reason too: the other ranks wait for this one's vote.
-        """
+    def _ballot(self, which: str, refusal: Reason | None, judge: Callable[[], Ballot]) -> Ballot:
+        """Judge a forward that raised nothing. An error in that is a refusal too: the others wait for this rank."""
         try:
-            if self._nothing_computed():
-                return None, because("no_rows_yet"), False
-            reason = self._proof.own_refusal()
-            differs = first_difference(self._outputs[PROVING], self._outputs[STOCK]) is not None
-            if reason is not None or differs:
-                return reason, None, reason is None
-            return None, nothing_shown(self._outputs[STOCK]) if self._compared else None, False
+            ballot = judge() if refusal is None else Ballot(refusal)
         except Exception as error:
-            return _not_compared(error), None, False
+            ballot = Ballot(because("not_compared", error=f"{type(error).__name__}: {error}"))
+        ballot.which, ballot.raised, ballot.reached = which, self._reason, list(self._traces[which].norms)
+        return ballot
 
-    @property
-    def can_link(self) -> bool:
-        """Return whether there are links to prove, and outputs to prove them by."""
-        return bool(self._proof.links) and self._compared
+    def _compare(self) -> Ballot:
+        stock, proof = self._outputs[STOCK], self._proof
+        empty = bool(stock) and all(0 in tensor.shape for tensor in stock)
+        if not proof.finished and (empty or proof.without_rows):  # as that of an idle data-parallel rank
+            return Ballot(again=because("no_rows_yet"))
+        reason = proof.own_refusal()
+        differs = first_difference(self._outputs[PROVING], stock) is not None
+        if reason is not None or differs:
+            return Ballot(reason, differs=reason is None)
+        again = nothing_shown(stock) if self._compared else None
+        return Ballot(again=again, linked=self._compared and bool(proof.links))
 
-    def compare_staying(self, staying: StayingProof) -> Reason | None:
+    def _who_reads(self, staying: StayingProof) -> Reason | None:
         """Return why a residual that stays with its owners would be read elsewhere, or None."""
-        try:
-            staying.miss_kept()
-            if (reason := staying.own_refusal()) is not None:
-                return reason if reason.code == "residual_read" else because("residual_read", why=str(reason))
-            if first_difference(self._outputs[STAYING], self._outputs[STOCK]) is not None:
-                part = self._traces[STOCK].parts_at(self._traces[STAYING])
-                return because("residual_read", why="the model's output" if part is None else f"what feeds {part}")
-            written = sorted(self._buffers_of_nan() - self._spoilt)
-            return because("residual_read", why=f"the model's buffer {written[0]}") if written else None
-        except Exception as error:
-            return _not_compared(error)
+        staying.miss_kept()
+        if (reason := staying.own_refusal()) is not None:
+            return reason if reason.code == "residual_read" else because("residual_read", why=str(reason))
+        if first_difference(self._outputs[STAYING], self._outputs[STOCK]) is not None:
+            part = self._traces[STOCK].parts_at(self._traces[STAYING])
+            return because("residual_read", why="the model's output" if part is None else f"what feeds {part}")
+        written = sorted(self._buffers_of_nan() - self._spoilt)
+        return because("residual_read", why=f"the model's buffer {written[0]}") if written else None
 
     def _buffers_of_nan(self) -> set[str]:
-        """Return the paths of the layers' buffers that hold NaN; their sums, since a buffer may be a large cache. A
-        host may have given the memory of a buffer back."""
+        """Return the paths of buffers that hold NaN, by their sums: one may be a large cache, or be given back."""
         return {
             f"{path}.{name}".lstrip(".")
             for path, layer in self._layers.items()
@@ -126,30 +136,21 @@ class Forwards:
             if bool(paddle.isnan(buffer.sum()))
         }
 
-    def _nothing_computed(self) -> bool:
-        """Return whether the forward had no rows, as that of an idle data-parallel rank: it shows nothing."""
-        outputs = self._outputs[STOCK]
-        empty = bool(outputs) and all(0 in tensor.shape for tensor in outputs)
-        return not self._proof.finished and (empty or bool(self._proof.without_rows))
-
-    def judge_spread(self) -> tuple[Reason | None, bool]:
-        """Judge the second stock forward: (why the proving one is not stock, whether stock repeats its own bits)."""
+    def _judge_spread(self) -> Ballot:
         got, want, again = (self._outputs[which] for which in (PROVING, STOCK, AGAIN))
-        try:
-            if [list(one.shape) for one in again] != [list(one.shape) for one in want]:
-                return because("shapes_differ"), True
-            repeats = first_difference(again, want) is None
-            output = first_difference(got, want) if repeats else within_spread(got, want, again)
-            return (None if output is None else self._name(output)), repeats
-        except Exception as error:
-            return _not_compared(error), True
+        if [list(one.shape) for one in again] != [list(one.shape) for one in want]:
+            return Ballot(because("shapes_differ"))
+        repeats = first_difference(again, want) is None
+        self.spread = None if repeats else because("stock_differs")
+        output = first_difference(got, want) if repeats else within_spread(got, want, again)
+        return Ballot(None if output is None else self._name(output))
 
     def _name(self, output: int | str) -> Reason:
         stock = self._traces[STOCK]
         for name, (norm_input, _) in stock.norms.items():
             if name in self._proof.alike and norm_input == self._proof.handed_over.get(name):
                 return because("already_reduced", site=name)
-        return outputs_differ(output, stock.parts_at(self._traces[PROVING]))
+        return because("outputs_differ", output=output, site=stock.parts_at(self._traces[PROVING]) or "none")
 
     @contextlib.contextmanager
     def _recording_hooks(self, staying: StayingProof | None) -> Iterator[None]:
@@ -180,10 +181,6 @@ class Forwards:
         finally:
             for hook in hooks:
                 hook.remove()
-
-
-def _not_compared(error: Exception) -> Reason:
-    return because("not_compared", error=f"{type(error).__name__}: {error}")
 
 
 def on_copies(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[], Any]:

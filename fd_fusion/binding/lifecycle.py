@@ -87,14 +87,35 @@ def close_dropped(groups: Sequence[Group], timeout_s: float) -> None:
 
 
 def freeze() -> None:
-    """Freeze every workspace of this process."""
+    """Wait less for a missing rank from now on. Collective in spirit only: a rank that calls it later waits longer.
+
+        a fused call waits at most   10 x timeout_s before freeze, while a rank may still compile or capture
+                                     timeout_s      after it
+
+    For every bound model of this process. FastDeploy's worker calls it after its graphs were captured. A model of
+    this package's own layers freezes by itself when the second eager forward after its proving pass starts (the
+    first has run every fused op, so nothing is left to compile), or at the first later one that is not being
+    captured; call `freeze()` where all that follows are replays of graphs. Not while a graph is being captured.
+    `check`, `reset` and `bind` may follow it; a model that is bound later starts with the long wait.
+    Raises: FusionError (`closed`): the model was unbound by another thread meanwhile.
+    """
     for space in _held:
         space.op.freeze()
 
 
 def reset() -> None:
-    """Collective: reset every workspace, in the order in which they were opened. Raises the first FusionError, once
-    all were tried: the other ranks wait for each of them."""
+    """Collective: go on after a FusionTimeout. Every rank calls it, with no fused call under way on any of them.
+
+    Every workspace of this process is reset, oldest first: all ranks wait until all have ended what they run, then
+    clear their memory, and vote on the outcome. Each is usable again on all ranks of its group, or on none.
+
+        a silent rank is waited for at most   2 x t + t for each workspace,
+                                              t = timeout_s once frozen, else 10 x timeout_s
+
+    Numbers that were computed between the timeout and the reset are NaN or unfit: throw them away.
+    Raises: FusionError: a rank is missing (`never_voted`), or could not clear its memory; that workspace stays dead,
+        the others were reset all the same. Restart the ranks then.
+    """
     errors = []
     for space in _held:
         try:

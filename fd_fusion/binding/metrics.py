@@ -4,12 +4,6 @@ A worker serves no /metrics; the host's API process does. Where PROMETHEUS_MULTI
 is there, the numbers go into that folder, and the process that serves /metrics adds those of all workers up.
 Elsewhere they are one line of JSON in the worker's log. `tick` runs in `fd_fusion.check()`, before tokens are
 published: never in a forward, never while a graph is captured, and in the thread that also closes workspaces.
-
-    fd_fusion_finished_total{path, reason}   finishes counted by Python: eager, or once while a graph is captured
-    fd_fusion_device_rows_total{backend}     rows that kernels finished, graph replays too (triton)
-    fd_fusion_fp8_total{what}                norms "made" in FP8 by kernels, and "taken" by layers, counted likewise
-    fd_fusion_timeouts_total                 workspaces that ran out of time
-    fd_fusion_workspace_bytes                memory of all workspaces
 """
 
 from __future__ import annotations
@@ -91,7 +85,7 @@ def totals(reports: Sequence[Report]) -> tuple[Counter[_Key], int]:
             stats = line.selected.op.stats()
             counted["timeouts",] += stats.get("timeouts") or 0
             if stats.get("device"):
-                counted["device_rows", line.backend] += stats["device"]["rows"]
+                counted["device_rows", line.selected.backend] += stats["device"]["rows"]
     return counted, lifecycle.taken_bytes()
 
 

@@ -11,16 +11,16 @@ from typing import Any
 from fd_fusion import __version__
 from fd_fusion.binding import lifecycle
 from fd_fusion.binding.backend_selection import select_backend
-from fd_fusion.binding.bound import Bound, insisted_failure, leave_stock, undo_all
+from fd_fusion.binding.bound import Bound, insisted_failure, leave_all_stock, leave_stock
 from fd_fusion.binding.pairs import Pair
-from fd_fusion.binding.report import Report
-from fd_fusion.comm.circle import circle_of, in_order, meet
+from fd_fusion.binding.report import Report, SiteLine
+from fd_fusion.comm.circle import circle_of, in_order
 from fd_fusion.comm.group import Group
 from fd_fusion.comm.vote import Vote, agree
 from fd_fusion.config import FusionConfig
 from fd_fusion.frameworks import paddle_ops, paddle_runtime
 from fd_fusion.reasons import BindError, Reason, because
-from fd_fusion.site import Rejected, Site
+from fd_fusion.site import Site
 
 _models: dict[str, list[tuple[int, weakref.ref]]] = {}  # by what their ranks compare: (number, model)
 
@@ -58,15 +58,6 @@ def label_of(model: Any, pairs: list[Pair], config: FusionConfig, deterministic:
     return digest, number
 
 
-def join(state: Bound, labels: Mapping[Group, str]) -> None:
-    """Collective: meet in each group, whatever a rank has missed before, and learn which ranks belong together.
-
-    Args: labels: what each group meets for, see `meeting`. Sets `live`, `known` and `broken`.
-    """
-    state.labels = dict(labels)
-    state.known, state.broken, state.live = meet(labels, timeout_s=state.report.config.timeout_s)
-
-
 def conclude_opening(state: Bound) -> None:
     """Collective: vote in the circle on what is open, and on what was insisted on in vain.
 
@@ -91,41 +82,27 @@ def conclude_opening(state: Bound) -> None:
         return
     if not verdict.missing or config.insists:
         raise BindError(verdict.reason)
-    _give_up(state, verdict.reason, verdict.missing)
-
-
-def _give_up(state: Bound, reason: Reason, ranks: tuple[int, ...]) -> None:
-    """Close what this rank opened, as every other does, when a rank went missing in between."""
-    undo_all(state)
-    state.on = False
-    state.report.sites.clear()
-    leave_stock(state.report, [pair for pair, _ in state.sites], reason, ranks)
-    state.sites.clear()
-    state.groups.clear()
+    leave_all_stock(state, verdict.reason, verdict.missing)  # a rank went missing in between
 
 
 def structure_refusal(
-    group: Group,
-    pairs: int,
-    label: tuple[str, int],
-    failure: Reason | None,
-    room: tuple[int, int],
-    config: FusionConfig,
+    group: Group, stated: list[Any], failure: Reason | None, timeout_s: float
 ) -> tuple[tuple[Reason, tuple[int, ...]] | None, int]:
     """Collective: hold the first vote of a group. Returns None if every rank built the same, else (reason, ranks);
     and the bytes that each of its workspaces may have, so that all fit into what is left of `workspace_mb` on every
     rank.
 
-    Args: room: how many workspaces this rank needs, of all its groups, and the bytes that are left for them.
+    Args: stated: the label's digest and number, the number of pairs, how many workspaces this rank needs, of all its
+        groups, and the bytes that are left for them.
     """
-    verdict = agree(group, "structure", Vote(failure, [*label, pairs, *room]), timeout_s=config.timeout_s)
+    verdict = agree(group, "structure", Vote(failure, stated), timeout_s=timeout_s)
     if not verdict.ok:
         return (verdict.reason, tuple(rank for rank, _ in verdict.refusals)), 0
     digests, numbers, counts, spaces, left = zip(*verdict.data)
     others = [rank for rank in range(group.size) if (digests[rank], numbers[rank]) != (digests[0], numbers[0])]
     if others:
         if len(set(digests)) == 1:  # from now on all ranks count alike again
-            alike = _models[label[0]]
+            alike = _models[stated[0]]
             alike[-1] = (max(numbers), alike[-1][1])
         detail = (
             f"its pairs, config or version are not those of rank 0 ({counts[others[0]]} pairs; rank 0: {counts[0]})"
@@ -136,47 +113,40 @@ def structure_refusal(
 
 def open_sites(
     state: Bound,
-    pairs: list[Pair],
-    config: FusionConfig,
-    deterministic: bool,
-    failure: Reason | None,
+    pairs_of: Mapping[Group, list[Pair]],
     labels: Mapping[Group, tuple[str, int]],
+    failure: Reason | None,
+    deterministic: bool,
 ) -> None:
-    """Collective: give the pairs their Sites, group by group. `failure` of this rank is its refusal in each vote."""
-    report, failure = state.report, failure or state.broken
-    report.rejected += [Rejected(pair.name, because("one_rank")) for pair in pairs if pair.group.size == 1]
-    pairs_of = {group: [pair for pair in pairs if pair.group == group] for group in labels}
-    spaces = len({(group, pair.hidden_size, pair.dtype) for group in pairs_of for pair in pairs_of[group]})
+    """Collective: give the pairs their Sites, group by group. `failure` of this rank is its refusal in each vote.
+
+    The pairs of a group that refuses stay stock; the others go on, and the vote of `conclude_opening` is for all.
+    """
+    config, failure = state.report.config, failure or state.broken
+    spaces = len({(group, pair.hidden_size, pair.dtype) for group, pairs in pairs_of.items() for pair in pairs})
     lifecycle.close_dropped([group for group in in_order(pairs_of) if group in state.live], config.timeout_s)
     room = spaces, (config.workspace_mb << 20) - lifecycle.taken_bytes()
     for group in in_order(pairs_of):
-        if group not in state.live:  # a rank did not come
-            refused, each = (state.broken, ()), 0
-        else:
-            refused, each = structure_refusal(group, len(pairs_of[group]), labels[group], failure, room, config)
+        refused, each, pairs = (state.broken, ()), 0, pairs_of[group]  # of a group with a rank that did not come
+        if group in state.live:
+            stated = [*labels[group], len(pairs), *room]
+            refused, each = structure_refusal(group, stated, failure, config.timeout_s)
         if refused is not None:
-            _leave_stock(state, pairs_of[group], *refused)
-        elif pairs_of[group]:
-            _open_group(state, group, pairs_of[group], config, deterministic, each)
+            leave_stock(state, pairs, *refused)
+        elif pairs:
+            _open_group(state, group, pairs, deterministic, each)
 
 
-def _leave_stock(state: Bound, pairs: list[Pair], reason: Reason, ranks: tuple[int, ...]) -> None:
-    """Leave the pairs of one group stock; the others go on, and the vote of `conclude_opening` is for all of them."""
-    leave_stock(state.report, pairs, reason, ranks)
-    state.failures.append(reason)
-
-
-def _open_group(
-    state: Bound, group: Group, pairs: list[Pair], config: FusionConfig, deterministic: bool, workspace_bytes: int
-) -> None:
+def _open_group(state: Bound, group: Group, pairs: list[Pair], deterministic: bool, workspace_bytes: int) -> None:
     """Collective: open one workspace for each hidden size and dtype of the group, and make a Site for each pair."""
     spaces: dict[tuple[int, str], list[Pair]] = {}
     for pair in pairs:
         spaces.setdefault((pair.hidden_size, pair.dtype), []).append(pair)
     for key in sorted(spaces):
-        selected, reason, ranks = select_backend(group, spaces[key], config, deterministic, workspace_bytes)
+        how = state.report.config, deterministic, workspace_bytes
+        selected, reason, ranks = select_backend(group, spaces[key], *how)
         if selected is None:
-            _leave_stock(state, spaces[key], reason, ranks)
+            leave_stock(state, spaces[key], reason, ranks)
             continue
         state.selected.append(selected)
         lifecycle.hold(group, selected.op)
@@ -184,6 +154,6 @@ def _open_group(
         for pair in spaces[key]:
             site = Site(pair.name, selected.op, pair.stock, hooks=pair.hooks, **shared)
             state.sites.append((pair, site))
-            state.report.add_site(site, selected, group, pair.fp8)
+            state.report.sites.append(SiteLine(site, selected, group.ranks, pair.fp8))
     if any(pair.group == group for pair, _ in state.sites):
         state.groups.append(group)

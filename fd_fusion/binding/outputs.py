@@ -46,8 +46,7 @@ def _slots_of(thing: Any) -> list[Any]:
     ]
 
 
-# What a host's example returns for a model whose forward moves a state of its own: no two forwards can be compared.
-NOT_COMPARED = object()
+NOT_COMPARED = object()  # what a host's example returns where a forward moves a state: no two can be compared
 
 
 def nothing_shown(tensors: Sequence[Any]) -> Reason | None:
@@ -87,8 +86,6 @@ def within_spread(got: Sequence[Any], want: Sequence[Any], again: Sequence[Any])
 
 class Trace:
     """The input and output of each pair's norm in a forward, by the pair's name: hashes of first and last row.
-
-    It names the first Site at which two forwards part.
 
     With it a difference of the outputs is given the name of the first Site at which the forwards part.
     """
@@ -131,10 +128,6 @@ def digest(tensor: Any) -> str:
     flat = tensor.reshape([-1, tensor.shape[-1]])
     rows = [_bits(flat[i : i + 1] if i >= 0 else flat[i:]) for i in (0, -1)] if flat.shape[0] else []
     return hashlib.blake2b(b"".join(row.tobytes() for row in rows), digest_size=8).hexdigest()
-
-
-def outputs_differ(output: int | str, site: str | None) -> Reason:
-    return because("outputs_differ", output=output, site=site or "none")
 
 
 def as_numpy(tensor: Any) -> np.ndarray | None:

@@ -52,8 +52,5 @@ def holders(model: Any, pairs: Sequence[Pair]) -> list[Any]:
 
 def without_hooked(pairs: Sequence[Pair | Rejected]) -> list[Pair | Rejected]:
     """Reject each pair that has a hook between its ends, with the layer's name; return the others as they are."""
-
-    def hooked(pair: Pair | Rejected) -> bool:
-        return isinstance(pair, Pair) and any(pair.hooks)
-
-    return [Rejected(pair.name, because("hooked", layer=pair.name)) if hooked(pair) else pair for pair in pairs]
+    hooked = {pair.name for pair in pairs if isinstance(pair, Pair) and any(pair.hooks)}
+    return [Rejected(one.name, because("hooked", layer=one.name)) if one.name in hooked else one for one in pairs]

@@ -84,17 +84,14 @@ class Proof:
 
     def _total(self, site: Site, partial: Any) -> Any:
         """Return the host's own sum. Where the host reduces the parts of a block one by one, and the pair their sum
-        once, they differ by roundings: then the host's goes on, so that all behind it are the same bits; ours is near
-        it.
+        once, they differ by roundings: then the host's goes on, so that all behind it are the same bits.
         """
-        size, whole = self._of[site.name][0].size, site.whole
-        own = partial if whole is None else as_numpy(partial)
-        total = site.total(partial)
+        contract, whole = self._of[site.name][0], site.whole
         if whole is None:
-            return total
-        site.whole = None
-        theirs = as_numpy(whole)
-        if not exact.regrouped(as_numpy(total), theirs, own, size, self._of[site.name][0].dtype):
+            return site.total(partial)
+        own = as_numpy(partial)
+        total, site.whole = as_numpy(site.total(partial)), None
+        if not exact.regrouped(total, as_numpy(whole), own, contract.size, contract.dtype):
             self.miss(because("sum_differs", site=site.name))
         return whole
 
@@ -109,28 +106,17 @@ class Proof:
         try:
             if calls.error is not None:
                 raise calls.error
-            reason = self._judge(site, contract, weight, (partial, residual), fused)
+            numbers = _numbers(fused)  # of the real sums, judged as far as one rank can; the rest goes into the vote
+            self.words[site.name] = evidence.words_of(as_numpy(partial), as_numpy(residual), numbers)
+            dtypes = {dtype_name(one) for pair in fused.values() for one in pair}
+            if dtypes != {contract.dtype}:
+                raise TypeError(f"the kernel gave {', '.join(sorted(dtypes))}, not {contract.dtype}")
+            reason = evidence.own_refusal(contract, as_numpy(weight()), numbers)
             reason = evidence.probe_refusal(contract, _numbers(probe), _numbers(host)) or reason
         except Exception as error:  # recorded, voted on and reported; the pass itself goes on as stock
             reason = because("proof_raised", site=site.name, error=f"{type(error).__name__}: {error}")
         if reason:
             self.miss(reason)
-
-    def _judge(
-        self,
-        site: Site,
-        contract: Contract,
-        weight: Callable[[], Any],
-        inputs: tuple[Any, Any],
-        fused: dict[str, Any],
-    ) -> Reason | None:
-        """Judge the kernel's outputs of the real sums, as far as one rank can; the rest goes into the vote."""
-        numbers = _numbers(fused)
-        self.words[site.name] = evidence.words_of(*map(as_numpy, inputs), numbers)
-        dtypes = {dtype_name(one) for pair in fused.values() for one in pair}
-        if dtypes != {contract.dtype}:
-            raise TypeError(f"the kernel gave {', '.join(sorted(dtypes))}, not {contract.dtype}")
-        return evidence.own_refusal(contract, as_numpy(weight()), numbers)
 
     def own_refusal(self) -> Reason | None:
         """Return why this rank alone refuses, or None."""
@@ -163,11 +149,15 @@ def rows_of_nan(tensor: Any) -> int:
 
 
 def vacuous(words: Sequence[Mapping[str, Any]]) -> Reason | None:
-    """Return the first site of a group whose sums are zeros on every rank, or not finite, as a reason."""
+    """Return the first site of a group whose sums are zeros on every rank, or not finite, as a reason.
+
+    Of zeros a reduction that is missing, or made twice, would not show; NaN is equal to whatever a fault makes of it.
+    """
     for name in words[0]:
-        if evidence.nothing_finite([of_rank[name] for of_rank in words]):
+        of_ranks = [of_rank[name] for of_rank in words]
+        if not np.all([one["finite"] for one in of_ranks], axis=0).any():  # no row that was tried, on every rank
             return because("not_finite", what=name)
-        if evidence.nothing_to_sum([of_rank[name] for of_rank in words]):
+        if not any(one["summands"] for one in of_ranks):
             return because("zeros", site=name)
     return None
 

@@ -6,18 +6,16 @@ from collections.abc import Callable
 from typing import Any
 
 from fd_fusion.binding.ballot import Ballot, vote
-from fd_fusion.binding.bound import Bound, logger, refuse, undo_all
+from fd_fusion.binding.bound import Bound, leave_all_stock, logger
 from fd_fusion.binding.evidence import Contract
-from fd_fusion.binding.forwards import AGAIN, STOCK, Forwards
+from fd_fusion.binding.forwards import Forwards
 from fd_fusion.binding.pairs import Pair
 from fd_fusion.binding.proof import Proof
 from fd_fusion.binding.qk_norms import Kernel
-from fd_fusion.binding.report import Report
-from fd_fusion.binding.staying_proof import StayingProof
 from fd_fusion.comm.circle import circle_of, meet
 from fd_fusion.comm.vote import Vote, agree
 from fd_fusion.frameworks import paddle_runtime
-from fd_fusion.reasons import FusionError, Reason, because
+from fd_fusion.reasons import BindError, FusionError, Reason
 from fd_fusion.site import Site
 
 NOTHING_SHOWN = ("zeros", "no_rows_yet", "no_outputs", "not_finite")
@@ -35,56 +33,31 @@ def prove(model: Any, state: Bound, example: Callable[[], Any], *, first_forward
         return _try_again(state, reason)
     proof = Proof([_subject(state, pair, site) for pair, site in state.sites])
     forwards = Forwards(state.sites, proof, example, dict(model.named_sublayers(include_self=True)))
-    ballot = _ballot(forwards, forwards.run(STOCK))
+    ballot = forwards.stock()
     if first_forward and ballot.refusal is not None and ballot.refusal.code == "forward_raised":
         ballot.refusal, ballot.again = None, ballot.refusal
     _vote(state, ballot, forwards, is_callers=first_forward)
     if ballot.goes_on:
-        ballot = _ballot(forwards, forwards.prove(state.qk_norms))
-        if ballot.goes_on:
-            ballot.refusal, ballot.again, ballot.differs = forwards.compare()
-            ballot.linked = ballot.refusal is None and not ballot.differs and forwards.can_link
+        ballot = forwards.proving(state.qk_norms)
         _vote(state, ballot, forwards, proof)
     if ballot.refusal is None and ballot.differs:  # also where a site showed nothing: what is spoilt makes NaN there
-        again = ballot.again
-        ballot = _ballot(forwards, forwards.run(AGAIN))
-        ballot.again = again
-        if ballot.refusal is None:
-            ballot.refusal, repeats = forwards.judge_spread()
-            state.report.spread = None if repeats else because("stock_differs")
+        again, ballot = ballot.again, forwards.again()
+        ballot.again, state.report.spread = again, forwards.spread
         _vote(state, ballot, forwards)
     if ballot.refusal is None and ballot.again is not None:
         return _try_again(state, ballot.again)
-    links = {}
-    if ballot.refusal is None and ballot.linked:
-        links = _prove_staying(state, forwards, proof)
+    links: dict[str, Site] = {}
+    if ballot.refusal is None and ballot.linked:  # whether two-shot may leave residuals: on all ranks, or none
+        staying = forwards.staying(state.qk_norms)
+        _vote(state, staying, forwards)
+        state.report.residual = staying.refusal
+        links = proof.links if staying.refusal is None else {}
     _switch_on_or_undo(state, ballot.refusal, ballot.ranks)
     for site in proof.sites:
         if site.name in links:
             site.leave_residual(links[site.name])
     state.report.staying = len(links)
     return True
-
-
-def _prove_staying(state: Bound, forwards: Forwards, proof: Proof) -> dict[str, Site]:
-    """Collective: run one more forward, and vote on whether two-shot may leave the residual with its rows' owners.
-
-    Returns: by name, the Sites whose residual stays, each with the Site that reads it: on all ranks, or none.
-    """
-    staying = StayingProof(proof)
-    raised = forwards.prove(state.qk_norms, staying)
-    ballot = _ballot(forwards, raised and because("residual_read", why=str(raised)))
-    ballot.links = list(proof.links)
-    if ballot.refusal is None:
-        ballot.refusal = forwards.compare_staying(staying)
-    _vote(state, ballot, forwards)
-    state.report.residual = ballot.refusal
-    return proof.links if ballot.refusal is None else {}
-
-
-def _ballot(forwards: Forwards, refusal: Reason | None) -> Ballot:
-    """Return the ballot on the forward that has just run."""
-    return Ballot(refusal, which=forwards.which, raised=forwards.reason, reached=forwards.reached)
 
 
 def _vote(
@@ -134,17 +107,12 @@ def _try_again(state: Bound, reason: Reason) -> bool:
     state.tries += not nothing_shown
     is_too_late = state.report.config.strict and state.in_vain >= _STRICT_TRIES and reason.root.code != "no_rows_yet"
     if state.tries < _TRIES and not is_too_late:
-        _wait(state.report, reason)
+        if state.report.waiting is None:
+            logger.warning("fd_fusion: %s; %s", reason, reason.remedy)
+        state.report.waiting = reason
         return False
     _switch_on_or_undo(state, reason, ())
     return True
-
-
-def _wait(report: Report, reason: Reason) -> None:
-    """Keep the reason why nothing is proven yet; log it once."""
-    if report.waiting is None:
-        logger.warning("fd_fusion: %s; %s", reason, reason.remedy)
-    report.waiting = reason
 
 
 def _switch_on_or_undo(state: Bound, refusal: Reason | None, ranks: tuple[int, ...]) -> None:
@@ -159,14 +127,11 @@ def _switch_on_or_undo(state: Bound, refusal: Reason | None, ranks: tuple[int, .
         if state.freezes_itself:
             state.forwards.at_second(lambda: _freeze(state))
         return
-    state.on = False
-    undo_all(state)
     report.qk_stock.update(dict.fromkeys(report.qk_fused, refusal))  # they took part in what the pass showed
-    report.qk_fused = []
-    report.sites.clear()
-    pairs = [pair for pair, _ in state.sites]
-    state.sites, state.qk_norms = [], []  # nothing of the model is held any more
-    refuse(report, pairs, refusal, ranks, report.config)
+    report.qk_fused, state.qk_norms = [], []
+    leave_all_stock(state, refusal, ranks)
+    if not refusal.root.is_rule and report.config.insists:
+        raise BindError(refusal)
 
 
 def _freeze(state: Bound) -> bool:

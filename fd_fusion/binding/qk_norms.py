@@ -48,17 +48,17 @@ class QKNorm:
 
 def choose_qk_norms(norms: Sequence[QKNorm], config: FusionConfig) -> tuple[list[QKNorm], dict[str, Reason]]:
     """Try each layer's kernel. Returns (the layers that get one, why the others stay stock, by name)."""
-    rule = _why_stock(config)
+    rule, device = None, paddle_runtime.device_of()[0]  # a rule is never an error
+    if not config.enable_qk_rms_norm:
+        rule = because("disabled", flag="enable_qk_rms_norm")
+    elif config.backend != "triton" and (config.backend, device) != ("auto", "gpu"):
+        rule = because("qk_stock", backend=config.backend, device=device)
     reasons = {norm.name: rule or _try(norm) for norm in norms}
     return [norm for norm in norms if reasons[norm.name] is None], {k: v for k, v in reasons.items() if v is not None}
 
 
 class Kernel:
-    """qkv -> qkv, changed in place. The weights are read at each call, since they may be reloaded, and so are
-    eps and weight_offset, as the stock formula reads them.
-
-    A copy of its layer has none: it would read the weights of this one.
-    """
+    """qkv -> qkv, changed in place, with the numbers and the weights of each call. A copy of its layer has none."""
 
     def __init__(self, norm: QKNorm):
         from fd_fusion.backends.qk_rms_norm import qk_rms_norm
@@ -73,15 +73,6 @@ class Kernel:
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return type(None), ()
-
-
-def _why_stock(config: FusionConfig) -> Reason | None:
-    """Return the rule that leaves the layers stock, or None. It is never an error."""
-    if not config.enable_qk_rms_norm:
-        return because("disabled", flag="enable_qk_rms_norm")
-    if config.backend == "triton" or (config.backend == "auto" and paddle_runtime.device_of()[0] == "gpu"):
-        return None
-    return because("qk_stock", backend=config.backend, device=paddle_runtime.device_of()[0])
 
 
 def _try(norm: QKNorm) -> Reason | None:

@@ -9,7 +9,6 @@ from typing import Any
 
 from fd_fusion import __version__
 from fd_fusion.binding.backend_selection import SelectedBackend
-from fd_fusion.comm.group import Group
 from fd_fusion.config import FusionConfig
 from fd_fusion.reasons import Reason, because
 from fd_fusion.site import Rejected, Site
@@ -18,7 +17,7 @@ from fd_fusion.spec import Fp8
 
 @dataclass(frozen=True)
 class SiteLine:
-    """A Site in the report. `limit` None means any number of rows."""
+    """A Site in the report."""
 
     site: Site
     selected: SelectedBackend
@@ -33,23 +32,12 @@ class SiteLine:
             return because("fp8_not_taken") if self.site.takers == 0 else None
         if isinstance(self.fp8, Reason):
             return self.fp8
-        return getattr(op, "no_fp8", None) or because("no_fp8", got=f"the {self.backend} backend", need="nothing")
-
-    @property
-    def backend(self) -> str:
-        return self.selected.backend
-
-    @property
-    def workspace_bytes(self) -> int:
-        return self.selected.op.bytes
+        got = f"the {self.selected.backend} backend"
+        return getattr(op, "no_fp8", None) or because("no_fp8", got=got, need="nothing")
 
     @property
     def name(self) -> str:
         return self.site.name
-
-    @property
-    def limit(self) -> int | None:
-        return self.site.limit
 
     @property
     def calls(self) -> Counter[str]:
@@ -74,9 +62,6 @@ class Report:
     qk_fused: list[str] = field(default_factory=list)  # q and k norms that run as one kernel
     qk_stock: dict[str, Reason] = field(default_factory=dict)
     _logged: bool = field(default=False, repr=False)
-
-    def add_site(self, site: Site, selected: SelectedBackend, group: Group, fp8: Fp8 | Reason | None = None) -> None:
-        self.sites.append(SiteLine(site, selected, group.ranks, fp8))
 
     @property
     def workspaces(self) -> list[SiteLine]:
@@ -123,24 +108,35 @@ class Report:
             "version": __version__,
             "model": self.model,
             "source": self.source,
-            "config": self.config.to_dict() if self.config else None,
-            "off": self.off.to_dict() if self.off else None,
+            "config": self.config and self.config.to_dict(),
+            "off": self.off and self.off.to_dict(),
             "proven": self.proven,
-            "waiting": self.waiting.to_dict() if self.waiting else None,
-            "spread": self.spread.to_dict() if self.spread else None,
-            "residual": self.residual.to_dict() if self.residual else None,
+            "waiting": self.waiting and self.waiting.to_dict(),
+            "spread": self.spread and self.spread.to_dict(),
+            "residual": self.residual and self.residual.to_dict(),
             "staying": self.staying,
             # Python counts calls when it runs: eager, or once while a graph is captured. What a graph replays is
             # counted on the device alone: stats.device of a workspace.
             "calls_counted": "eager or capture",
-            "workspaces": [_space_dict(line) for line in self.workspaces],
+            "workspaces": [
+                {
+                    "backend": line.selected.backend,
+                    "ranks": list(line.ranks),
+                    "limit": line.site.limit,
+                    "limit_source": line.selected.limit_source,
+                    "note": line.selected.note and line.selected.note.to_dict(),
+                    "workspace_bytes": line.selected.op.bytes,
+                    "stats": _stats(line.selected),
+                }
+                for line in self.workspaces
+            ],
             "sites": [
                 {
                     "name": line.name,
-                    "backend": line.backend,
-                    "limit": line.limit,
+                    "backend": line.selected.backend,
+                    "limit": line.site.limit,
                     "ranks": list(line.ranks),
-                    "workspace_bytes": line.workspace_bytes,
+                    "workspace_bytes": line.selected.op.bytes,
                     "fp8": line.fp8 and (line.fp8.formula if line.quantised_apart is None else "apart"),
                     "calls": dict(line.calls),
                     "fp8_calls": dict(line.site.fp8_calls),
@@ -160,8 +156,10 @@ class Report:
         if self._logged or waiting or self.waiting:
             return
         self._logged = True
+        import paddle.distributed as dist
+
         lines = self.lines()
-        logger.log(logging.INFO if _global_rank() == 0 else logging.DEBUG, lines[0])
+        logger.log(logging.INFO if dist.get_rank() == 0 else logging.DEBUG, lines[0])
         for line in lines[1:]:  # a residual that is sent back is nothing that is off, under `strict` either
             logger.log(logging.INFO if line == f"fd_fusion: {self.residual}" else logging.WARNING, line)
 
@@ -173,15 +171,16 @@ def _with_remedy(reason: Reason) -> str:
 
 def _space(line: SiteLine) -> str:
     """Describe a workspace for the headline: its paths and their limits, its size, its group."""
-    ranks, limit, two_shot = line.ranks, line.limit, _stats(line.selected).get("two_shot_rows")
+    ranks, limit, backend = line.ranks, line.site.limit, line.selected.backend
+    two_shot = _stats(line.selected).get("two_shot_rows")
     span = f"{ranks[0]}..{ranks[-1]}" if len(ranks) > 1 else str(ranks[0])
-    most = "any number of rows" if limit is None else f"<= {limit} rows"
-    if line.backend == "triton" and two_shot is not None and (limit is None or two_shot <= limit):
-        rows = f"one-shot <= {two_shot - 1} rows, two-shot {most if limit is None else f'<= {limit}'}"
-    else:
-        rows = f"one-shot {most}" if line.backend == "triton" else most
-    source = line.selected.limit_source
-    return f"{line.backend} {rows} ({source}), workspace {_size(line.workspace_bytes)}, group [{span}]"
+    rows = "any number of rows" if limit is None else f"<= {limit} rows"
+    if backend == "triton" and two_shot is not None and (limit is None or two_shot <= limit):
+        rows = f"one-shot <= {two_shot - 1} rows, two-shot {rows if limit is None else f'<= {limit}'}"
+    elif backend == "triton":
+        rows = f"one-shot {rows}"
+    size = _size(line.selected.op.bytes)
+    return f"{backend} {rows} ({line.selected.limit_source}), workspace {size}, group [{span}]"
 
 
 def _stats(selected: SelectedBackend) -> dict[str, Any]:
@@ -197,22 +196,3 @@ def _size(nbytes: int) -> str:
     if nbytes < 2**20 // 10:
         return f"{-(-nbytes // 1024)} KB"
     return f"{nbytes / 2**20:.1f}".removesuffix(".0") + " MB"
-
-
-def _space_dict(line: SiteLine) -> dict[str, Any]:
-    selected = line.selected
-    return {
-        "backend": selected.backend,
-        "ranks": list(line.ranks),
-        "limit": line.limit,
-        "limit_source": selected.limit_source,
-        "note": selected.note.to_dict() if selected.note else None,
-        "workspace_bytes": line.workspace_bytes,
-        "stats": _stats(selected),
-    }
-
-
-def _global_rank() -> int:
-    import paddle.distributed as dist
-
-    return dist.get_rank()

@@ -29,34 +29,19 @@ def in_order(groups: Sequence[Group]) -> list[Group]:
 def meet(labels: Mapping[Group, str], *, timeout_s: float) -> tuple[Known, Reason | None, list[Group]]:
     """Collective: come together in each group, whatever a rank has missed before, and learn who is tied together.
 
+    What one rank has missed is its refusal in every group that still holds a vote.
     Args: labels: what each group meets for, see `meeting`.
     Returns: (who is in which groups, why this rank does not know all of it or None, the groups that hold votes).
     Raises: FusionError: the store is gone.
     """
-    met, broken = [], None
+    live, refusal = [], None
     for group in in_order(list(labels)):
         reason = convene(group, labels[group], timeout_s=timeout_s)
-        broken = broken or reason
-        met += [group] if reason is None else []
-    known, broken, dead = find_circle(met, broken, timeout_s=timeout_s)
-    return known, broken, [group for group in met if group not in dead]
-
-
-def find_circle(
-    groups: Sequence[Group], refusal: Reason | None, *, timeout_s: float
-) -> tuple[Known, Reason | None, list[Group]]:
-    """Collective over each of `groups`: learn who is tied together.
-
-    Args: refusal: of this rank, if this rank cannot go on; it is the rank's vote in every group that still holds one.
-    Returns: (who is in which groups, None, []), or (what is known, why that is not all, the groups with a rank that
-        did not come, which hold no vote any more).
-    Raises: FusionError: the store is gone.
-    """
-    me = next(iter(groups)) if groups else None
-    known: Known = {}
-    if me is not None:
-        known[str(me.ranks[me.rank])] = [[one.name, list(one.ranks), one.place.meeting] for one in groups]
-    waiting, dead = in_order(groups), []
+        refusal = refusal or reason
+        live += [group] if reason is None else []
+    own = [[one.name, list(one.ranks), one.place.meeting] for one in live]
+    known: Known = {str(one.ranks[one.rank]): own for one in live[:1]}
+    waiting = list(live)
     while waiting:
         for group in list(waiting):
             verdict = agree(group, "circle", Vote(refusal, known), timeout_s=timeout_s)
@@ -68,8 +53,8 @@ def find_circle(
             if not verdict.ok or _is_whole(gathered):
                 waiting.remove(group)
             if verdict.missing:
-                dead.append(group)
-    return known, refusal, dead
+                live.remove(group)
+    return known, refusal, live
 
 
 def circle_of(groups: Sequence[Group], known: Known, open_names: set[str] | None = None) -> Group | None:

@@ -18,8 +18,7 @@ from __future__ import annotations
 
 import time
 
-from fd_fusion.comm.group import Group, Place, meeting_key, meetings_key
-from fd_fusion.comm.waiting import Signs, is_published, pauses, publish
+from fd_fusion.comm.group import Group, Place, Signs, is_published, meeting_key, meetings_key, pauses, publish
 from fd_fusion.reasons import FusionError, Reason, because
 
 

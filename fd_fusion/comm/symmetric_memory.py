@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from fd_fusion.comm.cuda_ipc import process_identity
 from fd_fusion.comm.group import Group
-from fd_fusion.comm.vote import Verdict, Vote, agree
+from fd_fusion.comm.vote import Vote, agree
 from fd_fusion.reasons import FusionError, Reason, because
 
 CLOSE_TIMEOUT_S = 5.0  # how long an orderly close waits for the other ranks
@@ -143,19 +143,19 @@ def barrier(group: Group, name: str, timeout_s: float) -> bool:
     return True
 
 
-def as_refusal(action: Callable[[], Any]) -> tuple[Any, Reason | None]:
-    """Run a local step whose failure must be voted on, not raised: (result, None) or (None, reason)."""
+def as_refusal(action: Callable[[], Any], code: str = "open_failed") -> tuple[Any, Reason | None]:
+    """Run a local step whose failure must be voted on, not raised: (result, None) or (None, reason of this code)."""
     try:
         return action(), None
     except FusionError as error:
         return None, error.reason
     except Exception as error:  # recorded: it becomes this rank's refusal, and every rank raises it
-        return None, because("open_failed", error=f"{type(error).__name__}: {error}")
+        return None, because(code, error=f"{type(error).__name__}: {error}")
 
 
 def agree_or_raise(group: Group, topic: str, refusal: Reason | None, data: Any, timeout_s: float) -> tuple[Any, ...]:
     """Hold one vote of the opening: return the data of all ranks, or raise the same FusionError on all."""
-    verdict: Verdict = agree(group, topic, Vote(refusal, data), timeout_s=timeout_s)
+    verdict = agree(group, topic, Vote(refusal, data), timeout_s=timeout_s)
     if not verdict.ok:
         raise FusionError(verdict.reason)
     return verdict.data
@@ -218,9 +218,7 @@ def _map(memory: SymmetricMemory, handles: list[bytes], timeout_s: float) -> Non
                 memory._mapped[rank] = memory.provider.open(handle, memory.nbytes)
         memory.addresses = tuple(memory._mapped[rank] for rank in range(group.size))
 
-    _, refusal = as_refusal(map_peers)
-    if refusal and refusal.code == "open_failed":
-        refusal = because("no_peer_access", error=dict(refusal.facts)["error"])
+    _, refusal = as_refusal(map_peers, "no_peer_access")
     agree_or_raise(group, "mapped", refusal, None, timeout_s)
     memory.provider.opened_everywhere()
 

@@ -15,8 +15,17 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from fd_fusion.comm.group import Group, meeting_key, meetings_key, working
-from fd_fusion.comm.waiting import Signs, is_published, progress_key, publish, wait_for
+from fd_fusion.comm.group import (
+    Group,
+    Signs,
+    is_published,
+    meeting_key,
+    meetings_key,
+    progress_key,
+    publish,
+    wait_for,
+    working,
+)
 from fd_fusion.reasons import FusionError, Reason, because, refused_by
 
 _SEAL = 1 << 20  # a waiter's mark on the ballot; rank 0's own mark is 1, so both fit into one counter
@@ -89,7 +98,8 @@ def agree(group: Group, topic: str, vote: Vote, *, timeout_s: float) -> Verdict:
 def _gather(group: Group, ballot: str, timeout_s: float) -> Verdict:
     """Collect the votes as rank 0, decide, write the verdict."""
     keys = {rank: f"{ballot}/vote/{rank}" for rank in range(group.size)}
-    missing = _wait(group, keys, timeout_s)
+    signs = {rank: Signs(group.store, group.ranks[rank], timeout_s) for rank in keys}
+    missing = wait_for(lambda rank: is_published(group.store, keys[rank]), signs)
     group.store.add(f"{meeting_key(group, group.place.meeting)}/ended", 1)  # for a rank that has yet to join
     votes = [
         Vote(because("never_voted", rank=rank, seconds=timeout_s)) if rank in missing else _read(group, rank, key)
@@ -120,9 +130,8 @@ def _read(group: Group, rank: int, key: str) -> Vote:
 
 
 def _unreadable(rank: int, what: str, error: Exception) -> Reason:
-    return because(
-        "structure_differs", rank=rank, detail=f"its {what} cannot be read: {type(error).__name__}: {error}"
-    )
+    detail = f"its {what} cannot be read: {type(error).__name__}: {error}"
+    return because("structure_differs", rank=rank, detail=detail)
 
 
 def _await_verdict(group: Group, ballot: str, timeout_s: float) -> Verdict:
@@ -136,8 +145,7 @@ def _await_verdict(group: Group, ballot: str, timeout_s: float) -> Verdict:
     # Rank 0 may itself be waiting up to the limit for a third rank, so it is given one limit more.
     missing = wait_for(is_over, {0: Signs(group.store, group.ranks[0], 2 * timeout_s)})
     if missing and group.store.add(f"{ballot}/seal", _SEAL) % _SEAL:
-        just_about = {0: Signs(group.store, group.ranks[0], timeout_s)}
-        missing = wait_for(is_over, just_about)
+        missing = wait_for(is_over, {0: Signs(group.store, group.ranks[0], timeout_s)})  # it is just about to publish
     if missing or not is_published(group.store, key):
         return Verdict((None,) * group.size, ((0, because("never_voted", rank=0, seconds=timeout_s)),), (0,))
     text = group.store.get(key)
@@ -147,9 +155,3 @@ def _await_verdict(group: Group, ballot: str, timeout_s: float) -> Verdict:
         return Verdict(tuple(verdict["data"]), refusals, tuple(verdict["missing"]))
     except (ValueError, KeyError, TypeError) as error:
         return Verdict((None,) * group.size, ((0, _unreadable(0, "verdict", error)),), (0,))
-
-
-def _wait(group: Group, keys: dict[int, str], timeout_s: float) -> set[int]:
-    """Wait until each rank has published its key. Returns the missing ranks."""
-    signs = {rank: Signs(group.store, group.ranks[rank], timeout_s) for rank in keys}
-    return wait_for(lambda rank: is_published(group.store, keys[rank]), signs)

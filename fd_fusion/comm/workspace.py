@@ -62,7 +62,7 @@ class Workspace:
         self._pid = os.getpid()
         self._page, self._page_of_kernel = memory.provider.host_page(layout.page_bytes)
         self._words = (ctypes.c_int64 * (layout.page_bytes // 8)).from_address(self._page)
-        self._closed = False
+        self.closed = False
         self._use = threading.RLock()  # held while memory is read, so that no other thread gives it back meanwhile
 
     @property
@@ -74,14 +74,10 @@ class Workspace:
         """Return a descriptor of the error page, for another process to map it; None where it has none."""
         return self.memory.provider.pages.get(self._page)
 
-    @property
-    def closed(self) -> bool:
-        return self._closed
-
     def error(self) -> Reason | None:
         """Return what kernels of this rank wrote on the error page, or None. Cheap: reads host memory."""
         with self._use:
-            return self.layout.read_error(self._words[:]) if not self._closed and any(self._words) else None
+            return self.layout.read_error(self._words[:]) if not self.closed and any(self._words) else None
 
     def read(self, address: int, nbytes: int) -> bytes:
         """Read what lies at an address of this workspace. Raises: FusionError: it is closed."""
@@ -135,9 +131,9 @@ class Workspace:
     def close(self, *, wait: bool = True) -> None:
         """Give everything back; may be repeated. Waits a few seconds for the other ranks, never longer."""
         with self._use:  # not longer: the watcher holds its own lock while it reads
-            if self._closed or os.getpid() != self._pid:  # a forked child owns nothing of this
+            if self.closed or os.getpid() != self._pid:  # a forked child owns nothing of this
                 return
-            self._closed = True
+            self.closed = True
         watcher.unwatch(self)
         if self in _open:
             _open.remove(self)
@@ -148,7 +144,7 @@ class Workspace:
         self.memory.provider.write(self.memory.own, (1).to_bytes(4, "little"))  # the abort word
 
     def _need_open(self) -> None:
-        if self._closed:
+        if self.closed:
             raise FusionError(because("closed"))
 
     def _limit(self) -> int:

@@ -17,11 +17,11 @@ from fd_fusion.binding import backend_selection, bound, first_forward, lifecycle
 from fd_fusion.binding import bind as binding
 from fd_fusion.binding.bound import Bound
 from fd_fusion.binding.evidence import Contract
-from fd_fusion.binding.forwards import AGAIN, STOCK, Forwards, on_copies
+from fd_fusion.binding.forwards import Forwards, on_copies
 from fd_fusion.binding.outputs import first_difference, relative_errors, tensors_of, within_spread
 from fd_fusion.binding.pairs import without_hooked
 from fd_fusion.binding.proof import Proof
-from fd_fusion.binding.report import Report
+from fd_fusion.binding.report import Report, SiteLine
 from fd_fusion.comm import group as group_module
 from fd_fusion.comm.group import Group
 from fd_fusion.comm.vote import Verdict, agree
@@ -281,13 +281,13 @@ def test_a_first_forward_whose_vote_fails_leaves_nothing_bound():
     model(paddle.ones([1, 2]))
 
 
-def test_bind_tries_anew_after_a_first_forward_that_gave_up(monkeypatch):
+def test_bind_tries_anew_after_a_first_forward_that_gave_up():
     """It returned the report of the failed one for ever: "3 sites, not proven yet", and nothing was to come."""
     model, config = paddle.nn.Linear(2, 2), FusionConfig()
     state = bound.Bound(Report(config, "a test", "Model"))
     state.groups.append(Group("g", 0, 2, (0, 1), BrokenStore()))
     armed(model, state)
-    monkeypatch.setitem(binding._bound, model, state)
+    binding._bound[model] = state
     with pytest.raises(FusionError, match="it is gone"):
         model(paddle.ones([1, 2]))
     report = fd_fusion.bind(model, config)
@@ -384,20 +384,21 @@ class Strange:
 def test_outputs_that_cannot_be_compared_are_a_reason_that_is_voted_on():
     """The comparison raised on one rank, and the others waited for its vote."""
     forwards = Forwards([], Proof([]), Strange, {})
-    assert forwards.run(STOCK) is None and forwards.prove([]) is None
-    refusal, nothing, differs = forwards.compare()
-    assert refusal.code == "not_compared" and "on purpose" in str(refusal) and nothing is None and not differs
-    assert forwards.run(AGAIN) is None
-    assert forwards.judge_spread()[0].code == "not_compared"
+    assert forwards.stock().refusal is None
+    ballot = forwards.proving([])
+    assert ballot.refusal.code == "not_compared" and "on purpose" in str(ballot.refusal)
+    assert ballot.again is None and not ballot.differs and ballot.raised is None
+    assert forwards.again().refusal.code == "not_compared"
 
 
 def test_a_forward_that_does_not_repeat_its_shapes_says_so():
     """A cache that grows: it was told as a fault of the data flow at a site."""
     cache = []
     forwards = Forwards([], Proof([]), lambda: cache.append(None) or paddle.ones([len(cache), 2]), {})
-    assert forwards.run(STOCK) is None and forwards.prove([]) is None
-    assert forwards.compare() == (None, None, True) and forwards.run(AGAIN) is None
-    assert forwards.judge_spread()[0].code == "shapes_differ"
+    assert forwards.stock().refusal is None
+    ballot = forwards.proving([])
+    assert (ballot.refusal, ballot.again, ballot.differs) == (None, None, True)
+    assert forwards.again().refusal.code == "shapes_differ"
 
 
 def test_outputs_that_hold_themselves():
@@ -549,7 +550,7 @@ def test_numbers_of_a_norm_that_change_after_bind_count_as_they_do_in_stock():
     for rows in (x, x.reshape([1, *x.shape])):
         assert (site.fused(rows, None)[0] == norm.stock_forward(rows)[0]).all()
     state = Bound(Report(FusionConfig(), "a test", "Model"))
-    state.report.add_site(site, SimpleNamespace(op=op), pair.group)
+    state.report.sites.append(SiteLine(site, SimpleNamespace(op=op), pair.group.ranks))
     contract = proving_pass._subject(state, pair, site)[1]
     assert (contract.eps, contract.weight_offset) == (0.5, 0.25)
 
@@ -592,5 +593,5 @@ def test_workspace_mb_is_shared_by_the_workspaces_of_all_groups_and_models(monke
         lifecycle.hold(Group("another", 0, 2, (0, 1), None), SimpleNamespace(bytes=nbytes))
     config = FusionConfig(workspace_mb=10)
     state = Bound(Report(config, "a test", "none"), live=groups)
-    opening.open_sites(state, pairs, config, False, None, dict.fromkeys(groups, ("digest", 0)))
+    opening.open_sites(state, opening.by_group(pairs, None), dict.fromkeys(groups, ("digest", 0)), None, False)
     assert given == [("a", 64, 2621440), ("a", 128, 2621440), ("b", 64, 1441792)], "7.5 MiB by 3, and 5.5 by 4"

@@ -75,7 +75,7 @@ def test_a_bind_in_another_thread_does_not_disturb_check():
     try:
         binding.check()
     finally:
-        del binding._bound[model]
+        binding._bound.pop(model)
     assert log == [("check", "second")]
 
 
@@ -90,9 +90,9 @@ def test_bind_enters_a_report_under_the_lock_that_report_holds():
     with lifecycle.lock:
         thread = threading.Thread(target=bind)
         thread.start()
-        assert not done.wait(0.2) and model not in binding._reports
+        assert not done.wait(0.2) and binding._bound.get(model) is None
     thread.join(10)
-    assert done.is_set() and binding._reports[model].off.code == "not_asked"
+    assert done.is_set() and binding._bound.get(model).report.off.code == "not_asked"
 
 
 def test_a_bound_model_that_its_layers_know_is_noticed_as_dropped():
@@ -105,14 +105,14 @@ def test_a_bound_model_that_its_layers_know_is_noticed_as_dropped():
     assert "_fd_fusion_state" not in str(model.state_dict().keys())
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert binding._bound.get(other) is None and other.__dict__["_fd_fusion_state"] is None
-    assert binding._bound.pop(model) is state and set(model.__dict__) == before and not binding._bound
+    assert binding._bound.pop(model) is state and set(model.__dict__) == before and not binding._bound.values()
     binding._bound[model] = state
     log, alive = [], weakref.ref(model)
     lifecycle.hold(GROUP, FakeOp(log))
     lifecycle.watch_model(model, [lifecycle.held()[0].op])
     del model, state, other
     gc.collect()
-    assert alive() is None and lifecycle.held()[0].dropped and not binding._bound
+    assert alive() is None and lifecycle.held()[0].dropped and not binding._bound.values()
 
 
 def test_a_bind_keeps_no_model_alive():

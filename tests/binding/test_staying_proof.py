@@ -8,7 +8,7 @@ import pytest
 from support.sites import make_site
 
 from fd_fusion.binding.evidence import Contract
-from fd_fusion.binding.forwards import STOCK, Forwards, on_copies
+from fd_fusion.binding.forwards import Forwards, on_copies
 from fd_fusion.binding.proof import Proof
 from fd_fusion.binding.report import Report
 from fd_fusion.binding.staying_proof import StayingProof
@@ -143,11 +143,12 @@ def prove_staying(sites, change=lambda model: None, example=lambda model, x: lam
     pairs = [(SimpleNamespace(name=site.name, reader=None, stock=stock), site) for site in sites]
     proof = Proof(subjects(sites, "float32"))
     forwards = Forwards(pairs, proof, example(model, x), dict(model.named_sublayers(include_self=True)))
-    assert forwards.run(STOCK) is None
-    assert forwards.prove([]) is None and forwards.compare() == (None, None, False) and forwards.can_link
-    staying = StayingProof(proof)
-    assert forwards.prove([], staying) is None
-    reason = forwards.compare_staying(staying)
+    assert forwards.stock().refusal is None
+    ballot = forwards.proving([])
+    assert (ballot.refusal, ballot.again, ballot.differs, ballot.linked) == (None, None, False, True)
+    staying = forwards.staying([])
+    assert staying.raised is None
+    reason = staying.refusal
     return reason and str(reason).rpartition(": ")[2]
 
 

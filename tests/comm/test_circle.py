@@ -14,7 +14,7 @@ from fd_fusion import FusionConfig
 from fd_fusion.binding import bind as binding
 from fd_fusion.binding import bound, opening, proving_pass
 from fd_fusion.binding.pairs import Pair
-from fd_fusion.comm.circle import circle_of, find_circle
+from fd_fusion.comm.circle import circle_of, meet
 from fd_fusion.comm.group import Group
 from fd_fusion.comm.vote import Vote, agree
 from fd_fusion.config import Resolved
@@ -69,8 +69,8 @@ def test_one_outcome_and_equal_ballots_for_random_families_of_groups(seed):
         groups = dice_order(groups_of(rank, family, store), seed)
         if not groups:
             return None
-        known, refusal, dead = find_circle(groups, None, timeout_s=LIMIT)
-        assert refusal is None and not dead
+        known, refusal, live = meet(dict.fromkeys(groups, "a test"), timeout_s=LIMIT)
+        assert refusal is None and set(live) == set(groups)
         circle = circle_of(groups, known)
         outcomes = [
             agree(circle, "outcome", Vote(because("no_rows") if no and rank == culprit else None), timeout_s=LIMIT).ok

@@ -227,7 +227,7 @@ def upstream_flag(scratch):
     assert np.allclose(wanted, numbers(stock, FEW), atol=1e-5)
     del os.environ["FD_FUSION_DISABLE"]
     bound = bring_up(folder, asked=False, **flag)  # the flag alone asks for the defaults
-    report, off = fd_fusion.report()
+    off, report = fd_fusion.report()
     assert off.off.code == "kill_switch" and off.source == "FD_FUSION_DISABLE", "what is off is in the report too"
     assert report.proven and len(report.sites) == 6 and report.source == "--enable-flashinfer-allreduce-fusion"
     before = len(normalization.upstream_fused)

@@ -4,6 +4,8 @@ usage: run_ranks("flashinfer_ranks.py", N, folder, case, ...)     each case as i
 """
 
 import ctypes
+import importlib
+import os
 import sys
 import time
 from pathlib import Path
@@ -22,7 +24,6 @@ from tests.support.ranks import this_group, this_rank
 
 H, EPS = 128, 1e-6
 FOLDER = Path(sys.argv[1])
-NOW = ("metadata", "block_quant_group_size", "weight_bias")
 
 
 class Reader:
@@ -42,8 +43,10 @@ def pretend(**release):
     """The package of this rank on sys.path, and CPU memory in place of the GPU's."""
     folder = FOLDER / case / f"rank{this_rank()}"
     folder.mkdir(parents=True, exist_ok=True)
+    os.environ["FLASHINFER_WORKSPACE_BASE"] = str(FOLDER / case)  # all ranks of a machine have one
     if release:
-        sys.path.insert(0, str(fake_flashinfer.write(folder, runs=True, **release)))
+        sys.path.insert(0, str(fake_flashinfer.write(folder, **release)))
+        importlib.invalidate_caches()
     flashinfer.CudaIpc, flashinfer.ControlReader = PosixShm, Reader
 
 
@@ -68,11 +71,11 @@ def call_and_compare(op, group, rows, offset):
 
 
 def kernel():
-    return sys.modules["flashinfer.comm.kernel"]
+    return sys.modules["tvm_ffi"]
 
 
 def plain():
-    pretend(version="0.7.2", extra=NOW, build_s=0.5)
+    pretend(version="0.7.2", build_s=0.5)
     group = this_group(f"tp {case}")
     op = open_backend(group)
     assert op.limit == 5 and op.stats()["version"] == "0.7.2"
@@ -84,7 +87,9 @@ def plain():
             op.freeze()
             assert op.stats()["limit_s"] == 20.0
     biases = [call["weight_bias"] for call in kernel().CALLS[2:]]
-    assert biases == [0, 1, 0, 0, 1, 0, 1] and len(kernel().BUILDS) == 1
+    assert biases == [0, 1, 0, 0, 1, 0, 1] and len(kernel().LOADS) == 1
+    assert len(Path(kernel().LOADS[0][0]).read_text().splitlines()) == 1, "compiled once, by one rank"
+    assert not [name for name in sys.modules if name.split(".")[0] in ("flashinfer", "torch")]
     op.check()
     op.reset()
     kept = op.finish
@@ -98,7 +103,7 @@ def plain():
         except FusionError as error:
             assert error.reason.code == "closed", error
     times = FOLDER / f"built{group.rank}"
-    times.write_text(str(kernel().BUILDS[0]))
+    times.write_text(str(kernel().LOADS[0][1]))
 
 
 def sub_groups():
@@ -115,14 +120,15 @@ def sub_groups():
 
 def refused():
     """Rank 1 differs; every rank gets one reason."""
-    odd = {"missing": {}, "version": {"version": "0.6.12"}, "signature": {"version": "0.7.2", "base": ("x",)}}
-    how = case.partition(":")[2]
+    odd, how = {"missing": {}, "version": {"version": "0.6.12"}}, case.partition(":")[2]
     if how in odd:
-        pretend(**(odd[how] if this_rank() == 1 else {"version": "0.7.2", "extra": NOW}))
-    if how == "offset":  # 0.6.12 by name, without its parameter
-        pretend(version="0.6.12", extra=NOW[:2])
+        pretend(**(odd[how] if this_rank() == 1 else {"version": "0.7.2"}))
+    if how == "offset":
+        pretend(version="0.6.11")
+    if how == "build":
+        pretend(version="0.7.2", raises="TypeError('no torch')")
     if how == "fill":
-        pretend(version="0.7.2", extra=NOW)
+        pretend(version="0.7.2")
         if this_rank() == 1:
             flashinfer_workspace.fill = lambda layout, memory: 1 / 0
     providers = []
@@ -136,7 +142,7 @@ def refused():
 
 def hang():
     """Rank 1 does not come to the third call; the watchdog of rank 0 ends its process."""
-    pretend(version="0.7.2", extra=NOW)
+    pretend(version="0.7.2")
     group = this_group(f"tp {case}")
     op = open_backend(group, timeout_s=1.0)
     call_and_compare(op, group, 2, 0.0)
@@ -149,13 +155,12 @@ def hang():
 
 def forget(path, fill):
     """As in a process that has not loaded FlashInfer."""
-    sys.path[:], flashinfer_workspace.fill, loader._state = path, fill, None
-    for name in [name for name in sys.modules if name.split(".")[0] == "flashinfer"]:
-        del sys.modules[name]
+    sys.path[:], flashinfer_workspace.fill = path, fill
+    loader._load.cache_clear()
+    sys.modules.pop("tvm_ffi", None)
 
 
 CASES = {"plain": plain, "sub_groups": sub_groups, "refused": refused, "hang": hang}
-loader.DISTRIBUTIONS = ()  # whatever is installed here is none of the test's business
 before = sys.path[:], flashinfer_workspace.fill
 for case in sys.argv[2:]:
     forget(*before)

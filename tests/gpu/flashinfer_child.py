@@ -20,9 +20,8 @@ import torch
 from fd_fusion.backends.flashinfer import backend as flashinfer
 from fd_fusion.backends.flashinfer import loader
 from fd_fusion.backends.flashinfer import op as flashinfer_op
-from fd_fusion.backends.flashinfer.calls import Fixed, compiled_call, python_call
+from fd_fusion.backends.flashinfer.calls import block_threads, compiled_call, rules
 from fd_fusion.backends.flashinfer.op import FlashInferOp
-from fd_fusion.backends.flashinfer.releases import block_threads, rules
 from fd_fusion.backends.flashinfer.watchdog import ControlReader
 from fd_fusion.backends.flashinfer.workspace import Layout, fill
 from fd_fusion.comm.cuda_ipc import CudaIpc
@@ -93,12 +92,7 @@ def report(**what):
     )
 
 
-def make_call(library, entry, fixed):
-    call = python_call(library.function, fixed, library.version) if entry is None else None
-    return call or compiled_call(entry, fixed, library.version)
-
-
-def virtual_ranks(library, entry, size, hidden, dtype, rows, timeout_s=30.0):
+def virtual_ranks(version, entry, size, hidden, dtype, rows, timeout_s=30.0):
     """A `FlashInferOp` for each of N ranks of this process, over memory laid out and filled as `open` does it."""
     provider, name = CudaIpc(), str(dtype).removeprefix("torch.")
     layout = Layout(size, rows, hidden, dtype.itemsize)
@@ -109,7 +103,6 @@ def virtual_ranks(library, entry, size, hidden, dtype, rows, timeout_s=30.0):
         memory = SimpleNamespace(addresses=addresses, own=addresses[rank], provider=provider)
         fill(layout, memory)
         table = tensor(torch, np.array(layout.pointers(memory)), "int64", "gpu")
-        fixed = Fixed(size, rank, hidden, rows, dtype == torch.float32, table)
         known = spec(rank=rank, size=size, hidden_size=hidden, dtype=name, timeout_s=timeout_s)
         group = Group("virtual", rank, size, tuple(range(size)), None)
         read = ControlReader(addresses[rank] + layout.control)
@@ -118,8 +111,8 @@ def virtual_ranks(library, entry, size, hidden, dtype, rows, timeout_s=30.0):
             provider.free(address)
             return True
 
-        call, adds = make_call(library, entry, fixed)
-        ops.append(FlashInferOp(known, group, library, call, adds, rows, layout.nbytes, read, release))
+        call = compiled_call(entry, version, size, rank, hidden, table)
+        ops.append(FlashInferOp(known, group, version, call, rows, layout.nbytes, read, release))
     provider.synchronize()
     return ops
 
@@ -174,9 +167,9 @@ def close_all(ops):
     assert not any(one._watchdog._threads[0].is_alive() for one in ops), "a call was taken for running"
 
 
-def virtual(size, library, entry):
+def virtual(size, version, entry):
     streams = [torch.cuda.Stream() for _ in range(size)]
-    rule = rules(library.version)
+    rule = rules(version)
     most = {2: 8, 4: 4, 8: 4}[size]
     for hidden, dtype in (
         (4096, torch.bfloat16),
@@ -185,10 +178,10 @@ def virtual(size, library, entry):
         (4608, torch.bfloat16),
     ):
         if rule.whole_warps and block_threads(hidden, dtype.itemsize) % 32:
-            refusal = flashinfer._version_refusal(spec(hidden_size=hidden, size=size), library.version)
+            refusal = flashinfer._version_refusal(spec(hidden_size=hidden, size=size), version)
             report(case="virtual", N=size, H=hidden, refused=str(refusal))
             continue
-        ops = virtual_ranks(library, entry, size, hidden, dtype, most)
+        ops = virtual_ranks(version, entry, size, hidden, dtype, most)
         fill_allocator(ops, streams, hidden, dtype)
         rows = [1, most, 2, 3, 1, most, most - 1, 2]
         steps = []
@@ -204,14 +197,14 @@ def virtual(size, library, entry):
         close_all(ops)
 
 
-def two_shot(size, library, entry):
+def two_shot(size, version, entry):
     """Rows above N, with the threshold at nothing."""
-    if not rules(library.version).two_shot:
+    if not rules(version).two_shot:
         report(case="two_shot", N=size, refused="below 0.7.2")
         return
     flashinfer_op._ONE_SHOT_BYTES = dict.fromkeys(flashinfer_op._ONE_SHOT_BYTES, 0)
     streams, hidden, dtype = [torch.cuda.Stream() for _ in range(size)], 4096, torch.bfloat16
-    ops = virtual_ranks(library, entry, size, hidden, dtype, 16)
+    ops = virtual_ranks(version, entry, size, hidden, dtype, 16)
     fill_allocator(ops, streams, hidden, dtype)
     rows = [size + 1, 1, 12, size + 2, 12, 2]
     steps = [(*inputs(size, count, hidden, dtype, index), 1.0) for index, count in enumerate(rows)]
@@ -219,9 +212,9 @@ def two_shot(size, library, entry):
     report(case="two_shot", N=size, T=str(rows), norm_and_residual_error_of_bound=check_steps(ops, streams, steps))
 
 
-def hang(library, entry):
+def hang(version, entry):
     """Only rank 0 replays its graph; the watchdog must end this process, and nothing else may."""
-    ops = virtual_ranks(library, entry, 2, 4096, torch.bfloat16, 4, timeout_s=2.0)
+    ops = virtual_ranks(version, entry, 2, 4096, torch.bfloat16, 4, timeout_s=2.0)
     streams = [torch.cuda.Stream() for _ in range(2)]
     fill_allocator(ops, streams, 4096, torch.bfloat16)
     step = (*inputs(2, 2, 4096, torch.bfloat16, 0), 0.0)
@@ -244,7 +237,7 @@ def process():
     torch.cuda.set_device(this_rank() % torch.cuda.device_count())
     torch.zeros(1, device="cuda")
     group, dtype = this_group("tp"), torch.bfloat16
-    loader.load()
+    adds_bias = rules(loader.installed_version()).weight_bias
     for hidden in (4096, 4608):
         known = spec(rank=group.rank, size=group.size, hidden_size=hidden, max_token_num=64)
         if refusal := flashinfer.supports(known):
@@ -257,7 +250,7 @@ def process():
         rows, steps = [1, 64, 7, 33, 2, 64, 1, 5], []
         for index, count in enumerate(rows):
             x, residual, weight = inputs(group.size, count, hidden, dtype, index)
-            steps.append((x, residual, weight, float(index % 2) if op._adds_bias else 0.0))
+            steps.append((x, residual, weight, float(index % 2) if adds_bias else 0.0))
         op.freeze()
         own = [(step[0][group.rank], *step[1:3], EPS, step[3]) for step in steps]
         eager = [op.finish(*one) for one in own]
@@ -306,14 +299,14 @@ def main():
     if sys.argv[1] == "process":
         return process()
     torch.zeros(1, device="cuda")
-    library = loader.load()
-    entry = library.build()
-    report(version=library.version, entry="python" if entry is None else "compiled", note=library.note)
+    version = loader.installed_version()
+    entry = loader.load(version)
+    report(version=version)
     if sys.argv[1] == "hang":
-        return hang(library, entry)
+        return hang(version, entry)
     for case in sys.argv[1:]:
         name, _, size = case.partition(":")
-        {"virtual": virtual, "two_shot": two_shot}[name](int(size), library, entry)
+        {"virtual": virtual, "two_shot": two_shot}[name](int(size), version, entry)
 
 
 if __name__ == "__main__":

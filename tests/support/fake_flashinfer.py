@@ -1,18 +1,19 @@
-"""Writes a package tree `flashinfer` of the tests' own: the outside of one release, and a Lamport kernel in Python.
+"""Writes a package tree `flashinfer` of the tests' own, whose compiled kernel is a Lamport kernel in Python.
 
-The fake stands in for the interface only. Its kernel talks to the other ranks through the same workspace as the
-real one, so a wrong address, a wrong offset or a wrong fill shows on a CPU.
+The fake stands in for the build and for the entry only. Its kernel talks to the other ranks through the same
+workspace as the real one, so a wrong address, a wrong offset or a wrong fill shows on a CPU.
 """
 
 from pathlib import Path
-
-from fd_fusion.backends.flashinfer.releases import BASE
 
 KERNEL = '''
 import ctypes, time
 import numpy as np
 
-CALLS, BUILDS = [], []
+CALLS, LOADS = [], []
+NAMES = """allreduce_in world_size world_rank token_num hidden_dim workspace_ptrs launch_with_pdl use_oneshot
+    trigger_completion_at_end fp32_acc pattern_code allreduce_out residual_in residual_out norm_out quant_out
+    scale_out rms_gamma rms_eps scale_factor layout_code block_quant_group_size weight_bias""".split()
 
 def at(address, count, dtype):
     """`count` numbers at an address of this process."""
@@ -41,52 +42,45 @@ def run(a):
     a["residual_out"].set_value(total)
     a["norm_out"].set_value((total * scale * weight).astype(np.float32))
     control[2], control[4], control[0] = (flag + 1) % 3, n * rows * h, 0
+
+class load_module:
+    def __init__(self, path):
+        LOADS.append((path, time.time()))
+
+    def trtllm_allreduce_fusion(self, *args):
+        CALLS.append(dict(zip(NAMES, args)))
+        run(CALLS[-1])
 '''
 
+
 MODULE = """
-import functools, time
+import os, pathlib, time
 import torch
-from . import kernel
 
-@functools.cache
 def get_trtllm_comm_module():
-    kernel.BUILDS.append(time.time())
     time.sleep({build_s})
-
-def trtllm_allreduce_fusion({parameters}):
-    call = dict(locals())
-    kernel.CALLS.append(call)
-    {body}
-
-def lazy():
-    import torch
-    from torch import nn
-    return torch
+    base = os.environ.get("FLASHINFER_WORKSPACE_BASE") or os.path.expanduser("~")
+    folder = pathlib.Path(base, ".cache/flashinfer/{version}/90a/cached_ops/trtllm_comm")
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "trtllm_comm.so", "a") as file:
+        file.write(f"with real torch: {{getattr(torch.Tensor, 'real', None) is True}}\\n")
 """
 
 
-def write(folder: Path, version: str = "0.7.2", *, extra=(), runs=False, raises="", build_s=0, base=BASE) -> Path:
-    """A release on disk; `folder` is to be put on sys.path.
+def write(folder: Path, version: str = "0.7.2", *, raises="", build_s=0) -> Path:
+    """A release on disk, and a `tvm_ffi` that loads what it builds; `folder` is to be put on sys.path.
 
-    Args:
-        extra: parameters after the 21 of every release, each with the default None.
-        runs: calls really reduce, in float32 on CPU tensors; otherwise they are only recorded.
-        raises: an expression that is raised while flashinfer.comm is imported.
-
-    While it is imported it calls `builtins.during_import`, if a test has put a function there.
+    Args: raises: an expression that is raised while flashinfer.comm is imported.
     """
     comm = folder / "flashinfer" / "comm"
     comm.mkdir(parents=True)
     (folder / "flashinfer" / "__init__.py").write_text(f'from . import utils\n__version__ = "{version}"\n')
     (folder / "flashinfer" / "utils.py").write_text("import torch\nimport torch.nn.functional as F\n")
-    parameters = ", ".join([*base, *(f"{name}=None" for name in extra)])
-    body = "kernel.run(call)" if runs else "pass"
-    (comm / "kernel.py").write_text(KERNEL)
-    (comm / "trtllm_ar.py").write_text(MODULE.format(parameters=parameters, body=body, build_s=build_s))
-    lines = ["from . import trtllm_ar", "import builtins", 'getattr(builtins, "during_import", int)()']
-    lines.append(f"raise {raises}" if raises else "")
-    lines.append("from .trtllm_ar import trtllm_allreduce_fusion")
-    (comm / "__init__.py").write_text("\n".join(lines) + "\n")
+    (comm / "trtllm_ar.py").write_text(MODULE.format(version=version, build_s=build_s))
+    (comm / "__init__.py").write_text(f"raise {raises}\n" if raises else "from . import trtllm_ar\n")
+    (info := folder / f"flashinfer_python-{version}.dist-info").mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: flashinfer-python\nVersion: {version}\n")
+    (folder / "tvm_ffi.py").write_text(KERNEL)
     return folder
 
 

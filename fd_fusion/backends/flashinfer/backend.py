@@ -8,21 +8,19 @@ from __future__ import annotations
 
 import os
 import shutil
-import sys
-import time
+from collections.abc import Callable
 
 import numpy as np
 
 from fd_fusion.backends.flashinfer import loader
-from fd_fusion.backends.flashinfer.calls import Call, Fixed, compiled_call, python_call
+from fd_fusion.backends.flashinfer.calls import block_threads, compiled_call, rules
 from fd_fusion.backends.flashinfer.op import ALIGNMENT, FlashInferOp
-from fd_fusion.backends.flashinfer.releases import block_threads, rules
 from fd_fusion.backends.flashinfer.watchdog import ControlReader
 from fd_fusion.backends.flashinfer.workspace import Layout, open_memory, rows_that_fit
 from fd_fusion.comm.cuda_ipc import CudaIpc
 from fd_fusion.comm.group import Group
 from fd_fusion.comm.symmetric_memory import agree_or_raise, as_refusal, on_all_ranks
-from fd_fusion.frameworks.tensors import tensor
+from fd_fusion.frameworks.tensors import paddle_or_torch, tensor
 from fd_fusion.reasons import FusionError, Reason, because
 from fd_fusion.reference import DTYPE_BYTES
 from fd_fusion.spec import OpSpec
@@ -53,7 +51,13 @@ def supports(spec: OpSpec) -> Reason | None:
     version = loader.installed_version()
     if version is None:
         return because("flashinfer_missing")
-    return _version_refusal(spec, version) or _room_refusal(spec) or _compiler_refusal(version)
+    if refusal := _version_refusal(spec, version):
+        return refusal
+    shape = spec.size, spec.hidden_size, DTYPE_BYTES[spec.dtype]
+    if not rows_that_fit(spec.workspace_bytes, *shape):
+        need = Layout(spec.size, 1, *shape[1:]).nbytes + 256
+        return because("workspace_small", need=need, got=spec.workspace_bytes)
+    return _compiler_refusal(version)
 
 
 def _version_refusal(spec: OpSpec, version: str) -> Reason | None:
@@ -70,14 +74,6 @@ def _version_refusal(spec: OpSpec, version: str) -> Reason | None:
     return None
 
 
-def _room_refusal(spec: OpSpec) -> Reason | None:
-    e = DTYPE_BYTES[spec.dtype]
-    if rows_that_fit(spec.workspace_bytes, spec.size, spec.hidden_size, e):
-        return None
-    need = Layout(spec.size, 1, spec.hidden_size, e).nbytes + 256
-    return because("workspace_small", need=need, got=spec.workspace_bytes)
-
-
 def _compiler_refusal(version: str) -> Reason | None:
     """Return what is missing to compile the kernel, unless it was compiled before."""
     if loader.compiled_module(version):
@@ -92,7 +88,7 @@ def _compiler_refusal(version: str) -> Reason | None:
 
 def open(spec: OpSpec, group: Group) -> FlashInferOp:
     """Collective: load and build, allocate and exchange, call once. Raises FusionError on all ranks alike."""
-    library, entry = _load_and_build(spec, group)
+    version, entry = _load(spec, group)
     fit = rows_that_fit(spec.workspace_bytes, spec.size, spec.hidden_size, DTYPE_BYTES[spec.dtype])
     rows = min(fit, row_limit(spec) or fit)
     layout = Layout(spec.size, rows, spec.hidden_size, DTYPE_BYTES[spec.dtype])
@@ -100,17 +96,10 @@ def open(spec: OpSpec, group: Group) -> FlashInferOp:
     memory = open_memory(group, layout, provider, timeout_s=spec.timeout_s)
 
     def make() -> FlashInferOp:
-        table = tensor(library.framework, np.array(layout.pointers(memory)), "int64", "gpu")
-        fixed = Fixed(spec.size, spec.rank, spec.hidden_size, rows, spec.dtype == "float32", table)
-        if entry is None:
-            call, adds_bias = python_call(library.function, fixed, library.version)
-        else:
-            call, adds_bias = compiled_call(entry, fixed, library.version)
-        if spec.weight_offset and not adds_bias:  # by its version it adds one, by its signature it does not
-            offset = spec.weight_offset
-            raise FusionError(because("flashinfer_weight_offset", version=library.version, offset=offset))
+        table = tensor(paddle_or_torch(), np.array(layout.pointers(memory)), "int64", "gpu")
+        call = compiled_call(entry, version, spec.size, spec.rank, spec.hidden_size, table)
         read = ControlReader(memory.own + layout.control)
-        return FlashInferOp(spec, group, library, call, adds_bias, rows, layout.nbytes, read, memory.close)
+        return FlashInferOp(spec, group, version, call, rows, layout.nbytes, read, memory.close)
 
     op, refusal = as_refusal(make)
     try:
@@ -122,41 +111,18 @@ def open(spec: OpSpec, group: Group) -> FlashInferOp:
     return op
 
 
-def _load_and_build(spec: OpSpec, group: Group) -> tuple[loader.FlashInfer, Call | None]:
-    """Load on every rank; compile on the first one, then let the others take what it compiled."""
+def _load(spec: OpSpec, group: Group) -> tuple[str, Callable[..., None]]:
+    """Load on every rank, on the first one before the others, which take what it compiled: (version, entry)."""
+    version, limit_s = loader.installed_version(), max(spec.timeout_s, BUILD_TIMEOUT_S)
 
-    def load() -> tuple[loader.FlashInfer, Call | None]:
-        library = loader.load()
-        if refusal := _version_refusal(spec, library.version):
+    def load_first() -> Callable[..., None] | None:
+        if refusal := because("flashinfer_missing") if version is None else _version_refusal(spec, version):
             raise FusionError(refusal)
-        return library, _build(library) if group.rank == 0 else None
+        return loader.load(version) if group.rank == 0 else None
 
-    loaded, refusal = as_refusal(load)
-    version, limit_s = loaded and loaded[0].version, max(spec.timeout_s, BUILD_TIMEOUT_S)
+    entry, refusal = as_refusal(load_first)
     versions = agree_or_raise(group, "flashinfer_built", refusal, version, limit_s)
     for rank, one in enumerate(versions):
         if one != versions[0]:
             raise FusionError(because("flashinfer_differs", rank=rank, got=one, need=versions[0]))
-    library, entry = loaded
-    return library, on_all_ranks(
-        group, "flashinfer_loaded", lambda: entry if group.rank == 0 else _build(library), limit_s
-    )
-
-
-def _build(library: loader.FlashInfer) -> Call | None:
-    """Compile and load the kernel, with a line on stderr where that takes minutes."""
-    start, slow = time.monotonic(), loader.compiled_module(library.version) is None
-    if slow:
-        _say(f"compiling the kernel of FlashInfer {library.version}: some minutes, once on this machine")
-    try:
-        entry = library.build()
-    except Exception as error:  # whatever a build can raise; it is voted on
-        error = f"{type(error).__name__}: {error}"
-        raise FusionError(because("flashinfer_build", version=library.version, error=error)) from None
-    if slow:
-        _say(f"the kernel of FlashInfer {library.version} is compiled, in {time.monotonic() - start:.0f} s")
-    return entry
-
-
-def _say(text: str) -> None:
-    print(f"fd_fusion: {text}", file=sys.stderr, flush=True)
+    return version, on_all_ranks(group, "flashinfer_loaded", lambda: entry or loader.load(version), limit_s)

@@ -1,70 +1,57 @@
-"""The load of FlashInfer on first use, with Paddle in the place of torch (`torch_proxy`), and nothing left behind.
+"""FlashInfer's compiled kernel: found, or compiled by FlashInfer in a process of its own, and loaded by tvm_ffi.
 
-Where the import fails (the upstream wheels use torch modules that Paddle has no counterpart of), a kernel that
-FlashInfer compiled earlier is loaded by itself: its entry takes Paddle tensors through tvm_ffi, without torch.
+FlashInfer's Python enters no rank: it needs torch, or Paddle's torch proxy, which every thread of a process sees. The
+compiled module needs neither, and takes the tensors of both.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
+import functools
 import importlib
 import importlib.metadata
 import importlib.util
 import os
+import subprocess
 import sys
-import threading
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 
-from fd_fusion.backends.flashinfer.torch_proxy import PACKAGE, scoped_torch
 from fd_fusion.reasons import FusionError, Reason, because
 
 DISTRIBUTIONS = ("flashinfer-python-paddle", "flashinfer-python")
+PACKAGE = "flashinfer"
 MODULE = "trtllm_comm"  # FlashInfer's name of the compiled module
-
-_lock = threading.RLock()
-_state: FlashInfer | Reason | None = None
-
-
-@dataclass(frozen=True)
-class FlashInfer:
-    """What was loaded. `build()` compiles or loads the kernel and returns the entry of a compiled module, if any.
-
-    `function` is `trtllm_allreduce_fusion`, or None where the import failed.
-    """
-
-    version: str
-    framework: ModuleType  # paddle or torch: the one whose tensors it takes
-    function: Callable[..., None] | None
-    build: Callable[[], Callable[..., None] | None]
-    note: str | None = None  # why the compiled module is used instead of the Python interface
+# Under torch where there is one, else under Paddle's proxy with what that lacks. Versions before 0.6.14 search their
+# process for a CUDA runtime while they are imported.
+_BUILD = """
+import ctypes, importlib.util, signal, sys
+ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: it ends with who waits for it
+if not importlib.util.find_spec("torch"):
+    import paddle
+    paddle.enable_compat(scope={"flashinfer"}, silent=True)
+    if not hasattr(paddle.distributed, "ProcessGroup"):
+        paddle.distributed.ProcessGroup = paddle.base.core.ProcessGroup
+for name in ("libcudart.so.13", "libcudart.so.12", "libcudart.so"):
+    try:
+        ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
+        break
+    except OSError:
+        pass
+from flashinfer.comm.trtllm_ar import get_trtllm_comm_module
+if "compile" in sys.argv:
+    get_trtllm_comm_module()
+print(sys.modules["flashinfer"].__version__)
+"""
 
 
 def installed_version() -> str | None:
-    """Return the installed version, without importing it; "0" for a copy without a version; None for none."""
+    """Return the installed version, without importing it; None for none."""
     for name in DISTRIBUTIONS:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             return importlib.metadata.version(name)
-    if PACKAGE in sys.modules:
-        return getattr(sys.modules[PACKAGE], "__version__", "0")
-    return "0" if importlib.util.find_spec(PACKAGE) else None
-
-
-def load() -> FlashInfer:
-    """Import FlashInfer once in the process. Raises FusionError, with the same reason each time."""
-    global _state
-    with _lock:
-        if _state is None:
-            try:
-                _state = _load()
-            except FusionError as error:
-                _state = error.reason
-        if isinstance(_state, Reason):
-            raise FusionError(_state)
-        return _state
+    return None
 
 
 def compiled_module(version: str) -> Path | None:
@@ -81,79 +68,46 @@ def compiled_module(version: str) -> Path | None:
     return found[0] if found else None
 
 
-def _load() -> FlashInfer:
-    version = installed_version()
-    if version is None:
-        raise FusionError(because("flashinfer_missing"))
-    framework = _framework()
-    before = set(sys.modules)
-    scope = scoped_torch if framework.__name__ == "paddle" else contextlib.nullcontext
+def load(version: str) -> Callable[..., None]:
+    """Return the entry of the compiled module, compiled first where it is not yet, with a line on stderr: minutes.
+
+    Raises: FusionError, with the same reason each time.
+    """
+    found = _load(version)
+    if isinstance(found, Reason):
+        raise FusionError(found)
+    return found
+
+
+@functools.cache
+def _load(version: str) -> Callable[..., None] | Reason:
+    start, path = time.monotonic(), compiled_module(version)
     try:
-        _map_cuda_runtime()
-        with scope():
-            comm = importlib.import_module(f"{PACKAGE}.comm")
-    except FusionError:
-        raise
-    except Exception as error:  # whatever an import can raise; it becomes the reason or the note
-        _forget(before)
-        return _load_compiled(version, framework, f"{type(error).__name__}: {error}")
-    _refuse_foreign(framework)
-    version = getattr(sys.modules[PACKAGE], "__version__", version)
-    function = getattr(comm, "trtllm_allreduce_fusion", None)
-    if function is None:
-        raise FusionError(because("flashinfer_no_kernel", version=version))
-
-    def build() -> None:
-        with scope():
-            importlib.import_module(f"{PACKAGE}.comm.trtllm_ar").get_trtllm_comm_module()
-
-    return FlashInfer(version, framework, function, build)
-
-
-def _framework() -> ModuleType:
-    """Return Paddle if the process runs on it; on a machine without Paddle the tensors are torch's own."""
-    try:
-        return sys.modules.get("paddle") or importlib.import_module("torch")
-    except ImportError as error:
-        raise FusionError(because("no_paddle", detail=str(error))) from None
-
-
-def _load_compiled(version: str, framework: ModuleType, error: str) -> FlashInfer:
-    """Load the compiled kernel alone, by tvm_ffi: the second way."""
-    reason = because("flashinfer_import", version=version, framework=framework.__name__, error=error)
-    path = compiled_module(version)
-    if path is None or importlib.util.find_spec("tvm_ffi") is None:
-        raise FusionError(reason)
-
-    def build() -> Callable[..., None]:
+        if path is None:
+            _say(f"compiling the kernel of FlashInfer {version}: some minutes, once on this machine")
+            path = compiled_module(run_build(version, "compile"))
+            _say(f"the kernel of FlashInfer {version} is compiled, in {time.monotonic() - start:.0f} s")
         return importlib.import_module("tvm_ffi").load_module(str(path)).trtllm_allreduce_fusion
-
-    return FlashInfer(version, framework, None, build, note=str(reason))
-
-
-def _refuse_foreign(framework: ModuleType) -> None:
-    """Raise if FlashInfer was imported before with real torch, by the host perhaps: it takes torch tensors then."""
-    for name, module in list(sys.modules.items()):
-        if name == PACKAGE or name.startswith(f"{PACKAGE}."):
-            torch = vars(module).get("torch")
-            tensor = getattr(torch, "Tensor", None)
-            if tensor is not None and tensor is not framework.Tensor:
-                raise FusionError(because("flashinfer_foreign", module=name, framework=framework.__name__))
+    except FusionError as error:
+        return error.reason
+    except Exception as error:  # whatever loading can raise; it is voted on
+        return because("flashinfer_build", version=version, error=f"{type(error).__name__}: {error}")
 
 
-def _forget(before: set[str]) -> None:
-    """Remove what a failed import left behind, so that no later import finds half of a package."""
-    for name in set(sys.modules) - before:
-        if name == PACKAGE or name.startswith(f"{PACKAGE}."):
-            del sys.modules[name]
+def run_build(version: str, *how: str) -> str:
+    """Import FlashInfer in a process of its own, and compile its kernel if `how` is "compile".
+
+    Returns: the version by which it names its cache. Raises: FusionError.
+    """
+    code = f"import sys\nsys.path[:] = {sys.path!r}\n{_BUILD}"
+    command = [sys.executable, "-W", "ignore", "-c", code, *how]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if line.strip()]
+        error = lines[-1] if done.returncode > 0 and lines else f"it ended its process (exit code {done.returncode})"
+        raise FusionError(because("flashinfer_build", version=version, error=error))
+    return done.stdout.split()[-1]
 
 
-def _map_cuda_runtime() -> None:
-    """Map a CUDA runtime: versions before 0.6.14 search this process's maps for one while they are imported."""
-    with open("/proc/self/maps") as maps:
-        if "libcudart" in maps.read():
-            return
-    for name in ("libcudart.so.13", "libcudart.so.12", "libcudart.so"):
-        with contextlib.suppress(OSError):
-            ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
-            return
+def _say(text: str) -> None:
+    print(f"fd_fusion: {text}", file=sys.stderr, flush=True)

@@ -9,13 +9,12 @@ from typing import Any
 import numpy as np
 
 from fd_fusion import exact
-from fd_fusion.backends.flashinfer.calls import Call, Tensor
-from fd_fusion.backends.flashinfer.releases import rules
+from fd_fusion.backends.flashinfer.calls import Call, Tensor, rules
 from fd_fusion.backends.flashinfer.watchdog import Watchdog
 from fd_fusion.comm.group import Group
 from fd_fusion.comm.symmetric_memory import CLOSE_TIMEOUT_S, on_all_ranks
 from fd_fusion.comm.workspace import WARM_UP
-from fd_fusion.frameworks.tensors import dtype_name, numbers, tensor
+from fd_fusion.frameworks.tensors import dtype_name, numbers, paddle_or_torch, tensor
 from fd_fusion.reasons import FusionError, Reason, closed
 from fd_fusion.reference import DTYPE_BYTES
 from fd_fusion.spec import OpSpec
@@ -35,18 +34,16 @@ class FlashInferOp:
         self,
         spec: OpSpec,
         group: Group,
-        library: Any,
+        version: str,
         call: Call,
-        adds_bias: bool,
         rows: int,
         nbytes: int,
         read: Any,
         release: Callable[..., Any],
     ):
         self.limit, self.bytes = rows, nbytes
-        self._spec, self._group, self._library = spec, group, library
-        self._call, self._adds_bias, self._read, self._release = call, adds_bias, read, release
-        self._two_shot = rules(library.version).two_shot
+        self._spec, self._group, self._version, self._rules = spec, group, version, rules(version)
+        self._call, self._read, self._release, self._framework = call, read, release, paddle_or_torch()
         name = f"flashinfer all_reduce_rms_norm (H={spec.hidden_size}, {spec.dtype})"
         what = f"{name} of group {group.name!r}, rank {group.rank} of {group.size},"
         self._watchdog = Watchdog(read, what, WARM_UP * spec.timeout_s)
@@ -62,7 +59,7 @@ class FlashInferOp:
         Returns: (norm_out, residual_out), [T, H] each.
         Raises: ValueError: before the launch. RuntimeError: the launch failed; the other ranks are waiting then.
         """
-        framework = self._library.framework
+        framework = self._framework
         if residual is None:
             residual = framework.zeros_like(partial)
         self._require(partial, residual, weight, weight_offset)
@@ -76,7 +73,7 @@ class FlashInferOp:
         """Return whether a call is one-shot: T <= N, few bytes, or a version whose two-shot is not sound."""
         spec = self._spec
         nbytes = 2 * spec.size * rows * spec.hidden_size * DTYPE_BYTES[spec.dtype]
-        return not self._two_shot or rows <= spec.size or nbytes <= _ONE_SHOT_BYTES[spec.size]
+        return not self._rules.two_shot or rows <= spec.size or nbytes <= _ONE_SHOT_BYTES[spec.size]
 
     def check(self) -> None:
         """Raise nothing but `closed`: a call that runs out of time ends the process, so there is nothing to reset."""
@@ -91,7 +88,7 @@ class FlashInferOp:
         self._watchdog.limit_s = self._spec.timeout_s
 
     def stats(self) -> dict[str, Any]:
-        return {"version": self._library.version, "note": self._library.note, "limit_s": self._watchdog.limit_s}
+        return {"version": self._version, "limit_s": self._watchdog.limit_s}
 
     def close(self) -> None:
         """Give the workspace back, all ranks together, in bounded time; leave it to the exit if a call hangs."""
@@ -106,7 +103,7 @@ class FlashInferOp:
 
     def warm_up(self) -> None:
         """Collective: call once with and without a residual, so the kernel is loaded and known to be right."""
-        spec, framework = self._spec, self._library.framework
+        spec, framework = self._spec, self._framework
         rows = [1, spec.size + 1] if not self.one_shot(self.limit) else [1]
 
         def run() -> None:
@@ -121,8 +118,8 @@ class FlashInferOp:
         spec, rows = self._spec, partial.shape[0]
         if rows > self.limit:
             raise ValueError(f"flashinfer: T={rows}; the workspace holds {self.limit} rows")
-        if weight_offset and not self._adds_bias:
-            raise ValueError(f"flashinfer {self._library.version}: weight_offset {weight_offset}; it adds none")
+        if weight_offset and not self._rules.weight_bias:
+            raise ValueError(f"flashinfer {self._version}: weight_offset {weight_offset}; it adds none")
         row = [rows, spec.hidden_size]
         for name, one, shape in (("x", partial, row), ("residual", residual, row), ("weight", weight, row[1:])):
             dtype = dtype_name(one)

@@ -86,21 +86,16 @@ def open_memory(group: Group, layout: Layout, provider: MemoryProvider, *, timeo
             provider.write(address, 2 * value.to_bytes(8, "little"))
 
     memory = open_symmetric_memory(group, layout.nbytes, provider, push, timeout_s=timeout_s)
-    # The device is synchronised before the vote: a late fill would erase what a peer has already pushed.
-
-    def fill_whole() -> None:
-        fill(layout, memory)
-        provider.synchronize()
-
-    on_all_ranks(group, "flashinfer_filled", fill_whole, timeout_s, undo=memory.close)
+    on_all_ranks(group, "flashinfer_filled", lambda: fill(layout, memory), timeout_s, undo=memory.close)
     return memory
 
 
 def fill(layout: Layout, memory: SymmetricMemory) -> None:
-    """Put the initial content into the own buffer, which is zero."""
+    """Put the initial content into the own buffer, which is zero, and wait: a late one would erase a peer's words."""
     piece = NEGATIVE_ZERO[layout.element_bytes] * (_PIECE // layout.element_bytes)
     start, end = layout.lamport, layout.lamport + 3 * layout.comm_bytes
     for offset in range(start, end, _PIECE):
         memory.provider.write(memory.own + offset, piece[: end - offset])
     control = struct.pack(f"<{CONTROL_INTS}i", 0, 0, 0, layout.comm_bytes, 0)
     memory.provider.write(memory.own + layout.control, control)
+    memory.provider.synchronize()

@@ -6,13 +6,12 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from fd_fusion.cli.doctor.checks import CheckResult, result
 
 _SMALL_SHM = 64 << 20  # Docker's default for /dev/shm
-_ALLOCATORS = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "PADDLE_CUDA_ALLOC_CONF")
 Tool = Callable[..., "str | None"]
 
 
@@ -27,7 +26,7 @@ def tool(*command: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def machine(tool: Tool = tool, environ: Mapping[str, str] = os.environ) -> Iterator[CheckResult]:
+def machine(tool: Tool = tool) -> Iterator[CheckResult]:
     """Check driver, toolkit, GPUs, links, confidential computing, namespaces, shared memory."""
     gpus = _gpus(tool)
     yield gpus
@@ -37,7 +36,6 @@ def machine(tool: Tool = tool, environ: Mapping[str, str] = os.environ) -> Itera
         yield _links(tool)
     if gpus.data["gpus"]:
         yield from _confidential(tool)
-    yield from _allocator(environ)
     yield _namespaces()
     yield _shared_memory()
 
@@ -68,9 +66,8 @@ def _peers(tool: Tool) -> CheckResult:
     rows = _matrix(tool("nvidia-smi", "topo", "-p2p", "w"), r"X|OK|CNS|GNS|TNS|NS|DR|U")
     bad = [f"{gpu}-GPU{i}" for gpu, row in rows.items() for i, cell in enumerate(row) if cell not in ("X", "OK")]
     if not rows:
-        return result(
-            "p2p", "note", "nvidia-smi does not show its P2P matrix; the launch below shows it", matrix=rows
-        )
+        text = "nvidia-smi does not show its P2P matrix; the launch below shows it"
+        return result("p2p", "note", text, matrix=rows)
     if bad:
         remedy = "use GPUs with P2P between them; in a virtual machine or with IOMMU on, ask for ACS to be disabled"
         return result("p2p", "warn", f"no P2P writes between {', '.join(bad[:8])}", remedy, matrix=rows)
@@ -106,14 +103,6 @@ def _confidential(tool: Tool) -> Iterator[CheckResult]:
     remedy = "expect refused mappings between GPUs: see whether the launch below works" if on else ""
     text, state = f"confidential computing is {'on' if on else 'off'}", "warn" if on else "ok"
     yield result("confidential_computing", state, text, remedy, on=on)
-
-
-def _allocator(environ: Mapping[str, str]) -> Iterator[CheckResult]:
-    """Warn of expandable segments: such memory has no IPC handle. Ours comes from cuMemAlloc, and is unharmed."""
-    for name in _ALLOCATORS:
-        if re.search(r"expandable_segments\s*:\s*true", environ.get(name, ""), re.I):
-            text = f"{name} asks for expandable segments, which the host's own custom all-reduce may not share"
-            yield result("expandable_segments", "warn", text, f"unset {name} if it does", variable=name)
 
 
 def _namespaces() -> CheckResult:

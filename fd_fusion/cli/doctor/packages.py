@@ -19,7 +19,7 @@ _FLASHINFER_PARTS = ("flashinfer-cubin", "flashinfer-jit-cache")
 _FASTDEPLOY = ("fastdeploy-gpu", "fastdeploy-gpu-80-90", "fastdeploy-gpu-86-89", "fastdeploy")
 # Others, and what is missing without them.
 _OPTIONAL = {
-    "apache-tvm-ffi": "needed only to load a FlashInfer kernel that was compiled beforehand",
+    "apache-tvm-ffi": "needed only to load FlashInfer's kernel",
     "torch": "needed only on machines without Paddle",
     "prometheus_client": "metrics go to the log as JSON lines",
 }

@@ -168,11 +168,11 @@ def _is_pooled(output: Any) -> bool:
 
 def _proven_before_capture(stock: Callable) -> Callable:
     def graph_optimize_and_warm_up_model(self, *args, **kwargs):
-        from fd_fusion.binding import bind as binding
+        from fd_fusion.binding import lifecycle
 
         with _never_in_a_graph(self.model_runner):
             result = stock(self, *args, **kwargs)
-        binding.freeze()
+        lifecycle.freeze()
         watch()
         return result
 
@@ -181,12 +181,12 @@ def _proven_before_capture(stock: Callable) -> Callable:
 
 def _proven_before_recapture(stock: Callable) -> Callable:
     def capture_model(self, *args, **kwargs):
-        from fd_fusion.binding import bind as binding
+        from fd_fusion.binding import lifecycle
 
         with _never_in_a_graph(self):
             result = stock(self, *args, **kwargs)
         if _up:  # not the first time, where more is captured behind this
-            binding.freeze()
+            lifecycle.freeze()
         return result
 
     return capture_model

@@ -247,7 +247,7 @@ def test_strict_ends_the_load_of_a_model_that_cannot_fuse_but_for_a_rule(monkeyp
         plugin._after_load(models[2], fd_config_of())
     monkeypatch.setenv(ENV_CONFIG, "{}")
     plugin._after_load(models[2], fd_config_of())
-    codes = [binding._reports[model].off.code for model in models]
+    codes = [binding._bound.get(model).report.off.code for model in models]
     assert codes == ["sequence_parallel", "one_rank", "proxy_rmsnorm"]
 
 
@@ -332,10 +332,10 @@ def test_a_runner_that_a_plugin_brings(monkeypatch, host_worker, caplog):
 
 
 def test_a_waiting_model_is_proven_before_capture_and_frozen_after(monkeypatch, host_worker):
-    from fd_fusion.binding import bind as binding
+    from fd_fusion.binding import lifecycle
 
     order = []
-    monkeypatch.setattr(binding, "freeze", lambda: order.append("freeze"))
+    monkeypatch.setattr(lifecycle, "freeze", lambda: order.append("freeze"))
     assert worker.patch() is None
     gpu_worker = host_worker.worker.GpuWorker.__new__(host_worker.worker.GpuWorker)
 
@@ -361,10 +361,10 @@ def test_a_waiting_model_is_proven_before_capture_and_frozen_after(monkeypatch, 
 @pytest.mark.parametrize("shown", [True, False])
 def test_a_waiting_model_is_proven_before_graphs_are_captured_anew(monkeypatch, host_worker, shown):
     """With weights that came after the first capture: no forward votes or proves inside a capture."""
-    from fd_fusion.binding import bind as binding
+    from fd_fusion.binding import lifecycle
 
     order, runner_class = [], host_worker.runner.GPUModelRunner
-    monkeypatch.setattr(binding, "freeze", lambda: order.append("freeze"))
+    monkeypatch.setattr(lifecycle, "freeze", lambda: order.append("freeze"))
     monkeypatch.setattr(runner_class, "capture_model", lambda self: order.append(f"capture {self.model.forward()}"))
     monkeypatch.setattr(runner_class, "_dummy_run", lambda self, num_tokens, batch_size: self.model.forward())
     assert worker.patch() is None
@@ -391,10 +391,10 @@ def test_a_waiting_model_is_proven_before_graphs_are_captured_anew(monkeypatch, 
 @pytest.mark.parametrize("missing", [[], [because("never_voted", rank=1, seconds=3)]], ids=str)
 def test_our_own_forward_ends_where_a_rank_was_given_no_config(missing, monkeypatch, host_worker, caplog):
     """It runs none, and would be waited for in the first collective."""
-    from fd_fusion.binding import bind as binding
+    from fd_fusion.binding import lifecycle
 
     ran = []
-    monkeypatch.setattr(binding, "freeze", lambda: None)
+    monkeypatch.setattr(lifecycle, "freeze", lambda: None)
     monkeypatch.setattr(plugin, "_bind", lambda *args: missing)
     assert worker.patch() is None
     model = type("Model", (), {"forward": lambda self: ran.append(1), "named_sublayers": lambda *_, **__: []})()
