@@ -77,7 +77,8 @@ class HostStock:
         once = _producer_forward(stock, site) if len(on) < 2 else _regrouping_forward(stock, site, on)
         undo.append(_set_forward(found.producer, once))
         norm = _norm_forward(found.norm.forward, site)
-        if self._readers is not None and site.quantises(self._readers.form) and site.takers != 0:
+        untaken = site.proven and site.takers == 0
+        if self._readers is not None and site.quantises(self._readers.form) and not untaken:
             undo.append(fp8.install())
             norm = _quantising_forward(norm, site, self._readers)
         undo.append(_set_forward(found.norm, norm))
