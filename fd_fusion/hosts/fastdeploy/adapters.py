@@ -77,9 +77,10 @@ class HostStock:
         once = _producer_forward(stock, site) if len(on) < 2 else _regrouping_forward(stock, site, on)
         undo.append(_set_forward(found.producer, once))
         norm = _norm_forward(found.norm.forward, site)
-        if self._readers is not None and site.quantises(self._readers.form) and site.takers != 0:
+        readers = self._readers
+        if readers is not None and site.quantises(readers.form) and not (site.proven and site.takers == 0):
             undo.append(fp8.install())
-            norm = _quantising_forward(norm, site, self._readers)
+            norm = _quantising_forward(norm, site, readers)
         undo.append(_set_forward(found.norm, norm))
         return functools.partial(undo_in_turn, undo)
 
