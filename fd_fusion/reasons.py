@@ -206,6 +206,10 @@ hidden_size: hidden size {got} is not {need}
     -> pad the hidden size, or leave this pair unfused
 no_fp8: {got}: the kernel quantises {need}
     -> nothing to do
+fp8_differs: the host's quantiser is not known: {detail}
+    -> report it with the host's version; the host quantises
+fp8_not_taken: no layer took the FP8 of its norm in the proving pass
+    -> nothing to do
 deterministic: deterministic mode is on and the {backend} backend is not batch invariant
     -> name the triton backend
 qk_zero: {site}: its weights are zero, so nothing shows whether the kernel is right

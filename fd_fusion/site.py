@@ -146,6 +146,8 @@ class Site:
         self.number = str(next(_numbers))  # text, since SOT makes a tensor of an int that varies
         by_number[self.number] = self
         self.calls: Counter[str] = Counter()  # by "fused", or the code of the reason why not
+        self.fp8_calls: Counter[str] = Counter()  # norms "made" in FP8 by the kernel; "taken" by a layer behind it
+        self.takers: int | None = None  # layers that took FP8 in the proving pass; None where nothing counts them
         self.checked = True  # off where a tracer may take a hand-over and its finish apart
         self.refuses_gradients = True  # off where the host only infers, whether it records gradients or not
         self.handed = 0  # partial sums handed over since the proving pass began
@@ -293,12 +295,24 @@ class Site:
         In the kernel where the call is fused and the op has that `Fp8`; else by `quantise`, from the finished norm.
         """
         partial = self._take(partial)
-        if form not in self._op.fp8 or not self.fuses(_rows(partial)):
+        if not self.quantises(form) or not self.fuses(_rows(partial)):
             norm, residual = self.complete(partial, residual)
             return norm if form.keeps_norm else None, *quantise(norm, form), residual
         self.calls["fused"] += 1
+        self.fp8_calls["made"] += 1
         stock = self.stock
         return self._op.finish_fp8(partial, residual, stock.weight(), *stock.numbers(), form, *self._stays)
+
+    def quantises(self, form: Any) -> bool:
+        """Return whether the kernel gives that `Fp8`."""
+        return form in self._op.fp8
+
+    def count_taken(self) -> None:
+        """Count a layer that takes what `finish_fp8` gave in place of its own quantiser."""
+        if self._prover is None:
+            self.fp8_calls["taken"] += 1
+        else:
+            self.takers = (self.takers or 0) + 1
 
     def run_stock(self, partial: Tensor, residual: Tensor | None) -> Finished:
         """All-reduce, then run the host's norm: what the host does without us, bit for bit."""

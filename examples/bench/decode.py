@@ -44,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, help=f"A B B A so many times ({GPU['rounds']})")
     parser.add_argument("--context", type=int, help=f"tokens that attention reads ({GPU['context']})")
     parser.add_argument("--layers", type=int, help="layers of the graph (default: six, and four times L2)")
+    parser.add_argument("--fp8", action="store_true", help="an FP8 model (decode_fp8.py)")
     parser.add_argument("--flashinfer", type=Path, help="a compiled trtllm_allreduce_fusion.so")
     parser.add_argument("--qk-reference", type=Path, help="a file with qk_rmsnorm_fused, as in `bench qk-norm`")
     parser.add_argument("--output", type=Path, help="write the measured numbers to this JSON file")
@@ -115,7 +116,7 @@ def _by_children(args: argparse.Namespace) -> dict[str, Any]:
     start, models = time.monotonic(), args.models.split(",")
     kept = ("models", "rows", "rounds", "context", "layers", "flashinfer", "qk_reference", "seconds", "ranks")
     given = {f"--{name.replace('_', '-')}": str(getattr(args, name)) for name in kept if getattr(args, name)}
-    options = [part for option in given.items() for part in option]
+    options = [part for option in given.items() for part in option] + ["--fp8"] * args.fp8
     written = [Path(part).name if "/" in part else part for part in options]  # no folder of this machine
     cuda = {"CUDA_MODULE_LOADING": "LAZY" if args.compile_only else "EAGER", "CUDA_DEVICE_MAX_CONNECTIONS": "32"}
     # NVLink multicast stays off: a program that dies while it uses it can take the GPUs out of service.

@@ -107,6 +107,46 @@ def experts(x, weights, out, scales, order, starts, IN: tl.constexpr, OUT: tl.co
         number += ROWS
 
 
+@triton.jit(do_not_specialize=["row_stride", "group_stride", "count"])
+def fp8_product(x, x_scales, row_stride, group_stride, weights, weight_scales, out, order, starts, count,
+                IN: tl.constexpr, OUT: tl.constexpr, TOP: tl.constexpr, EXPERTS: tl.constexpr, ROWS: tl.constexpr,
+                COLUMNS: tl.constexpr):  # fmt: skip
+    """x times some columns of the weights [OUT, IN]; or the first product of one expert, of weights [E, 2 OUT, IN],
+    with silu and gate behind it, as `experts`."""
+    expert, columns = tl.program_id(0), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    GROUPS: tl.constexpr = IN // 128
+    HEIGHT: tl.constexpr = 2 * OUT if EXPERTS else OUT
+    number, last = 0, count
+    if EXPERTS:
+        number, last = tl.load(starts + expert), tl.load(starts + expert + 1)
+    base = weights + expert.to(tl.int64) * HEIGHT * IN
+    scales = weight_scales + expert * ((HEIGHT + 127) // 128 * GROUPS)
+    lanes, fits = tl.arange(0, 128), columns < OUT
+    while number < last:
+        places = number + tl.arange(0, ROWS)
+        live = places < last
+        pair = tl.load(order + places, mask=live, other=0) if EXPERTS else places
+        row = pair // TOP
+        total, up = tl.zeros((ROWS, COLUMNS), tl.float32), tl.zeros((ROWS, COLUMNS), tl.float32)
+        for group in range(GROUPS):
+            inner = group * 128 + lanes
+            a = tl.load(x + row[:, None] * IN + inner[None, :], mask=live[:, None], other=0.0)
+            of_rows = tl.load(x_scales + row * row_stride + group * group_stride, mask=live, other=0)
+            at = base + columns[None, :] * IN + inner[:, None]
+            of_columns = tl.load(scales + columns // 128 * GROUPS + group, mask=fits, other=0)
+            part = tl.dot(a, tl.load(at, mask=fits[None, :], other=0.0))
+            total += part * (of_rows[:, None] * of_columns[None, :])
+            if EXPERTS:
+                of_columns = tl.load(scales + (columns + OUT) // 128 * GROUPS + group, mask=fits, other=0)
+                part = tl.dot(a, tl.load(at + OUT * IN, mask=fits[None, :], other=0.0))
+                up += part * (of_rows[:, None] * of_columns[None, :])
+        if EXPERTS:
+            total = total / (1 + tl.exp(-total)) * up
+        tl.store(out + pair[:, None] * OUT + columns[None, :], total.to(out.dtype.element_ty),
+                 mask=live[:, None] & fits[None, :])  # fmt: skip
+        number += ROWS
+
+
 @triton.jit
 def sum_of_choices(parts, shared, out, TOP: tl.constexpr, H: tl.constexpr, SHARED: tl.constexpr, BLOCK: tl.constexpr):
     """out[t] = the sum of parts[t, :] in their order, and of the shared expert."""

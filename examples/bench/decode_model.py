@@ -142,8 +142,9 @@ class Model:
         return x, residual
 
     def _attention(self, number: int, block: dict, x: torch.Tensor, qk_norm: Callable) -> torch.Tensor:
-        rows, shape, dim = len(x), self.shape, self.shape.head_dim
-        qkv = F.linear(x, block["qkv"])
+        shape, dim = self.shape, self.shape.head_dim
+        qkv = self._product(x, block["qkv"])
+        rows = len(qkv)
         if shape.qk_norm:
             qk_norm(qkv, block["head ones"], self.q, self.kv, dim)
         keys, values = (cache[:rows] for cache in self.caches[number])
@@ -151,45 +152,59 @@ class Model:
         kernels.rope_and_cache[grid](qkv, keys, values, self.context - 1, self.context, self.q, self.kv, dim)
         # The heads of one kv head stand as rows of one query, so that its keys are read once.
         queries = qkv[:, : self.q * dim].view(rows, self.kv, self.q // self.kv, dim)
-        with _flash(x):
+        with _flash(qkv):
             out = F.scaled_dot_product_attention(queries, keys, values)
         return out.transpose(1, 2).reshape(rows, self.q * dim)  # in the order in which attention wrote it
 
     def _mlp(self, number: int, block: dict, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        rows, shape, shared = len(x), self.shape, None
+        rows, shape, shared = len(out), self.shape, None
         if "up" in block:
-            gate_up = F.linear(x, block["up"])
+            gate_up = self._product(x, block["up"])
             width = gate_up.shape[1] // 2
-            inner = torch.empty(rows, width, dtype=x.dtype, device=x.device)
+            inner = torch.empty(rows, width, dtype=out.dtype, device=out.device)
             kernels.silu_and_multiply[rows, -(-width // 1024)](gate_up, inner, width, 1024)
             if not shape.experts:
                 return torch.mm(inner, block["down"].T, out=out)
             shared = torch.mm(inner, block["down"].T)
-        chosen, scales = self.chosen[number, :rows], torch.empty(rows, shape.top, device=x.device)
+        chosen, scales = self.chosen[number, :rows], torch.empty(rows, shape.top, device=out.device)
         width = triton.next_power_of_2(shape.top)
-        kernels.route[rows,](F.linear(x, block["router"]), chosen, scales, shape.experts, shape.top, width)
-        parts = self._experts(block, x, chosen, scales)
+        kernels.route[rows,](
+            F.linear(self._routed(x), block["router"]), chosen, scales, shape.experts, shape.top, width
+        )
+        parts = self._experts(block, x, chosen, scales, out.dtype)
         grid = rows, -(-shape.hidden // 1024)
         has_shared = shared is not None
         shared = shared if has_shared else parts
         kernels.sum_of_choices[grid](parts, shared, out, shape.top, shape.hidden, has_shared, 1024)
         return out
 
-    def _experts(self, block: dict, x: torch.Tensor, chosen: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    def _product(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, weight)
+
+    def _routed(self, x: torch.Tensor) -> torch.Tensor:
+        """What the router reads of a norm."""
+        return x
+
+    def _experts(self, block: dict, x: Any, chosen: torch.Tensor, scales: torch.Tensor, dtype: Any) -> torch.Tensor:
         shape, pairs = self.shape, chosen.numel()
-        integers = {"dtype": torch.int32, "device": x.device}
+        integers = {"dtype": torch.int32, "device": chosen.device}
         order, starts = torch.empty(pairs, **integers), torch.empty(shape.experts + 1, **integers)
         grid = (-(-max(pairs, shape.experts + 1) // 64),)
         kernels.order_by_expert[grid](chosen, order, starts, pairs, shape.experts, 64)
-        inner = torch.empty(pairs, self.expert, dtype=x.dtype, device=x.device)
-        parts = torch.empty(pairs, shape.hidden, dtype=x.dtype, device=x.device)
-        columns, options = (32 if len(x) <= 4 else 64), {"num_warps": 4, "num_stages": 4}
-        for a, weights, to, gated in ((x, "expert up", inner, True), (inner, "expert down", parts, False)):
-            tile = 16, columns, 64
-            grid = shape.experts, -(-to.shape[1] // columns)
-            kernels.experts[grid](a, block[weights], to, scales, order, starts, a.shape[1], to.shape[1], shape.top,
-                                  gated, *tile, **options)  # fmt: skip
+        inner = torch.empty(pairs, self.expert, dtype=dtype, device=order.device)
+        parts = torch.empty(pairs, shape.hidden, dtype=dtype, device=order.device)
+        columns = 32 if len(chosen) <= 4 else 64
+        self._experts_up(x, block["expert up"], inner, scales, order, starts, columns)
+        self._launch_experts(inner, block["expert down"], parts, scales, order, starts, columns, False)
         return parts
+
+    def _experts_up(self, *args: Any) -> None:
+        self._launch_experts(*args, True)
+
+    def _launch_experts(self, x, weights, to, scales, order, starts, columns: int, gated: bool) -> None:
+        grid, tile = (self.shape.experts, -(-to.shape[1] // columns)), (16, columns, 64)
+        kernels.experts[grid](x, weights, to, scales, order, starts, x.shape[1], to.shape[1], self.shape.top, gated,
+                              *tile, num_warps=4, num_stages=4)  # fmt: skip
 
 
 def _flash(x: torch.Tensor) -> Any:

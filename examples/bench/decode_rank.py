@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from bench import rivals
+from bench import decode_fp8, rivals
 from bench.decode_model import Model, Shape, shape_of
 from bench.decode_report import paired
 from bench.decode_tokens import same_tokens
@@ -30,7 +30,7 @@ from fd_fusion.frameworks.tensors import place
 from fd_fusion.spec import OpSpec
 
 EPS = 1e-5
-OURS, AGAIN, BOUND = "ours", "ours again", "no reduction"
+OURS, AGAIN, BOUND, BEHIND = "ours", "ours again", "no reduction", "ours, quantised behind"
 
 
 def measure(args: argparse.Namespace, rank: int, folder: Path) -> None:
@@ -56,11 +56,12 @@ def measure(args: argparse.Namespace, rank: int, folder: Path) -> None:
             tell(without=f"{name}: no time was left")
             continue
         shape = shape_of(name)
-        spec = _spec(shape, group, device, arch, max(rows))
+        spec = _spec(shape, group, device, arch, max(rows), args.fp8)
         with working(group):
             op = backend.open(spec, group)
         bench = Bench(args, group, spec, shape, op, rows)
-        tell(tokens={name: same_tokens(bench.model, op, group, rows, ours_qk_norm, EPS)})
+        if not args.fp8:
+            tell(tokens={name: same_tokens(bench.model, op, group, rows, ours_qk_norm, EPS)})
         for count in rows:
             spent = agree(group, "time", Vote(data=time.monotonic() - began), timeout_s=60).data
             if max(spent) > args.seconds:
@@ -81,13 +82,15 @@ def compile_for(args: argparse.Namespace) -> None:
     _, device, arch = place(0)
     shape = shape_of(args.models)
     group = Group("compile", 0, args.ranks, tuple(range(args.ranks)), None)
-    spec = _spec(shape, group, device, arch, 128)
+    spec = _spec(shape, group, device, arch, 128, args.fp8)
     compile_kernels(spec)
     backend.TritonOp(spec, group)
-    model = Model(shape, args.ranks, 0, 1, args.context, 8, getattr(torch, spec.dtype))
+    model = _model(args.fp8, [], shape, args.ranks, 0, 1, args.context, 8, getattr(torch, spec.dtype))
     plain = torch.empty(8, shape.hidden, dtype=model.dtype, device=model.device)
     reduce = rivals.Rival()
     reduce._plain, reduce.call = plain, lambda x, residual, weight: (F.rms_norm(x, x.shape[1:], weight), residual)
+    if args.fp8:
+        reduce = decode_fp8.Behind(reduce, model.quantise)
     for count in (1, 8):
         model.step(model.embedding[:count], reduce, ours_qk_norm)
 
@@ -102,9 +105,14 @@ def torch_qk_norm(qkv: torch.Tensor, weight: torch.Tensor, q: int, kv: int, dim:
         heads.copy_(F.rms_norm(heads, (dim,), weight, EPS))
 
 
-def _spec(shape: Shape, group: Group, device: str, arch: int | None, rows: int) -> OpSpec:
-    dtype = "bfloat16" if device == "gpu" else "float32"
+def _model(fp8: bool, without: list[str], *args: Any) -> Model:
+    return decode_fp8.Fp8Model(without, *args) if fp8 else Model(*args)
+
+
+def _spec(shape: Shape, group: Group, device: str, arch: int | None, rows: int, fp8: bool) -> OpSpec:
+    dtype = "bfloat16" if device == "gpu" or fp8 else "float32"
     limits = {"max_token_num": rows, "timeout_s": 30}
+    limits |= {"fp8": (decode_fp8.BOTH, decode_fp8.ALONE)} if fp8 else {}
     return OpSpec(group.rank, group.size, shape.hidden, dtype, eps=EPS, device=device, arch=arch, **limits)
 
 
@@ -123,7 +131,8 @@ class Bench:
         self.without: list[str] = []
         layers = args.layers or _enough_layers(shape, group.size)
         dtype, most = getattr(torch, spec.dtype), max(rows)
-        self.model = Model(shape, group.size, group.rank, layers, args.context, most, dtype)
+        sizes = layers, args.context, most
+        self.model = _model(args.fp8, self.without, shape, group.size, group.rank, *sizes, dtype)
         self.pull = Pull(spec, group, most)
         self.norm = rivals.Norm(self.pull)
         plain = torch.empty(most, shape.hidden, dtype=dtype, device=self.model.device)
@@ -141,6 +150,14 @@ class Bench:
             self.ways["flashinfer"] = self.flashinfer, ours_qk_norm
         others = rivals.open_rivals(group, spec, most, self.pull, self.norm, self.without)
         self.ways |= {name: (way, ours_qk_norm) for name, way in others.items()}
+        if args.fp8:
+            behind = {
+                BEHIND if name == OURS else name: (decode_fp8.Behind(way, self.model.quantise), norm)
+                for name, (way, norm) in self.ways.items()
+                if name != AGAIN
+            }
+            ours = decode_fp8.Fused(op, plain, EPS), ours_qk_norm
+            self.ways = {OURS: ours, AGAIN: ours, **behind}
 
     def cell(self, rows: int) -> dict[str, Any]:
         """us a layer by each way at this T, and the paired differences from ours."""
@@ -178,10 +195,12 @@ class Bench:
         partial, residual, weight, truth = self._numbers(rows)
         way = self.ways[name][0]
         x = way.buffer(rows).copy_(partial)
-        got = way.call(x, residual.clone(), weight)[0]
+        got, most = way.call(x, residual.clone(), weight)[0], 0.01
+        if isinstance(got, decode_fp8.Quantised):
+            got, most = got.codes.double() * got.scales.repeat_interleave(128, 1), 0.04
         error = ((got.double() - truth).norm() / truth.norm()).item()
         errors = agree(self.group, f"right {name}", Vote(data=error), timeout_s=60).data
-        if right := all(one < 0.01 for one in errors):  # a rounding is far below, a fault far above; NaN is wrong
+        if right := all(one < most for one in errors):  # a rounding is far below, a fault far above; NaN is wrong
             return right
         self.without.append(f"{name} at T={rows}, H={self.shape.hidden}: wrong numbers, {errors}")
         return False

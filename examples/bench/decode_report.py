@@ -7,8 +7,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-ORDER = ("no reduction", "ours", "ours again", "ours, stock q/k norm", "flashinfer", "pull + norm",
-         "symm one-shot + norm", "symm two-shot + norm", "nccl + norm", "gloo + norm")  # fmt: skip
+ORDER = ("no reduction", "ours", "ours again", "ours, quantised behind", "ours, stock q/k norm", "flashinfer",
+         "pull + norm", "symm one-shot + norm", "symm two-shot + norm", "nccl + norm", "gloo + norm")  # fmt: skip
 DRAWN = ("ours", "flashinfer", "pull + norm", "nccl + norm")
 
 

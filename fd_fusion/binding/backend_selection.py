@@ -14,7 +14,7 @@ from fd_fusion.config import FusionConfig
 from fd_fusion.frameworks import paddle_runtime
 from fd_fusion.frameworks.tensors import paddle_or_torch
 from fd_fusion.reasons import FusionError, Reason, because
-from fd_fusion.spec import Backend, FusedOp, OpSpec
+from fd_fusion.spec import Backend, Fp8, FusedOp, OpSpec
 from fd_fusion.tuning import table as tuning_table
 from fd_fusion.tuning.limits import NEVER, limit_source
 from fd_fusion.tuning.table import Fingerprint, Limits
@@ -67,7 +67,7 @@ def _spec_of(
     return OpSpec(
         *(group.rank, group.size, pairs[0].hidden_size, pairs[0].dtype),
         weight_dtypes=tuple(pair.weight_dtype for pair in pairs),
-        fp8=tuple(dict.fromkeys(pair.fp8 for pair in pairs if pair.fp8 is not None)),
+        fp8=tuple(dict.fromkeys(pair.fp8 for pair in pairs if isinstance(pair.fp8, Fp8))),
         device=device,
         arch=arch,
         deterministic=deterministic,

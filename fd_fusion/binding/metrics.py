@@ -7,6 +7,7 @@ published: never in a forward, never while a graph is captured, and in the threa
 
     fd_fusion_finished_total{path, reason}   finishes counted by Python: eager, or once while a graph is captured
     fd_fusion_device_rows_total{backend}     rows that kernels finished, graph replays too (triton)
+    fd_fusion_fp8_total{what}                norms "made" in FP8 by kernels, and "taken" by layers, counted likewise
     fd_fusion_timeouts_total                 workspaces that ran out of time
     fd_fusion_workspace_bytes                memory of all workspaces
 """
@@ -29,6 +30,7 @@ EVERY_S = 60.0
 _Key = tuple[str, ...]  # name of the metric, then the values of its labels
 COUNTERS = {  # name: (help, labels)
     "finished": ("Finished pairs, counted by Python: eager, or once at capture", ("path", "reason")),
+    "fp8": ("Norms made in FP8, and taken by layers, counted by Python: eager, or once at capture", ("what",)),
     "device_rows": ("Rows finished by fused kernels, counted on the device", ("backend",)),
     "timeouts": ("Fused calls that ran out of time", ()),
 }
@@ -83,6 +85,8 @@ def totals(reports: Sequence[Report]) -> tuple[Counter[_Key], int]:
             for code, count in line.calls.items():
                 path = "fused" if code == "fused" else "stock"
                 counted["finished", path, "" if path == "fused" else code] += count
+            for what, count in line.site.fp8_calls.items():
+                counted["fp8", what] += count
         for line in report.workspaces:
             stats = line.selected.op.stats()
             counted["timeouts",] += stats.get("timeouts") or 0

@@ -47,7 +47,7 @@ def label_of(model: Any, pairs: list[Pair], config: FusionConfig, deterministic:
     A rank that is late for one model must not bind it together with the next one of the others.
     """
     spec = ("name", "hidden_size", "dtype", "weight_dtype", "weight_offset", "eps", "fp8")
-    shape = [[getattr(pair, fact) for fact in spec] for pair in pairs]
+    shape = [[getattr(value := getattr(pair, fact), "code", value) for fact in spec] for pair in pairs]  # of a Reason
     text = json.dumps([__version__, shape, config.to_dict(), deterministic], default=str)
     digest = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
     alike = _models.setdefault(digest, [])

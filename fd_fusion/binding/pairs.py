@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fd_fusion.comm.group import Group
-from fd_fusion.reasons import because
+from fd_fusion.reasons import Reason, because
 from fd_fusion.site import Rejected, Stock
 from fd_fusion.spec import Fp8
 
@@ -27,7 +27,7 @@ class Pair:
     stock: Stock
     producer: Any = None
     reader: Any = None
-    fp8: Fp8 | None = None  # how the norm gives its first result, if that is quantised
+    fp8: Fp8 | Reason | None = None  # how the norm is quantised too, if it is; or why that is left to what reads it
 
     @property
     def eps(self) -> float:

@@ -23,14 +23,16 @@ class SiteLine:
     site: Site
     selected: SelectedBackend
     ranks: tuple[int, ...]
-    fp8: Fp8 | None = None
+    fp8: Fp8 | Reason | None = None
 
     @property
     def quantised_apart(self) -> Reason | None:
         """Why the norm is quantised behind the kernel, or None: in it, or not at all."""
         op = self.selected.op
         if self.fp8 is None or self.fp8 in op.fp8:
-            return None
+            return because("fp8_not_taken") if self.site.takers == 0 else None
+        if isinstance(self.fp8, Reason):
+            return self.fp8
         return getattr(op, "no_fp8", None) or because("no_fp8", got=f"the {self.backend} backend", need="nothing")
 
     @property
@@ -73,7 +75,7 @@ class Report:
     qk_stock: dict[str, Reason] = field(default_factory=dict)
     _logged: bool = field(default=False, repr=False)
 
-    def add_site(self, site: Site, selected: SelectedBackend, group: Group, fp8: Fp8 | None = None) -> None:
+    def add_site(self, site: Site, selected: SelectedBackend, group: Group, fp8: Fp8 | Reason | None = None) -> None:
         self.sites.append(SiteLine(site, selected, group.ranks, fp8))
 
     @property
@@ -107,6 +109,10 @@ class Report:
         parts = [f"{len(self.sites)} sites", *dict.fromkeys(map(_space, self.workspaces))]
         if self.sites and not self.proven:
             parts.append("not proven yet")
+        fp8 = [line.site for line in self.sites if line.fp8 is not None and line.quantised_apart is None]
+        if fp8:
+            takers = sum(site.takers or 0 for site in fp8)
+            parts.append(f"{len(fp8)} norms in FP8" + f", taken by {takers} layers" * (takers > 0))
         if self.qk_fused:
             parts.append(f"{len(self.qk_fused)} q and k norms by triton")
         return head + ", ".join([*parts, f"config from {self.source}"])
@@ -137,6 +143,7 @@ class Report:
                     "workspace_bytes": line.workspace_bytes,
                     "fp8": line.fp8 and (line.fp8.formula if line.quantised_apart is None else "apart"),
                     "calls": dict(line.calls),
+                    "fp8_calls": dict(line.site.fp8_calls),
                 }
                 for line in self.sites
             ],

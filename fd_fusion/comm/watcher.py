@@ -9,6 +9,7 @@ called back, and then only the end of the process shows the launcher, and so the
 
 from __future__ import annotations
 
+import atexit
 import os
 import threading
 from collections.abc import Callable
@@ -20,6 +21,7 @@ _grace_s: float | None = None
 _lock = threading.RLock()  # a SIGTERM handler may close a workspace while the handler's thread holds this lock
 _watched: dict[Any, tuple[Callable[[], Any], Callable[[Any], None]]] = {}
 _thread: threading.Thread | None = None
+_stopped = threading.Event()
 
 
 def watch(key: Any, read_error: Callable[[], Any], on_error: Callable[[Any], None]) -> None:
@@ -53,10 +55,17 @@ def end_process(message: str) -> None:
     os._exit(EXIT_STATUS)
 
 
+@atexit.register
+def _stop() -> None:
+    """Let the thread end before the interpreter takes itself down; a forked process has none."""
+    if (thread := _thread) is not None and thread.is_alive():
+        _stopped.set()
+        thread.join(1.0)
+
+
 def _run() -> None:
     global _thread
-    pause = threading.Event()
-    while not pause.wait(_EVERY_S):
+    while not _stopped.wait(_EVERY_S):
         raised = []
         with _lock:
             if not _watched:

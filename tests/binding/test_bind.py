@@ -29,6 +29,19 @@ from fd_fusion.frameworks import paddle_ops
 from fd_fusion.hosts import own_layers
 from fd_fusion.reasons import BindError, FusionError, because
 from fd_fusion.site import Rejected, Site
+from fd_fusion.spec import Fp8
+
+
+def test_a_rank_s_own_words_do_not_tell_its_model_from_the_others():
+    """Why a norm is not quantised may hold the text of an error, which differs by rank: the code alone counts."""
+
+    def label(fp8):
+        facts = {"name": "p", "hidden_size": 128, "dtype": "bfloat16", "weight_dtype": "bfloat16", "eps": 1e-6}
+        pair = SimpleNamespace(**facts, weight_offset=0.0, fp8=fp8)
+        return opening.label_of(paddle.nn.Layer(), [pair], FusionConfig(), False)[0]
+
+    assert label(because("fp8_differs", detail="on rank 0")) == label(because("fp8_differs", detail="on rank 1"))
+    assert len({label(None), label(because("fp8_differs", detail="")), label(Fp8()), label(Fp8("divide"))}) == 4
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Metrics: what is counted, where it goes, and that nothing is told more often than once a minute."""
 
+import dataclasses
 import importlib.util
 import json
 import logging
@@ -19,6 +20,7 @@ from fd_fusion.binding.report import Report, SiteLine
 from fd_fusion.comm.group import Group
 from fd_fusion.config import FusionConfig
 from fd_fusion.reasons import FusionTimeout, because
+from fd_fusion.spec import Fp8
 
 ROOT = Path(__file__).parents[2]
 
@@ -34,10 +36,24 @@ class FakeOp:
 
 
 class Site:
-    proven = True
+    proven, takers = True, None
 
     def __init__(self, name, limit=512, **calls):
-        self.name, self.limit, self.calls = name, limit, Counter(calls)
+        self.name, self.limit, self.calls, self.fp8_calls = name, limit, Counter(calls), Counter()
+
+
+FORM = Fp8("multiply", by_column=True)
+
+
+def report_in_fp8(*takers):
+    """Three Sites: the first two give FP8, which so many layers took in the proving pass."""
+    op = FakeOp()
+    op.fp8 = (FORM,)
+    report = report_of(op)
+    for number, (line, count) in enumerate(zip(report.sites[:2], takers)):
+        report.sites[number] = dataclasses.replace(line, fp8=FORM)
+        line.site.takers, line.site.fp8_calls = count, Counter({"made": 5, "taken": 5 * count} if count else {})
+    return report
 
 
 def report_of(op, sites=3, **more):
@@ -92,6 +108,22 @@ def test_the_limits_in_the_start_line(limit, two_shot, told, monkeypatch):
 def test_a_small_workspace_is_not_told_as_none(nbytes, told, monkeypatch):
     monkeypatch.setattr(FakeOp, "bytes", nbytes)
     assert f", workspace {told}, group" in report_of(FakeOp()).lines()[0]
+
+
+def test_norms_in_fp8_and_who_takes_them():
+    report = report_in_fp8(1, 2)
+    assert ", 2 norms in FP8, taken by 3 layers, config from" in report.lines()[0] and len(report.lines()) == 2
+    counted, _ = metrics.totals([report])
+    assert (counted["fp8", "made"], counted["fp8", "taken"]) == (10, 15)
+    assert report.to_dict()["sites"][1]["fp8_calls"] == {"made": 5, "taken": 10}
+
+
+def test_a_norm_whose_fp8_nobody_takes_is_told():
+    report = report_in_fp8(1, 0)
+    assert ", 1 norms in FP8, taken by 1 layers, config from" in report.lines()[0]
+    told = "fd_fusion: 1 norm quantised behind the kernel: no layer took the FP8 of its norm in the proving pass"
+    assert told in report.lines()
+    assert [site["fp8"] for site in report.to_dict()["sites"]] == ["multiply", "apart", None]
 
 
 def test_totals(monkeypatch):

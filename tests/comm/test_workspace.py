@@ -1,6 +1,8 @@
 """A workspace from open to close, in real processes and with no kernel: see tests/dist/workspace.py."""
 
 import signal
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -32,3 +34,13 @@ def test_the_watcher_tells_once_and_starts_again(attempt):
     assert heard == [("broken", "late")]
     watcher.unwatch("fine")
     assert any(watcher._thread is None or pause.wait(0.01) for _ in range(300))
+
+
+def test_no_thread_of_ours_is_left_when_the_interpreter_ends():
+    code = """import atexit, threading
+atexit.register(lambda: print([thread.name for thread in threading.enumerate()]))
+from fd_fusion.comm import watcher
+watcher.watch("key", lambda: None, print)
+print(len(threading.enumerate()))"""
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.split("\n")[:2] == ["2", "['MainThread']"]

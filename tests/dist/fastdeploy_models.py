@@ -14,7 +14,7 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / 
 import numpy as np
 import paddle.distributed as dist
 from hosting import ARCHITECTURES, fd_config_of, hidden_states, worker_of, write_checkpoint
-from support.rank import record, start
+from support.rank import end, start
 
 rank, size = start()
 import fd_fusion
@@ -90,4 +90,4 @@ unregister()
 from fastdeploy.model_executor.model_loader.default_loader_v1 import DefaultModelLoaderV1
 
 assert not hasattr(DefaultModelLoaderV1.load_model, "__wrapped__")
-record(**results)
+end(**results)

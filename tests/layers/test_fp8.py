@@ -113,8 +113,9 @@ def test_a_kernel_of_the_host_takes_the_place_of_the_product():
     assert got[0].dtype == paddle.float8_e4m3fn and got[1].shape == [3, 2] and got[2]
 
 
-def test_traced_it_gives_the_eager_bits():
-    norm, (linear, _) = RMSNorm(256, dtype="bfloat16", quantised=Fp8()), filled_linear()
+@pytest.mark.parametrize("by_column", [False, True])
+def test_traced_it_gives_the_eager_bits(by_column):
+    norm, (linear, _) = RMSNorm(256, dtype="bfloat16", quantised=Fp8(by_column=by_column)), filled_linear()
     norm.eval(), linear.eval()
 
     def forward(x):

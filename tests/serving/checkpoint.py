@@ -6,6 +6,7 @@ A chat template puts <user> and <assistant> around the words.
 import json
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -13,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from serving.kinds import COMMON, EXPERTS, KINDS, LAYERS, SEEDS, SPECIAL, WORDS
 
+LEAD = 40.0
 TEMPLATE = "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} {% endfor %}<assistant>"  # no line breaks
 
 
@@ -73,6 +75,9 @@ def _weights(config, random):
     made.norm("model.norm")
     made.linear("lm_head", len(WORDS))
     made.weights["lm_head.weight"] *= 4  # so that the best word is far from the second
+    if "quantization_config" in config:
+        made.lead()
+        made.quantise()
     return made.weights
 
 
@@ -88,6 +93,22 @@ class _Random:
         self.normal(f"{name}.weight", out, inner, scale=inner**-0.5)
         if bias:
             self.normal(f"{name}.bias", out, scale=0.1)
+
+    def lead(self):
+        """Let each word have one that likes to follow it, so that rounding to FP8 seldom turns the order round."""
+        words, follow = self.weights["model.embed_tokens.weight"], self._random.permutation(len(WORDS))
+        self.weights["lm_head.weight"][follow] += LEAD * words / words.shape[1]
+
+    def quantise(self):
+        """Linears, of sizes that 128 divides, as e4m3 codes with a scale for each block; the rest as halves."""
+        for name, weight in list(self.weights.items()):
+            if not name.endswith("_proj.weight"):
+                self.weights[name] = weight if name.endswith("_bias") else weight.astype(ml_dtypes.bfloat16)
+                continue
+            blocks = weight.reshape(len(weight) // 128, 128, -1, 128)
+            scale = np.abs(blocks).max((1, 3), keepdims=True) / 448
+            self.weights[name] = (blocks / scale).astype(ml_dtypes.float8_e4m3fn).reshape(weight.shape)
+            self.weights[f"{name}_scale_inv"] = scale[:, 0, :, 0]
 
     def norm(self, name, size=None):
         self.normal(f"{name}.weight", size or self.config["hidden_size"], scale=0.1)

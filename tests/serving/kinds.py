@@ -111,11 +111,28 @@ KINDS = {
         "use_bias": False,
     },
 }
+# As published: linears and experts in e4m3, with a scale for each block of 128 x 128, the rest in bfloat16.
+IN_FP8 = {
+    "torch_dtype": "bfloat16",
+    "hidden_size": 256,
+    "head_dim": 128,
+    "intermediate_size": 256,
+    "moe_intermediate_size": 256,
+    "quantization_config": {
+        "quant_method": "fp8",
+        "activation_scheme": "dynamic",
+        "weight_block_size": [128, 128],
+        "modules_to_not_convert": ["lm_head"],
+    },
+}
+KINDS |= {f"{kind}_fp8": {**KINDS[kind], **IN_FP8} for kind in ("glm4_moe", "qwen3_moe")}
 # With these, the best word leads the second by more than 0.001 wherever the tests ask: float32 cannot turn it round.
 SEEDS = {"qwen2": 4, "qwen3": 4, "qwen3_moe": 3, "glm4_moe": 10, "glm4_moe_qk_norm": 1}
+SEEDS |= {"glm4_moe_fp8": 4, "qwen3_moe_fp8": 14}
 SEEDS |= {"gpt_oss": 1, "deepseek_v3": 2, "kimi_k2": 2, "ernie4_5_moe": 2}
 # What the host must be told to serve a kind here. Overlapped, it takes one step more when the last request has ended,
 # in which DeepSeek's attention, if no graph pads it, has no output at all: the stock server dies.
 MLA = {"FD_ATTENTION_BACKEND": "MLA_ATTN", "FD_MLA_USE_NAIVE": "1", "SERVING_CAPABILITY": "9"}
 HOST_ENV = {"deepseek_v3": MLA, "kimi_k2": MLA}
-HOST_ARGS = {kind: ["--no-enable-overlap-schedule"] for kind in HOST_ENV}
+HOST_ENV |= {kind: {"SERVING_DTYPE": "bfloat16"} for kind in ("glm4_moe_fp8", "qwen3_moe_fp8")}
+HOST_ARGS = {kind: ["--no-enable-overlap-schedule"] for kind in ("deepseek_v3", "kimi_k2")}

@@ -11,12 +11,12 @@ from serving.truth import Truth
 
 PROMPTS = [" ".join(f"w{(17 * i + 5 * j) % 500}" for j in range(3 + 4 * i)) for i in range(4)]
 TOKENS = 24
+WAIT_S = 240  # four ranks with the kernels interpreted may take minutes for an answer on two cores
 SITES = re.compile(r"fd_fusion \S+: (?:\w+: )?(\d+) sites?\b")
 
 
 def answers(server):
-    """Four ranks with the kernels interpreted may take minutes for all of them on two cores."""
-    return {prompt: server.ask(prompt, TOKENS, timeout_s=240) for prompt in PROMPTS}
+    return {prompt: server.ask(prompt, TOKENS, timeout_s=WAIT_S) for prompt in PROMPTS}
 
 
 def check_truth(folder, said):
@@ -37,7 +37,8 @@ def check_fused(server, stock, count=6, ranks=2):
     """The same answers to six streams over four slots; and the ranks have said what they fuse."""
     asked = [*PROMPTS, *PROMPTS[:2]]
     with ThreadPoolExecutor(len(asked)) as pool:
-        assert list(pool.map(lambda prompt: server.ask(prompt, TOKENS), asked)) == [stock[prompt] for prompt in asked]
+        said = pool.map(lambda prompt: server.ask(prompt, TOKENS, timeout_s=WAIT_S), asked)
+        assert list(said) == [stock[prompt] for prompt in asked]
     assert sites(server) == [count] and f"group [0..{ranks - 1}]" in server.fusion_log(), server.fusion_log()
     assert f"fd_fusion: on: {count} sites" in server.out()
 
@@ -54,7 +55,9 @@ def test_stock_and_fused_say_the_same(kind, tree, checkpoint, tmp_path):
         check_fused(server, stock)
 
 
-@pytest.mark.parametrize("kind", sorted(KINDS.keys() - {"qwen3_moe", "glm4_moe"}))
+@pytest.mark.parametrize(
+    "kind", sorted(kind for kind in KINDS.keys() - {"qwen3_moe", "glm4_moe"} if "fp8" not in kind)
+)
 def test_fused_says_the_truth(kind, tree, checkpoint, tmp_path):
     """The stock server is not asked again: bind has compared its forward with that of the stock model, bit by bit."""
     folder = checkpoint(kind)

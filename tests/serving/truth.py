@@ -3,7 +3,7 @@
 import json
 
 import numpy as np
-from safetensors.numpy import load_file
+from safetensors.paddle import load_file
 
 from serving.kinds import WORDS
 
@@ -20,7 +20,11 @@ class Truth:
 
     def __init__(self, folder):
         self.config = json.loads((folder / "config.json").read_text())
-        self._weights = {name: w.astype("float64") for name, w in load_file(folder / "model.safetensors").items()}
+        stored = load_file(folder / "model.safetensors").items()
+        self._weights = {name: weight.astype("float64").numpy() for name, weight in stored}
+        for name in [name for name in self._weights if name.endswith("_scale_inv")]:
+            scale = self._weights.pop(name).repeat(128, 0).repeat(128, 1)
+            self._weights[name.removesuffix("_scale_inv")] *= scale
 
     def answer(self, prompt, tokens):
         """(its first `tokens` words, the smallest lead of a best word over the second). The first is never eos."""

@@ -14,6 +14,7 @@ from fd_fusion.binding.pairs import Pair
 from fd_fusion.binding.qk_norms import QKNorm
 from fd_fusion.frameworks import paddle_ops
 from fd_fusion.frameworks.tensors import dtype_name
+from fd_fusion.hosts.fastdeploy import fp8
 from fd_fusion.hosts.fastdeploy.pairs import HostPair, norm_dtype
 from fd_fusion.layers.finish_op import finish, hand_over, run_on_copy
 from fd_fusion.site import Site
@@ -23,26 +24,29 @@ _UPSTREAM = "enable_all_reduce_fusion"  # the attribute by which a layer of the 
 
 def pair_of(found: HostPair, fd_config: Any) -> Pair:
     """Return the pair with all that a Site needs of this host."""
-    tp_group = fd_config.parallel_config.tp_group
+    tp_group, dtype = fd_config.parallel_config.tp_group, activation_dtype(fd_config)
+    hidden_size = found.norm.weight.shape[-1]
+    readers = fp8.readers_of(found.reader, hidden_size, dtype)
     return Pair(
         name=found.name,
         group=paddle_ops.group_of(tp_group),
-        hidden_size=found.norm.weight.shape[-1],
-        dtype=activation_dtype(fd_config),
+        hidden_size=hidden_size,
+        dtype=dtype,
         weight_dtype=norm_dtype(found.norm),
-        stock=HostStock(found, tp_group),
+        stock=HostStock(found, tp_group, readers if isinstance(readers, fp8.Readers) else None),
         producer=found.producer,
         reader=found.norm,
+        fp8=readers.form if isinstance(readers, fp8.Readers) else readers,
     )
 
 
 class HostStock:
     """The host's own all-reduce and norm at a pair; `site.Stock` has the contract."""
 
-    def __init__(self, found: HostPair, tp_group: Any):
+    def __init__(self, found: HostPair, tp_group: Any, readers: fp8.Readers | None = None):
         from fastdeploy.distributed.communication import tensor_model_parallel_all_reduce
 
-        self.norm = found.norm.forward
+        self.norm, self._readers = found.norm.forward, readers
         self._found, self._tp_group, self._all_reduce = found, tp_group, tensor_model_parallel_all_reduce
 
     def reduce(self, partial: Any) -> Any:
@@ -72,7 +76,11 @@ class HostStock:
         stock = found.producer.forward
         once = _producer_forward(stock, site) if len(on) < 2 else _regrouping_forward(stock, site, on)
         undo.append(_set_forward(found.producer, once))
-        undo.append(_set_forward(found.norm, _norm_forward(found.norm.forward, site)))
+        norm = _norm_forward(found.norm.forward, site)
+        if self._readers is not None and site.quantises(self._readers.form) and site.takers != 0:
+            undo.append(fp8.install())
+            norm = _quantising_forward(norm, site, self._readers)
+        undo.append(_set_forward(found.norm, norm))
         return functools.partial(undo_in_turn, undo)
 
 
@@ -186,6 +194,28 @@ def _norm_forward(stock: Callable, site: Site) -> Callable:
         return _finish_by_proxy(site, stock, x, residual_input, forward_meta, proxy_rmsnorm)
 
     forward.__wrapped__ = stock
+    return forward
+
+
+def _quantising_forward(plain: Callable, site: Site, readers: fp8.Readers) -> Callable:
+    """Finish as `plain` does, and in an eager call give the norm its codes and scales to carry: those that one kernel
+    made with it; in the proving pass the host's own, so that its outputs show that no layer gets others."""
+
+    def by_host(norm, form):
+        if not site.proving or not len(norm):
+            return None, None
+        site.takers = 0
+        return fp8.by_host(norm, form.by_column)[1:]
+
+    def forward(x, residual_input=None, forward_meta=None, proxy_rmsnorm=None):
+        if proxy_rmsnorm is not None or not paddle_ops.is_eager() or len(x.shape) != 2:
+            return plain(x, residual_input, forward_meta, proxy_rmsnorm)
+        norm, codes, scales, residual = site.finish_fp8(x, residual_input, readers.form, by_host)
+        if codes is not None:
+            fp8.carry(norm, codes, scales, readers, site)
+        return norm, residual
+
+    forward.__wrapped__ = plain
     return forward
 
 

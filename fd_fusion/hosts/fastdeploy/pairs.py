@@ -69,6 +69,7 @@ class HostPair:
     producer: Any
     norm: Any
     switches: tuple[Switch, ...]
+    reader: Any = None  # the attention, MLP or block that reads the norm; None of the final norm
 
 
 def whole_model_reason(model: Any, fd_config: Any) -> Reason | None:
@@ -98,14 +99,14 @@ def find_pairs(model: Any, dtype: str, expert_parallel: bool = False) -> tuple[l
         if reason := _stack_reason(stack, dtype):
             rejected.append(Rejected(path or type(stack).__name__, reason))
             continue
-        for name, producer, norm, found in _candidates(path, stack, expert_parallel):
+        for name, producer, norm, found, reader in _candidates(path, stack, expert_parallel):
             reason = found if isinstance(found, Reason) else _norm_reason(norm)
             if not reason and not lent.isdisjoint((id(producer), id(norm))):
                 reason = because("shared_with_draft")
             if reason:
                 rejected.append(Rejected(name, reason))
             else:
-                pairs.append(HostPair(name, producer, norm, found))
+                pairs.append(HostPair(name, producer, norm, found, reader))
     return pairs, rejected
 
 
@@ -136,8 +137,8 @@ def _stack_reason(stack: Any, dtype: str) -> Reason | None:
 
 def _candidates(
     path: str, stack: Any, expert_parallel: bool
-) -> Iterator[tuple[str, Any, Any, tuple[Switch, ...] | Reason]]:
-    """Yield (name, producer, norm, switches or the reason why not) for each pair that the structure suggests."""
+) -> Iterator[tuple[str, Any, Any, tuple[Switch, ...] | Reason, Any]]:
+    """Yield (name, producer, norm, switches or the reason why not, what reads the norm) of each pair."""
     layers = list(stack.layers)
     prefix = f"{path}." if path else ""
     for i, layer in enumerate(layers):
@@ -147,17 +148,19 @@ def _candidates(
             linear = follow(layer, where)
             if linear is not None:
                 name = f"{prefix}layers.{i}.{where} -> {prefix}layers.{i}.post_attention_layernorm"
-                yield name, linear, layer.post_attention_layernorm, _linear_switches(linear)
+                yield name, linear, layer.post_attention_layernorm, _linear_switches(linear), layer.mlp
         producer, switches, where = _block(layer.mlp, expert_parallel)
         name = f"{prefix}layers.{i}.mlp{where} -> "
         if i + 1 == len(layers):
             norm = getattr(stack, "norm", None)
             if norm is not None:
-                yield f"{name}{prefix}norm", producer, norm, switches
+                yield f"{name}{prefix}norm", producer, norm, switches, None
         elif type(layers[i + 1]).__name__ in DECODERS:
-            yield f"{name}{prefix}layers.{i + 1}.input_layernorm", producer, layers[i + 1].input_layernorm, switches
+            after = layers[i + 1]
+            reader = next((part for where in ATTENTION if (part := follow(after, where.partition(".")[0]))), None)
+            yield f"{name}{prefix}layers.{i + 1}.input_layernorm", producer, after.input_layernorm, switches, reader
         else:
-            yield f"{name}layers.{i + 1}", producer, None, because("pipeline_boundary", layer=i + 1)
+            yield f"{name}layers.{i + 1}", producer, None, because("pipeline_boundary", layer=i + 1), None
 
 
 def _linear_switches(linear: Any) -> tuple[Switch, ...] | Reason:

@@ -128,3 +128,17 @@ def test_on_a_cpu_everything_runs_and_says_that_times_mean_nothing(tmp_path):
         assert all(math.isfinite(us) and us > 0 for us in cell["us"].values())
     tokens = made["tokens"]["tiny"]
     assert tokens["same_tokens"] and tokens["same_bits"] and tokens["same_on_all_ranks"] and made["without"] == []
+
+
+@pytest.mark.skipif(not HAS_TORCH, reason="no torch here")
+def test_an_fp8_model_is_right_by_every_way(tmp_path):
+    options = ["--fp8", "--rows", "1", "--output", str(tmp_path / "out.json")]
+    command = [sys.executable, "examples/bench", "decode", *options]
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    made = json.loads((tmp_path / "out.json").read_text())
+    (cell,) = made["cells"]
+    ways = {"no reduction", "ours", "ours again", "ours, quantised behind", "pull + norm", "gloo + norm"}
+    assert ways <= set(cell["us"]) and "--fp8" in made["command"]
+    assert made["without"] == [] and made["tokens"] == {}, "numbers are compared; the bits are elsewhere"

@@ -30,6 +30,14 @@ CASES = {  # kernel: [(constants, types of the arguments that are no int32)]
         )
         for wide, narrow, gated, columns in ((4096, 704, True, 32), (704, 4096, False, 64), (2048, 384, True, 64))
     ],
+    "fp8_product": [
+        (
+            {"IN": 4096, "OUT": out, "TOP": top, "EXPERTS": top > 1, "ROWS": 16, "COLUMNS": columns},
+            {"x": "*fp8e4nv", "x_scales": F32, "weights": "*fp8e4nv", "weight_scales": F32, "out": BF16, "order": I32}
+            | {"starts": I32},
+        )
+        for out, top, columns in ((704, 8, 32), (704, 8, 64), (7168, 1, 32))
+    ],
 }
 
 
@@ -59,7 +67,7 @@ def test_all_kernels_compile_and_stream_the_weights_in_whole_vectors():
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout)
     assert found.keys() == CASES.keys()
-    for made in found["experts"]:
+    for made in found["experts"] + found["fp8_product"]:
         assert len(re.findall(r"cp\.async\.cg\.shared\.global", made["ptx"])) >= 4, "weights are not prefetched"
         assert "mma.sync" in made["ptx"] or "wgmma" in made["ptx"]
         assert made["shared"] < 100 << 10  # two programs a multiprocessor

@@ -23,7 +23,7 @@ class ModelConfig:
         self.o_proj_bias = self.mlp_bias = False
         self.dtype = "float32"  # of weights and activations
         self.norm_dtype = self.post_norm_dtype = None  # of the norms' weights, where they have their own
-        self.qk_norm_needs_meta = True
+        self.qk_norm_needs_meta, self.quantization = True, None
         _copy(self, args)
         path = os.path.join(self.model, "config.json")
         if os.path.exists(path):
@@ -83,8 +83,14 @@ class GraphOptimizationConfig:
         return json.dumps(self.__dict__)
 
 
+class BlockWiseFP8Config:
+    weight_block_size, deepgemm_scale_ue8m0 = [128, 128], False
+
+
 class FDConfig:
     def __init__(self, model_config, parallel_config, load_config, speculative_config, graph_opt_config):
         self.model_config, self.parallel_config = model_config, parallel_config
         self.load_config, self.speculative_config = load_config, speculative_config
         self.graph_opt_config, self.quant_config = graph_opt_config, None
+        if model_config.quantization == "block_wise_fp8":
+            self.quant_config = BlockWiseFP8Config()

@@ -7,6 +7,8 @@ _VARIABLES = {
     "FD_ENABLE_PDL": lambda: int(os.environ.get("FD_ENABLE_PDL", "1")),
     "FD_USE_PHI_RMSNORM": lambda: os.environ.get("FD_USE_PHI_RMSNORM", "0") == "1",
     "FD_DETERMINISTIC_MODE": lambda: os.environ.get("FD_DETERMINISTIC_MODE", "0") == "1",
+    "FD_USE_PHI_FP8_QUANT": lambda: os.environ.get("FD_USE_PHI_FP8_QUANT", "1") == "1",
+    "FD_FP8_QUANT_WITH_POW2SCALE": lambda: os.environ.get("FD_FP8_QUANT_WITH_POW2SCALE", "0") == "1",
     "FD_CUSTOM_AR_MAX_SIZE_MB": lambda: int(os.environ.get("FD_CUSTOM_AR_MAX_SIZE_MB", "8")),
     "FD_LOG_DIR": lambda: os.environ.get("FD_LOG_DIR", "log"),
     # One version loads every plugin when FD_PLUGINS is unset, another loads none.

@@ -41,6 +41,11 @@ def test_residuals_that_stay_with_their_owners_on_four_ranks(tmp_path):
     assert [(len(found["sites"]), found["staying"]) for found in first.values()] == [(6, [5, None])]
 
 
+def test_layers_in_fp8_take_what_the_kernel_quantised(tmp_path):
+    results = run("fastdeploy_fp8.py", 2, tmp_path, TRITON_INTERPRET="1")
+    assert all(result["done"] for result in results)
+
+
 def test_a_silent_rank_is_an_error_before_its_step_is_published(tmp_path):
     first, _ = run("fastdeploy_timeout.py", 2, tmp_path, TRITON_INTERPRET="1")
     assert 4.9 < first["waited"] < 40, "after timeout_s = 5, and not after ten times that"

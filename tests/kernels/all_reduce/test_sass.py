@@ -64,6 +64,8 @@ SPILLS = {
     (80, 4, 8192, "bfloat16", "bfloat16", True): 40,
     (80, 4, 8192, "bfloat16", "bfloat16", STAYS): 40,
     (90, 4, 8192, "bfloat16", "bfloat16", STAYS): 16,
+    (89, 2, 5120, "float16", "float16", False, "both", "multiply"): 16,
+    (89, 2, 5120, "float16", "float16", False, "codes", "multiply"): 8,
     (100, 2, 7168, "float16", "float16", False): 24,  # as other split rows of float16
     (100, 2, 8192, "bfloat16", "bfloat16", False): 16,
 }

@@ -27,19 +27,33 @@ def install():
         "fastdeploy.worker.gpu_worker": device.start_worker_on_cpu,
         "fastdeploy.model_executor.layers.attention.mla_attention_backend": _attend_by_formula,
         "fastdeploy.model_executor.models.glm4_moe": _hand_forward_meta_on,
+        "fastdeploy.model_executor.layers.moe.triton_moe_kernels": _multiply_by_formula,
         "fastdeploy.model_executor.layers.moe.moe": _cut_along_the_axis_that_is_split,
         _OPS: _name_what_is_missing,
         f"{_OPS}.deep_gemm": _name_what_is_missing,
     }
-    made = {f"{_OPS}.fastdeploy_ops": _fill_with_formulas, f"{_OPS}.deep_gemm": lambda module: None}
+    made = {f"{_OPS}.fastdeploy_ops": _fill_with_formulas, f"{_OPS}.deep_gemm": _multiply_in_fp8}
     sys.meta_path.insert(0, Finder(hooks, made))
 
 
 def _fill_with_formulas(module):
-    from cpu_host.ops import attention, experts, latent, requests, sampling
+    from cpu_host.ops import attention, experts, fp8, latent, requests, sampling
 
-    for part in (attention, experts, latent, requests, sampling):
+    for part in (attention, experts, fp8, latent, requests, sampling):
         module.__dict__.update({name: vars(part)[name] for name in part.OPS})
+
+
+def _multiply_in_fp8(module):
+    from cpu_host.ops.fp8 import fp8_gemm_nt
+
+    module.fp8_gemm_nt = fp8_gemm_nt
+
+
+def _multiply_by_formula(module):
+    """The host's Triton kernel for experts in FP8, which wants a GPU."""
+    from cpu_host.ops.fp8 import ExpertsProduct
+
+    module.fused_moe_kernel_paddle = ExpertsProduct()
 
 
 def _name_what_is_missing(module):

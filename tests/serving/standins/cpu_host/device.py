@@ -39,6 +39,9 @@ def use_cuda_road(platforms):
 
     _replace_cuda(paddle)
     _replace_collectives(paddle)
+    _quantise(paddle)
+    if os.environ.get("SERVING_DTYPE") == "bfloat16":
+        _compute_halves(paddle)
 
 
 def start_worker_on_cpu(module):
@@ -99,21 +102,57 @@ def _replace_collectives(paddle):
         output_names=["out"],
     )
     def reduced(tensor, group):
-        out = tensor.clone()
+        out = tensor.astype("float32") if _is_half(tensor) else tensor.clone()
         paddle.distributed.all_reduce(out, group=group)
-        return out
+        return out.astype(tensor.dtype)
 
     def all_reduce(tensor, op=None, group=None, **kwargs):
         return reduced(tensor, group)
 
     def concat(tensor, group=None, **kwargs):
-        parts = []
-        paddle.distributed.all_gather(parts, tensor.contiguous(), group=group)
-        return paddle.concat(parts, -1)
+        parts, wide = [], tensor.astype("float32") if _is_half(tensor) else tensor
+        paddle.distributed.all_gather(parts, wide.contiguous(), group=group)
+        return paddle.concat(parts, -1).astype(tensor.dtype)
 
     mp_ops._mp_allreduce, mp_ops._c_concat = all_reduce, concat
     mp_ops._c_identity = lambda tensor, *args, **kwargs: tensor
     paddle.tensor.top_p_sampling = top_p_sampling  # compiled for a GPU alone
+
+
+def _is_half(tensor):
+    return str(getattr(tensor, "dtype", "")) == "paddle.bfloat16"
+
+
+def _quantise(paddle):
+    from cpu_host.ops.fp8 import fp8_quant_blockwise
+
+    paddle.incubate.nn.functional.fp8_quant_blockwise = fp8_quant_blockwise  # compiled for a GPU alone
+
+
+def _compute_halves(paddle):
+    """What Paddle's CPU build lacks for bfloat16: in float32, and rounded."""
+    from paddle.distributed.fleet.layers.mpu import mp_ops
+
+    def wide(x):
+        return x.astype("float32") if _is_half(x) else x
+
+    def replace(owner, name):
+        stock = getattr(owner, name)
+
+        def op(*args, **kwargs):
+            if not any(map(_is_half, (*args, *kwargs.values()))):
+                return stock(*args, **kwargs)
+            out = stock(*map(wide, args), **{key: wide(value) for key, value in kwargs.items()})
+            if isinstance(out, tuple):  # the norm's has parts that are left empty
+                return tuple(part.astype("bfloat16") if part._is_initialized() else part for part in out)
+            return out.astype("bfloat16")
+
+        setattr(owner, name, op)
+
+    fused, functional = paddle.incubate.nn.functional, paddle.nn.functional
+    names = (paddle.Tensor, "__add__"), (paddle, "matmul"), (functional, "linear"), (functional, "swiglu")
+    for owner, name in (*names, (mp_ops, "_c_lookup_table"), (fused, "swiglu"), (fused, "fused_rms_norm")):
+        replace(owner, name)
 
 
 def make_one_mesh(module):

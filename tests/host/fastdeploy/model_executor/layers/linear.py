@@ -3,6 +3,8 @@
 import paddle
 from paddle import nn
 
+import fastdeploy
+from fastdeploy import envs
 from fastdeploy.distributed.communication import tensor_model_parallel_all_reduce
 from fastdeploy.model_executor.utils import default_weight_loader, rank_slice, set_weight_attrs
 
@@ -24,6 +26,30 @@ class UnquantizedLinearMethod:
         return out.astype(x.dtype)
 
 
+class BlockWiseFP8LinearMethod(UnquantizedLinearMethod):
+    """x in FP8, by the quantiser that the environment names; the weight as it is, so that no kernel is needed."""
+
+    def __init__(self, quant_config):
+        self.quant_config = quant_config
+
+    def apply(self, layer, x):
+        if not envs.FD_USE_PHI_FP8_QUANT:
+            codes, scales = fastdeploy.model_executor.ops.gpu.per_token_quant_padding(
+                x, self.quant_config.weight_block_size[0], self.quant_config.deepgemm_scale_ue8m0
+            )
+            scales = scales[: x.shape[0], ...]
+        else:
+            codes, scales = paddle.incubate.nn.functional.fp8_quant_blockwise(
+                x,
+                using_pow2_scale=self.quant_config.deepgemm_scale_ue8m0 or envs.FD_FP8_QUANT_WITH_POW2SCALE,
+                output_scale_transpose=True,
+                using_ue8m0_scale=self.quant_config.deepgemm_scale_ue8m0,
+            )
+            scales = scales.T[: x.shape[0], ...]
+        value = codes.astype("float32").reshape([x.shape[0], -1, 128]) * scales.unsqueeze(-1)
+        return super().apply(layer, value.reshape(x.shape)).astype(x.dtype)
+
+
 class LinearBase(nn.Layer):
     def __init__(
         self,
@@ -41,7 +67,10 @@ class LinearBase(nn.Layer):
         self.input_size, self.output_size, self.with_bias = input_size, output_size, with_bias
         self.weight_dtype = weight_dtype or self._helper.get_default_dtype()
         self.weight_shape = [input_size, output_size]
-        self.quant_method = UnquantizedLinearMethod()
+        quantised = fd_config.quant_config is not None and not skip_quant and input_size % 128 == 0
+        self.quant_method = (
+            BlockWiseFP8LinearMethod(fd_config.quant_config) if quantised else UnquantizedLinearMethod()
+        )
         self.bias = None
         if with_bias:
             self.bias = self.create_parameter(shape=[output_size], dtype=self.weight_dtype, is_bias=True)

@@ -50,7 +50,7 @@ def _attention(qkv, keys, values, decoder, now, starts, tables, rotary, halves, 
         keys[block, :, place], values[block, :, place] = turned[:, heads:], x[rows, heads + kv_heads :]
         past = np.arange(before + now[i])
         block, place = tables[i][past // block_size], past % block_size
-        seen = keys[block, :, place], values[block, :, place]
+        seen = (cache[block, :, place].astype(np.float32) for cache in (keys, values))
         out[rows] = attend(turned[:, :heads], *seen, position, window, sinks)
     return paddle.to_tensor(out.reshape(len(x), -1)).astype(qkv.dtype)
 

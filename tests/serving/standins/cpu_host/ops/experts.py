@@ -3,7 +3,7 @@
 import numpy as np
 import paddle
 
-OPS = ("noaux_tc", "moe_expert_dispatch", "moe_expert_ffn", "moe_expert_reduce")
+OPS = ("noaux_tc", "moe_topk_select", "moe_expert_dispatch", "moe_expert_ffn", "moe_expert_reduce")
 
 
 def noaux_tc(scores, with_bias, n_group, topk_group, topk, renormalize, scale):
@@ -27,6 +27,20 @@ def noaux_tc(scores, with_bias, n_group, topk_group, topk, renormalize, scale):
     np.put_along_axis(out, ids, weights * scale, 1)
     to = paddle.to_tensor
     return to(out), to((weights * scale).astype("float32")), to(ids.astype("int64"))
+
+
+def moe_topk_select(gate_out, bias, top_k, apply_norm_weight, fused):
+    """The top_k experts of each row by softmax(gate) + bias, weighed by softmax(gate), which add up to 1 if asked.
+
+    Returns (ids [T, top_k], weights [T, top_k]).
+    """
+    score = paddle.nn.functional.softmax(gate_out, -1).numpy()
+    choose = score if bias is None else score + bias.numpy().reshape(1, -1)
+    ids = np.argsort(-choose, -1, kind="stable")[:, :top_k]
+    weights = np.take_along_axis(score, ids, 1)
+    if apply_norm_weight:
+        weights = weights / weights.sum(-1, keepdims=True)
+    return paddle.to_tensor(ids), paddle.to_tensor(weights)
 
 
 def moe_expert_dispatch(x, gate_out, bias, in_scale, top_k, group_moe, quant_type, topk_only_mode=False):

@@ -2,9 +2,11 @@
 
 import ctypes
 
+import ml_dtypes
 import numpy as np
 
 _TYPES = {"int32": np.int32, "int64": np.int64, "bool": np.bool_, "float32": np.float32}
+_TYPES |= {"bfloat16": ml_dtypes.bfloat16, "float8_e4m3fn": ml_dtypes.float8_e4m3fn}
 
 
 def view(tensor):
