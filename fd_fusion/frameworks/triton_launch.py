@@ -170,7 +170,8 @@ def launcher(made: Any, stream: Callable[[], int], like: tuple, tail: tuple) -> 
     run, loaded = made.run, (made.function, made.packed_metadata, None, None, None)  # launch metadata, hooks
     function, noted = getattr(run, "launch", None), []
     if function is not None and not (run.global_scratch_size or getattr(run, "profile_scratch_size", 0)):
-        grid, every = (1, 1, 1, object()), (*like, *tail)
+        # Numbers that differ and objects of their own: equal ones could change places unseen.
+        grid, every = (3, 5, 7, object()), tuple(object() for _ in (*like, *tail))
         run.launch = lambda *given: noted.append(given)
         try:
             run(*grid, *loaded, *every)
