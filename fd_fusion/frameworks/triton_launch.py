@@ -165,12 +165,14 @@ def launcher(made: Any, stream: Callable[[], int], like: tuple, tail: tuple) -> 
 
     By the entry point that Triton 3.3 to 3.9 share; or, sooner by a microsecond, by the C function behind it, which
     takes other arguments in each version: they are read from a call with a function in its place. A kernel that needs
-    scratch memory gets it from Triton at each launch.
+    scratch memory, or is instrumented, gets from Triton what it needs at each launch.
     """
     run, loaded = made.run, (made.function, made.packed_metadata, None, None, None)  # launch metadata, hooks
     function, noted = getattr(run, "launch", None), []
-    if function is not None and not (run.global_scratch_size or getattr(run, "profile_scratch_size", 0)):
-        grid, every = (1, 1, 1, object()), (*like, *tail)
+    needs = "global_scratch_size", "profile_scratch_size", "gsan_enabled"
+    if function is not None and not any(getattr(run, name, 0) for name in needs):
+        # Numbers that differ and objects of their own: equal ones could change places unseen.
+        grid, every = (3, 5, 7, object()), tuple(object() for _ in (*like, *tail))
         run.launch = lambda *given: noted.append(given)
         try:
             run(*grid, *loaded, *every)

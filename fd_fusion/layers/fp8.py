@@ -56,7 +56,7 @@ class Fp8Linear(nn.Layer):
         zero, one = (paddle.ParamAttr(initializer=nn.initializer.Constant(x), trainable=False) for x in (0.0, 1.0))
         self.weight = self.create_parameter([out_features, in_features], attr=zero, dtype="float8_e4m3fn")
         self.weight_scale_inv = self.create_parameter(list(blocks), attr=one, dtype="float32")
-        self.bias = self.create_parameter([out_features], dtype=self.dtype, is_bias=True) if bias else None
+        self.bias = self.create_parameter([out_features], attr=zero, dtype=self.dtype) if bias else None
 
     def forward(self, x: paddle.Tensor | Quantised) -> paddle.Tensor:
         """Multiply x [T, in], quantised or not -> [T, out].

@@ -107,6 +107,33 @@ def test_the_c_function_gets_what_triton_would_give_it(form, scratch):
     assert run.calls == (0 if form[0] == "3" and not scratch else 2)
 
 
+EQUALS = {
+    "two addresses the other way round": lambda *given: (*given[:9], given[10], given[9], *given[11:]),
+    "the grid from behind": lambda x, y, z, *rest: (z, y, x, *rest),
+}
+
+
+@pytest.mark.parametrize("form", EQUALS)
+def test_equal_numbers_in_another_order_are_not_taken_for_the_same(form):
+    run = Launcher(EQUALS[form])
+    made = types.SimpleNamespace(run=run, function=5, packed_metadata=(4, 1, 0))
+    launch = launcher(made, lambda: 70, (1 << 40, 1 << 40, 2), TAIL)
+    launch(3, 1 << 41, 1 << 42, 6)
+    tail = (70, 5, (4, 1, 0), None, None, None, 1 << 41, 1 << 42, 6, *TAIL)
+    assert run.launched == [EQUALS[form](3, 1, 1, *tail)]
+
+
+def test_an_instrumented_kernel_is_launched_by_tritons_python_alone():
+    """GSan, of Triton 3.8 and 3.9, asks the driver about the stream of each launch, and counts launches."""
+    run = Launcher(FORMS["3.9"])
+    run.gsan_enabled = True
+    made = types.SimpleNamespace(run=run, function=5, packed_metadata=(4, 1, 0))
+    launch = launcher(made, lambda: 70, LIKE, TAIL)
+    assert not run.calls
+    launch(3, *LIKE)
+    assert run.calls == 1 == len(run.launched)
+
+
 def test_the_c_function_of_this_triton():
     """The installed version's class, without a GPU: its own way is known."""
     driver = importlib.import_module("triton.backends.nvidia.driver")

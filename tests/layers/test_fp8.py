@@ -106,6 +106,14 @@ def test_the_linear_multiplies_what_the_codes_stand_for(by_column):
     assert (biased(quantised) == linear(quantised) + paddle.arange(200, dtype="float32")).all()
 
 
+def test_no_gradient_is_recorded_with_a_bias_either():
+    """The linear behind it would refuse one, and so would a Site."""
+    x = paddle.to_tensor(np.ones((2, 256), np.float32))
+    first, second = Fp8Linear(256, 256, dtype="float32", bias=True), Fp8Linear(256, 128, dtype="float32", bias=True)
+    with paddle.enable_grad():
+        assert second(first(x)).stop_gradient and (first.bias == 0).all()
+
+
 def test_a_kernel_of_the_host_takes_the_place_of_the_product():
     linear, _ = filled_linear()
     linear.product = lambda codes, scales, weight, weight_scales: (codes, scales, weight is linear.weight)
