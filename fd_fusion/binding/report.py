@@ -65,8 +65,12 @@ class Report:
 
     @property
     def workspaces(self) -> list[SiteLine]:
-        """Return one of the lines of each workspace."""
-        return list({id(line.selected): line for line in reversed(self.sites)}.values())[::-1]
+        """Return a line of each workspace, with the limit that holds for all its Sites."""
+        found: dict[int, SiteLine] = {}
+        for line in self.sites:
+            known = found.setdefault(id(line.selected), line)
+            found[id(line.selected)] = min(known, line, key=lambda one: one.limit or 0)
+        return list(found.values())
 
     @property
     def proven(self) -> bool:

@@ -101,6 +101,18 @@ def test_the_limits_in_the_start_line(limit, two_shot, told, monkeypatch):
     assert told in report.lines()[0] and "(built in)" in report.lines()[0]
 
 
+@pytest.mark.parametrize("limits", [(512, 2048), (2048, 512)])
+def test_the_start_line_has_the_limit_that_holds_for_all_sites_of_a_workspace(limits):
+    """Those whose residual stays have a larger one; each has its own in the list of sites."""
+    selected, other = SelectedBackend("triton", FakeOp()), SelectedBackend("triton", FakeOp())
+    lines = [SiteLine(Site("s", limit), selected, (0, 1, 2, 3)) for limit in limits]
+    report = Report(FusionConfig(), "x", "Model", sites=[*lines, SiteLine(Site("t", 64), other, (0, 1))])
+    assert "two-shot <= 512 (built in)" in report.lines()[0] and "2048" not in report.lines()[0]
+    data = report.to_dict()
+    assert [space["limit"] for space in data["workspaces"]] == [512, 64]
+    assert [site["limit"] for site in data["sites"]] == [*limits, 64]
+
+
 @pytest.mark.parametrize(
     "nbytes, told",
     [(32 << 20, "32 MB"), ((32 << 20) - 300, "32 MB"), (1 << 19, "0.5 MB"), (17153, "17 KB"), (0, "0 KB")],
