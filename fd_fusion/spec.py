@@ -17,7 +17,8 @@ class Fp8:
     """How a norm is quantised: by a formula of `reference.quantise`, and where its scales lie."""
 
     formula: str = "multiply"
-    by_column: bool = False  # as [H / 128, T], T padded to a multiple of 4, and given as a view [T, H / 128]
+    # As [H / 128, T], T padded to a multiple of 4, and given as a view [T, H / 128]; by rows in a traced graph.
+    by_column: bool = False
     keeps_norm: bool = True  # norm_out is written too
     static_scale: float = 1.0
 

@@ -79,7 +79,7 @@ def finish_fp8(site: Site, partial, residual, weight, form: Fp8):
     return norm if form.keeps_norm else None, *quantise(norm, form), residual
 
 
-def _like_quantised(norm, formula, by_column, static_scale):
+def _like_quantised(norm, formula, static_scale):
     groups = MetaTensor(shape=[norm.shape[0], norm.shape[1] // FP8_GROUP], dtype=paddle.float32)
     return MetaTensor(shape=norm.shape, dtype=paddle.float8_e4m3fn), groups
 
@@ -90,13 +90,14 @@ def _like_quantised(norm, formula, by_column, static_scale):
     input_names=["norm"],
     output_names=["codes", "scales"],
 )
-def _quantise(norm, formula, by_column, static_scale):
-    codes, scales = paddle_fp8.quantise(norm, formula, by_column, static_scale)
+def _quantise(norm, formula, static_scale):
+    codes, scales = paddle_fp8.quantise(norm, formula, False, static_scale)  # Paddle's executor knows no strides
     return codes, paddle.ones([norm.shape[0], norm.shape[1] // FP8_GROUP]) if scales is None else scales
 
 
 def quantise(norm: paddle.Tensor, form: Fp8) -> tuple[paddle.Tensor, paddle.Tensor | None]:
-    """Return codes and scales of a norm [T, H]: `paddle_fp8.quantise`, opaque to a graph that is being traced.
+    """Return codes and scales of a norm [T, H]: `paddle_fp8.quantise`, opaque to a graph that is being traced, whose
+    scales lie by rows, whatever the form says.
 
     Raises: FusionError: a gradient would have to pass; without a word it would be zero.
     """
@@ -104,7 +105,7 @@ def quantise(norm: paddle.Tensor, form: Fp8) -> tuple[paddle.Tensor, paddle.Tens
         if is_recorded(norm):
             raise FusionError(because("gradients", layer="FP8"))
         return paddle_fp8.quantise(norm, form.formula, form.by_column, form.static_scale)
-    codes, scales = _quantise(norm, form.formula, form.by_column, form.static_scale)
+    codes, scales = _quantise(norm, form.formula, form.static_scale)
     return codes, None if form.formula == "static" else scales
 
 

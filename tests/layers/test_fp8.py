@@ -136,6 +136,21 @@ def test_traced_it_gives_the_eager_bits(by_column):
             assert (traced(rows(count)) == forward(rows(count))).all()
 
 
+@pytest.mark.parametrize("by_column", [False, True])
+def test_in_a_traced_graph_an_op_may_read_the_scales(by_column):
+    """Paddle's executor reads the result of an op as if it lay by rows."""
+    norm = RMSNorm(256, dtype="bfloat16", quantised=Fp8(by_column=by_column))
+    norm.eval()
+
+    def forward(x):
+        return norm(x)[0].scales * 1.0
+
+    traced = paddle.jit.to_static(forward, input_spec=[InputSpec([None, 256], "bfloat16")], full_graph=True)
+    with paddle.no_grad():
+        for count in (1, 3, 5):
+            assert (traced(rows(count)) == forward(rows(count))).all()
+
+
 def test_a_gradient_is_refused():
     with paddle.enable_grad(), pytest.raises(FusionError, match="gradient"):
         RMSNorm(128, quantised=Fp8())(paddle.ones([1, 128]))
