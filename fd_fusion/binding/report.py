@@ -67,9 +67,9 @@ class Report:
     def workspaces(self) -> list[SiteLine]:
         """Return a line of each workspace, with the limit that holds for all its Sites."""
         found: dict[int, SiteLine] = {}
-        for line in self.sites:
+        for line in self.sites:  # where one has no limit none has
             known = found.setdefault(id(line.selected), line)
-            found[id(line.selected)] = min(known, line, key=lambda one: one.limit or 0)
+            found[id(line.selected)] = min(known, line, key=lambda one: one.site.limit or 0)
         return list(found.values())
 
     @property
