@@ -61,7 +61,7 @@ def test_a_residual_stays_where_it_was_proven_that_the_next_norm_alone_reads_it(
 @pytest.mark.exhaustive
 def test_a_residual_that_stays_in_more_models(tmp_path):
     more = "healthy", "aux_hidden_states", "copied", "stock_norm_between", "read_at_other_T", "another_norm"
-    more += "read_by_one_rank", "read_in_a_hidden_row", "watched"
+    more += "read_by_one_rank", "read_in_a_hidden_row", "watched", "two_limits"
     first = staying(tmp_path, *more, "through_faults", timeout_s=900)
     assert first["aux_hidden_states"] == WHOLE | {"residual": "the model's output"}
     several = {"whole": ["000000", *["111111"] * 3], "paths": ["000000", *["222221"] * 3]}
@@ -71,6 +71,7 @@ def test_a_residual_that_stays_in_more_models(tmp_path):
     assert first["stock_norm_between"] == STAYS | {"whole": ["11111"], "paths": ["21221"], "staying": 3}
     assert first["read_by_one_rank"] == WHOLE | {"residual": first["read_by_one_rank"]["residual"]}
     assert first["read_in_a_hidden_row"] == [0, False]
+    assert first["two_limits"] == [[5, 8, 8, 8, 8, 8], ["122221", "22221", "22221", ""], [True] * 4]
     hooks = {"norm": "a hook of layers.1.input_layernorm", "layer": "a hook of layers.1"}
     watched = hooks | {"kept": "the model keeps one after its forward"}
     assert first["watched"] == {kind: WHOLE | {"residual": why} for kind, why in watched.items()}

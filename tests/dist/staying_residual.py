@@ -3,6 +3,7 @@
 Each scenario gets a fresh model, and returns what this rank found.
 """
 
+import dataclasses
 import functools
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from support.tiny import DemoDecoder, hidden
 import fd_fusion
 from fd_fusion.backends import triton
 from fd_fusion.kernels.all_reduce import plan as plans
+from fd_fusion.tuning import limits
 
 rank, size = this.start()
 LIMIT, TWO_SHOT = 8, 3
@@ -168,13 +170,29 @@ def last_residual():
     return each(change)
 
 
+def copying(model):
+    layer = model.layers[1]
+    stock = layer.forward
+    layer.forward = lambda x, residual: stock(x, residual * 1.0)
+
+
+def two_limits():
+    """Sites of a larger limit where the residual stays, behind one whose residual is copied."""
+    limits.built_in_limit = lambda *_, stays=False: LIMIT if stays else LIMIT - 3
+    model = DemoDecoder(rank, size)
+    copying(model)
+    counts = LIMIT - 3, LIMIT - 2, LIMIT, LIMIT + 1
+    stock = [model(X[:count]) for count in counts]
+    config = dataclasses.replace(CONFIG, max_token_num=None)
+    report = fd_fusion.bind(model, config, example=lambda: model(X[:2]))
+    near = [bool(paddle.allclose(model(X[:count]), one, atol=1e-5)) for count, one in zip(counts, stock)]
+    found = [line.site.limit for line in report.sites], [paths for _, paths in runs(model, counts)], near
+    fd_fusion.unbind(model)
+    return found
+
+
 def copied():
     """A residual that is copied is whole; one that is changed in place between two norms is seen."""
-
-    def copying(model):
-        layer = model.layers[1]
-        stock = layer.forward
-        layer.forward = lambda x, residual: stock(x, residual * 1.0)
 
     def changing(model):
         layer = model.layers[1]
@@ -259,7 +277,7 @@ def through_faults():
 
 found = {}
 for scenario in (healthy, aux_hidden_states, read_inside, read_in_a_hidden_row, read_by_one_rank, no_nan_allowed, watched, last_residual, copied,
-                 stock_norm_between, read_at_other_T, another_norm, through_faults):  # fmt: skip
+                 stock_norm_between, read_at_other_T, another_norm, two_limits, through_faults):  # fmt: skip
     if not sys.argv[1:] or scenario.__name__ in sys.argv[1:]:
         found[scenario.__name__] = scenario()
 this.record(**found)
