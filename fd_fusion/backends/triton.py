@@ -81,7 +81,10 @@ class TritonOp:
         self._fp8_launches = {variant: kernel.launch for variant, kernel in fp8.items()}
         self.may_stay = any(path == STAYS for _, path, _ in kernels)
         self.staying_limit = row_limit(spec, stays=self.may_stay)
-        self._slots = plans.slots_of(self._plan, workspace_bytes=spec.workspace_bytes, limit=self.limit)
+        # The built-in limit of what stays was measured with no more slots than what is sent back asks for, so that a
+        # second model finds room; the tuning table's with as many as fit.
+        limit = self.limit if spec.tuned_rows is None else self.staying_limit
+        self._slots = plans.slots_of(self._plan, workspace_bytes=spec.workspace_bytes, limit=limit)
         self.at_once = {path: self._rows_at_once(path, {**kernels, **fp8}) for _, path, _ in kernels}
         word = ANY_ADDRESS, ANY_ADDRESS
         store = triton_launch.load_kernel("all_reduce.probe", "store_word")

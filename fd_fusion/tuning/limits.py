@@ -37,17 +37,17 @@ def limit_source(spec: OpSpec) -> str:
 
 def built_in_limit(device: str, size: int, hidden_size: int, *, stays: bool = False) -> int:
     """Return the rows up to which fusing is expected to win: a fixed number of bytes that a rank sends, by group
-    size, and no more than 2048 rows of two ranks, 1024 of four, 64 of others. stays: 2048 of four too, where the
-    residual stays with the owners of its rows; else it is sent back. Over NVLink no measured size below was slower
-    than an all-reduce that pulls, as FastDeploy's own, or NCCL's, and a norm (examples/results/rivals_n*.json, four
-    H). Groups of 3, 5, 6, 7 and 8 were never measured.
+    size, and no more than 2048 rows of two ranks, 1024 of four, 64 of others. stays: more bytes of four ranks, where
+    the residual stays with the owners of its rows; else it is sent back. Over NVLink no measured size below was
+    slower than an all-reduce that pulls, as FastDeploy's own, or NCCL's, and a norm (rivals_n*.json in
+    examples/results, and all_reduce_24mb_n4.json for what stays; four H). Groups of 3 and 5 to 8 were never measured.
 
     On a CPU fusing never wins, and the number only bounds the memory of a gather.
     """
     if device == "cpu":
         return 512
-    if size == 2 or (size == 4 and stays):
+    if size == 2:
         return max(1, min(2048, (1 << 24) // hidden_size))
     if size == 4:
-        return max(1, min(1024, (1 << 21) // hidden_size))
+        return max(1, min(1024, (1 << 23 if stays else 1 << 21) // hidden_size))
     return max(1, min(64, (1 << 19 if size == 3 else 1 << 18) // hidden_size))

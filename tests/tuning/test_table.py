@@ -197,7 +197,7 @@ def test_the_order_of_limits():
     assert row_limit(replace(tuned, deterministic=True)) is None
     staying = replace(tuned, tuned_staying_rows=300)
     assert [row_limit(one, stays=True) for one in (staying, tuned, replace(staying, max_token_num=5))] == [300, 77, 5]
-    assert row_limit(staying) == 77 and row_limit(replace(SPEC, size=4, hidden_size=8192), stays=True) == 2048
+    assert row_limit(staying) == 77 and row_limit(replace(SPEC, size=4, hidden_size=8192), stays=True) == 1024
 
 
 class Store(dict):
