@@ -184,7 +184,7 @@ def traced(folder):
 
 
 def by_opaque_op(x, using_pow2_scale=True, output_scale_transpose=True, using_ue8m0_scale=False):
-    codes, scales = finish_op._quantise(x, "multiply", False, 1.0)
+    codes, scales = finish_op._quantise(x, "multiply", 1.0)
     return codes, scales.T
 
 

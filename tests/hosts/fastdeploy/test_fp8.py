@@ -284,7 +284,7 @@ def test_a_traced_graph_quantises(host, monkeypatch, full_graph):
     """By the host's op, in one whole graph: what a tensor carries is not looked for."""
 
     def stock(x, using_pow2_scale=True, output_scale_transpose=True, using_ue8m0_scale=False):
-        return finish_op._quantise(x, "multiply", False, 1.0)
+        return finish_op._quantise(x, "multiply", 1.0)
 
     monkeypatch.setattr(phi, "fp8_quant_blockwise", stock)
     undo, (norm, *_) = fp8.install(), carrying()
