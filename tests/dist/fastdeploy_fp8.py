@@ -71,12 +71,12 @@ def outputs(worker, rows):
     return found, len(calls)
 
 
-def check_carried(carry, given, norm, codes, scales, readers, site):
+def check_carried(carry, given, norm, codes, scales, form, site):
     """What a norm carries is what the host would make of it."""
-    want = paddle_fp8.quantise(norm, readers.form.formula, readers.form.by_column, 1.0)
+    want = paddle_fp8.quantise(norm, form.formula, form.by_column, 1.0)
     assert (bytes_of(codes) == bytes_of(want[0])).all() and (scales.numpy() == want[1].numpy()).all()
-    given.append(readers.form.formula)
-    carry(norm, codes, scales, readers, site)
+    given.append(form.formula)
+    carry(norm, codes, scales, form, site)
 
 
 def counted(report, before=None):

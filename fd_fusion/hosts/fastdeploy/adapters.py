@@ -18,6 +18,7 @@ from fd_fusion.hosts.fastdeploy import fp8
 from fd_fusion.hosts.fastdeploy.pairs import HostPair, norm_dtype
 from fd_fusion.layers.finish_op import finish, hand_over, run_on_copy
 from fd_fusion.site import Site
+from fd_fusion.spec import Fp8
 
 _UPSTREAM = "enable_all_reduce_fusion"  # the attribute by which a layer of the host takes part in the host's fusion
 
@@ -26,27 +27,27 @@ def pair_of(found: HostPair, fd_config: Any) -> Pair:
     """Return the pair with all that a Site needs of this host."""
     tp_group, dtype = fd_config.parallel_config.tp_group, activation_dtype(fd_config)
     hidden_size = found.norm.weight.shape[-1]
-    readers = fp8.readers_of(found.reader, hidden_size, dtype)
+    form = fp8.form_for(found.reader, hidden_size, dtype)
     return Pair(
         name=found.name,
         group=paddle_ops.group_of(tp_group),
         hidden_size=hidden_size,
         dtype=dtype,
         weight_dtype=norm_dtype(found.norm),
-        stock=HostStock(found, tp_group, readers if isinstance(readers, fp8.Readers) else None),
+        stock=HostStock(found, tp_group, form if isinstance(form, Fp8) else None),
         producer=found.producer,
         reader=found.norm,
-        fp8=readers.form if isinstance(readers, fp8.Readers) else readers,
+        fp8=form,
     )
 
 
 class HostStock:
     """The host's own all-reduce and norm at a pair; `site.Stock` has the contract."""
 
-    def __init__(self, found: HostPair, tp_group: Any, readers: fp8.Readers | None = None):
+    def __init__(self, found: HostPair, tp_group: Any, form: Fp8 | None = None):
         from fastdeploy.distributed.communication import tensor_model_parallel_all_reduce
 
-        self.norm, self._readers = found.norm.forward, readers
+        self.norm, self._form = found.norm.forward, form
         self._found, self._tp_group, self._all_reduce = found, tp_group, tensor_model_parallel_all_reduce
 
     def reduce(self, partial: Any) -> Any:
@@ -77,10 +78,10 @@ class HostStock:
         once = _producer_forward(stock, site) if len(on) < 2 else _regrouping_forward(stock, site, on)
         undo.append(_set_forward(found.producer, once))
         norm = _norm_forward(found.norm.forward, site)
-        readers = self._readers
-        if readers is not None and site.quantises(readers.form) and not (site.proven and site.takers == 0):
+        form = self._form
+        if form is not None and site.quantises(form) and not (site.proven and site.takers == 0):
             undo.append(fp8.install())
-            norm = _quantising_forward(norm, site, readers)
+            norm = _quantising_forward(norm, site, form)
         undo.append(_set_forward(found.norm, norm))
         return functools.partial(undo_in_turn, undo)
 
@@ -198,7 +199,7 @@ def _norm_forward(stock: Callable, site: Site) -> Callable:
     return forward
 
 
-def _quantising_forward(plain: Callable, site: Site, readers: fp8.Readers) -> Callable:
+def _quantising_forward(plain: Callable, site: Site, form: Fp8) -> Callable:
     """Finish as `plain` does, and in an eager call give the norm its codes and scales to carry: those that one kernel
     made with it; in the proving pass the host's own, so that its outputs show that no layer gets others."""
 
@@ -211,9 +212,9 @@ def _quantising_forward(plain: Callable, site: Site, readers: fp8.Readers) -> Ca
     def forward(x, residual_input=None, forward_meta=None, proxy_rmsnorm=None):
         if proxy_rmsnorm is not None or not paddle_ops.is_eager() or len(x.shape) != 2:
             return plain(x, residual_input, forward_meta, proxy_rmsnorm)
-        norm, codes, scales, residual = site.finish_fp8(x, residual_input, readers.form, by_host)
+        norm, codes, scales, residual = site.finish_fp8(x, residual_input, form, by_host)
         if codes is not None:
-            fp8.carry(norm, codes, scales, readers, site)
+            fp8.carry(norm, codes, scales, form, site)
         return norm, residual
 
     forward.__wrapped__ = plain

@@ -25,18 +25,10 @@ from fd_fusion.site import Site
 from fd_fusion.spec import Fp8
 
 _LINEAR = "BlockWiseFP8LinearMethod"
-# Methods of experts, and whether they take scales with any strides, as those of a linear are, or by rows alone.
-_EXPERTS = {"BlockWiseFP8MoEMethod": True, "DeepGemmFusedMoeMethod": False}
+_EXPERTS = ("BlockWiseFP8MoEMethod", "DeepGemmFusedMoeMethod")
 _CARRIED = "_fd_fusion_fp8"
 _PHI = ("paddle.incubate.nn.functional", "fp8_quant_blockwise")
 _OPS = "fastdeploy.model_executor.ops.gpu"
-
-
-class Readers(NamedTuple):
-    """What the layers behind a norm ask for."""
-
-    form: Fp8
-    any_strides: bool  # who asks for scales by rows takes others too
 
 
 class Carried(NamedTuple):
@@ -44,12 +36,12 @@ class Carried(NamedTuple):
 
     codes: Any
     scales: Any  # [T, H / 128]
-    readers: Readers
+    form: Fp8
     site: Site
     state: tuple[int, int]  # of the tensor: another one shows that it is not the norm any more
 
 
-def readers_of(reader: Any, hidden_size: int, dtype: str) -> Readers | Reason | None:
+def form_for(reader: Any, hidden_size: int, dtype: str) -> Fp8 | Reason | None:
     """Return in which form the FP8 layers in `reader`, which reads a norm of H columns, take it; None without any; or
     why that cannot be had: the host's quantiser gives the bits of no known formula, for example."""
     methods = [getattr(part, "quant_method", None) for part in reader.sublayers(include_self=True)] if reader else []
@@ -70,8 +62,7 @@ def readers_of(reader: Any, hidden_size: int, dtype: str) -> Readers | Reason | 
     found = formula_of(bool(linears), dtype)
     if isinstance(found, Reason):
         return found
-    any_strides = all(_EXPERTS[type(one).__name__] for one in experts)
-    return Readers(Fp8(found, by_column=bool(linears)), any_strides)
+    return Fp8(found, by_column=bool(linears))
 
 
 def formula_of(by_column: bool, dtype: str) -> str | Reason:
@@ -120,9 +111,9 @@ def _samples(dtype: str) -> np.ndarray:
     return words.view(np.int16)
 
 
-def carry(norm: Any, codes: Any, scales: Any, readers: Readers, site: Site) -> None:
+def carry(norm: Any, codes: Any, scales: Any, form: Fp8, site: Site) -> None:
     """Let a norm carry its codes and scales to the layers that read it."""
-    setattr(norm, _CARRIED, Carried(codes, scales, readers, site, _state(norm)))
+    setattr(norm, _CARRIED, Carried(codes, scales, form, site, _state(norm)))
 
 
 def _state(x: Any) -> tuple[int, int]:
@@ -170,12 +161,14 @@ def _carrying(stock: Callable, asked: Callable[..., tuple[tuple[str, ...], bool,
         carried = getattr(x, _CARRIED, None)
         if carried is None or carried.state != _state(x):
             return stock(x, *args, **kwargs)
-        form, any_strides = carried.readers
+        form = carried.form
         formulas, by_column, transposed = asked(*args, **kwargs) or ((), False, False)
-        if form.formula not in formulas or not (by_column == form.by_column or (any_strides and not by_column)):
+        if form.formula not in formulas or (by_column and not form.by_column):
             return stock(x, *args, **kwargs)
         carried.site.count_taken()
-        return carried.codes, carried.scales.T if transposed else carried.scales
+        # By rows they are the stock ones in their strides too: for each others the experts' kernel is compiled anew.
+        scales = carried.scales if by_column == form.by_column else carried.scales.contiguous()
+        return carried.codes, scales.T if transposed else scales
 
     quantiser.__wrapped__ = stock
     return quantiser

@@ -86,17 +86,17 @@ LINEAR, TRITON, DEEP_GEMM = "BlockWiseFP8LinearMethod", "BlockWiseFP8MoEMethod",
 @pytest.mark.parametrize(
     "kinds, want",
     [
-        ((LINEAR,), (Fp8("multiply", by_column=True), True)),
-        ((TRITON, "UnquantizedLinearMethod"), (Fp8("multiply"), True)),
-        ((LINEAR, TRITON), (Fp8("multiply", by_column=True), True)),
-        ((DEEP_GEMM, LINEAR), (Fp8("multiply", by_column=True), False)),
-        ((DEEP_GEMM,), (Fp8("multiply"), False)),
+        ((LINEAR,), Fp8("multiply", by_column=True)),
+        ((TRITON, "UnquantizedLinearMethod"), Fp8("multiply")),
+        ((LINEAR, TRITON), Fp8("multiply", by_column=True)),
+        ((DEEP_GEMM, LINEAR), Fp8("multiply", by_column=True)),
+        ((DEEP_GEMM,), Fp8("multiply")),
         (("UnquantizedLinearMethod", "WINT8LinearMethod"), None),
     ],
 )
 def test_what_the_layers_behind_a_norm_ask_for(host, kinds, want):
-    assert fp8.readers_of(reader(*kinds), 256, "bfloat16") == want
-    assert fp8.readers_of(None, 256, "bfloat16") is None
+    assert fp8.form_for(reader(*kinds), 256, "bfloat16") == want
+    assert fp8.form_for(None, 256, "bfloat16") is None
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -125,22 +125,22 @@ def test_a_quantiser_of_other_bits_is_named(host, bug, monkeypatch):
     monkeypatch.setattr(phi, "fp8_quant_blockwise", wrong)
     if bug == "is gone":
         monkeypatch.delattr(phi, "fp8_quant_blockwise")
-    found = fp8.readers_of(reader(LINEAR), 256, "bfloat16")
+    found = fp8.form_for(reader(LINEAR), 256, "bfloat16")
     assert isinstance(found, Reason) and found.code == "fp8_differs", found
 
 
 @pytest.mark.parametrize("changes", [{"deepgemm_scale_ue8m0": True}, {"weight_block_size": [-1, -1]}])
 def test_what_the_kernel_does_not_give_is_said(host, changes):
     config = SimpleNamespace(**{"weight_block_size": [128, 128], "deepgemm_scale_ue8m0": False, **changes})
-    assert fp8.readers_of(reader(LINEAR, config=config), 256, "bfloat16").code == "no_fp8"
-    assert fp8.readers_of(reader(LINEAR), 320, "bfloat16").code == "no_fp8"
-    assert fp8.readers_of(reader(LINEAR), 256, "float32").code == "no_fp8" and not host.calls
+    assert fp8.form_for(reader(LINEAR, config=config), 256, "bfloat16").code == "no_fp8"
+    assert fp8.form_for(reader(LINEAR), 320, "bfloat16").code == "no_fp8"
+    assert fp8.form_for(reader(LINEAR), 256, "float32").code == "no_fp8" and not host.calls
 
 
 def test_a_layer_with_a_graph_of_its_own_quantises(host):
     """Its replay would read the codes of the forward in which it was captured."""
     host.envs.FD_USE_BLOCK_WISE_CUDA_GRAPH = True
-    found = fp8.readers_of(reader(LINEAR), 256, "bfloat16")
+    found = fp8.form_for(reader(LINEAR), 256, "bfloat16")
     assert found.code == "no_fp8" and "FD_USE_BLOCK_WISE_CUDA_GRAPH" in str(found) and not host.calls
 
 
@@ -154,11 +154,11 @@ class Taken:
         self.count += 1
 
 
-def carrying(by_column=True, formula="multiply", any_strides=True, rows=3, site=None):
+def carrying(by_column=True, formula="multiply", rows=3, site=None):
     """A norm that carries codes and scales, of which no quantiser would make the same."""
     norm = paddle.to_tensor(np.linspace(-3, 3, rows * 256, dtype="float32").reshape(rows, 256)).astype("bfloat16")
     codes, scales = paddle_fp8.quantise(norm * 2, formula, by_column, 1.0)
-    fp8.carry(norm, codes, scales, fp8.Readers(Fp8(formula, by_column=by_column), any_strides), site or Taken())
+    fp8.carry(norm, codes, scales, Fp8(formula, by_column=by_column), site or Taken())
     return norm, codes, scales
 
 
@@ -169,7 +169,7 @@ def test_the_very_tensor_is_not_quantised_again(host):
     got = phi.fp8_quant_blockwise(norm, using_pow2_scale=False, output_scale_transpose=True, using_ue8m0_scale=False)
     assert got[0] is codes and (got[1] == scales.T).all() and got[1].shape == [2, 3]
     rows = phi.fp8_quant_blockwise(norm, using_pow2_scale=False, output_scale_transpose=False)
-    assert rows[0] is codes and rows[1] is scales, "whose strides the experts read"
+    assert rows[0] is codes and (rows[1] == scales).all()
     for same in (norm.astype("bfloat16"), norm.contiguous(), norm.reshape([3, 256]), paddle.nn.Identity()(norm)):
         assert phi.fp8_quant_blockwise(same, **ASKED)[0] is codes, "Paddle gives the very tensor back"
     assert not host.calls and site.count == 6
@@ -179,6 +179,22 @@ def test_the_very_tensor_is_not_quantised_again(host):
     second()
     assert (phi.fp8_quant_blockwise, host.gpu.per_token_quant_padding) == stock
     assert phi.fp8_quant_blockwise(norm, **ASKED)[0] is not codes
+
+
+@pytest.mark.parametrize("is_phi", [True, False])
+def test_scales_by_rows_have_the_strides_of_the_stock_ones(host, is_phi):
+    """The experts' kernel takes these as constants: each other stride, one for every 4 rows, compiled it anew."""
+
+    def by_rows(x):
+        how = {"using_pow2_scale": False, "output_scale_transpose": False}
+        return (phi.fp8_quant_blockwise(x, **how) if is_phi else host.gpu.per_token_quant(x, 128, False))[1]
+
+    for rows in (1, 2, 4, 5, 9):
+        norm, _, scales = carrying(formula="multiply" if is_phi else "divide", rows=rows)
+        stock, undo = by_rows(norm), fp8.install()
+        got = by_rows(norm)
+        undo()
+        assert (got == scales).all() and (got.shape, got.strides) == (stock.shape, stock.strides), rows
 
 
 def changed(how):
@@ -243,7 +259,6 @@ def test_what_a_norm_does_not_carry_is_quantised_as_ever(host):
     others = [
         (norm, {"using_pow2_scale": False}),  # the rest is left to Paddle's defaults
         (norm, {"output_scale_transpose": True}),
-        (carrying(any_strides=False)[0], {**ASKED, "output_scale_transpose": False}),
         (carrying(by_column=False)[0], ASKED),
         (carrying(formula="divide")[0], ASKED),
     ]
@@ -313,7 +328,8 @@ def test_the_ops_of_the_host(host):
     undo = fp8.install()
     norm, codes, scales = carrying(formula="divide_7")
     assert host.gpu.per_token_quant_padding(norm, 128, False) == (codes, scales)
-    assert host.gpu.per_token_quant(norm, 128, False) == (codes, scales) and not host.calls
+    rows = host.gpu.per_token_quant(norm, 128, False)
+    assert rows[0] is codes and (rows[1] == scales).all() and not host.calls
     for how in ((64, False), (128, True), (128,), (128, False, 1)):
         assert host.gpu.per_token_quant(norm, *how)[0] is not codes
     undo()
@@ -361,12 +377,11 @@ def test_the_linear_of_the_source_takes_what_the_norm_carries(host, is_phi):
 
 @needs_source
 def test_the_experts_of_the_source(host):
-    """Their classes; by Triton scales are read by their strides, and each quantiser is called by its whole name."""
+    """Their classes; each quantiser is called by its whole name."""
     for name in (TRITON, DEEP_GEMM):
         file, _ = class_of(name, "moe")
         text = file.read_text()
         assert "paddle.incubate.nn.functional.fp8_quant_blockwise(" in text
         assert "fastdeploy.model_executor.ops.gpu.per_token_quant(" in text
     text = class_of(TRITON, "moe")[0].read_text()
-    assert "stride_asm=x_scale.strides[0]" in text and "stride_ask=x_scale.strides[1]" in text
     assert "import fp8_quant_blockwise" not in text and "import per_token_quant" not in text
