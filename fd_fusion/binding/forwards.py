@@ -61,8 +61,10 @@ class Forwards:
 
     def staying(self, qk_norms: Sequence[QKNorm]) -> Ballot:
         """Run the forward that proves that a residual may stay with the owners of its rows."""
-        proof = StayingProof(self._proof)
+        proof, takers = StayingProof(self._proof), [(site, site.takers) for _, site in self._pairs]
         raised = self._run_attached(STAYING, proof, qk_norms)
+        for site, count in takers:  # a forward that raised may have left a norm before its layers
+            site.takers = count
         refusal = raised and because("residual_read", why=str(raised))
         ballot = self._ballot(STAYING, refusal, lambda: Ballot(self._who_reads(proof)))
         ballot.links = list(self._proof.links)

@@ -152,6 +152,25 @@ def prove_staying(sites, change=lambda model: None, example=lambda model, x: lam
     return reason and str(reason).rpartition(": ")[2]
 
 
+def test_who_takes_fp8_is_known_from_the_forward_that_was_not_left_early():
+    """A model that raises at NaN: of the norm before that, nobody had taken the FP8 yet."""
+    sites = sites_of()
+    model, x = Norms(sites), paddle.ones([2, 8])
+
+    def take(model, residual):
+        if bool(paddle.isnan(residual).any()):
+            raise ValueError("NaN")
+        sites[1].count_taken()
+
+    model.norms[1].register_forward_pre_hook(lambda norm, _: setattr(norm.site, "takers", 0))
+    model.use = take
+    stock = SimpleNamespace(attach=lambda site: lambda: None)
+    pairs = [(SimpleNamespace(name=site.name, reader=None, stock=stock), site) for site in sites]
+    forwards = Forwards(pairs, Proof(subjects(sites, "float32")), lambda: model(x), {})
+    assert forwards.stock().refusal is None and forwards.proving([]).linked
+    assert "NaN" in str(forwards.staying([]).refusal) and sites[1].takers == 1
+
+
 SEEN = "a hook of norms.1"
 
 
