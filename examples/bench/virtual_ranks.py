@@ -98,7 +98,7 @@ class VirtualRanks:
     def arguments(self, case: Case, rank: int, op: int = 0) -> tuple:
         tensors = (case.x[rank], case.residual, case.weight, case.norm_out[rank], case.residual_out[rank])
         addresses = [t.data_ptr() for t in (*tensors, self.local[rank], self.symmetric[rank])]
-        return (*addresses, case.rows, rank, op, EPS, 0.0)
+        return (*addresses, case.rows, 1, rank, op, EPS, 0.0)
 
     def prepare(self, case: Case, two_shot: bool = False) -> Callable[[int], Any]:
         """Compile and load what `case` needs. Returns a function that launches it on a rank."""

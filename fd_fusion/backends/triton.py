@@ -99,7 +99,7 @@ class TritonOp:
             for name in spec.weight_dtypes
         ]
         self._two_shot_rows, self._row_bytes = self._plan.two_shot_rows or 1 << 62, 4 * self._plan.words
-        self._parts = functools.lru_cache(1024)(functools.partial(_parts, self._plan))
+        self._cut = functools.lru_cache(1024)(functools.partial(plans.launches, self._plan))
         self._calls = itertools.count()
         self._counts = Counts(2)
         self._workspace: Workspace | None = None
@@ -193,7 +193,7 @@ class TritonOp:
     def _device_counts(self) -> dict[str, int]:
         """Read the kernel's own counts since `open`, replays of graphs included.
 
-        rows: finished rows. calls: launches; a call of more rows than there are slots is several launches.
+        rows: finished rows. calls: rounds of the kernel; a call of more rows than there are slots has several.
         """
         rows, calls = self._counts.read(self._read_counters)
         return {"rows": rows, "calls": calls}
@@ -243,7 +243,7 @@ class TritonOp:
         `call_id`, `op` on the error page, counts calls, or captures of them.
         """
         call_id, (local, own) = next(self._calls) & 0xFFFFFF, self._own
-        for programs, start, count in self._parts(rows, self._slots, self.at_once[path], path != ONE_SHOT):
+        for programs, start, count, rounds in self.launches(rows, path):
             skip = start * self._row_bytes
             launch(
                 programs,
@@ -255,6 +255,7 @@ class TritonOp:
                 local,
                 own,
                 count,
+                rounds,
                 self._group.rank,
                 call_id,
                 eps,
@@ -263,6 +264,10 @@ class TritonOp:
             )
         if self._spec.device == "cpu" and (reason := self._workspace.error()) is not None:
             self._workspace.fail(reason)
+
+    def launches(self, rows: int, path: int) -> list[plans.Launch]:
+        """Return the launches of a call of `rows` rows."""
+        return self._cut(self._slots, self.at_once[path], rows, path != ONE_SHOT)
 
     def _compile(self) -> dict[tuple[str, int, bool], triton_launch.Loaded]:
         return compile_kernels(self._spec, self._plan)
@@ -287,13 +292,6 @@ class TritonOp:
         run_all_fp8(self, self._spec, self._framework)
         self._provider.synchronize()
         self.check()
-
-
-def _parts(plan: plans.Plan, rows: int, slots: int, at_once: int, two_shot: bool) -> list[tuple[int, int, int]]:
-    """Cut a call of `rows` rows into launches: (programs, first row, rows) of each."""
-    return [
-        (plans.grid(plan, at_once, count, two_shot)[0], start, count) for start, count in plans.launches(slots, rows)
-    ]
 
 
 def _ready(tensor: Any) -> Any:

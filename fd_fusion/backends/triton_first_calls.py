@@ -22,23 +22,24 @@ _EPS, _OFFSET = 100.0, 1.0  # about the mean of squares, so that the norm depend
 
 def run_all(op: Any, spec: OpSpec, framework: Any) -> None:
     """Collective: launch each path, with and without a residual, for each dtype of weight; with one row,
-    with more rows than run at once, and as a call of more rows than slots, which is several launches (`_shapes`).
+    with more rows than run at once, and with more rows than slots, which is several rounds (`_shapes`).
     `residual_out` must be the contract's bits, over the whole width; one that stays with its owners NaN elsewhere.
 
     All kernels are launched before a wrong one raises, since the other ranks take part in every launch.
     Raises: FusionError: the first kernel that gave wrong numbers. FusionTimeout: a rank is missing.
     """
-    wrong, stock = None, (op._two_shot_rows, op._slots)
+    wrong, stock = None, (op._two_shot_rows, op._slots, op.at_once)
     try:
         for weight_dtype, path, bare in op._launches:
             op._two_shot_rows = 1 << 62 if path == ONE_SHOT else 1
-            for rows, slots in _shapes(op.at_once[path], stock[1], spec.device, bare):
-                op._slots = slots
-                variant = _name(path, bare, rows, len(plans.launches(slots, rows)))
+            size = 1 if path == ONE_SHOT else spec.size
+            for rows, op._slots, at_once in _shapes(size, stock[2][path], stock[1], spec.device, bare):
+                op.at_once = stock[2] | {path: at_once}
+                variant = _name(path, bare, rows, sum(launch.rounds for launch in op.launches(rows, path)))
                 reason = _run(op, spec, framework, variant, rows, bare, path, weight_dtype)
                 wrong = wrong or reason
     finally:
-        op._two_shot_rows, op._slots = stock
+        op._two_shot_rows, op._slots, op.at_once = stock
     if wrong:
         raise FusionError(wrong)
 
@@ -53,7 +54,7 @@ def run_all_fp8(op: Any, spec: OpSpec, framework: Any) -> None:
         for weight_dtype, path, bare, kernel in op._fp8_launches:
             fp8, stays = next(one for one in spec.fp8 if one.kernel == kernel), path == STAYS
             op._two_shot_rows = 1 << 62 if path == ONE_SHOT else 1
-            for rows, _ in _shapes(op.at_once[path], op._slots, spec.device, bare)[:2]:
+            for rows, *_ in _shapes(1, op.at_once[path], op._slots, spec.device, bare)[:2]:
                 variant = f"FP8 ({', '.join(kernel)}) of " + _name(path, bare, rows, 1)
                 tensors = _tensors(spec, framework, rows, bare, weight_dtype)[0]
                 plain = op.finish(*tensors, _EPS, _OFFSET, stays)
@@ -77,20 +78,24 @@ def _wrong_fp8(variant: str, plain: Any, got: Any, fp8: Fp8) -> Reason | None:
     return exact.first_wrong_word(variant, wrong)
 
 
-def _shapes(at_once: int, slots: int, device: str, bare: bool) -> list[tuple[int, int]]:
-    """Return (T, slots) of the calls of a variant. A call is cut into launches as if there were few slots.
+def _shapes(size: int, at_once: int, slots: int, device: str, bare: bool) -> list[tuple[int, int, int]]:
+    """Return (T, slots, rows at once) of the calls of a variant. The last one is of two rounds as if there were few
+    slots, or of two launches where there are too few for rounds of a row for each of `size` owners.
 
     The interpreter is slow: there a variant without a residual runs one row, the others run the other shapes.
     """
+    few = 1 if device == "cpu" else min(at_once, size + 1)  # by two-shot N + 1, which has no factor in common with N
+    enough = size * few <= slots
+    rounds = (2 * size * few, size * few, few) if enough else (slots + 1, slots, at_once)
     if device == "cpu":
-        return [(1, slots)] if bare else [(at_once + 1, slots), (3, min(2, slots))]
-    return [(1, slots), (at_once + 1, slots), (at_once + 1, min(at_once, slots))]
+        return [(1, slots, at_once)] if bare else [(at_once + 1, slots, at_once), rounds]
+    return [(1, slots, at_once), (at_once + 1, slots, at_once), rounds]
 
 
-def _name(path: int, bare: bool, rows: int, launches: int) -> str:
+def _name(path: int, bare: bool, rows: int, rounds: int) -> str:
     kernel = "one-shot" if path == ONE_SHOT else "two-shot"
     residual = "without a residual" if bare else "with a residual" + " that stays" * (path == STAYS)
-    return f"the {kernel} kernel {residual}, T={rows} in {launches} launch{'es' if launches > 1 else ''},"
+    return f"the {kernel} kernel {residual}, T={rows} in {rounds} round{'s' if rounds > 1 else ''},"
 
 
 def _run(
@@ -103,7 +108,7 @@ def _run(
     expected = round_to(total, dtype).astype(np.float32)
     if path == STAYS:
         elsewhere = np.ones(rows, bool)
-        elsewhere[plans.owned_rows(op._slots, rows, spec.rank, spec.size)] = False
+        elsewhere[plans.owned_rows(op.launches(rows, path), spec.rank, spec.size)] = False
         expected[elsewhere] = np.nan
     same = exact.same_bits(residual_out, expected)
     limits = {"eps": _EPS, "weight_offset": _OFFSET, "dtype": dtype, "rounded": False}

@@ -19,7 +19,7 @@ from fd_fusion.tuning.limits import NEVER, row_limit
 
 ONE_SHOT, TWO_SHOT, STAYS = 0, 1, 2  # STAYS: two-shot with a residual that stays with the owner of each row
 ANY_ADDRESS = 1 << 40  # what a kernel is compiled for: an int64; nothing is specialized on its value
-LIKE = (*(ANY_ADDRESS,) * 7, 2, 0, 0, 1e-5, 0.0)
+LIKE = (*(ANY_ADDRESS,) * 7, 2, 2, 0, 0, 1e-5, 0.0)
 
 
 def supports(spec: OpSpec) -> Reason | None:

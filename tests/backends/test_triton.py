@@ -63,7 +63,7 @@ def test_with_two_ranks_no_kernel_leaves_the_residual():
 
 
 def test_several_workspaces_and_strange_inputs_of_two_ranks():
-    agreed(2, "together", "strange_inputs", "weights", "few_slots", "wrap")
+    agreed(2, "together", "strange_inputs", "weights", "few_slots", "wrap", "rounds")
 
 
 @pytest.mark.parametrize("size", [2, 3])  # of three ranks a residual may stay

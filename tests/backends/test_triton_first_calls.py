@@ -27,11 +27,15 @@ class FakeOp:
         self._launches = {(name, *variant): None for name in weight_dtypes for variant in variants}
         self._dtype, self._wrong, self._bug = dtype, wrong, bug
 
+    def launches(self, rows, path):
+        plan = plans.plan_for(SIZE, HIDDEN, self._dtype)
+        return plans.launches(plan, self._slots, self.at_once[path], rows, path != ONE_SHOT)
+
     def finish(self, partial, residual, weight, eps, weight_offset, stays=False):
         rows, bare = partial.shape[0], residual is None
         path = STAYS if stays else int(rows >= self._two_shot_rows)
         variant = (str(weight.dtype).rpartition(".")[2], path, bare, rows)
-        self.seen.append((*variant, len(plans.launches(self._slots, rows))))
+        self.seen.append((*variant, sum(one.rounds for one in self.launches(rows, path))))
         here = self._wrong == variant[1:3] and (self._bug != "later launches wrong" or rows > self._slots)
         bug = self._bug if here else "nothing"
         parts = [exact.known_partial(rank, rows, HIDDEN, self._dtype) for rank in range(SIZE)]
@@ -47,7 +51,7 @@ class FakeOp:
         if bug == "later launches wrong":
             out[-1] = 0
         if stays:
-            owned = plans.owned_rows(self._slots, rows, 0, SIZE)
+            owned = plans.owned_rows(self.launches(rows, path), 0, SIZE)
             elsewhere = [row for row in range(rows) if row not in owned]
             out[elsewhere] = 1 if bug == "stale elsewhere" else np.nan
             out[owned[1:]] = np.nan if bug == "an owned row is missing" else out[owned[1:]]

@@ -66,6 +66,7 @@ VARIANTS = {  # replacements in kernel.py and row.py, what is changed in the pla
     "and no NaN elsewhere": {"kernel": NO_NANS, "untold": True},  # beside "the residual stays": what the NaN cost
     "a quarter of the device": {"share": 0.5},
     "all of the device": {"share": 2},
+    **{f"{share} of half of the device": {"share": share} for share in (0.6, 0.7, 0.8, 0.9, 1.2, 1.5)},
     "eight warps": {"warps": 8},
     **{f"{count} registers": {"registers": count} for count in (80, 96, 112, 128, 168)},
     **{f"{count} slices": {"slices": count} for count in (1, 2)},  # by two-shot
@@ -89,7 +90,7 @@ VARIANTS = {  # replacements in kernel.py and row.py, what is changed in the pla
         "row": [
             (
                 "    counter_now = tl.load(memory.state_memory + COUNTER, volatile=True)\n    clear",
-                "    counter_now = call.launch * 0\n    clear",
+                "    counter_now = call.first_round * 0\n    clear",
             )
         ]
     },
@@ -180,7 +181,7 @@ class Variant(backend.TritonOp):
             residual_stays=self.path == STAYS,
         )
         constants["maxnreg"] = self.registers or constants["maxnreg"]
-        like = (*(1 << 40,) * 7, 2, 0, 0, 1e-5, 0.0)
+        like = (*(1 << 40,) * 7, 2, 2, 0, 0, 1e-5, 0.0)
         prepared = triton_launch.prepare(kernel, like, constants, self._spec.device)
         return {("bfloat16", self.path, False): prepared}
 
@@ -224,7 +225,7 @@ def cell(group, ops, yardstick, hidden, rows, options):
             one.check()
             pairs = list(zip(outputs, truth))
             if one.path == STAYS:
-                owned = plans.owned_rows(one._slots, rows, group.rank, group.size)
+                owned = plans.owned_rows(one.launches(rows, STAYS), group.rank, group.size)
                 pairs[1] = tuple(part[owned] for part in pairs[1])
             errors[name] = max([0.0, *(((o.double() - t).norm() / t.norm()).item() for o, t in pairs if len(o))])
         except Exception as error:  # told in the table

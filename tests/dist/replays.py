@@ -173,7 +173,7 @@ def host_time(group, options):
     addresses = [t.data_ptr() for t in (x, residual, weight, *out)]
     run, kernel = op._launches[case.weight_dtype, False, False], triton_launch.load_kernel("all_reduce.kernel", "all_reduce_rms_norm")
     constants = plans.constants(op._plan, weight_dtype=case.dtype, has_residual=True, two_shot=False)
-    args = (*addresses, *op._own, 1, group.rank, 0, case.eps, 0.0)
+    args = (*addresses, *op._own, 1, 1, group.rank, 0, case.eps, 0.0)
     parts = {
         "finish": lambda: op.finish(x, residual, weight, case.eps, 0.0),
         "two empty_like": lambda: (torch.empty_like(x), torch.empty_like(x)),

@@ -18,6 +18,7 @@ import numpy as np
 
 from fd_fusion import reference
 from fd_fusion.backends import triton as backend
+from fd_fusion.backends.triton_setup import STAYS
 from fd_fusion.comm.group import working
 from fd_fusion.kernels.all_reduce import plan as plans
 from fd_fusion.reasons import FusionError
@@ -116,7 +117,7 @@ def numbers(group, options):
 
 def stays(group, options):
     """A chain of calls whose residual stays with its owners gives the norms, and at its end the residual, of one whose
-    residual comes back; a call of the other path needs and leaves a whole one; few slots make several launches."""
+    residual comes back; a call of the other path needs and leaves a whole one; few slots make several rounds."""
     case = Case(group.size, 1, options.hidden)
     plan = plans.plan_for(group.size, case.hidden, case.dtype, interpreted=options.device == "cpu")
     for slots in (3, 64):
@@ -140,7 +141,7 @@ def _chain(op, case, group, device):
         assert (got == want).all(), (case, link)
         got, want = (tensors.bits_of(one, case.dtype) for one in (kept, whole))
         digest.update(want.tobytes())
-        owned = plans.owned_rows(op._slots, case.rows, group.rank, group.size)
+        owned = plans.owned_rows(op.launches(case.rows, STAYS), group.rank, group.size)
         elsewhere = [row for row in range(case.rows) if row not in owned]
         assert (got[owned] == want[owned]).all(), (case, link)
         if link < 3 and op.residual_stays(case.rows):
@@ -263,7 +264,7 @@ def weights(group, options):
 
 
 def few_slots(group, options):
-    """Calls of more rows than there are slots are several launches, the first calls too, and count as such."""
+    """Calls of more rows than there are slots have several rounds, the first calls too, and count as such."""
     case = Case(group.size, 7, options.hidden)
     plan = plans.plan_for(group.size, case.hidden, case.dtype, interpreted=options.device == "cpu")
     op = open_op(group, case, options, workspace_bytes=plans.total_bytes(plan, 3))
@@ -275,6 +276,38 @@ def few_slots(group, options):
         check(op, dataclasses.replace(case, rows=rows, seed=rows), group.rank, options.device)
     after = op.stats()["device"]
     assert (after["rows"] - before["rows"], after["calls"] - before["calls"]) == (21, 10), (before, after)
+    op.close()
+
+
+def rounds(group, options):
+    """Calls of several rounds, in turn with calls of one round and of the other path: each row has the bits that it has
+    in a call of one round."""
+    few = 1 if options.device == "cpu" else group.size + 1
+    slots = 2 * group.size * few
+    counts = 2 * slots + 1, 1, 2 * slots, slots, 3 * slots + 1
+    case = Case(group.size, max(counts), options.hidden)
+    plan = plans.plan_for(group.size, case.hidden, case.dtype, interpreted=options.device == "cpu")
+    op = open_op(group, case, options, workspace_bytes=plans.total_bytes(plan, slots))
+    assert op._slots == slots, (op._slots, slots)
+    op.at_once = {path: min(most, few) for path, most in op.at_once.items()}
+    paths = sorted({path for _, path, _ in op._launches} - {STAYS})
+    residual, weight = case.common()
+    weight, x = tensors.tensor(weight, case.weight_dtype, options.device), case.partial(group.rank)
+
+    def finish(start, end):
+        given = (tensors.tensor(part[start:end], case.dtype, options.device) for part in (x, residual))
+        return [tensors.bits_of(out, case.dtype) for out in op.finish(*given, weight, case.eps, 0.0)]
+
+    for step, count in enumerate(2 * counts):
+        path = paths[step % len(paths)]
+        op._two_shot_rows = 1 if path else 1 << 62
+        assert [one.rounds for one in op.launches(count, path)] == [-(-count // slots)]
+        whole = finish(0, count)
+        op.check()
+        parts = zip(*(finish(start, min(start + slots, count)) for start in range(0, count, slots)))
+        for got, want in zip(whole, parts):
+            assert (got == np.concatenate(want)).all(), (step, count)
+            digest.update(got.tobytes())
     op.close()
 
 
@@ -291,7 +324,7 @@ def fp8(group, options):
     """Codes and scales are the contract's bits for the norm that the call without FP8 gives, which it still gives."""
     case, on_cpu = Case(group.size, 7, max(256, options.hidden)), options.device == "cpu"
     plan = plans.plan_for(group.size, case.hidden, case.dtype, interpreted=on_cpu, fp8=True)
-    few = plans.total_bytes(plan, 3)  # then a call of more rows is several launches
+    few = plans.total_bytes(plan, 3)  # then a call of more rows has several rounds
     for forms, room in ((FP8[:2], options.workspace_mb << 20), (FP8[2:], few)):
         changes = {"workspace_bytes": room, "two_shot_rows": options.two_shot_rows}
         op = open_op(group, case, options, fp8=forms, **changes)
@@ -310,7 +343,7 @@ def fp8(group, options):
                     continue
                 *quantised, kept = op.finish_fp8(*arguments, True)
                 kept = tensors.bits_of(kept, one.dtype)
-                owned = np.isin(range(rows), plans.owned_rows(op._slots, rows, group.rank, group.size))
+                owned = np.isin(range(rows), plans.owned_rows(op.launches(rows, STAYS), group.rank, group.size))
                 assert (kept[~owned] == 0x7FFF).all() and (kept[owned] == summed[owned]).all()
                 whole = tensors.tensor(summed, one.dtype, options.device)
                 check_fp8(form, (*quantised, whole), norm, summed, one.dtype)

@@ -66,7 +66,7 @@ def agreed(script, size, *args, mps, timeout_s=120):
 
 @pytest.mark.parametrize("size", SIZES)
 def test_numbers_payloads_delays_and_several_workspaces(size, mps):
-    what = ["numbers", "payload", "delayed", "together", "strange_inputs"]
+    what = ["numbers", "payload", "delayed", "together", "strange_inputs", "rounds"]
     rows = (1, 3, 0, 15, 17, 150 if size > GPUS else 600, 2)  # 600: two-shot
     agreed("triton_calls.py", size, *what, "--hidden", 1024, "--rows", *rows, mps=mps)
 

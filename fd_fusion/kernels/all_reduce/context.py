@@ -33,11 +33,11 @@ class Memory(NamedTuple):
       Read only when a wait is already long, so the limit may be changed at any time.
     - [1] the address of the error page (`error_page.py`).
     - [2..2+N) the addresses of the symmetric memory of all ranks.
-    - [10] the counter of launches: the programs of a launch add 2^20 together (`count_launch`).
+    - [10] the counter of rounds: the programs of a launch add 2^20 for each of its rounds together (`count_launch`).
     - [11] the number of rows so far.
-    - [16..] words in which the programs that share a row exchange their sums, SENTINEL like those of the slots; 128
-      bytes for each reader, since where rows share a line of the cache each poll waits for the stores of other rows
-      (0.5 us).
+    - [16..] words in which the programs that share a row exchange their sums, SENTINEL like those of the slots, and
+      with two halves like them; 128 bytes for each reader, since where rows share a line of the cache each poll waits
+      for the stores of other rows (0.5 us).
     """
 
     own_slots: tl.tensor  # uint32: the symmetric memory of this rank
@@ -51,7 +51,8 @@ class Call(NamedTuple):
 
     rank: tl.tensor
     op: tl.tensor
-    launch: tl.tensor  # number of this launch, from the counter
+    first_round: tl.tensor  # number of this launch's first round, from the counter
+    rounds: tl.tensor  # of this launch
     slice_index: tl.tensor  # c: the first slice of its rows that this program has
     eps: tl.tensor
     weight_offset: tl.tensor
@@ -64,8 +65,16 @@ class Row(NamedTuple):
     words: tl.tensor  # uint32 [BLOCK]: the slice of x
     offsets: tl.tensor  # of the words in the slice
     mask: tl.tensor
-    slot: tl.tensor  # offset of the slot in the symmetric memory of every rank, in words
+    half_slot: tl.tensor  # number of the half of a slot that the row has
+    slot: tl.tensor  # its offset in the symmetric memory of every rank, in words
     own_slot: tl.tensor  # uint32 pointer to this rank's own slot; `push` does not read it, and gets any
+
+
+class Round(NamedTuple):
+    """A round of a launch: each of its rows has a slot of its own."""
+
+    start: tl.tensor  # its first row
+    half: tl.tensor  # of the slots that it uses
 
 
 class Rows(NamedTuple):
@@ -74,7 +83,7 @@ class Rows(NamedTuple):
     count: tl.tensor
     offsets: tl.tensor  # of the words in a slice
     mask: tl.tensor
-    slots: tl.tensor  # offset of the slot of row 0 in the symmetric memory of every rank, in words
+    slots: tl.tensor  # offset of the first slot in the symmetric memory of every rank, in words
     x: tl.tensor
     residual: tl.tensor
     weight: tl.tensor  # address of the whole weight, an integer

@@ -13,12 +13,14 @@ The rows of a program: by one-shot one after the other. By two-shot in batches o
 of the other owners, finishes the row that its rank owns, then receives the others. So all programs of all ranks have
 rows to finish, and what a program waits for every rank does before it waits for anything of the same batch.
 
-A row travels as 4-byte words. The word SENTINEL means "not yet", and is never sent (`packing.py`). Every row of a
-launch has a slot of its own, so a launch has no more rows than there are slots, uses no word twice, and waits for no
-fence. A slot has two halves, used by launches in turn. A rank that pushes in launch k has ended k-1,
-hence has received words of launch k-1 from every peer; each peer had ended k-2 then, which used the same half and
-cleared it: the end of a kernel puts that before the next one. This holds on both paths and any mixture of them, for
-calls of any number of rows. No circle of ranks waits for each other (tests/kernels/all_reduce/protocol_model.py).
+A row travels as 4-byte words. The word SENTINEL means "not yet", and is never sent (`packing.py`). A launch works in
+rounds, one where there are slots for all of its rows. Every row of a round has a slot of its own, so a round uses no
+word twice, and needs no fence. A slot has two halves, used by the rounds in turn, through all launches. A program
+that pushes in round k has received words of round k-1 from the same program of every peer, or has begun after the
+launch before, in which all programs have. The peer had ended k-2 then, which used the same half and cleared it: the
+end of a kernel, or the fence of that program between two rounds, puts that before whatever it pushed in k-1. For
+this every program has a row in each round, by two-shot one for each owner (`plan.launches`). It holds on both paths
+and any mixture of them. No circle of ranks waits for each other (tests/kernels/all_reduce/protocol_model.py).
 
 Bits: equal on all ranks, for every T and on both paths. Both paths end in the same `finish`, the slices in which the
 squares of a row are summed are a function of (N, H, dtype) alone (`plan.py`, `slice_sums.py`), however many of them a
@@ -41,7 +43,7 @@ import triton
 import triton.language as tl
 
 from fd_fusion.kernels.all_reduce import plan
-from fd_fusion.kernels.all_reduce.context import Addresses, Call, Memory, Polling, Row, Rows, Shape
+from fd_fusion.kernels.all_reduce.context import Addresses, Call, Memory, Polling, Round, Row, Rows, Shape
 from fd_fusion.kernels.all_reduce.packing import NAN, mask_if, pointer, without_sentinel
 from fd_fusion.kernels.all_reduce.quantising import Quantising, fail_quantised, store_quantised
 from fd_fusion.kernels.all_reduce.row import fail, finish, push, push_results, receive_results
@@ -67,7 +69,7 @@ HEAD_WORDS = tl.constexpr(plan.HEAD_WORDS)
 
 
 @triton.jit
-def work_on_rows(addresses, count, rank, op, eps, weight_offset, shape, polling, quantising):
+def work_on_rows(addresses, count, rounds, rank, op, eps, weight_offset, shape, polling, quantising):
     """Push and finish the rows of one program."""
     programs: tl.constexpr = shape.C // shape.SLICES  # of a row
     stride = tl.num_programs(0) // programs
@@ -88,74 +90,115 @@ def work_on_rows(addresses, count, rank, op, eps, weight_offset, shape, polling,
     x = pointer(addresses.x, tl.uint32) + c * shape.SLICE
     # All that the first push needs is loaded at once: volatile loads stay in this order.
     words = tl.load(x + number.to(tl.int64) * shape.WORDS + offsets, mask=mask, other=0, volatile=True)
-    launch = tl.load(state_memory + COUNTER, volatile=True) // COUNTER_STEP
+    counter = tl.load(state_memory + COUNTER, volatile=True)
+    # The first program may have added its share, all the rounds less one for each other program.
+    added = tl.where(counter % COUNTER_STEP < COUNTER_STEP // 2, 0, rounds - 1)
+    first_round = counter // COUNTER_STEP - added.to(tl.uint64)
     memory = Memory(own_slots, state_memory, sums, peer_memories(state_memory, rank, shape.N))
-    call = Call(rank, op, launch, c, eps, weight_offset)
+    call = Call(rank, op, first_round, rounds, c, eps, weight_offset)
     rows = Rows(
         count,
         offsets,
         mask,
-        CONTROL_WORDS + (launch & 1).to(tl.int32) * (shape.PLACES * shape.C * shape.SLICE) + c * shape.SLICE,
+        CONTROL_WORDS + c * shape.SLICE,
         x,
         pointer(addresses.residual, tl.uint32) + c * shape.SLICE,
         addresses.weight,
         pointer(addresses.norm_out, tl.uint32) + c * shape.SLICE,
         pointer(addresses.residual_out, tl.uint32) + c * shape.SLICE,
     )
-    _push(number, words, rows, memory, call, shape)
-    count_launch(state_memory, count)
+    half = (first_round & 1).to(tl.int32)
+    _push(number, words, Round(0, half), rows, memory, call, shape)
+    count_launch(state_memory, count, rounds)
     if shape.TWO_SHOT:
-        _two_shot(number, stride, rows, memory, call, shape, polling, quantising)
+        _two_shot(number, stride, half, rows, memory, call, shape, polling, quantising)
     else:
-        _one_shot(number, stride, words, rows, memory, call, shape, polling, quantising)
+        _one_shot(number, stride, half, words, rows, memory, call, shape, polling, quantising)
 
 
 @triton.jit
-def _one_shot(number, stride, words, rows, memory, call, shape, polling, quantising):
+def _one_shot(first, stride, half, words, rows, memory, call, shape, polling, quantising):
     """Finish the first row of a program, which is pushed, then push and finish one after the other. A row is
     quantised while the words of the next one are under way."""
+    number = first
+    start = first - first
+    end = _end_of_round(1, rows, call)
+    rounds_begun = 1
     while number < rows.count:  # not a range: the interpreter of some versions cannot take its bounds from arguments
-        norm, wait_state = _finish(number, words, rows, memory, call, shape, polling, quantising)
+        norm, wait_state = _finish(
+            number, words, Round(start, half), rows, memory, call, shape, polling, quantising)  # fmt: skip
         finished = number
         number += stride
+        if (number >= end) & (end < rows.count):
+            start = end
+            number = start + first
+            half, rounds_begun, end = _next_round(half, rounds_begun, rows, call, shape, polling)
         if number < rows.count:
             words = _load(number, rows, shape)
-            _push(number, words, rows, memory, call, shape)
+            _push(number, words, Round(start, half), rows, memory, call, shape)
         _quantise(finished, norm, wait_state, rows, call, shape, quantising)
 
 
 @triton.jit
-def _two_shot(first, stride, rows, memory, call, shape, polling, quantising):
+def _two_shot(first, stride, half, rows, memory, call, shape, polling, quantising):
     """Work on the rows of a program in batches of N, of which this rank owns one where N and the stride have no
-    common factor: push the rows of the others, finish the own row, then receive the others. The first is pushed."""
+    common factor: push the rows of the others, finish the own row, then receive the others. The first is pushed. No
+    batch reaches from one round into the next."""
     to_push = first + stride
     to_finish = first
     to_receive = first
     batch_end = first + shape.N * stride
+    start = first - first
+    round_end = _end_of_round(1, rows, call)
+    rounds_begun = 1
     while to_receive < rows.count:
-        end = tl.minimum(rows.count, batch_end)
+        end = tl.minimum(round_end, batch_end)
         while to_push < end:
             if to_push % shape.N != call.rank:
-                _push(to_push, _load(to_push, rows, shape), rows, memory, call, shape)
+                _push(to_push, _load(to_push, rows, shape), Round(start, half), rows, memory, call, shape)
             to_push += stride
         while to_finish < end:
             if to_finish % shape.N == call.rank:
                 words = _load(to_finish, rows, shape)
-                norm, wait_state = _finish(to_finish, words, rows, memory, call, shape, polling, quantising)
+                norm, wait_state = _finish(
+                    to_finish, words, Round(start, half), rows, memory, call, shape, polling, quantising)  # fmt: skip
                 _quantise(to_finish, norm, wait_state, rows, call, shape, quantising)
             to_finish += stride
         while to_receive < end:
             if to_receive % shape.N != call.rank:
-                norm, wait_state = _receive(to_receive, rows, memory, call, shape, polling, quantising)
+                norm, wait_state = _receive(
+                    to_receive, Round(start, half), rows, memory, call, shape, polling, quantising)  # fmt: skip
                 _quantise(to_receive, norm, wait_state, rows, call, shape, quantising)
             to_receive += stride
-        batch_end += shape.N * stride
+        if (to_receive >= round_end) & (round_end < rows.count):
+            start = round_end
+            half, rounds_begun, round_end = _next_round(half, rounds_begun, rows, call, shape, polling)
+            to_push = start + first
+            to_finish = to_push
+            to_receive = to_push
+        batch_end = to_receive + shape.N * stride
 
 
 @triton.jit
-def _slot(number, rows, shape):
-    """Return the offset of a row's slot, half and slice, in words."""
-    return rows.slots + number * (2 * shape.PLACES * shape.C * shape.SLICE)
+def _end_of_round(rounds_begun, rows, call):
+    """Return the row behind the last one of a round; the rounds of a launch are about equally long."""
+    return (rows.count.to(tl.int64) * rounds_begun // call.rounds).to(tl.int32)
+
+
+@triton.jit
+def _next_round(half, rounds_begun, rows, call, shape, polling):
+    """Begin the next round. What this program has cleared in the last one is cleared for all ranks before anything
+    that it pushes from here on."""
+    if not polling.INTERPRETED:
+        tl.debug_barrier()
+        tl.inline_asm_elementwise("fence.acq_rel.sys; mov.u32 $0, 0;", "=r", [], tl.int32, False, 1)
+    return 1 - half, rounds_begun + 1, _end_of_round(rounds_begun + 1, rows, call)
+
+
+@triton.jit
+def _half_slot(number, of_round):
+    """Return which half of a slot, counted through all slots, holds a row: each row of a round has a slot."""
+    return 2 * (number - of_round.start) + of_round.half
 
 
 @triton.jit
@@ -164,17 +207,19 @@ def _load(number, rows, shape):
 
 
 @triton.jit
-def _push(number, words, rows, memory, call, shape):
-    slot = _slot(number, rows, shape)
-    push(Row(number, words, rows.offsets, rows.mask, slot, memory.own_slots), memory, call, shape)
+def _push(number, words, of_round, rows, memory, call, shape):
+    half_slot = _half_slot(number, of_round)
+    slot = rows.slots + half_slot * (shape.PLACES * shape.C * shape.SLICE)
+    push(Row(number, words, rows.offsets, rows.mask, half_slot, slot, memory.own_slots), memory, call, shape)
 
 
 @triton.jit
-def _finish(number, words, rows, memory, call, shape, polling, quantising):
+def _finish(number, words, of_round, rows, memory, call, shape, polling, quantising):
     """Finish a row of words that are pushed; by two-shot this rank owns the row, and its peers get the result.
     Returns the words of its norm and the state of the wait, for `_quantise`."""
-    slot = _slot(number, rows, shape)
-    row = Row(number, without_sentinel(words), rows.offsets, rows.mask, slot, memory.own_slots + slot)
+    half_slot = _half_slot(number, of_round)
+    slot = rows.slots + half_slot * (shape.PLACES * shape.C * shape.SLICE)
+    row = Row(number, without_sentinel(words), rows.offsets, rows.mask, half_slot, slot, memory.own_slots + slot)
     residual = rows.residual + number.to(tl.int64) * shape.WORDS
     norm, summed, wait_state, counter_now = finish(
         row, residual, rows.weight, abort_bits(memory), memory, call, shape, polling)  # fmt: skip
@@ -182,18 +227,19 @@ def _finish(number, words, rows, memory, call, shape, polling, quantising):
         push_results(row, norm, summed, wait_state, memory, shape)
     _store(row, norm, summed, wait_state, counter_now, rows, memory, call, shape, quantising)
     if shape.C > shape.SLICES:
-        clear_sums(number, memory, call, shape)
+        clear_sums(half_slot, memory, call, shape)
     return norm, wait_state
 
 
 @triton.jit
-def _receive(number, rows, memory, call, shape, polling, quantising):
+def _receive(number, of_round, rows, memory, call, shape, polling, quantising):
     """Receive a row from its owner, and return as `_finish`. A residual that stays is NaN here, for whoever reads the
     row all the same."""
-    slot = _slot(number, rows, shape)
+    half_slot = _half_slot(number, of_round)
+    slot = rows.slots + half_slot * (shape.PLACES * shape.C * shape.SLICE)
     # Nothing is loaded: the compiler takes the layout of the words from a load, and the polling code needs that one.
     nothing = tl.load(rows.x + rows.offsets, mask=mask_if(rows.mask, rows.count < 0), other=NAN)
-    row = Row(number, nothing, rows.offsets, rows.mask, slot, memory.own_slots + slot)
+    row = Row(number, nothing, rows.offsets, rows.mask, half_slot, slot, memory.own_slots + slot)
     norm, summed, wait_state, counter_now = receive_results(row, abort_bits(memory), memory, call, shape, polling)
     if shape.RESULTS == 1:
         summed = nothing
@@ -211,7 +257,7 @@ def _store(row, norm, summed, wait_state, counter_now, rows, memory, call, shape
     tl.store(residual_out, summed, mask=row.mask)
     if wait_state != 0:
         fail(norm_out, residual_out, row, wait_state, memory, call, shape)
-    if shows_two_streams(counter_now, call.launch):
+    if shows_two_streams(counter_now, call):
         report_failure(memory, call, row.number, wait_state | WAIT_TWO_STREAMS, 0, 0, shape.N)
 
 
@@ -219,23 +265,23 @@ def _store(row, norm, summed, wait_state, counter_now, rows, memory, call, shape
 def _quantise(number, norm, wait_state, rows, call, shape, quantising):
     """Store codes and scales, last: the registers of the sum are free."""
     if quantising.OUTPUT != "norm":
-        row = Row(number, norm, rows.offsets, rows.mask, 0, rows.x)
+        row = Row(number, norm, rows.offsets, rows.mask, 0, 0, rows.x)
         store_quantised(norm, row, call.slice_index, quantising, shape)
         if wait_state != 0:
             fail_quantised(row, call.slice_index, quantising, shape)
 
 
 @triton.jit(do_not_specialize=["x", "residual", "weight", "norm_out", "residual_out", "state_memory", "own_slots",
-                               "rows", "rank", "op"])  # fmt: skip
-def all_reduce_rms_norm(x, residual, weight, norm_out, residual_out, state_memory, own_slots, rows, rank, op, eps,
-                        weight_offset, N: tl.constexpr, WORDS: tl.constexpr, SLICE: tl.constexpr,
+                               "rows", "rounds", "rank", "op"])  # fmt: skip
+def all_reduce_rms_norm(x, residual, weight, norm_out, residual_out, state_memory, own_slots, rows, rounds, rank, op,
+                        eps, weight_offset, N: tl.constexpr, WORDS: tl.constexpr, SLICE: tl.constexpr,
                         BLOCK: tl.constexpr, C: tl.constexpr, SLICES: tl.constexpr, PLACES: tl.constexpr,
                         DTYPE: tl.constexpr, WEIGHT_DTYPE: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
                         TWO_SHOT: tl.constexpr, RESULTS: tl.constexpr, POLL: tl.constexpr,
                         POLL_RESULTS: tl.constexpr, OPERANDS: tl.constexpr, UNITS: tl.constexpr, PDL: tl.constexpr,
                         INTERPRETED: tl.constexpr):  # fmt: skip
     """Compute the formula above for all rows of a launch: launch the kernel on every rank in the same order, with
-    `grid` and `constants` of `plan.py`.
+    `launches` and `constants` of `plan.py`.
 
     Args:
         x, residual, norm_out, residual_out: addresses of [rows, H], contiguous, dtype DTYPE; multiples of 16, as
@@ -244,15 +290,15 @@ def all_reduce_rms_norm(x, residual, weight, norm_out, residual_out, state_memor
             the residual of a row is read by the owner alone, and with RESULTS == 1 written by the owner alone.
         weight: address of [H], WEIGHT_DTYPE (DTYPE, or float32, or any half).
         state_memory: address of this rank's state memory. own_slots: address of this rank's own symmetric memory.
-        rows: T, equal on all ranks, at least 1, no more than there are slots. rank: in the group. op: a number below
-            2^24 for the error page.
+        rows: T, equal on all ranks, at least 1. rounds: of about T / rounds rows each, no more than there are slots;
+            grid and rounds from `plan.launches`. rank: in the group. op: a number below 2^24 for the error page.
         eps, weight_offset: fp32; eps > 0.
     """
     if PDL:  # started while the kernel in front ends: its stores, of slots and counter too, are visible from here on
         gdc_wait()
     addresses = Addresses(x, residual, weight, norm_out, residual_out, state_memory, own_slots)
     work_on_rows(
-        addresses, rows, rank, op, eps, weight_offset,
+        addresses, rows, rounds, rank, op, eps, weight_offset,
         Shape(N, WORDS, SLICE, BLOCK, C, SLICES, PLACES, DTYPE, WEIGHT_DTYPE, HAS_RESIDUAL, TWO_SHOT, RESULTS),
         Polling(POLL, POLL_RESULTS, OPERANDS, UNITS, INTERPRETED),
         Quantising(0, 0, 0, 0, 0.0, "norm", "", INTERPRETED, None, None, None, None, None, 0))  # fmt: skip

@@ -9,9 +9,10 @@ from fd_fusion.kernels.all_reduce.quantising import Quantising
 
 
 @triton.jit(do_not_specialize=["x", "residual", "weight", "norm_out", "residual_out", "state_memory", "own_slots",
-                               "rows", "rank", "op", "codes", "scales", "row_stride", "group_stride"])  # fmt: skip
-def all_reduce_rms_norm_fp8(x, residual, weight, norm_out, residual_out, state_memory, own_slots, rows, rank, op, eps,
-                            weight_offset, codes, scales, row_stride, group_stride, static_factor,
+                               "rows", "rounds", "rank", "op", "codes", "scales", "row_stride",
+                               "group_stride"])  # fmt: skip
+def all_reduce_rms_norm_fp8(x, residual, weight, norm_out, residual_out, state_memory, own_slots, rows, rounds, rank,
+                            op, eps, weight_offset, codes, scales, row_stride, group_stride, static_factor,
                             N: tl.constexpr, WORDS: tl.constexpr, SLICE: tl.constexpr,
                             BLOCK: tl.constexpr, C: tl.constexpr, SLICES: tl.constexpr, PLACES: tl.constexpr,
                             DTYPE: tl.constexpr,
@@ -34,7 +35,7 @@ def all_reduce_rms_norm_fp8(x, residual, weight, norm_out, residual_out, state_m
         gdc_wait()
     addresses = Addresses(x, residual, weight, norm_out, residual_out, state_memory, own_slots)
     work_on_rows(
-        addresses, rows, rank, op, eps, weight_offset,
+        addresses, rows, rounds, rank, op, eps, weight_offset,
         Shape(N, WORDS, SLICE, BLOCK, C, SLICES, PLACES, DTYPE, WEIGHT_DTYPE, HAS_RESIDUAL, TWO_SHOT, RESULTS),
         Polling(POLL, POLL_RESULTS, OPERANDS, UNITS, INTERPRETED),
         Quantising(codes, scales, row_stride, group_stride, static_factor, OUTPUT, FORMULA, INTERPRETED,

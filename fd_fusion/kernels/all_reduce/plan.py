@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from fd_fusion.kernels.all_reduce import quantise_ptx
 from fd_fusion.kernels.all_reduce.poll_ptx import poll
@@ -153,9 +153,9 @@ def symmetric_bytes(plan: Plan, slots: int) -> int:
 
 
 def state_memory_bytes(plan: Plan, slots: int) -> int:
-    """Return the bytes of state memory of each rank: the head, then a line for each slot and program, for the sums of
-    the other programs."""
-    return 8 * HEAD_WORDS + (slots * plan.split * LINE_BYTES if plan.split > 1 else 0)
+    """Return the bytes of state memory of each rank: the head, then a line for each half of a slot and program, for
+    the sums of the other programs."""
+    return 8 * HEAD_WORDS + (2 * slots * plan.split * LINE_BYTES if plan.split > 1 else 0)
 
 
 def total_bytes(plan: Plan, slots: int) -> int:
@@ -178,7 +178,7 @@ def state_memory_words(plan: Plan, slots: int, *, limit: int, error_page: int, a
 
 
 def slots_of(plan: Plan, *, workspace_bytes: int, limit: int | None) -> int:
-    """Return the number of slots, the most rows of a launch. `workspace_bytes` must hold a slot. Calls have up to
+    """Return the number of slots, the most rows of a round. `workspace_bytes` must hold a slot. Calls have up to
     `limit` rows, None: any number."""
     fixed = total_bytes(plan, 0)
     most = (workspace_bytes - fixed) // (total_bytes(plan, 1) - fixed)
@@ -192,22 +192,47 @@ def rows_at_once(plan: Plan, slots: int, *, programs: int, two_shot: bool) -> in
     By two-shot a program has the rows number, number + G, ...: where G and N have a common factor, some programs own
     many of their rows and others none.
     """
-    rows = min(slots, max(1, programs * plan.slices(two_shot) // plan.split))
-    while two_shot and math.gcd(rows, plan.size) > 1:
-        rows -= 1
-    return rows
+    return _spread(plan, min(slots, max(1, programs * plan.slices(two_shot) // plan.split)), two_shot)
 
 
-def launches(slots: int, rows: int) -> list[tuple[int, int]]:
-    """Cut a call of `rows` rows into launches of at most `slots` rows, about equally long: (first row, rows)."""
-    count = -(-rows // slots)
-    starts = [rows * number // count for number in range(count + 1)]
-    return [(start, stop - start) for start, stop in itertools.pairwise(starts)]
+def _spread(plan: Plan, at_once: int, two_shot: bool) -> int:
+    """Return the most rows at once, up to `at_once`, of which every program owns some by two-shot."""
+    while two_shot and math.gcd(at_once, plan.size) > 1:
+        at_once -= 1
+    return at_once
 
 
-def owned_rows(slots: int, rows: int, rank: int, size: int) -> list[int]:
+class Launch(NamedTuple):
+    """Rows of a call that the kernel works on in one launch."""
+
+    programs: int
+    start: int  # the first row
+    rows: int
+    rounds: int
+
+
+def launches(plan: Plan, slots: int, at_once: int, rows: int, two_shot: bool) -> list[Launch]:
+    """Return the launches of a call of `rows` rows, `at_once` of them at the same time.
+
+    One launch, in as few rounds as there are slots for, if then every program has a row in each round, by two-shot
+    one for each owner: what a program receives in a round shows it that its peers have cleared the one before. If
+    that would leave a tenth of the programs or more without work, a launch for each round.
+    """
+    rounds = -(-rows // slots)
+    if rounds > 1:
+        busy = _spread(plan, min(at_once, rows // rounds // (plan.size if two_shot else 1)), two_shot)
+        if busy > 0.9 * at_once:
+            return [Launch(grid(plan, busy, rows, two_shot)[0], 0, rows, rounds)]
+    starts = [rows * number // rounds for number in range(rounds + 1)]
+    return [
+        Launch(grid(plan, at_once, stop - start, two_shot)[0], start, stop - start, 1)
+        for start, stop in itertools.pairwise(starts)
+    ]
+
+
+def owned_rows(launches: list[Launch], rank: int, size: int) -> list[int]:
     """Return the rows of a call that a rank owns by two-shot: each launch counts its rows anew."""
-    return [start + row for start, count in launches(slots, rows) for row in range(rank, count, size)]
+    return [start + row for _, start, count, _ in launches for row in range(rank, count, size)]
 
 
 def grid(plan: Plan, at_once: int, rows: int, two_shot: bool) -> tuple[int]:

@@ -88,7 +88,7 @@ def finish(row, residual, weight, abort_bits, memory, call, shape, polling):
     counter_now = tl.load(memory.state_memory + COUNTER, volatile=True)
     clear_slot(row, mask_if(row.mask, wait_state == 0), N - 1, shape.C * shape.SLICE)
     if shape.C > shape.SLICES:
-        total = exchange_sums((first_sum, second_sum), wait_state, row.number, memory, call, shape, polling)
+        total = exchange_sums((first_sum, second_sum), wait_state, row, memory, call, shape, polling)
     scale = tl.rsqrt(total * (1.0 / H) + call.eps)
     norm = pack(a * scale * (wa + call.weight_offset), b * scale * (wb + call.weight_offset), DTYPE,
                 polling.INTERPRETED)  # fmt: skip

@@ -31,12 +31,12 @@ def sum_each_slice(squares, shape):
 
 
 @triton.jit
-def exchange_sums(slice_sums, wait_state, row_number, memory, call, shape, polling):
+def exchange_sums(slice_sums, wait_state, row, memory, call, shape, polling):
     """Add the sums of the C slices of a row, in order. A program that failed sends NaN, so no program waits for it.
     Each thread polls by itself, without a barrier, and a thread whose time is over reports by itself: the other
     threads may have read all sums (tests: sums_model.py)."""
     c = call.slice_index
-    lines = memory.sums + row_number * shape.C * LINE_WORDS
+    lines = memory.sums + row.half_slot * shape.C * LINE_WORDS
     for i in tl.static_range(shape.SLICES):
         own_sum = _word(slice_sums[i], wait_state)
         for reader in tl.static_range(shape.C // shape.SLICES):
@@ -62,7 +62,7 @@ def exchange_sums(slice_sums, wait_state, row_number, memory, call, shape, polli
             sums_state |= tl.where(sums_state == WAIT_MISSING, wait_bits, 0)
     if sums_state > WAIT_MISSING:
         threads: tl.constexpr = shape.SLICES * shape.BLOCK // (4 * polling.UNITS)
-        report_failure(memory, call, row_number, sums_state, 0, tl.zeros((threads,), tl.int32), shape.N)
+        report_failure(memory, call, row.number, sums_state, 0, tl.zeros((threads,), tl.int32), shape.N)
     return tl.where(sums_state == 0, total, float("nan"))
 
 
@@ -72,10 +72,10 @@ def _word(slice_sum, wait_state):
 
 
 @triton.jit
-def clear_sums(row_number, memory, call, shape):
+def clear_sums(half_slot, memory, call, shape):
     """Make the words for one program SENTINEL again, when all of its threads have read them."""
     tl.debug_barrier()
     own = call.slice_index // shape.SLICES
-    line = memory.sums + (row_number * shape.C + own) * LINE_WORDS
+    line = memory.sums + (half_slot * shape.C + own) * LINE_WORDS
     for source in tl.static_range(shape.C):
         tl.store(line + source, SENTINEL, mask=own != source // shape.SLICES, cache_modifier=".wt")

@@ -41,20 +41,20 @@ host_clock.__triton_builtin__ = True  # the compiler reads every name, in branch
 
 
 @triton.jit
-def count_launch(state_memory, rows):
-    """Add this program's share to the counter of launches, which it has read. When all programs of a launch have
-    added their shares, all have read the counter, and the counter shows the next launch."""
+def count_launch(state_memory, rows, rounds):
+    """Add this program's share to the counter of rounds, which it has read. When all programs of a launch have added
+    their shares, all have read the counter, and the counter shows the first round of the next launch."""
     is_first = tl.program_id(0) == 0
     others = tl.num_programs(0) - 1
-    share = tl.where(is_first, COUNTER_STEP - others, 1).to(tl.uint64)
+    share = tl.where(is_first, rounds * COUNTER_STEP - others, 1).to(tl.uint64)
     tl.atomic_add(state_memory + COUNTER, share, sem="relaxed", scope="gpu")
     tl.atomic_add(state_memory + ROWS, rows.to(tl.uint64), mask=is_first, sem="relaxed", scope="gpu")
 
 
 @triton.jit
-def shows_two_streams(counter_now, launch):
-    """Return whether the counter shows that another launch has begun before this launch has ended."""
-    return counter_now > (launch + 1) * COUNTER_STEP
+def shows_two_streams(counter_now, call):
+    """Return whether the counter shows that another launch has begun before this one has ended."""
+    return counter_now > (call.first_round + call.rounds) * COUNTER_STEP
 
 
 @triton.jit
@@ -82,7 +82,7 @@ def check_wait(memory, call, wait_start_ns, INDIRECT: tl.constexpr, INTERPRETED:
         limit += limit >> 2
     timed_out = now - wait_start_ns > limit
     aborted = tl.load(memory.own_slots, volatile=True) != 0
-    two_streams = shows_two_streams(tl.load(memory.state_memory + COUNTER, volatile=True), call.launch)
+    two_streams = shows_two_streams(tl.load(memory.state_memory + COUNTER, volatile=True), call)
     bits = tl.where(timed_out, WAIT_TIMED_OUT, 0) | tl.where(aborted, WAIT_ABORTED, 0)
     return bits | tl.where(two_streams, WAIT_TWO_STREAMS, 0), wait_start_ns
 
@@ -102,7 +102,7 @@ def report_failure(memory, call, row_number, wait_state, missing_ranks, thread_z
     low_bits = code | (missing_ranks << 4)
     record = (row_number.to(tl.uint64) << 40) | (call.op.to(tl.uint64) << 16) | low_bits.to(tl.uint64)
     is_empty = tl.load(page, volatile=True) == 0
-    tl.store(page + 1 + thread_zeros, call.launch, mask=mask_if(every_thread, is_empty), cache_modifier=".wt")
+    tl.store(page + 1 + thread_zeros, call.first_round, mask=mask_if(every_thread, is_empty), cache_modifier=".wt")
     tl.store(page + thread_zeros, record, mask=mask_if(every_thread, is_empty), cache_modifier=".wt")
     for rank in tl.static_range(N):
         abort_word = pointer(tl.load(memory.state_memory + ADDRESSES + rank), tl.uint32) + thread_zeros

@@ -96,7 +96,7 @@ class Known(paddle.base.core.eager.Tensor):
 
 def addresses(op, tensors):
     outputs = [op._new(tensors[0].shape, op._dtypes[0]) for _ in range(2)]
-    return *(t.data_ptr() for t in (*tensors, *outputs)), *op._own, 1, op._group.rank, 0, 1e-5, 0.0
+    return *(t.data_ptr() for t in (*tensors, *outputs)), *op._own, 1, 1, op._group.rank, 0, 1e-5, 0.0
 
 
 def report(op, tensors, launches, measure, bare=_nothing):

@@ -87,13 +87,14 @@ class Rank:
         from fd_fusion.kernels.all_reduce.kernel import all_reduce_rms_norm
         from fd_fusion.kernels.all_reduce.kernel_fp8 import all_reduce_rms_norm_fp8
 
-        for start, count in plans.launches(self.case["slots"], rows):
+        how = self.case["slots"], self.case["programs"], rows, two_shot
+        for programs, start, count, rounds in plans.launches(self.plan, *how):
             address = [t.ctypes.data + start * x.strides[0] for t in (x, residual, weight, norm_out, residual_out)]
             address[2:3] = [weight.ctypes.data]
             address += [self.state_memory.ctypes.data, int(self.state_memory[2 + self.rank])]
             kernel = all_reduce_rms_norm_fp8 if fp8 else all_reduce_rms_norm
-            launch = kernel[plans.grid(self.plan, self.case["programs"], count, two_shot)]
-            numbers = count, self.rank, step, 1e-5, self.case.get("weight_offset", 0.0)
+            launch = kernel[(programs,)]
+            numbers = count, rounds, self.rank, step, 1e-5, self.case.get("weight_offset", 0.0)
             launch(*address, *numbers, *(fp8.arguments(start) if fp8 else ()), **constants)
         return {"norm": norm_out, "residual": residual_out, **(fp8.outputs() if fp8 else {})}
 

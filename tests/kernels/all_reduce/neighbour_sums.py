@@ -15,7 +15,7 @@ import triton.language as tl
 
 from fd_fusion.kernels.all_reduce import plan as plans
 from fd_fusion.kernels.all_reduce import wait as _wait
-from fd_fusion.kernels.all_reduce.context import Call, Memory, Polling, Shape
+from fd_fusion.kernels.all_reduce.context import Call, Memory, Polling, Row, Shape
 from fd_fusion.kernels.all_reduce.error_page import ERROR_PAGE_BYTES, read_error_page
 from fd_fusion.kernels.all_reduce.packing import pointer
 from fd_fusion.kernels.all_reduce.slice_sums import clear_sums, exchange_sums
@@ -31,10 +31,11 @@ def wait_for_neighbour(state_memory, own_slots, out):
     state_memory, own_slots = pointer(state_memory, tl.uint64), pointer(own_slots, tl.uint32)
     launch, zero = tl.load(state_memory + COUNTER, volatile=True) // COUNTER_STEP, tl.full((), 0, tl.int32)
     memory = Memory(own_slots, state_memory, sums, (own_slots,))
-    call = Call(zero, zero, launch, zero, 1e-5, 0.0)
+    call = Call(zero, zero, launch, 1, zero, 1e-5, 0.0)
     own = tl.full((), 1.0, tl.float32)
+    row = Row(zero, zero, zero, zero, zero, zero, own_slots)
     shape = Shape(2, 256, 128, 128, 2, 1, 1, "float32", "float32", False, False, 2)
-    total = exchange_sums((own, own), zero, zero, memory, call, shape, Polling(None, None, None, 1, True))
+    total = exchange_sums((own, own), zero, row, memory, call, shape, Polling(None, None, None, 1, True))
     clear_sums(zero, memory, call, shape)
     tl.store(pointer(out, tl.float32), total)
 

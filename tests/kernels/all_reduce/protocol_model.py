@@ -3,15 +3,17 @@ arrive, time runs out and aborts become known.
 
 A launch has rows; program g of G works on the rows g, g+G, ... By one-shot it pushes a row, then waits for it. By
 two-shot it works in batches of N rows: it pushes those of other owners, finishes its own, then waits for the results
-of the others (`_order`). Each row of a launch has a slot of its own, with two halves: a program reads the number of
-its launch from the counter when it starts, `launch_read`, and uses half `launch_read & 1`. Behind that it adds its
-share to the counter: the shares of a launch make COUNTER_STEP together. A launch starts when all programs of the one
-before have ended, on the same rank.
+of the others (`_order`). A launch works in rounds, one after the other on each program by itself. Each row of a
+round has a slot of its own, with two halves: a program reads the number of its first round from the counter when it
+starts, `round_read`, and uses the halves in turn from `round_read & 1` on. Behind that it adds its share to the
+counter: the shares of a launch make COUNTER_STEP together for each round. A launch starts when all programs of the
+one before have ended, on the same rank.
 
 A row is one word, whose value is its number, counted through all launches. A store to another rank is a message that
-arrives at any later time, in any order. Clearing is local; the end of the kernel puts it before the next launch.
-Until then the rank itself finds its words cleared, and for the others they never are: what holds then holds if they
-are cleared earlier. How the programs of one rank that share a row exchange their sums: sums_model.py.
+arrives at any later time, in any order. Clearing is local; the end of the kernel puts it before the next launch, and
+a program's fence between two rounds what it has cleared itself before its next push. Until then the rank itself finds
+its words cleared, and for the others they never are: what holds then holds if they are cleared earlier. How the
+programs of one rank that share a row exchange their sums: sums_model.py.
 
 After a failure of any rank, the abort word of every rank is set, and every row of a later launch is NaN on every
 rank. In the same launch other rows may have been pushed before, and a rank that finds all words of a row may give
@@ -20,14 +22,15 @@ finite numbers for it.
 `explore` returns what is wrong with the protocol as `Rules` describe it: an empty set, unless a bug is planted.
 """
 
+import bisect
 import gc
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
 WORD, ABORT = "word", "abort"
-PUSH, LOOK, WAIT = "push", "look", "wait"
-COUNTER_STEP = 8  # what a launch adds to the counter; more than a launch has programs
+PUSH, LOOK, WAIT, FENCE = "push", "look", "wait", "fence"
+COUNTER_STEP = 8  # what a round adds to the counter; more than twice the programs of a launch
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,7 @@ class Rules:
     size: int
     launches: tuple[tuple[int | None, ...], ...]  # of each row its owner by two-shot, or None for one-shot
     programs: int = 1  # the most that a launch has
+    rounds: tuple[int, ...] = ()  # of each launch; of those that follow, one
     timeouts: bool = False  # whether a rank that waits may run out of time
     at_once: bool = False  # whether words come when they are sent; see `_send`
     streams: int = 1  # of rank 0; with two, launches alternate between them and nothing orders the two
@@ -45,6 +49,9 @@ class Rules:
     halves_by_rows: bool = False  # where the second half begins depends on T
     launch_too_early: bool = False  # when the programs of the one before have begun, and not ended: PDL with no wait
     step_of_one_program: bool = False  # one adds the whole step, the others nothing
+    rounds_of_others: bool = False  # a late program does not see that the first one has added all rounds
+    no_fence: bool = False  # between two rounds
+    idle_programs: bool = False  # more programs than there are rows in a round
     results_in_the_other_half: bool = False
     abort_not_spread: bool = False
     pushes_after_abort: bool = False
@@ -56,7 +63,22 @@ class Rules:
 
     @cached_property
     def _grids(self):
-        return [min(self.programs, len(rows)) for rows in self.launches]
+        every = range(len(self.launches))
+        fewest = [len(self.launches[launch]) // (1 if self.idle_programs else self.count(launch)) for launch in every]
+        return [min(self.programs, rows) for rows in fewest]
+
+    def count(self, launch):
+        """The rounds of a launch."""
+        return self.rounds[launch] if launch < len(self.rounds) else 1
+
+    @cached_property
+    def _starts(self):
+        every = [(len(rows), self.count(launch)) for launch, rows in enumerate(self.launches)]
+        return [[rows * number // count for number in range(count + 1)] for rows, count in every]
+
+    def rows_of(self, launch, number):
+        """The rows of a round."""
+        return range(*self._starts[launch][number : number + 2])
 
     @cached_property
     def orders(self):
@@ -68,8 +90,10 @@ class Rules:
     def _first_numbers(self):
         return [sum(map(len, self.launches[:launch])) for launch in range(len(self.launches))]
 
-    def slot(self, launch, row, launch_read):
-        half = 0 if self.one_half else launch_read & 1
+    def slot(self, launch, row, round_read):
+        number = bisect.bisect_right(self._starts[launch], row) - 1
+        half = 0 if self.one_half else (round_read + number) & 1
+        row -= self._starts[launch][number]
         row = row % self.grid(launch) if self.slots_of_programs else row
         return half * len(self.launches[launch]) + row if self.halves_by_rows else 2 * row + half
 
@@ -89,15 +113,16 @@ class Program(NamedTuple):
     launch: int
     number: int
     step: int = -1  # in `Rules.orders`, the next one; -1: it has not started
-    launch_read: int = 0  # from the counter, at its start
+    round_read: int = 0  # from the counter, at its start
     dead: bool = False  # the abort word was set when it looked, so it pushes nothing and reads nothing
+    cleared: frozenset = frozenset()  # words that it has taken since its last fence
 
 
 class Stream(NamedTuple):
     rank: int
     launches: tuple[int, ...]  # that have not begun
     programs: tuple[Program, ...] = ()  # that have not ended
-    cleared: frozenset = frozenset()  # words that are taken, which the others may still find there
+    cleared: frozenset = frozenset()  # words that ended programs have taken, which the others may still find there
 
 
 class State(NamedTuple):
@@ -141,8 +166,13 @@ def _explore(rules):
 def _order(rules, launch, g, rank):
     """Return what program g of a launch does, one after the other: (what, row). It looks at the abort word at a push,
     and by two-shot before each wait too."""
+    rounds = [rules.rows_of(launch, number)[g :: rules.grid(launch)] for number in range(rules.count(launch))]
+    todo = [step for rows in rounds for step in (*_order_of_round(rules, launch, rows, rank), (FENCE, None))]
+    return todo[:-1]
+
+
+def _order_of_round(rules, launch, rows, rank):
     owners = rules.launches[launch]
-    rows = range(g, len(owners), rules.grid(launch))
     if not any(owner is not None for owner in owners):
         return [(what, row) for row in rows for what in (PUSH, WAIT)]
     todo = []
@@ -183,6 +213,8 @@ def _steps(rules, state, wrong):
             what, row = rules.orders[program.launch, program.number, stream.rank][program.step]
             if what == PUSH:
                 yield _push(*at, row, wrong)
+            elif what == FENCE:
+                yield _fence(*at)
             elif what == LOOK:
                 dead = program.dead or stream.rank in state.aborted
                 yield _with(state, number, which, program._replace(step=program.step + 1, dead=dead))
@@ -228,17 +260,27 @@ def _without(slots, cleared):
 def _start(rules, state, number, which):
     stream = state.streams[number]
     program = stream.programs[which]
-    counter = state.counters[stream.rank]
+    counter, rounds = state.counters[stream.rank], rules.count(program.launch)
     others = 0 if rules.step_of_one_program else rules.grid(program.launch) - 1
-    share = COUNTER_STEP - others if program.number == 0 else min(1, others)
+    share = rounds * COUNTER_STEP - others if program.number == 0 else min(1, others)
     state = state._replace(counters=_put(state.counters, stream.rank, counter + share))
-    return _with(state, number, which, program._replace(step=0, launch_read=counter // COUNTER_STEP))
+    first_has_added = counter % COUNTER_STEP >= COUNTER_STEP // 2 and not rules.rounds_of_others
+    round_read = counter // COUNTER_STEP - (rounds - 1 if first_has_added else 0)
+    return _with(state, number, which, program._replace(step=0, round_read=round_read))
+
+
+def _fence(rules, state, number, which):
+    program = state.streams[number].programs[which]
+    if not rules.no_fence:
+        state = state._replace(slots=_without(state.slots, program.cleared))
+        program = program._replace(cleared=frozenset())
+    return _with(state, number, which, program._replace(step=program.step + 1))
 
 
 def _push(rules, state, number, which, row, wrong):
     rank, program = state.streams[number].rank, state.streams[number].programs[which]
     launch = program.launch
-    owner, slot = rules.launches[launch][row], rules.slot(launch, row, program.launch_read)
+    owner, slot = rules.launches[launch][row], rules.slot(launch, row, program.round_read)
     dead = rank in state.aborted and not rules.pushes_after_abort
     to = set(range(rules.size)) if owner is None else {owner}
     sent = {
@@ -271,14 +313,15 @@ def _read(rules, state, number, which, row, wrong):
     stream = state.streams[number]
     rank, program = stream.rank, stream.programs[which]
     owner, value = rules.launches[program.launch][row], rules.number(program.launch, row)
-    slot = rules.slot(program.launch, row, program.launch_read)
-    back = rules.slot(program.launch, row, program.launch_read + rules.results_in_the_other_half)
+    slot = rules.slot(program.launch, row, program.round_read)
+    back = rules.slot(program.launch, row, program.round_read + rules.results_in_the_other_half)
     peers = [peer for peer in range(rules.size) if peer != rank]
     if owner in (None, rank):
         places = {(rank, slot, rules.place(rank, peer)) for peer in peers}
     else:
         places = {(rank, back, place) for place in rules.results()}
-    found = {word for word in state.slots - stream.cleared if word[0] in places}
+    cleared = stream.cleared.union(*(other.cleared for other in stream.programs))
+    found = {word for word in state.slots - cleared if word[0] in places}
     if len(found) < len(places):
         return
     if any(of != value for _, of in found):
@@ -286,8 +329,8 @@ def _read(rules, state, number, which, row, wrong):
     sent = set()
     if owner == rank:
         sent = {(WORD, (peer, back, place), value) for peer in peers for place in rules.results()}
-    stream = stream._replace(cleared=stream.cleared | found)
-    state = _send(rules, state._replace(streams=_put(state.streams, number, stream)), sent, wrong)
+    program = program._replace(cleared=program.cleared | found)
+    state = _send(rules, _with(state, number, which, program), sent, wrong)
     yield _done(rules, state, number, which, right=True)
 
 
@@ -300,9 +343,10 @@ def _done(rules, state, number, which, right):
     state = state._replace(failed=failed, finite=finite)
     if step < len(rules.orders[launch, program.number, stream.rank]):
         return _with(state, number, which, program._replace(step=step))
-    if state.counters[stream.rank] > (program.launch_read + 1) * COUNTER_STEP:
+    if state.counters[stream.rank] > (program.round_read + rules.count(launch)) * COUNTER_STEP:
         state = _abort(rules, state, stream.rank)
-    stream = stream._replace(programs=stream.programs[:which] + stream.programs[which + 1 :])
+    programs = stream.programs[:which] + stream.programs[which + 1 :]
+    stream = stream._replace(programs=programs, cleared=stream.cleared | program.cleared)
     return state._replace(streams=_put(state.streams, number, stream))
 
 

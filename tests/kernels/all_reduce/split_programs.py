@@ -65,10 +65,11 @@ def run_program(kernels, case, plan, member, rank, pid, own_slots):
         if case.get("absent") == [rank, step]:
             return
         member.barrier.wait(60)
-        grid = plans.grid(plan, case["programs"], rows, case["two_shot"][step])
-        if pid >= grid[0] or case.get("absent_program") == [rank, step, pid]:
+        how = case["slots"], case["programs"], rows, case["two_shot"][step]
+        ((programs, _, _, rounds),) = plans.launches(plan, *how)
+        if pid >= programs or case.get("absent_program") == [rank, step, pid]:
             continue
-        builder.set_grid_dim = lambda *_, grid=grid: set_dim(*grid, 1, 1)
+        builder.set_grid_dim = lambda *_, programs=programs: set_dim(programs, 1, 1)
         builder.set_grid_idx = lambda *_: set_idx(pid, 0, 0)
         constants = plans.constants(
             plan,
@@ -78,7 +79,7 @@ def run_program(kernels, case, plan, member, rank, pid, own_slots):
             fp8=case.get("fp8"),
         )
         addresses = [tensor.ctypes.data for tensor in (*member.calls[step], member.state_memory)]
-        numbers = rows, rank, step, 1e-5, case.get("weight_offset", 0.0)
+        numbers = rows, rounds, rank, step, 1e-5, case.get("weight_offset", 0.0)
         fp8 = member.fp8[step].arguments(0) if member.fp8 else ()
         kernels[bool(fp8)][(1,)](*addresses, own_slots, *numbers, *fp8, **constants)
 

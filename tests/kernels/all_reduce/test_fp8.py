@@ -35,7 +35,7 @@ def check_codes(one, number, results, norms=None):
 TWO_RANKS = [
     fp8(2, 256, "multiply"),
     fp8(2, 384, "multiply_pow2", scales="by column", weight_dtype="float32", weight_offset=1.0),
-    fp8(2, 128, "divide", dtype="float16", scales="by column", slots=2, rows=[1, 3, 5, 4]),  # several launches
+    fp8(2, 128, "divide", dtype="float16", scales="by column", slots=2, rows=[1, 3, 5, 4]),  # several rounds
     fp8(2, 640, "divide_7", residual=False),
     fp8(2, 384, "multiply", tiny=True, rows=[2], two_shot=[False]),
     fp8(2, 384, "multiply_pow2", tiny=True, rows=[2], two_shot=[True]),

@@ -108,6 +108,7 @@ WRAPS = [  # across the places where a counter of 32 bits would go wrong, and ca
     case(2, 64, launches=2**31 - 2, rows=[2] * 5, two_shot=[False, True, False, False, True]),
     case(2, 64, launches=2**32 - 3, rows=[4] * 5, two_shot=[True, False, False, True, True]),
     case(2, 64, slots=3, rows=[3, 4, 7, 2, 3], two_shot=[True, False, True, False, False], payload="special"),
+    case(2, 64, slots=4, programs=1, rows=[9, 4, 13, 2, 8], two_shot=[False, True, True, False, True]),  # rounds
 ]
 
 
@@ -258,10 +259,30 @@ def test_rows_at_once(size):
         assert found == max(n for n in range(1, min(rows, slots) + 1) if math.gcd(n, size) == 1)
 
 
-def test_the_launches_of_a_call():
-    """None has more rows than there are slots, and no row is left out."""
-    for slots, rows in itertools.product((1, 2, 3, 7, 853), (1, 2, 6, 7, 8, 15, 2048)):
-        found = plans.launches(slots, rows)
-        assert [start for start, _ in found] == [0, *itertools.accumulate(count for _, count in found)][:-1]
-        assert sum(count for _, count in found) == rows and len(found) == -(-rows // slots)
-        assert min(count for _, count in found) > 0 and max(count for _, count in found) <= slots
+@pytest.mark.parametrize("two_shot", [False, True])
+@pytest.mark.parametrize("size", [2, 4, 6, 8])
+def test_the_launches_of_a_call(size, two_shot):
+    """No round has more rows than there are slots, and no row is left out; in a launch of several rounds every
+    program has a row in each, by two-shot one for each owner."""
+    plan, several = plans.plan_for(size, 64, "bfloat16"), 0
+    for slots, at_once, rows in itertools.product((1, 3, 7, 24, 853), (1, 5, 131), (1, 2, 6, 8, 15, 49, 1707, 2048)):
+        found = plans.launches(plan, slots, min(slots, at_once), rows, two_shot)
+        assert [start for _, start, _, _ in found] == [0, *itertools.accumulate(one.rows for one in found)][:-1]
+        assert sum(one.rows for one in found) == rows
+        assert sum(one.rounds for one in found) == -(-rows // slots)
+        for one in found:
+            assert one.rows >= one.rounds >= 1 and -(-one.rows // one.rounds) <= slots
+            most = min(at_once, one.rows)
+            if one.rounds > 1:
+                several += 1
+                most = min(at_once, one.rows // one.rounds // (size if two_shot else 1))
+                assert math.gcd(one.programs, size) == 1 or not two_shot
+            assert 1 <= one.programs <= most and one.programs > 0.9 * min(at_once, slots, one.rows) - 1
+    assert several
+
+
+def test_many_rounds_are_one_launch_where_every_program_has_enough_rows():
+    plan = plans.plan_for(4, 4096, "bfloat16")
+    assert plans.launches(plan, 853, 131, 2048, True) == [(262, 0, 2048, 3)]
+    assert plans.launches(plan, 853, 131, 1024, True) == [(254, 0, 1024, 2)], "127 at once: no factor of 4, 0.97"
+    assert [one.rounds for one in plans.launches(plan, 365, 131, 512, True)] == [1, 1], "no row for each owner"

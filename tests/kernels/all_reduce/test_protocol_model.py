@@ -82,6 +82,34 @@ def test_two_shot_of_several_batches_as_the_kernel_has_them(size, rows, programs
     assert explore(Rules(size, (launch[:3], (None,)), programs, at_once=True, timeouts=size == 2)) == set()
 
 
+ROUNDS = [  # launches, and of each its rounds
+    (((None,) * 2, (None,), (None,) * 3), (2, 1, 3)),
+    (((None,) * 4, (0, 1)), (2,)),
+    (((None,), (0, 1) * 2, (None,) * 2), (1, 2, 2)),
+    (((0, 1) * 3, (None,)), (3,)),
+]
+
+
+@pytest.mark.parametrize("launches, rounds", ROUNDS)
+def test_two_ranks_and_launches_of_several_rounds(launches, rounds):
+    """Every program has a row in each round, by two-shot one for each owner, as `plan.launches` sees to."""
+    assert explore(Rules(2, launches, 1, rounds)) == set()
+    assert explore(Rules(2, launches, 1, rounds, at_once=True, timeouts=True)) == set()
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+def test_rounds_of_two_programs(at_once):
+    launches = ((None,) * 2, (None,) * (5 if at_once else 4), (None,) * 2)
+    assert explore(Rules(2, launches, 2, (1, 2), at_once=at_once)) == set()
+
+
+@pytest.mark.parametrize(
+    "rows, count, behind", [((None,) * 3, 3, None), ((0, 1, 2) * 2, 2, None), ((None,) * 2, 2, 1)]
+)
+def test_rounds_of_three_ranks(rows, count, behind):
+    assert explore(Rules(3, (rows, (behind,)), 1, (count,), at_once=True)) == set()
+
+
 # Every bug is looked for both ways: that words may come at once must not hide one.
 planted = pytest.mark.parametrize("at_once", [False, True], ids=["in_any_order", "at_once"])
 OVERWRITTEN = "a word that nobody has read is written over"
@@ -130,6 +158,27 @@ def test_a_turn_that_one_program_makes_is_found(at_once):
 
 
 @planted
+@pytest.mark.parametrize("launches, rounds", [(((None,) * 3,), (3,)), (((None,) * 2, (None,)), (2,))])
+@pytest.mark.parametrize("size", [2, 3])
+def test_rounds_with_no_fence_between_them_are_found(size, launches, rounds, at_once):
+    """A rank is in the next round, or launch, and what its peer has cleared is not cleared for it."""
+    assert OVERWRITTEN in explore(Rules(size, launches, 1, rounds, no_fence=True, at_once=at_once))
+
+
+@planted
+def test_a_program_with_no_row_in_a_round_is_found(at_once):
+    rules = {"rounds": (1, 2), "idle_programs": True, "at_once": at_once}
+    assert OVERWRITTEN in explore(Rules(2, ((None,) * 2, (None,) * 3), 2, **rules))
+
+
+@planted
+def test_a_late_program_that_counts_the_rounds_of_its_own_launch_is_found(at_once):
+    rules = {"rounds": (2,), "rounds_of_others": True, "at_once": at_once}
+    assert explore(Rules(2, ((None,) * 4, (None,)), 2, **rules))
+    assert explore(Rules(2, ((None,) * 2, (None,)), 1, **rules)) == set(), "it shows with two programs only"
+
+
+@planted
 @pytest.mark.parametrize("size", [2, 3])
 def test_a_result_in_the_half_of_the_next_launch_is_found(size, at_once):
     assert OVERWRITTEN in explore(Rules(size, ((0,), (None,)), results_in_the_other_half=True, at_once=at_once))
@@ -171,6 +220,11 @@ def test_programs_of_a_row_exchange_their_sums(split, calls):
     assert sums_model.explore(sums_model.Rules(split, calls)) == set()
 
 
+@pytest.mark.parametrize("split, calls, timeouts", [(2, 5, False), (2, 3, True), (3, 2, False)])
+def test_programs_of_a_row_exchange_their_sums_in_rounds(split, calls, timeouts):
+    assert sums_model.explore(sums_model.Rules(split, calls, timeouts=timeouts, rounds=True)) == set()
+
+
 @pytest.mark.parametrize("split, calls", [(2, 3), (3, 2)])
 def test_any_program_of_a_row_may_fail(split, calls):
     assert sums_model.explore(sums_model.Rules(split, calls, failures=True)) == set()
@@ -193,6 +247,11 @@ def test_a_thread_that_waits_for_a_sum_may_run_out_of_time(split, calls):
 )
 def test_bugs_in_the_exchange_of_sums_are_found(bug, found):
     assert found in sums_model.explore(sums_model.Rules(3, 2, failures=True, **{bug: True}))
+
+
+@pytest.mark.parametrize("bug", ["one_half", "no_fence"])
+def test_bugs_in_the_exchange_of_sums_in_rounds_are_found(bug):
+    assert sums_model.explore(sums_model.Rules(2, 4, rounds=True, **{bug: True}))
 
 
 def test_a_time_out_that_thread_0_alone_can_report_is_found():

@@ -88,7 +88,7 @@ def compile_case(arch, size, hidden, dtype, weight_dtype, two_shot, *fp8):
     constants = plans.constants(plan, weight_dtype=weight_dtype, two_shot=two_shot != 0, pdl=pdl, **how)
     options = {key: constants.pop(key) for key in ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")}
     options["launch_pdl"] = constants.pop("launch_pdl", False)
-    types = dict.fromkeys(("rows", "rank", "op", "row_stride", "group_stride"), "i32")
+    types = dict.fromkeys(("rows", "rounds", "rank", "op", "row_stride", "group_stride"), "i32")
     types |= dict.fromkeys(("eps", "weight_offset", "static_factor"), "fp32")
     signature = {n: "constexpr" if n in constants else types.get(n, "i64") for n in kernel.arg_names}
     source, target = ASTSource(kernel, signature, constants), GPUTarget("cuda", arch, 32)

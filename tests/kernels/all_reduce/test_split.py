@@ -42,6 +42,10 @@ CASES = {  # a slice is 32 words, of two halves or one float
     "4 of three, two by two-shot": split(
         3, 4, 200, "float16", slices=2, rows=[1, 3, 2], two_shot=[False, True, True]
     ),
+    "2 of two, rounds": split(
+        2, 2, 72, slots=4, programs=2, rows=[8, 2, 9], two_shot=[False, True, False], launches=2**32 - 3
+    ),
+    "2 of two, rounds by two-shot": split(2, 2, 72, slots=4, rows=[8, 2, 5], two_shot=[True, False, True]),
     "no rank": split(2, 2, 72, absent=[1, 1], **MISSING),
     "no program": split(2, 2, 72, absent_program=[0, 1, 1], **MISSING),
 }
