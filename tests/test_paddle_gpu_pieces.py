@@ -5,8 +5,13 @@ import json
 import struct
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import paddle
 import pytest
+
+from fd_fusion.frameworks import triton_launch
+from fd_fusion.frameworks.triton_launch import Loaded
 
 FOLDER = Path(__file__).parent / "gpu/paddle"
 
@@ -36,10 +41,9 @@ def test_the_code_of_cubins_becomes_zeros_and_nothing_else(tmp_path):
 
 def test_the_pieces_are_read_as_one(tmp_path):
     run = load("run")
-    run.PIECES = tmp_path
     for number, data in enumerate((b"abc", b"de")):
         (tmp_path / f"paddle.tar.xz.{number}").write_bytes(data)
-    pieces = run.Pieces()
+    pieces = run.Pieces(tmp_path)
     assert [pieces.read(2) for _ in range(5)] == [b"ab", b"c", b"de", b"", b""]
 
 
@@ -82,3 +86,40 @@ def test_every_part_of_the_host_time_can_be_called(monkeypatch, capsys):
     monkeypatch.setattr(part.timeit, "repeat", lambda call, **_: [call() is not None])
     part.on_a_cpu()
     assert "finish, dtypes interned, norm_out in place" in capsys.readouterr().out
+
+
+def test_the_host_time_with_a_real_launch_is_measured_to_its_end(monkeypatch, capsys):
+    """Without driver and kernels: the product's whole way from tensors to Triton's C function runs."""
+    monkeypatch.setattr(sys, "path", [str(FOLDER), *sys.path])
+    part, launched, sources = load("host_time_33"), [], []
+
+    class Run:
+        def __init__(self):
+            self.launch = lambda *given: launched.append(given)
+
+        def __call__(self, *given):
+            self.launch(*given)
+
+    def prepare(kernel, like, constants, device):
+        assert paddle.cuda.current_device() == 0 and paddle._C._cuda_getCurrentRawStream(0) == 32
+        made = SimpleNamespace(run=Run(), function=5, packed_metadata=(4, 1, 0))
+        return Loaded(triton_launch.launcher(made, lambda: 32, like, tuple(constants)), 2)
+
+    kernel = SimpleNamespace(src="def kernel(x,\n    N: tl.constexpr):  # why\n    tl.store(x, N)\n")
+    kernel._unsafe_update_src = sources.append
+    gpu = SimpleNamespace(name="none", stream=32, capability=(9, 0), synchronize=int, triton_driver=None)
+    monkeypatch.setattr(part, "Gpu", lambda: gpu)
+    monkeypatch.setattr(part, "_prepare", prepare)
+    monkeypatch.setattr(part, "_load_kernel", lambda module, name: kernel)
+    monkeypatch.setattr(part.calls, "host_us", lambda call, synchronize: float(bool(call())))
+    monkeypatch.setattr(part.paddle, "set_grad_enabled", lambda enabled: None)
+    part.main()
+    assert set(sources) == {"def kernel(x,\n    N: tl.constexpr):\n    return\n"}
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])["microseconds"]
+    assert {
+        "finish",
+        "finish_fp8",
+        "finish, launch: through Triton's Python",
+        "bare launch, prepared",
+    } <= found.keys()
+    assert launched and all(given[3] == 32 for given in launched)

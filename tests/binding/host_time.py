@@ -23,20 +23,22 @@ SIZE, ROWS, H = 2, 16, 4096
 GROUP = Group("host", 0, SIZE, tuple(range(SIZE)), None)
 
 
-def op_with(launch_of, weight_dtypes=("bfloat16",), fp8=()):
-    """The triton backend as it is open on a GPU, but for its memory and its kernels: `launch_of(constants)`."""
+def op_with(launch_of, weight_dtypes=("bfloat16",), fp8=(), **instead):
+    """The triton backend as it is open on a GPU, but for its memory and its kernels: `launch_of(constants)`.
+
+    instead: other functions in the place of those of `triton_launch`, by name.
+    """
 
     def prepare(kernel, like, constants, device):
         return triton_launch.Loaded(launch_of(constants), 2)
 
     device = {"device": "gpu", "arch": 90}
     spec = OpSpec(0, SIZE, H, "bfloat16", weight_dtypes=weight_dtypes, fp8=fp8, timeout_s=1.0, **device)
+    functions = dict.fromkeys(("require_mode", "load_kernel"), mock.Mock())
+    functions |= {"prepare": prepare, "uses_pdl": lambda: False, **instead}
     with (
         mock.patch.object(backend, "CudaIpc", lambda: SimpleNamespace(multiprocessors=lambda: 132)),
-        mock.patch.object(triton_launch, "require_mode"),
-        mock.patch.object(triton_launch, "load_kernel"),
-        mock.patch.object(triton_launch, "prepare", prepare),
-        mock.patch.object(triton_launch, "uses_pdl", lambda: False),
+        mock.patch.multiple(triton_launch, **functions),
     ):
         op = backend.TritonOp(spec, GROUP)
     op._own = 0, 0

@@ -89,6 +89,10 @@ def meet(groups: Iterable[Group], timeout_s: float) -> None:
             logger.warning("fd_fusion: %s", because("no_presence", why=error))
     if _up:  # a model that was bound late
         watch()
+        if not _for_us:  # in a forward of the host's: no capture follows, which would freeze it
+            from fd_fusion.binding import lifecycle
+
+            lifecycle.freeze()
 
 
 def watch() -> None:

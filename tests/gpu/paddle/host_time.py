@@ -20,6 +20,8 @@ from fd_fusion.spec import Fp8
 from tests.binding.host_time import op_with
 
 made_of, launcher = {}, triton_launch.launcher
+STREAM_KNOWN = "the stream known"
+FP8 = Fp8(by_column=True, keeps_norm=False)  # as FastDeploy's GEMM reads it
 
 
 def recording(made, stream, like, tail):
@@ -35,38 +37,49 @@ def host_time(group, options):
     op.freeze()
     call = Call(op, case, group)
     call.run()
-    launch = op._launches[case.weight_dtype, 0, False]
+    raw, device = paddle._C._cuda_getCurrentRawStream, paddle.cuda.current_device()
+    ways = ways_to_launch(op, case.weight_dtype, raw(device))
+    parts = {"the current stream": lambda args: raw(device), **ways_as_parts(op, ways)}
+    report(op, call.tensors, parts, _measure, {STREAM_KNOWN: ways[STREAM_KNOWN]})
+    op.check()
+    op.close()
+    op, case = opened(group, options, rows=1, fp8=(FP8,))
+    report_fp8(op, Call(op, case, group).tensors, _measure)
+    op.check()
+    op.close()
+
+
+def _measure(part):
+    return calls.host_us(part, paddle.device.synchronize)
+
+
+def ways_to_launch(op, weight_dtype, stream):
+    """Ways to launch the kernel of one-shot with a residual, by name: the product's own, and others."""
+    launch = op._launches[weight_dtype, 0, False]
     made, like, tail = made_of[launch]
-    raw = paddle._C._cuda_getCurrentRawStream
-    stream, device = raw(paddle.cuda.current_device()), paddle.cuda.current_device()
     inside, made.run.launch = made.run.launch, _nothing
     silent = launcher(made, lambda: stream, like, tail)
     made.run.launch = inside
-    bare = launcher(made, lambda: stream, like, tail)
-    by_triton = launcher(_slow(made), lambda: stream, like, tail)
-    launches = {
-        "the current stream": lambda args: raw(device),
-        "prepared launch": lambda args: launch(op._plan.split, *args),
-        "bare launch, the stream known": lambda args: bare(op._plan.split, *args),
-        "bare launch through Triton's Python": lambda args: by_triton(op._plan.split, *args),
-        "bare launch, Triton's C function does nothing": lambda args: silent(op._plan.split, *args),
+    return {
+        "prepared": launch,
+        STREAM_KNOWN: launcher(made, lambda: stream, like, tail),
+        "through Triton's Python": launcher(_slow(made), lambda: stream, like, tail),
+        "Triton's C function does nothing": silent,
     }
-    report(op, call.tensors, launches, lambda part: calls.host_us(part, paddle.device.synchronize), bare)
-    op.check()
-    op.close()
-    _fp8(group, options)
 
 
-def _fp8(group, options):
-    form = Fp8(by_column=True, keeps_norm=False)  # as FastDeploy's GEMM reads it
-    op, case = opened(group, options, rows=1, fp8=(form,))
-    x, residual, weight = Call(op, case, group).tensors
-    known = [Known(tensor) for tensor in (x, residual, weight)]
-    for name, given in 2 * [("", (x, residual, weight)), (", dtypes interned", known)]:
-        us = calls.host_us(lambda given=given: op.finish_fp8(*given, 1e-5, 0.0, form), paddle.device.synchronize)
+def ways_as_parts(op, ways):
+    return {f"bare launch, {name}": lambda args, way=way: way(op._plan.split, *args) for name, way in ways.items()}
+
+
+def report_fp8(op, tensors, measure):
+    """`finish_fp8`, codes and scales alone, with both sorts of tensors."""
+    known, found = [Known(tensor) for tensor in tensors], {}
+    for name, given in 2 * [("", tensors), (", dtypes interned", known)]:
+        us = measure(lambda given=given: op.finish_fp8(*given, 1e-5, 0.0, FP8))
         print(f"host time, finish_fp8{name}: {us:.2f} us", flush=True)
-    op.check()
-    op.close()
+        found[f"finish_fp8{name}"] = us
+    return found
 
 
 def _slow(made):
@@ -80,7 +93,7 @@ def on_a_cpu():
     op = op_with(lambda constants: _nothing)
     wide = [paddle.empty([1, op._spec.hidden_size], dtype="bfloat16") for _ in range(2)]
     row = paddle.empty([op._spec.hidden_size], dtype="bfloat16")
-    launches = {"bare launch, the stream known": lambda args: _nothing(1, *args)}
+    launches = ways_as_parts(op, {STREAM_KNOWN: _nothing})
     report(op, (*wide, row), launches, lambda part: min(timeit.repeat(part, number=300, repeat=200)) / 300 * 1e6)
 
 
@@ -99,11 +112,16 @@ def addresses(op, tensors):
     return *(t.data_ptr() for t in (*tensors, *outputs)), *op._own, 1, 1, op._group.rank, 0, 1e-5, 0.0
 
 
-def report(op, tensors, launches, measure, bare=_nothing):
+def report(op, tensors, launches, measure, instead=None):
+    """Measure and print all parts; returns them, by name.
+
+    launches: more parts, which take the arguments of a launch. instead: launches in the place of `finish`'s own.
+    """
     x, residual, weight = tensors
     known = [Known(tensor) for tensor in tensors]
     args, ops, dtype, place = addresses(op, tensors), paddle._C_ops, x.dtype, x.place
-    by_name = {"its launch does nothing": _nothing, "the stream known": bare}
+    cpu = paddle.CPUPlace()
+    by_name = {"its launch does nothing": _nothing, STREAM_KNOWN: _nothing, **(instead or {})}
     new, shape = op._new, x.shape
 
     def interned():
@@ -127,6 +145,7 @@ def report(op, tensors, launches, measure, bare=_nothing):
         "three is_contiguous()": lambda: x.is_contiguous() and residual.is_contiguous() and weight.is_contiguous(),
         "two outputs as the product makes them": lambda: (new(shape, dtype), new(shape, dtype)),
         "two _C_ops.empty": lambda: (ops.empty(shape, dtype, place), ops.empty(shape, dtype, place)),
+        "two _C_ops.empty on the CPU": lambda: (ops.empty(shape, dtype, cpu), ops.empty(shape, dtype, cpu)),
         "two _C_ops.empty_like": lambda: (ops.empty_like(x, dtype, place), ops.empty_like(x, dtype, place)),
         "two paddle.empty": lambda: (paddle.empty(shape, dtype), paddle.empty(shape, dtype)),
         "_launch, its launch does nothing": lambda: op._launch(_nothing, 0, *args[:5], 1, 1e-5, 0.0, None),
@@ -142,16 +161,19 @@ def report(op, tensors, launches, measure, bare=_nothing):
         kernels = op._of_weights
         for name, launch in by_name.items():
             op._of_weights = [(of, dict.fromkeys(launches, launch)) for of, launches in kernels]
+            found[f"finish, {name}"] = measure(parts["finish"])
             found[f"finish, dtypes interned, {name}"] = measure(interned)
         op._of_weights = kernels
         for name, us in found.items():
             print(f"host time, {name}: {us:.2f} us", flush=True)
-    own = found["two _C_ops.empty"] + found["bare launch, the stream known"]
+    own = found["two _C_ops.empty"] + found[f"bare launch, {STREAM_KNOWN}"]
     comparing = found["finish"] - found["finish, dtypes interned"]
     print(f"host time, of it two outputs and a bare launch: {own:.2f} us, comparing dtypes: {comparing:.2f} us")
-    stream = found["finish, dtypes interned"] - found["finish, dtypes interned, the stream known"]
+    stream = found["finish, dtypes interned"] - found[f"finish, dtypes interned, {STREAM_KNOWN}"]
     print(f"host time, the stream asked for: {stream:.2f} us")
-    print(f"host time, what is left: {found['finish'] - own - comparing - stream:.2f} us", flush=True)
+    left = found["what is left"] = found["finish"] - own - comparing - stream
+    print(f"host time, what is left: {left:.2f} us", flush=True)
+    return found
 
 
 if __name__ == "__main__":

@@ -1,11 +1,14 @@
 """Make what the GPU machine needs of Paddle 2.6.2, PyPI's newest GPU build, on a machine with a network:
 
-    python tests/gpu/paddle/make_pieces.py [FOLDER]
+    python tests/gpu/paddle/make_pieces.py          # .paddle_gpu
+    python tests/gpu/paddle/make_pieces.py --cpu    # .paddle_cpu: the CPU build of 3.3.1, for host_time_33.py
 
-FOLDER (.paddle_gpu) gets `paddle.tar.xz.0` and `.1`, two pieces of under 60 MB, for CPython 3.12 on x86-64. The
-wheel's GPU code is cubins for sm_61 to sm_86 and no PTX: no kernel of it runs on Hopper, and zeros in its place pack
-to nothing. What is left is Paddle's runtime: allocator, memcpy, streams, events, CUDA graphs, process groups of NCCL,
-TCPStore.
+The folder gets `paddle.tar.xz.0` and `.1`, two pieces of under 60 MB, for CPython 3.12 on x86-64. The GPU code of
+2.6.2 is cubins for sm_61 to sm_86 and no PTX: no kernel of it runs on Hopper, and zeros in its place pack to nothing.
+What is left is Paddle's runtime: allocator, memcpy, streams, events, CUDA graphs, process groups of NCCL, TCPStore.
+
+Of 3.3.1 what tensors and host time need is packed: no BLAS, nothing else that it loads when it is first used. What it
+imports (NumPy, protobuf, Pillow, networkx, httpx, opt_einsum, safetensors) the machine must have; any version did.
 """
 
 from __future__ import annotations
@@ -17,10 +20,11 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
-WHEEL = "paddlepaddle-gpu==2.6.2"
-# What it imports, in versions that it was built for.
+WHEEL, CPU_WHEEL = "paddlepaddle-gpu==2.6.2", "paddlepaddle==3.3.1"
+# What 2.6.2 imports, in versions that it was built for.
 BESIDE = [
     "numpy==1.26.4",
     "protobuf==3.20.2",
@@ -34,6 +38,8 @@ TARGET = ["--python-version", "3.12", "--implementation", "cp", "--only-binary",
 PLATFORMS = [f"--platform={name}_x86_64" for name in ("manylinux1", "manylinux2014", "manylinux_2_17")]
 LIBRARIES = ("base/libpaddle.so", "libs/libphi.so")
 LEFT_OUT = ("include", "libs/libflashattn.so")
+_LATER = ("mklml_intel.so", "openvino_intel_cpu_plugin.so", "lapack.so.3", "blas.so.3", "gfortran.so.3")
+CPU_LEFT_OUT = ("include", *(f"libs/lib{name}" for name in _LATER))
 MOST = 60_000_000  # bytes of a piece
 _MAGIC = struct.pack("<I", 0xBA55ED50)
 
@@ -54,24 +60,25 @@ def zero_cubins(path: Path) -> int:
     return zeroed
 
 
-def install(site: Path) -> None:
-    """Install the wheel and what it imports into a folder, for the other machine's Python."""
+def install(site: Path, packages: Sequence[str], left_out: Sequence[str]) -> None:
+    """Install packages into a folder, for the other machine's Python."""
     pip = [sys.executable, "-m", "pip", "install", "--target", str(site), *TARGET, *PLATFORMS]
-    subprocess.run([*pip, WHEEL, *BESIDE], check=True)
-    for name in LEFT_OUT:
+    subprocess.run([*pip, *packages], check=True)
+    for name in left_out:
         path = site / "paddle" / name
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, cpu: bool) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as temporary:
         site, packed = Path(temporary, "site"), Path(temporary, "paddle.tar.xz")
-        install(site)
-        for library in sorted(site.glob("paddle/**/*.so*")):
+        install(site, *(([CPU_WHEEL], CPU_LEFT_OUT) if cpu else ([WHEEL, *BESIDE], LEFT_OUT)))
+        for library in () if cpu else sorted(site.glob("paddle/**/*.so*")):
             if zeroed := zero_cubins(library):
                 print(f"{library.relative_to(site)}: {zeroed >> 20} MiB of cubins are zeros", flush=True)
-        with tarfile.open(packed, "w:xz", preset=6) as archive:
+        preset = 2 if cpu else 6  # 2 is small enough there, and sooner
+        with tarfile.open(packed, "w:xz", preset=preset) as archive:
             archive.add(site, ".", filter=lambda entry: None if "__pycache__" in entry.name else entry)
         data = packed.read_bytes()
         half = -(-len(data) // 2)
@@ -83,4 +90,5 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1] if sys.argv[1:] else ".paddle_gpu"))
+    of_cpu = sys.argv[1:] == ["--cpu"]
+    main(Path(".paddle_cpu" if of_cpu else ".paddle_gpu"), of_cpu)

@@ -49,8 +49,8 @@ NEEDS["staying"] = 4
 class Pieces:
     """The pieces as one file that is read from its begin to its end."""
 
-    def __init__(self):
-        self.files = [path.open("rb") for path in sorted(PIECES.glob("paddle.tar.xz.*"))]
+    def __init__(self, folder: Path):
+        self.files = [path.open("rb") for path in sorted(folder.glob("paddle.tar.xz.*"))]
 
     def read(self, count):
         while self.files:
@@ -71,14 +71,14 @@ def count_gpus() -> int:
     return count.value
 
 
-def unpack() -> Path:
+def unpack(folder: Path = PIECES) -> Path:
     """Unpack into a folder outside the checkout, once for each content of the pieces."""
-    sizes = [path.stat().st_size for path in sorted(PIECES.glob("paddle.tar.xz.*"))]
-    site = Path(tempfile.gettempdir(), "paddle_gpu_" + "_".join(map(str, sizes)))
+    sizes = [path.stat().st_size for path in sorted(folder.glob("paddle.tar.xz.*"))]
+    site = Path(tempfile.gettempdir(), "_".join(map(str, (folder.name.lstrip("."), *sizes))))
     if not site.exists():
-        assert len(sizes) == 2, f"two pieces are to lie in {PIECES}"
+        assert len(sizes) == 2, f"two pieces are to lie in {folder}"
         making = Path(f"{site}.part")
-        with lzma.LZMAFile(Pieces()) as stream, tarfile.open(fileobj=stream, mode="r|") as archive:
+        with lzma.LZMAFile(Pieces(folder)) as stream, tarfile.open(fileobj=stream, mode="r|") as archive:
             archive.extractall(making)
         making.rename(site)
     return site

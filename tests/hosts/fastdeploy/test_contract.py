@@ -157,6 +157,54 @@ def test_the_all_reduce_that_tune_measures_against():
     assert '"FD_CUSTOM_AR_MAX_SIZE_MB"' in (SRC / "envs.py").read_text()
 
 
+@pytest.mark.skipif("FASTDEPLOY_SRC" not in os.environ, reason="the contract host captures nothing")
+def test_how_graphs_are_captured():
+    """What the README of the room says of them."""
+    backend = one("model_executor/graph_optimization/cudagraph_piecewise_backend.py", "CudaGraphPiecewiseBackend")
+    call = ast.unparse(methods(backend, "__call__"))
+    assert "entry.runnable = self.runnable if static_cudagraph_for_prefill else self.dy_runnable" in call
+    assert "graphs.CUDAGraph(pool_id=self.unique_memory_pool_id)" in call, "in Paddle's default mode, thread-local"
+    warm_up, capture = (call.index(part) for part in ("self.warm_up_size", "with capture_custom_allreduce()"))
+    assert warm_up < capture < call.index("capture_begin()")
+    choice = one("model_executor/graph_optimization/graph_optimization_backend.py", "GraphOptBackend")
+    choice = ast.unparse(methods(choice, "__call__"))
+    assert "if is_dy2st and is_split_cudagraph:" in choice and "should_skip_cudagraph = True" in choice
+    runner = one("worker/gpu_model_runner.py", "GPUModelRunner")
+    assert "sorted(capture_sizes, reverse=True)" in ast.unparse(methods(runner, "capture_model"))
+    for name in ("update_parameters", "wakeup"):
+        text = ast.unparse(methods(runner, name))
+        graphs_alone = re.findall(r"if self\.use_cudagraph:\n +self\.capture_model\(\)", text)
+        assert text.count("capture_model()") == len(graphs_alone) == 1
+    dummies = [node for node in runner.body if "_dummy_" in getattr(node, "name", "")]
+    assert dummies and not any("_save_model_output" in ast.unparse(node) for node in dummies)
+    own = one("distributed/custom_all_reduce/custom_all_reduce.py", "CustomAllreduce")
+    assert "all_gather_object(" in ast.unparse(methods(own, "register_graph_buffers"))
+
+
+EMBED_BEFORE = {
+    "ERNIE 4.5 VL": "Ernie4_5_VLModel",
+    "Qwen2.5-VL": "Qwen2_5_VLModel",
+    "PaddleOCR-VL": "PaddleOCRVLModel",
+}
+OTHERS = {"PaddleFormersModelBase", "Ernie4_5_MTPModel", "Glm4MTPModel"}  # no pairs, or a draft
+
+
+@pytest.mark.skipif("FASTDEPLOY_SRC" not in os.environ, reason="the contract host captures nothing")
+def test_which_graphs_begin_with_the_embedding():
+    """Those of text models: there the ranks meet before the first fused call."""
+    graphed = {
+        name: node
+        for name, found in MODELS.items()
+        for _, node in found
+        if any("support_graph_optimization" in ast.unparse(part) for part in node.decorator_list)
+    }
+    before = {name for name, node in graphed.items() if "embed_tokens(" not in ast.unparse(methods(node, "forward"))}
+    assert before - READ - OTHERS == set(EMBED_BEFORE.values())
+    assert {"Glm4MoeModel", "Qwen3Model", "DeepSeekV3Model", "Ernie4_5_Model"} <= graphed.keys() - before
+    page = (Path(__file__).parents[3] / "fd_fusion/hosts/fastdeploy/README.md").read_text()
+    assert all(name in page for name in EMBED_BEFORE)
+
+
 @pytest.mark.parametrize("name", DECODERS)
 def test_a_decoder_layer(name):
     if name not in MODELS:

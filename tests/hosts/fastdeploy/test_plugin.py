@@ -388,6 +388,22 @@ def test_a_waiting_model_is_proven_before_graphs_are_captured_anew(monkeypatch, 
     assert not hasattr(runner_class.capture_model, "__wrapped__")
 
 
+@pytest.mark.parametrize("ours", [True, False])
+def test_a_model_that_is_bound_once_the_host_is_up_is_frozen(monkeypatch, ours):
+    """Without graphs nothing is captured after weights came, and nothing else would freeze it. Before a capture it is
+    not: a rank may capture longer than another."""
+    from fd_fusion.binding import lifecycle
+
+    order = []
+    monkeypatch.setattr(lifecycle, "freeze", lambda: order.append("freeze"))
+    monkeypatch.setattr(worker, "_for_us", ours)
+    worker.meet([], 6.0)
+    assert not order, "the host freezes it when its graphs are captured"
+    monkeypatch.setattr(worker, "_up", True)
+    worker.meet([], 6.0)
+    assert order == ([] if ours else ["freeze"])
+
+
 @pytest.mark.parametrize("missing", [[], [because("never_voted", rank=1, seconds=3)]], ids=str)
 def test_our_own_forward_ends_where_a_rank_was_given_no_config(missing, monkeypatch, host_worker, caplog):
     """It runs none, and would be waited for in the first collective."""
