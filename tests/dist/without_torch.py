@@ -32,7 +32,8 @@ def without_torch(group, options):
     paddle.to_tensor = lambda values: SimpleNamespace(
         astype=lambda name: torch.from_numpy(values.copy()).to(getattr(torch, name)).cuda()
     )
-    paddle.empty_like, paddle.bfloat16 = torch.empty_like, torch.bfloat16
+    paddle.empty = lambda shape, dtype: torch.empty(shape, dtype=dtype, device="cuda")
+    paddle.bfloat16 = torch.bfloat16
     hidden = {name: sys.modules[name] for name in sys.modules if name.partition(".")[0] == "torch"}
     sys.modules.update(dict.fromkeys(hidden), torch=None, paddle=paddle)
     op = calls.open_op(group, case, options)
