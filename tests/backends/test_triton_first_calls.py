@@ -72,7 +72,7 @@ def test_right_kernels_pass_and_each_is_launched(dtype):
     op = FakeOp(dtype)
     run_all(op, spec_of(dtype), paddle)
     assert {seen[:3] for seen in op.seen} == set(op._launches)
-    assert {seen[3] for seen in op.seen} == {1, 3, 5}, "one row, few rows, and more rows than programs"
+    assert {seen[3] for seen in op.seen} == {1, 2, 4, 5}, "one row, few rows, and more rows than programs"
     for two_shot in (False, True):
         assert {seen[4] for seen in op.seen if seen[1] == two_shot} == {1, 2}, "and more rows than slots"
     assert (op._two_shot_rows, op._slots) == (7, 100), "what chooses path and launches is as before"
@@ -80,13 +80,18 @@ def test_right_kernels_pass_and_each_is_launched(dtype):
 
 @pytest.mark.parametrize("slots", [1, 2, 4, 5, 100])
 def test_on_a_gpu_every_variant_runs_in_every_shape(slots):
-    shapes = triton_first_calls._shapes(4, slots, "gpu", True)
-    assert shapes == triton_first_calls._shapes(4, slots, "gpu", False)
-    assert shapes[:2] == [(1, slots), (5, slots)], "one row, and more rows than programs, by the real slots"
-    assert len(plans.launches(shapes[2][1], shapes[2][0])) > 1, "more rows than slots"
-    for device in ("cpu", "gpu"):
-        for rows, as_if in triton_first_calls._shapes(4, slots, device, False):
-            assert max(count for _, count in plans.launches(as_if, rows)) <= slots
+    plan = plans.plan_for(SIZE, HIDDEN, "bfloat16")
+    for size, at_once in ((1, min(4, slots)), (SIZE, min(3, slots))):  # one-shot and two-shot
+        shapes = triton_first_calls._shapes(size, at_once, slots, "gpu", True)
+        assert shapes == triton_first_calls._shapes(size, at_once, slots, "gpu", False)
+        real = [(1, slots, at_once), (at_once + 1, slots, at_once)]
+        assert shapes[:2] == real, "one row, and more rows than programs, by the real slots"
+        for device in ("cpu", "gpu"):
+            rows, as_if, few = triton_first_calls._shapes(size, at_once, slots, device, False)[-1]
+            found = plans.launches(plan, as_if, few, rows, size > 1)
+            assert rows > as_if <= slots and few <= at_once and sum(one.rounds for one in found) == 2
+            enough = size * (1 if device == "cpu" else min(at_once, size + 1)) <= slots
+            assert len(found) == (1 if enough else 2), "two rounds of a launch, where slots are enough for that"
 
 
 def test_each_weight_dtype_that_has_a_kernel_is_run():
@@ -109,9 +114,9 @@ def test_a_wrong_variant_is_named_after_all_were_launched(variant, bug):
 
 
 @pytest.mark.parametrize("two_shot", [False, True])
-def test_a_call_of_several_launches_is_compared_too(two_shot):
+def test_a_call_of_several_rounds_is_compared_too(two_shot):
     op = FakeOp("bfloat16", (two_shot, False), "later launches wrong")
-    with pytest.raises(FusionError, match=r"T=3 in 2 launches, .*row 2"):
+    with pytest.raises(FusionError, match=r"T=4 in 2 rounds, .*row 3" if two_shot else r"T=2 in 2 rounds, .*row 1"):
         run_all(op, spec_of("bfloat16"), paddle)
     assert (op._two_shot_rows, op._slots) == (7, 100), "also where it raises"
 
@@ -155,7 +160,7 @@ def test_fp8_is_compared_bit_for_bit(bug, monkeypatch):
     op, spec = FakeFp8Op(forms, bug), spec_of("bfloat16", hidden_size=128, fp8=forms)
     if bug == "nothing":
         run_all_fp8(op, spec, paddle)
-        assert len(op.seen) == 2 * 2 * (2 + 3 * 2), "each kernel, beside it one without FP8; T of 1, or 5 and 3"
+        assert len(op.seen) == 2 * 2 * (2 + 3 * 2), "each kernel, beside it one without FP8; T of 1, or 5 and 2"
     else:
         wrong = {"one code": "codes", "one scale": "scales", "norm": "norm_out"}[bug]
         with pytest.raises(FusionError, match=f"FP8.*{wrong}"):

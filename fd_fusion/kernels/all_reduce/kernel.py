@@ -122,7 +122,7 @@ def _one_shot(first, stride, half, words, rows, memory, call, shape, polling, qu
     quantised while the words of the next one are under way."""
     number = first
     start = first - first
-    end = _end_of_round(1, rows, call)
+    end = _end_of_first_round(rows, call)
     rounds_begun = 1
     while number < rows.count:  # not a range: the interpreter of some versions cannot take its bounds from arguments
         norm, wait_state = _finish(
@@ -149,7 +149,7 @@ def _two_shot(first, stride, half, rows, memory, call, shape, polling, quantisin
     to_receive = first
     batch_end = first + shape.N * stride
     start = first - first
-    round_end = _end_of_round(1, rows, call)
+    round_end = _end_of_first_round(rows, call)
     rounds_begun = 1
     while to_receive < rows.count:
         end = tl.minimum(round_end, batch_end)
@@ -181,8 +181,17 @@ def _two_shot(first, stride, half, rows, memory, call, shape, polling, quantisin
 
 @triton.jit
 def _end_of_round(rounds_begun, rows, call):
-    """Return the row behind the last one of a round; the rounds of a launch are about equally long."""
-    return (rows.count.to(tl.int64) * rounds_begun // call.rounds).to(tl.int32)
+    """Return the row behind the last one of a round: the first rounds have one row more than the others."""
+    fewest = rows.count // call.rounds
+    return fewest * rounds_begun + tl.minimum(rounds_begun, rows.count - fewest * call.rounds)
+
+
+@triton.jit
+def _end_of_first_round(rows, call):
+    end = rows.count
+    if call.rounds > 1:  # few rows do not wait for a division
+        end = _end_of_round(1, rows, call)
+    return end
 
 
 @triton.jit

@@ -215,14 +215,14 @@ def launches(plan: Plan, slots: int, at_once: int, rows: int, two_shot: bool) ->
     """Return the launches of a call of `rows` rows, `at_once` of them at the same time.
 
     One launch, in as few rounds as there are slots for, if then every program has a row in each round, by two-shot
-    one for each owner: what a program receives in a round shows it that its peers have cleared the one before. If
-    that would leave a tenth of the programs or more without work, a launch for each round.
+    one for each owner: what a program receives in a round shows it that its peers have cleared the one before.
+    Otherwise a launch for each round. Fewer programs are no way out: with 127 at once in place of 131, 1024 rows of
+    H=4096 and four ranks took 55 us by one launch and 49 by two.
     """
     rounds = -(-rows // slots)
-    if rounds > 1:
-        busy = _spread(plan, min(at_once, rows // rounds // (plan.size if two_shot else 1)), two_shot)
-        if busy > 0.9 * at_once:
-            return [Launch(grid(plan, busy, rows, two_shot)[0], 0, rows, rounds)]
+    enough = rows // rounds >= at_once * (plan.size if two_shot else 1)
+    if rounds > 1 and enough and _spread(plan, at_once, two_shot) == at_once:
+        return [Launch(grid(plan, at_once, rows, two_shot)[0], 0, rows, rounds)]
     starts = [rows * number // rounds for number in range(rounds + 1)]
     return [
         Launch(grid(plan, at_once, stop - start, two_shot)[0], start, stop - start, 1)
