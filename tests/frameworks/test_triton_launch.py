@@ -18,10 +18,16 @@ SOURCES = {  # of modules beside the package's own: Triton reads the source of a
     "@triton.jit\ndef add_two(x):\n    return add_one(add_one(x))\n\n\n"
     '@triton.jit(do_not_specialize=["address"])\ndef store_five(address):\n'
     "    tl.store(address.to(tl.pointer_type(tl.int64)), add_two(THREE))\n",
+    "reducing": '@triton.jit(do_not_specialize=["address"])\ndef store_largest(address):\n'
+    "    numbers = tl.arange(0, 4) + tl.zeros((4,), tl.int32) + tl.zeros((4,), tl.int32)\n"
+    "    to = address.to(tl.pointer_type(tl.int64)) + tl.program_id(0)\n"
+    "    tl.store(to, tl.max(numbers, axis=0) + tl.min(numbers + 3, axis=0))\n",
 }
 
 
-def test_every_function_but_the_kernel_is_plain(tmp_path, monkeypatch):
+@pytest.fixture
+def made_up(tmp_path, monkeypatch):
+    """The package fd_fusion.kernels.made_up, of the sources above."""
     (tmp_path / "__init__.py").write_text("")
     for name, source in SOURCES.items():
         head = "import triton\nimport triton.language as tl\n\nTHREE = tl.constexpr(3)\n\n\n"
@@ -29,6 +35,12 @@ def test_every_function_but_the_kernel_is_plain(tmp_path, monkeypatch):
     package = types.ModuleType("fd_fusion.kernels.made_up")
     package.__path__ = [str(tmp_path)]
     monkeypatch.setitem(sys.modules, package.__name__, package)
+    yield
+    for name in SOURCES:
+        sys.modules.pop(f"fd_fusion.kernels.made_up.{name}", None)
+
+
+def test_every_function_but_the_kernel_is_plain(made_up):
     with interpreting("cpu"):
         kernel = load_kernel("made_up.adding", "store_five")
         launch = prepare(kernel, (1 << 40,), {}, "cpu").launch
@@ -41,8 +53,18 @@ def test_every_function_but_the_kernel_is_plain(tmp_path, monkeypatch):
         launch(1, number.ctypes.data)
         assert load_kernel("made_up.adding", "store_five") is kernel
     assert number[0] == 5
-    for name in SOURCES:
-        sys.modules.pop(f"fd_fusion.kernels.made_up.{name}", None)
+
+
+def test_a_launch_patches_the_language_once_for_its_kernel_and_once_for_tritons_own_functions(made_up):
+    with interpreting("cpu"):
+        launch = prepare(load_kernel("made_up.reducing", "store_largest"), (1 << 40,), {}, "cpu").launch
+        interpreter, number = importlib.import_module("triton.runtime.interpreter"), np.zeros(2, np.int64)
+        for _ in range(2):
+            with mock.patch.object(interpreter, "_patch_lang", wraps=interpreter._patch_lang) as patch:
+                launch(2, number.ctypes.data)
+                assert interpreter._patch_lang is patch, "it is put back"
+            assert [call.args[0].__name__ for call in patch.mock_calls] == ["store_largest", "zeros"]
+    assert number.tolist() == [6, 6]
 
 
 def test_the_functions_of_the_all_reduce_kernel():

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from triton.runtime import interpreter
 
+from fd_fusion.frameworks import triton_launch
 from fd_fusion.kernels.all_reduce.scales import divisors_and_scales, factors_and_scales, quotient_of
 from fd_fusion.reference import quantise, round_to_e4m3
 
@@ -62,7 +63,8 @@ def run(kernel, inputs, **constants):
     held = [np.resize(one, padded).astype(np.float32) for one in inputs] + [
         np.empty(padded, np.float32) for _ in "ab"
     ]
-    kernel[(1,)](*(one.ctypes.data for one in held), COUNT=padded, **constants)
+    launch = triton_launch.prepare(kernel, (), {"COUNT": padded, **constants}, "cpu").launch
+    launch(1, *(one.ctypes.data for one in held))
     return held[-2][:count], held[-1][:count]
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from fd_fusion.frameworks import triton_launch
 from fd_fusion.kernels.all_reduce import plan as plans
 from fd_fusion.kernels.all_reduce.error_page import ERROR_PAGE_BYTES
 from tests.support import tensors
@@ -83,19 +84,17 @@ class Rank:
             fp8=self.case.get("fp8"),
         )
         fp8 = Fp8(self.case, rows) if self.case.get("fp8") else None
-        # Imported here: the test process reads this module's inputs, and must not load Triton in this mode.
-        from fd_fusion.kernels.all_reduce.kernel import all_reduce_rms_norm
-        from fd_fusion.kernels.all_reduce.kernel_fp8 import all_reduce_rms_norm_fp8
-
+        # Loaded here: the test process reads this module's inputs, and must not load Triton in this mode.
+        module, name = ("kernel_fp8", "all_reduce_rms_norm_fp8") if fp8 else ("kernel", "all_reduce_rms_norm")
+        kernel = triton_launch.load_kernel(f"all_reduce.{module}", name)
+        launch = triton_launch.prepare(kernel, (), constants, "cpu").launch
         how = self.case["slots"], self.case["programs"], rows, two_shot
         for programs, start, count, rounds in plans.launches(self.plan, *how):
             address = [t.ctypes.data + start * x.strides[0] for t in (x, residual, weight, norm_out, residual_out)]
             address[2:3] = [weight.ctypes.data]
             address += [self.state_memory.ctypes.data, int(self.state_memory[2 + self.rank])]
-            kernel = all_reduce_rms_norm_fp8 if fp8 else all_reduce_rms_norm
-            launch = kernel[(programs,)]
             numbers = count, rounds, self.rank, step, 1e-5, self.case.get("weight_offset", 0.0)
-            launch(*address, *numbers, *(fp8.arguments(start) if fp8 else ()), **constants)
+            launch(programs, *address, *numbers, *(fp8.arguments(start) if fp8 else ()))
         return {"norm": norm_out, "residual": residual_out, **(fp8.outputs() if fp8 else {})}
 
 

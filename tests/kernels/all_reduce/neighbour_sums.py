@@ -13,6 +13,7 @@ import numpy as np
 import triton
 import triton.language as tl
 
+from fd_fusion.frameworks import triton_launch
 from fd_fusion.kernels.all_reduce import plan as plans
 from fd_fusion.kernels.all_reduce import wait as _wait
 from fd_fusion.kernels.all_reduce.context import Call, Memory, Polling, Row, Shape
@@ -58,7 +59,8 @@ def main():
 
     checks = count_checks()
     threading.Thread(target=others, daemon=True).start()
-    wait_for_neighbour[(1,)](state_memory.ctypes.data, own_slots.ctypes.data, out.ctypes.data)
+    launch = triton_launch.prepare(wait_for_neighbour, (), {}, "cpu").launch
+    launch(1, state_memory.ctypes.data, own_slots.ctypes.data, out.ctypes.data)
     assert sums[1] == 0xFFFFFFFF, "the sum that was read is not SENTINEL again"
     print(out[0], read_error_page(page.tolist()))
 
