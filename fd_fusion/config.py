@@ -112,7 +112,7 @@ def resolve(
     Raises: ValueError: the winning source is malformed. A source that did not win is not read.
     """
     environ = os.environ if environ is None else environ
-    if _is_true(environ.get(ENV_DISABLE)):
+    if environ.get(ENV_DISABLE, "").strip().lower() not in ("", "0", "false", "no", "off"):
         return Resolved(None, ENV_DISABLE, because("kill_switch"))
     if explicit is not None:
         return Resolved(_as_config(explicit, explicit_source), explicit_source)
@@ -130,10 +130,6 @@ def _as_config(value: FusionConfig | Mapping[str, Any] | str, source: str) -> Fu
         return FusionConfig.from_json(value) if isinstance(value, str) else FusionConfig.from_dict(value)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
-
-
-def _is_true(text: str | None) -> bool:
-    return (text or "").strip().lower() not in ("", "0", "false", "no", "off")
 
 
 def _is_int(value: Any, low: int, high: int) -> bool:

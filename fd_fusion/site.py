@@ -4,8 +4,8 @@ The producer hands its partial sum over; the norm always finishes it, in one ker
 stock norm. So the two need not agree on anything, and the fallback is right by construction: it starts from the
 partial sum. The only decision at run time is `fuses(T)`, pure and equal on all ranks.
 
-This module imports no framework: tensors are opaque, and `bind` gives each Site what it calls, the `Op` of an open
-backend and the `Stock` of the host.
+This module imports no framework: tensors are opaque, and `bind` gives each Site what it calls, the `spec.FusedOp` of
+an open backend and the `Stock` of the host.
 """
 
 from __future__ import annotations
@@ -18,9 +18,13 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Hashable, Sized
 from dataclasses import dataclass
-from typing import Any, Protocol
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, Protocol
 
 from fd_fusion.reasons import HandOverError, Reason, because, closed
+
+if TYPE_CHECKING:
+    from fd_fusion.spec import FusedOp
 
 Tensor = Any
 Finished = tuple[Tensor, Tensor]  # (norm_out, residual_out)
@@ -46,17 +50,6 @@ class Rejected:
     name: str
     reason: Reason
     ranks: tuple[int, ...] = ()
-
-
-class Op(Protocol):
-    """An open backend: one fused call. `limit` is the most rows that are fused; None means any number."""
-
-    limit: int | None
-    fp8: tuple[Any, ...]  # what `finish_fp8` may be asked for
-
-    def finish(
-        self, partial: Tensor, residual: Tensor | None, weight: Tensor, eps: float, weight_offset: float
-    ) -> Finished: ...
 
 
 class Stock(Protocol):
@@ -134,7 +127,7 @@ class Site:
     def __init__(
         self,
         name: str,
-        op: Op,
+        op: FusedOp,
         stock: Stock,
         *,
         caller: Callable[[], Hashable] = threading.get_ident,
@@ -155,26 +148,21 @@ class Site:
         self._follows = False  # the residual that comes in may be such a one
         self.whole: Tensor | None = None  # in the proving pass, the host's own sum where it adds in another order
         self._caller, self._hooks = caller, hooks
-        self._proven = False
+        self.proven = False  # switched on by the proving pass
         self._prover: Prover | None = None
         self._forwards = forwards or ForwardCount()
         # (the tensor, its caller, the number of the forward, its in-place version, what the proving pass finishes)
         self._pending: tuple[Tensor, Hashable, int, int, Tensor] | None = None
 
-    @property
-    def proven(self) -> bool:
-        """Return whether the proving pass has switched this Site on."""
-        return self._proven
-
     def fuses(self, rows: int) -> bool:
         """Return whether a call of so many rows runs as one kernel. Pure: from `rows` and numbers frozen at bind."""
-        return self._proven and rows > 0 and (self.limit is None or rows <= self.limit)
+        return self.proven and rows > 0 and (self.limit is None or rows <= self.limit)
 
     def why_not(self, rows: int) -> Reason:
         """Return why `fuses(rows)` is false."""
         if rows <= 0:
             return because("no_rows")
-        if not self._proven:
+        if not self.proven:
             return because("not_proven")
         return because("too_many_rows", rows=rows, limit=self.limit)
 
@@ -332,11 +320,11 @@ class Site:
 
     def start_proof(self, prover: Prover) -> None:
         """Fuse nothing until `end_proof`: every finish goes through `prover`, which records a misuse."""
-        self._proven, self._prover, self._pending, self.handed = False, prover, None, 0
+        self.proven, self._prover, self._pending, self.handed = False, prover, None, 0
         self._stays, self._follows, self.limit = (), False, self._op.limit
 
     def end_proof(self, proven: bool) -> None:
-        self._proven, self._prover, self._pending, self.whole = proven, None, None, None
+        self.proven, self._prover, self._pending, self.whole = proven, None, None, None
 
     def holds(self, tensor: Any) -> bool:
         """Return whether this very tensor is handed over and not finished."""
@@ -352,13 +340,8 @@ class Site:
             setattr(self, entry, closed)
 
 
-class _Closed:
-    """In the place of an op and of the host's own way."""
-
-    finish = reduce = norm = weight = numbers = staticmethod(closed)
-
-
-_CLOSED = _Closed()
+# In the place of an op and of the host's own way.
+_CLOSED = SimpleNamespace(**dict.fromkeys(("finish", "reduce", "norm", "weight", "numbers"), closed))
 
 
 def _rows(tensor: Tensor) -> int:

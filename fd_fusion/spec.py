@@ -71,26 +71,13 @@ class Backend(Protocol):
 class FusedOp(Protocol):
     """All-reduce, residual and RMSNorm as one operation, over a workspace that is open on all ranks of a group."""
 
-    @property
-    def limit(self) -> int | None:
-        """Return the most rows T of a call; None for any number."""
-
-    @property
-    def fp8(self) -> tuple[Fp8, ...]:
-        """What `finish_fp8(*arguments of finish, fp8)` gives, (norm_out or None, codes, scales, residual_out), with
-        `stays` behind these where `StayingOp.finish` takes it; () without that method."""
-
-    @property
-    def in_rank_order(self) -> bool:
-        """Return whether `residual_out` is the contract's sum, bit for bit."""
-
-    @property
-    def error_page(self) -> int | None:
-        """Return the file descriptor of the page that a kernel writes its errors to, if there is one."""
-
-    @property
-    def bytes(self) -> int:
-        """Return the size of the workspace."""
+    limit: int | None  # the most rows T of a call; None for any number
+    # What `finish_fp8(*arguments of finish, fp8)` gives, (norm_out or None, codes, scales, residual_out), with
+    # `stays` behind these where `StayingOp.finish` takes it; () without that method.
+    fp8: tuple[Fp8, ...]
+    in_rank_order: bool  # whether `residual_out` is the contract's sum, bit for bit
+    error_page: int | None  # the file descriptor of the page that a kernel writes its errors to, if there is one
+    bytes: int  # the size of the workspace
 
     def finish(self, partial: Any, residual: Any, weight: Any, eps: float, weight_offset: float) -> tuple[Any, Any]:
         """Compute `reference.all_reduce_rms_norm`: [T, H], [T, H] or None, [H] -> (norm_out, residual_out), [T, H].
@@ -117,13 +104,8 @@ class FusedOp(Protocol):
 class StayingOp(FusedOp, Protocol):
     """An op that may leave residual_out with the owners of its rows: each row is NaN on all other ranks."""
 
-    @property
-    def may_stay(self) -> bool:
-        """Return whether it does so for some T. An op without this property never does."""
-
-    @property
-    def staying_limit(self) -> int | None:
-        """Return the most rows of a call whose residual stays, as `limit` of one whose residual is sent back."""
+    may_stay: bool  # whether it does so for some T; an op without this attribute never does
+    staying_limit: int | None  # the most rows of a call whose residual stays, as `limit` of one that sends it back
 
     def residual_stays(self, rows: int) -> bool:
         """Return whether a call of so many rows reads a row of the residual on its owner alone, and may leave it

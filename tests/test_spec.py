@@ -29,7 +29,8 @@ def test_a_backend_has_what_the_protocols_ask_for(name):
         for method, asked in {key: value for one in protocols for key, value in methods(one).items()}.items():
             assert parameters(getattr(owner, method)) == parameters(asked), f"{name}: {method}"
     given = {*dir(op), *op.__init__.__code__.co_names}  # with what it stores, as in `self.limit = ...`
-    assert {key for one in kinds for key, value in vars(one).items() if isinstance(value, property)} <= given
+    asked = {key for one in kinds for key in one.__annotations__}
+    assert {"limit", "fp8", "bytes"} < asked <= given
     assert isinstance(op.in_rank_order, bool)
 
 

@@ -30,9 +30,8 @@ class Bound:
     groups: list[Group] = field(default_factory=list)
     selected: list[SelectedBackend] = field(default_factory=list)
     sites: list[tuple[Pair, Site]] = field(default_factory=list)
-    undo: list[Callable[[], None]] = field(default_factory=list)  # of the Sites
+    undo: list[Callable[[], None]] = field(default_factory=list)
     qk_norms: list[QKNorm] = field(default_factory=list)
-    undo_qk: list[Callable[[], None]] = field(default_factory=list)
     labels: dict[Group, str] = field(default_factory=dict)  # what each group meets for
     known: Known = field(default_factory=dict)  # which ranks are in which groups
     live: list[Group] = field(default_factory=list)  # groups that still vote
@@ -48,7 +47,7 @@ class Bound:
 
     @property
     def reaches_layers(self) -> bool:
-        return bool(self.sites or self.undo or self.qk_norms or self.undo_qk)
+        return bool(self.sites or self.undo or self.qk_norms)
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         """Give None to a copy of the model, which is not bound."""
@@ -129,16 +128,11 @@ def give_up(state: Bound, error: BaseException) -> None:
 def undo_all(state: Bound) -> None:
     """Restore every instance, close every workspace. Goes on after what raises, and raises the first error then."""
     errors: list[Exception] = []
-
-    def attempt(undo: Callable[[], None]) -> None:
+    while state.undo:  # the last first
         try:
-            undo()
+            state.undo.pop()()
         except Exception as error:  # raised below: half of an undo is worse than none
             errors.append(error)
-
-    for undos in (state.undo_qk, state.undo):
-        while undos:
-            attempt(undos.pop())
     for _, site in state.sites:  # a graph that was traced while the model was bound still calls it
         site.close()
     while state.selected:

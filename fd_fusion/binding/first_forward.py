@@ -22,7 +22,7 @@ def attach_and_prove(
 ) -> None:
     """Run the proving pass now, or leave it to the first forward; install what is proven."""
     if not state.sites:
-        state.undo_qk += [norm.attach(Kernel(norm)) for norm in state.qk_norms]
+        state.undo += [norm.attach(Kernel(norm)) for norm in state.qk_norms]
         return
     state.undo.append(model.register_forward_pre_hook(state.forwards.start).remove)
     for layer in holders(model, [pair for pair, _ in state.sites]):

@@ -168,16 +168,12 @@ class Forwards:
         def after(_: Any, inputs: Any, outputs: Any, path: str) -> None:
             record(path, [*(outputs if isinstance(outputs, list | tuple) else [outputs]), *inputs])
 
-        hooks = [
-            layer.register_forward_post_hook(functools.partial(after, path=path))
-            for path, layer in self._layers.items()
-            if getattr(layer, "_forward_post_hooks", None)
-        ]
-        hooks += [
-            layer.register_forward_pre_hook(lambda _, inputs, path=path: record(path, inputs))
-            for path, layer in self._layers.items()
-            if staying is not None and getattr(layer, "_forward_pre_hooks", None)
-        ]
+        hooks = []
+        for path, layer in self._layers.items():
+            if getattr(layer, "_forward_post_hooks", None):
+                hooks.append(layer.register_forward_post_hook(functools.partial(after, path=path)))
+            if staying is not None and getattr(layer, "_forward_pre_hooks", None):
+                hooks.append(layer.register_forward_pre_hook(lambda _, inputs, path=path: record(path, inputs)))
         try:
             yield
         finally:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import paddle
 
-from fd_fusion.frameworks.tensors import dtype_name
+from fd_fusion.frameworks.tensors import dtype_name, numbers
 from fd_fusion.reasons import Reason, because
 
 
@@ -60,7 +60,7 @@ def nothing_shown(tensors: Sequence[Any]) -> Reason | None:
 
 
 def _has_finite_row(tensor: Any) -> bool:
-    values = as_numpy(tensor)
+    values = numbers(tensor)
     return bool(np.isfinite(values.reshape(-1, values.shape[-1] if values.ndim else 1)).all(axis=-1).any())
 
 
@@ -76,7 +76,7 @@ def within_spread(got: Sequence[Any], want: Sequence[Any], again: Sequence[Any])
     for i, (ours, stock, second) in enumerate(zip(got, want, again)):
         if _same(ours, stock):
             continue
-        flat = [as_numpy(one).reshape(1, -1) for one in (ours, stock, second)]
+        flat = [numbers(one).reshape(1, -1) for one in (ours, stock, second)]
         if len({one.shape for one in flat}) != 1:
             return i
         if not relative_errors(flat[0], flat[1])[0] <= 2 * relative_errors(flat[2], flat[1])[0] < np.inf:
@@ -130,11 +130,6 @@ def digest(tensor: Any) -> str:
     return hashlib.blake2b(b"".join(row.tobytes() for row in rows), digest_size=8).hexdigest()
 
 
-def as_numpy(tensor: Any) -> np.ndarray | None:
-    """Copy a tensor into an array of float32, which holds every dtype of a pair."""
-    return None if tensor is None else tensor.detach().astype("float32").numpy()
-
-
 def relative_errors(got: np.ndarray, want: np.ndarray) -> np.ndarray:
     """Return ||got - want|| / ||want|| of each row, over finite values; inf where the others are not the same."""
     got, want = got.astype(np.float64), want.astype(np.float64)
@@ -155,7 +150,7 @@ def _same(a: Any, b: Any) -> bool:
         return True
     if not a.is_floating_point():
         return False
-    nan = np.isnan(as_numpy(a)), np.isnan(as_numpy(b))
+    nan = np.isnan(numbers(a)), np.isnan(numbers(b))
     return bool((nan[0] == nan[1]).all() and (ours == theirs)[~nan[0]].all())
 
 

@@ -18,8 +18,8 @@ import paddle
 from fd_fusion import exact
 from fd_fusion.binding import evidence
 from fd_fusion.binding.evidence import BARE, WITH, Contract
-from fd_fusion.binding.outputs import as_numpy, digest
-from fd_fusion.frameworks.tensors import dtype_name
+from fd_fusion.binding.outputs import digest
+from fd_fusion.frameworks.tensors import dtype_name, numbers
 from fd_fusion.reasons import Reason, because
 from fd_fusion.site import Site
 
@@ -89,9 +89,9 @@ class Proof:
         contract, whole = self._of[site.name][0], site.whole
         if whole is None:
             return site.total(partial)
-        own = as_numpy(partial)
-        total, site.whole = as_numpy(site.total(partial)), None
-        if not exact.regrouped(total, as_numpy(whole), own, contract.size, contract.dtype):
+        own = numbers(partial)
+        total, site.whole = numbers(site.total(partial)), None
+        if not exact.regrouped(total, numbers(whole), own, contract.size, contract.dtype):
             self.miss(because("sum_differs", site=site.name))
         return whole
 
@@ -106,12 +106,13 @@ class Proof:
         try:
             if calls.error is not None:
                 raise calls.error
-            numbers = _numbers(fused)  # of the real sums, judged as far as one rank can; the rest goes into the vote
-            self.words[site.name] = evidence.words_of(as_numpy(partial), as_numpy(residual), numbers)
+            real = _numbers(fused)  # of the real sums, judged as far as one rank can; the rest goes into the vote
+            own = numbers(partial), None if residual is None else numbers(residual)
+            self.words[site.name] = evidence.words_of(*own, real)
             dtypes = {dtype_name(one) for pair in fused.values() for one in pair}
             if dtypes != {contract.dtype}:
                 raise TypeError(f"the kernel gave {', '.join(sorted(dtypes))}, not {contract.dtype}")
-            reason = evidence.own_refusal(contract, as_numpy(weight()), numbers)
+            reason = evidence.own_refusal(contract, numbers(weight()), real)
             reason = evidence.probe_refusal(contract, _numbers(probe), _numbers(host)) or reason
         except Exception as error:  # recorded, voted on and reported; the pass itself goes on as stock
             reason = because("proof_raised", site=site.name, error=f"{type(error).__name__}: {error}")
@@ -191,7 +192,7 @@ def _known(of: int, contract: Contract, like: Any, limit: int | None) -> Any:
 
 
 def _numbers(calls: dict[str, Any]) -> evidence.Outputs:
-    return {form: tuple(as_numpy(one) for one in pair) for form, pair in calls.items()}
+    return {form: tuple(numbers(one) for one in pair) for form, pair in calls.items()}
 
 
 def _some_rows(tensor: Any, limit: int | None) -> Any:

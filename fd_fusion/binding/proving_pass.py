@@ -123,7 +123,7 @@ def _switch_on_or_undo(state: Bound, refusal: Reason | None, ranks: tuple[int, .
         site.end_proof(refusal is None)
     if refusal is None:
         state.undo += [pair.stock.attach(site) for pair, site in state.sites]
-        state.undo_qk += [norm.attach(Kernel(norm)) for norm in state.qk_norms]
+        state.undo += [norm.attach(Kernel(norm)) for norm in state.qk_norms]
         if state.freezes_itself:
             state.forwards.at_second(lambda: _freeze(state))
         return

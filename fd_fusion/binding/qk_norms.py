@@ -13,10 +13,9 @@ from typing import Any
 import numpy as np
 import paddle
 
-from fd_fusion.binding.outputs import as_numpy
 from fd_fusion.config import FusionConfig
 from fd_fusion.frameworks import paddle_runtime
-from fd_fusion.frameworks.tensors import dtype_name
+from fd_fusion.frameworks.tensors import dtype_name, numbers
 from fd_fusion.kernels.all_reduce.plan import SMALLEST
 from fd_fusion.reasons import Reason, because
 from fd_fusion.reference import UNIT_ROUNDOFF
@@ -82,10 +81,10 @@ def _try(norm: QKNorm) -> Reason | None:
         return because("eps", got=eps)
     dtype = norm.dtype or dtype_name(norm.weights()[0])
     rows = paddle.to_tensor(_rows(norm, dtype)).astype(dtype)
-    before = as_numpy(rows)
+    before = numbers(rows)
     try:
-        want = as_numpy(norm.stock(rows.clone()))
-        got = as_numpy(Kernel(norm)(rows))
+        want = numbers(norm.stock(rows.clone()))
+        got = numbers(Kernel(norm)(rows))
     except Exception as error:  # a broken package or a failed compile: the reason is reported
         return because("backend_failed", backend="triton", error=f"{type(error).__name__}: {error}")
     q, k = norm.q_heads * norm.head_dim, norm.kv_heads * norm.head_dim

@@ -12,7 +12,7 @@ import os
 from typing import Any
 
 from fd_fusion.comm.cuda_driver import CudaDriver, CudaError
-from fd_fusion.comm.posix_shm import shared_page
+from fd_fusion.comm.posix_shm import PosixShm
 
 _BLOCK = 2 << 20  # smaller allocations share a block, and a handle exports the whole block
 _MULTIPROCESSOR_COUNT = 16  # CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
@@ -28,12 +28,11 @@ class CudaIpc:
     """Allocate, export and open device memory in the calling thread's current context."""
 
     handle_bytes = ctypes.sizeof(_IpcHandle)
-    free_waits_for_peers = True
+    free_waits_for_peers = True  # memory that a peer has mapped must not be freed
 
     def __init__(self) -> None:
-        self._cuda = CudaDriver()
-        self.pages: dict[int, int] = {}  # address -> descriptor of a host page, for another process to map it
-        self._maps: dict[int, mmap.mmap] = {}
+        self._cuda, self._host = CudaDriver(), PosixShm()
+        self.pages = self._host.pages
 
     def identity(self) -> dict[str, Any]:
         """Return whether this is a part of a GPU (MIG), which reaches no other one."""
@@ -108,26 +107,21 @@ class CudaIpc:
 
     def _shared_page(self, nbytes: int) -> tuple[int, int]:
         nbytes = -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE  # whole pages are pinned
-        fd = shared_page(nbytes)
-        mapped, device = mmap.mmap(fd, nbytes), ctypes.c_uint64()
-        host = ctypes.addressof(ctypes.c_char.from_buffer(mapped))
+        (host, _), device = self._host.host_page(nbytes), ctypes.c_uint64()
         try:
             size = ctypes.c_size_t(nbytes)
             self._cuda.call("cuMemHostRegister_v2", ctypes.c_void_p(host), size, _PORTABLE_MAPPED)
             self._cuda.call("cuMemHostGetDevicePointer_v2", ctypes.byref(device), ctypes.c_void_p(host), 0)
         except CudaError:
-            os.close(fd)
+            self._host.free_host_page(host)
             raise
-        self.pages[host], self._maps[host] = fd, mapped
         return host, device.value
 
     def free_host_page(self, address: int) -> None:
         shared = address in self.pages
         self._cuda.call("cuMemHostUnregister" if shared else "cuMemFreeHost", ctypes.c_void_p(address))
-        if not shared:
-            return
-        self._maps.pop(address).close()
-        os.close(self.pages.pop(address))
+        if shared:
+            self._host.free_host_page(address)
 
 
 def process_identity() -> dict[str, Any]:

@@ -94,8 +94,10 @@ class PosixShm:
         """Do nothing: the interpreter runs nothing in the background."""
 
     def host_page(self, nbytes: int) -> tuple[int, int]:
-        """Make a page for errors: its address for the host and for the kernel, which are the same on a CPU."""
-        fd = shared_page(nbytes)
+        """Make a page for errors, cleared memory without a name: its address for the host and for the kernel, which
+        are the same on a CPU. Raises OSError."""
+        fd = os.memfd_create("fd_fusion", os.MFD_CLOEXEC)
+        os.ftruncate(fd, nbytes)
         address = self._map(fd, nbytes)
         self.pages[address] = fd
         return address, address
@@ -109,13 +111,6 @@ class PosixShm:
         address = ctypes.addressof(ctypes.c_char.from_buffer(mapped))
         self._maps[address] = mapped
         return address
-
-
-def shared_page(nbytes: int) -> int:
-    """Make cleared memory without a name. Returns the descriptor by which processes map it. Raises OSError."""
-    fd = os.memfd_create("fd_fusion", os.MFD_CLOEXEC)
-    os.ftruncate(fd, nbytes)
-    return fd
 
 
 def remove_left(since: float = 0) -> None:

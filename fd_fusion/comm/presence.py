@@ -65,7 +65,10 @@ class Presence:
 
 
 class PresenceMemory:
-    """The memory behind a `Presence`, and a descriptor of each rank's page, for another process to map it."""
+    """The memory behind a `Presence`, and a descriptor of each rank's page, for another process to map it.
+
+    Collective. Raises: FusionError: on all ranks alike.
+    """
 
     def __init__(self, group: Group, timeout_s: float):
         self.group, provider = group, _Kept()
@@ -73,11 +76,6 @@ class PresenceMemory:
         self.descriptors = [provider.descriptors[address] for address in self._memory.addresses]
         counts = [ctypes.c_int64.from_address(address) for address in self._memory.addresses]
         self.presence = Presence(counts, group.rank, group.ranks)
-
-
-def open_presence(group: Group, *, timeout_s: float) -> PresenceMemory:
-    """Collective: open the memory of the counts. Raises: FusionError: on all ranks alike."""
-    return PresenceMemory(group, timeout_s)
 
 
 def presence_of(descriptors: Sequence[int], rank: int, ranks: Sequence[int]) -> Presence:

@@ -11,10 +11,11 @@ import hashlib
 import secrets
 import time
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
-from fd_fusion.comm.cuda_ipc import process_identity
+from fd_fusion.comm.cuda_ipc import CudaIpc, process_identity
 from fd_fusion.comm.group import Group
+from fd_fusion.comm.posix_shm import PosixShm
 from fd_fusion.comm.vote import Vote, agree
 from fd_fusion.reasons import FusionError, Reason, because
 
@@ -26,26 +27,8 @@ _lost: set[str] = set()  # names of groups with a rank that did not come to a cl
 Push = Callable[[tuple[int, ...], int], None]
 """Store an int64 value, twice, at each of these 16-byte aligned addresses, as the kernel stores its words."""
 
-
-class MemoryProvider(Protocol):
-    """Where the memory comes from: `cuda_ipc.CudaIpc` or `posix_shm.PosixShm`."""
-
-    handle_bytes: int
-    free_waits_for_peers: bool  # memory that a peer has mapped must not be freed
-    pages: dict[int, int]  # address -> descriptor of a host page
-
-    def identity(self) -> dict[str, Any]: ...
-    def allocate(self, nbytes: int) -> tuple[int, bytes]: ...
-    def open(self, handle: bytes, nbytes: int) -> int: ...
-    def opened_everywhere(self) -> None: ...
-    def close(self, address: int) -> None: ...
-    def free(self, address: int) -> None: ...
-    def read(self, address: int, nbytes: int) -> bytes: ...
-    def write(self, address: int, data: bytes) -> None: ...
-    def fill(self, address: int, nbytes: int, byte: int = 0) -> None: ...
-    def synchronize(self) -> None: ...
-    def host_page(self, nbytes: int) -> tuple[int, int]: ...
-    def free_host_page(self, address: int) -> None: ...
+MemoryProvider = CudaIpc | PosixShm
+"""Where the memory comes from: device memory of GPU ranks, or shared memory of CPU ranks."""
 
 
 class SymmetricMemory:
@@ -200,11 +183,7 @@ def _allocate(memory: SymmetricMemory, timeout_s: float) -> list[bytes]:
         return handle.hex()
 
     handle, refusal = as_refusal(allocate)
-    ranks = agree_or_raise(group, "handle", refusal, {"handle": handle, "nonce": memory.nonce}, timeout_s)
-    for rank, one in enumerate(ranks):
-        if one["nonce"] != memory.nonce:
-            raise FusionError(because("structure_differs", rank=rank, detail="its handle belongs to another opening"))
-    handles = [bytes.fromhex(one["handle"]) for one in ranks]
+    handles = [bytes.fromhex(one) for one in agree_or_raise(group, "handle", refusal, handle, timeout_s)]
     assert all(len(handle) == provider.handle_bytes for handle in handles)
     return handles
 

@@ -33,7 +33,9 @@ def group_of(handle: Any = None) -> Group:
             return Group("0", 0, 1, (0,), None)
         handle = dist.get_group(0)
     group = _group((*handle.ranks,), handle.rank)
-    return group if group.handle is handle else _with_handle(group, handle)
+    if group.handle is not handle:
+        object.__setattr__(group, "handle", handle)
+    return group
 
 
 @functools.cache
@@ -42,11 +44,6 @@ def _group(ranks: tuple[int, ...], rank: int) -> Group:
     return Group(
         "-".join(map(str, ranks)), rank, len(ranks), ranks, paddle_runtime.tcp_store() if len(ranks) > 1 else None
     )
-
-
-def _with_handle(group: Group, handle: Any) -> Group:
-    object.__setattr__(group, "handle", handle)
-    return group
 
 
 def _needs_wide(x: paddle.Tensor) -> bool:

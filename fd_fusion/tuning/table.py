@@ -135,9 +135,8 @@ def store_limits(key: Fingerprint, limits: Limits, path: Path) -> None:
     text = json.dumps({"schema": _SCHEMA, "entries": [*entries, entry]}, indent=1, allow_nan=False)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     part.unlink(missing_ok=True)
-    fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
-        with os.fdopen(fd, "w") as file:
+        with open(part, "x", opener=_open_own) as file:
             file.write(text)
         part.replace(path)
     except BaseException:
@@ -152,27 +151,16 @@ def table_lock(path: Path) -> Iterator[None]:
     Raises: BlockingIOError: another process measures. OSError: the folder cannot be made or written.
     """
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    fd = os.open(path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with open(path.with_suffix(".lock"), "a", opener=_open_own) as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
-    finally:
-        os.close(fd)
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
     """Read the entries of the file. Raises OSError, and ValueError for a file that cannot be trusted."""
-    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
-    try:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):  # a folder in its place has no text
-            raise ValueError("it is not a small regular file")
-        file = os.fdopen(fd, encoding="utf-8")
-    except BaseException:
-        os.close(fd)
-        raise
-    with file:
-        found = os.fstat(fd)
-        if found.st_size > _LARGEST:
+    with open(path, encoding="utf-8", opener=_open_own) as file:
+        found = os.fstat(file.fileno())
+        if not stat.S_ISREG(found.st_mode) or found.st_size > _LARGEST:
             raise ValueError("it is not a small regular file")
         if found.st_uid != os.geteuid() or found.st_mode & 0o022:
             raise ValueError("others own it or may write to it")
@@ -180,6 +168,11 @@ def _read(path: Path) -> list[dict[str, Any]]:
     if not isinstance(data, dict) or data.get("schema") != _SCHEMA or not isinstance(data.get("entries"), list):
         raise ValueError(f"it is not of schema {_SCHEMA}")
     return data["entries"]
+
+
+def _open_own(path: str, flags: int) -> int:
+    """Follow no link and wait for no pipe; what is made is this user's alone."""
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
 
 
 def _text_of(versions: Mapping[str, str]) -> str:

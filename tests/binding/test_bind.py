@@ -231,10 +231,9 @@ def test_a_miss_takes_the_norms_of_q_and_k_away_too():
     reason = because("outputs_differ", output=0, site="none")
     state = bound.Bound(Report(FusionConfig(), "a test", "Model"))
     state.report.qk_fused, undone = ["layers.0.qk_norm"], []
-    state.undo_qk.append(lambda: undone.append("qk"))
-    state.undo.append(lambda: undone.append("site"))
+    state.undo += [lambda: undone.append("site"), lambda: undone.append("qk")]
     proving_pass._switch_on_or_undo(state, reason, (0,))
-    assert sorted(undone) == ["qk", "site"] and not state.undo_qk
+    assert sorted(undone) == ["qk", "site"] and not state.undo
     assert not state.report.qk_fused and state.report.qk_stock == {"layers.0.qk_norm": reason}
 
 
@@ -249,7 +248,7 @@ def test_an_undo_that_raises_keeps_nothing_else_bound():
     site = make_site()
     state.sites.append((None, site))
     state.undo += [lambda: done.append("site"), lambda: fails("first")]
-    state.undo_qk += [lambda: done.append("qk"), lambda: fails("qk first")]
+    state.undo += [lambda: done.append("qk"), lambda: fails("qk first")]
     op = SimpleNamespace(bytes=0, close=lambda: done.append("close"))
     state.selected.append(SimpleNamespace(op=op))
     with pytest.raises(AttributeError, match="qk first"):

@@ -195,14 +195,15 @@ def test_the_host_page_of_a_gpu_is_shared_or_the_driver_s_own(monkeypatch, refus
 
     monkeypatch.setattr(cuda_driver.CudaDriver, "_call", call)
     provider, provider._cuda = object.__new__(cuda_ipc.CudaIpc), object.__new__(cuda_driver.CudaDriver)
-    provider.pages, provider._maps, provider._cuda._context = {}, {}, ctypes.c_void_p()
+    provider._host, provider._cuda._context = posix_shm.PosixShm(), ctypes.c_void_p()
+    provider.pages = provider._host.pages
     host, device = provider.host_page(64)
     assert device == 1 << 40 and ctypes.string_at(host, 64) == bytes(64)
     assert (host in provider.pages) == (refuses is None)
     descriptors = list(provider.pages.values())
     provider.free_host_page(host)
     freed = "cuMemHostUnregister" if refuses is None else "cuMemFreeHost"
-    assert freed in calls and not provider.pages and not provider._maps
+    assert freed in calls and not provider.pages and not provider._host._maps
     for fd in descriptors:
         with pytest.raises(OSError):
             os.fstat(fd)

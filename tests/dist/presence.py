@@ -14,14 +14,14 @@ import time
 
 from fd_fusion.comm import sentinel
 from fd_fusion.comm.posix_shm import PosixShm
-from fd_fusion.comm.presence import open_presence
+from fd_fusion.comm.presence import PresenceMemory
 from fd_fusion.comm.symmetric_memory import barrier
 from fd_fusion.kernels.all_reduce.error_page import ERROR_TIMED_OUT
 from tests.support.ranks import this_group
 
 LIMIT_S = 2.0
 group = this_group()
-meeting = open_presence(group, timeout_s=30)
+meeting = PresenceMemory(group, timeout_s=30)
 if group.rank == 1:
     group.store.set("pid", str(os.getpid()))
 assert barrier(group, "here", 30)

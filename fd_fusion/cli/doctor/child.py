@@ -175,13 +175,11 @@ def _custom_all_reduce() -> CheckResult:
     """Check whether FastDeploy's own all-reduce, which fusing has to beat, is on, and up to how many bytes."""
     from fd_fusion.hosts.fastdeploy import custom_all_reduce as own
 
-    data = {"max_size_mb": own.limit_mb(), "compiled": False}
+    data, how = {"max_size_mb": own.limit_mb(), "compiled": True}, "on, unless --disable-custom-all-reduce is given"
     try:
-        data["compiled"] = own.is_compiled()
-        why = "its kernels are not compiled here"
-    except ImportError as error:
-        why = f"it does not import: {error}"
-    how = "on, unless --disable-custom-all-reduce is given" if data["compiled"] else f"off: {why}"
+        own.check_compiled()
+    except (ImportError, RuntimeError) as error:
+        data["compiled"], how = False, f"off: {error}"
     text = f"FastDeploy's custom all-reduce is {how}; FD_CUSTOM_AR_MAX_SIZE_MB is {data['max_size_mb']}"
     return result("custom_all_reduce", "note", text, **data)
 

@@ -106,13 +106,10 @@ def _launch(size: int, found: list[CheckResult], show: Callable[[str], None]) ->
     device, gpus = framework.data["device"], min(size, framework.data["gpus"])
     env = {"TRITON_INTERPRET": "1"} if device == "cpu" else {"CUDA_MODULE_LOADING": "EAGER"}
     where = f"{size} ranks " + ("under the interpreter" if device == "cpu" else f"on {gpus} GPU{'s' * (gpus > 1)}")
-    calls = len(doctor_child.LAUNCHED_ROWS[device])
-
-    def watch(done: int) -> None:
-        show(f"launching the kernel on {size} ranks, {done} of {calls} calls")
-
+    what, calls = f"launching the kernel on {size} ranks", len(doctor_child.LAUNCHED_ROWS[device])
+    how = {"timeout_s": 300, "env": env, "watch": lambda done: show(f"{what}, {done} of {calls} calls")}
     try:
-        ranks = run_ranks("doctor.rank", size, {}, timeout_s=300, env=env, watch=watch)
+        ranks = run_ranks("doctor.rank", size, {}, **how)
     except RanksFailed as error:
         remedy = "fix what the sentence names; with `--no-run` this step is left out"
         yield result("triton", "broken", f"{where}: {error}", remedy, log=error.log)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import paddle
@@ -21,6 +22,8 @@ from fd_fusion.site import Site
 from fd_fusion.spec import Fp8
 
 _UPSTREAM = "enable_all_reduce_fusion"  # the attribute by which a layer of the host takes part in the host's fusion
+
+_NO_GRAPH = SimpleNamespace(step_use_cudagraph=False)  # a forward_meta outside a graph
 
 
 def pair_of(found: HostPair, fd_config: Any) -> Pair:
@@ -74,9 +77,8 @@ class HostStock:
         for layer in {id(part): part for part in ends}.values():
             if getattr(layer, _UPSTREAM, False):
                 undo.append(set_attribute(layer, _UPSTREAM, False))
-        stock = found.producer.forward
-        once = _producer_forward(stock, site) if len(on) < 2 else _regrouping_forward(stock, site, on)
-        undo.append(_set_forward(found.producer, once))
+        producer = _producer_forward(found.producer.forward, site, on if len(on) > 1 else ())
+        undo.append(_set_forward(found.producer, producer))
         norm = _norm_forward(found.norm.forward, site)
         form = self._form
         if form is not None and site.quantises(form) and not (site.proven and site.takers == 0):
@@ -106,16 +108,10 @@ def _qk_norm(name: str, layer: Any, dtype: str) -> QKNorm:
         # The host's own kernel takes layer.eps, which a caller may have left at its default.
         numbers=lambda: (layer.q_norm.eps, 0.0),
         weights=lambda: (layer.q_norm.weight, layer.k_norm.weight),
-        stock=lambda qkv: stock(qkv, _NoGraph),
+        stock=lambda qkv: stock(qkv, _NO_GRAPH),
         attach=lambda kernel: _set_forward(layer, _qk_forward(stock, kernel)),
         dtype=dtype,
     )
-
-
-class _NoGraph:
-    """A forward_meta outside a graph."""
-
-    step_use_cudagraph = False
 
 
 def _qk_forward(stock: Callable, kernel: Callable) -> Callable:
@@ -157,30 +153,23 @@ def without_upstream_fusion(model: Any) -> Iterator[None]:
         undo_in_turn(undo)
 
 
-def _producer_forward(stock: Callable, site: Site) -> Callable:
-    """Return a forward that hands over what the producer's own returns, now a partial sum."""
+def _producer_forward(stock: Callable, site: Site, reductions: Sequence[tuple[Any, str, Any]]) -> Callable:
+    """Return a forward that hands over what the producer's own returns, now a partial sum.
+
+    reductions: those of a block that become one; its sum differs by roundings, so both are proven.
+    """
 
     def forward(*args, **kwargs):
+        if reductions and site.proving:
+            site.whole = _with_own_reductions(stock, reductions, args, kwargs)
         return hand_over(site, stock(*args, **kwargs))
 
     forward.__wrapped__ = stock
     return forward
 
 
-def _regrouping_forward(stock: Callable, site: Site, on: list[tuple[Any, str, Any]]) -> Callable:
-    """Return the forward of a block whose reductions become one: its sum differs by roundings. Both are proven."""
-
-    def forward(*args, **kwargs):
-        if site.proving:
-            site.whole = _with_own_reductions(stock, on, args, kwargs)
-        return hand_over(site, stock(*args, **kwargs))
-
-    forward.__wrapped__ = stock
-    return forward
-
-
-def _with_own_reductions(stock: Callable, on: list[tuple[Any, str, Any]], args: tuple, kwargs: dict) -> Any:
-    undo = [set_attribute(layer, attribute, value) for layer, attribute, value in on]
+def _with_own_reductions(stock: Callable, reductions: Sequence, args: tuple, kwargs: dict) -> Any:
+    undo = [set_attribute(layer, attribute, value) for layer, attribute, value in reductions]
     try:
         return stock(*args, **kwargs)
     finally:

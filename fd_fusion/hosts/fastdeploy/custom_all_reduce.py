@@ -26,15 +26,10 @@ def limit_mb() -> int:
 
 
 def check_compiled() -> None:
-    """Raises: ImportError, RuntimeError: FastDeploy would use NCCL here."""
-    if not is_compiled():
-        raise RuntimeError("FastDeploy's custom all-reduce is not compiled")
-
-
-def is_compiled() -> bool:
-    """Return whether FastDeploy's compiled ops have the kernels. Raises ImportError where they are missing."""
+    """Raises: ImportError, RuntimeError: FastDeploy's compiled ops lack the kernels, so it would use NCCL here."""
     module = importlib.import_module("fastdeploy.distributed.custom_all_reduce.custom_all_reduce")
-    return bool(getattr(module, "custom_ar", True))  # some versions set it to False where the ops fail
+    if not getattr(module, "custom_ar", True):  # some versions set it to False where the ops fail
+        raise RuntimeError("the kernels of its custom all-reduce are not compiled")
 
 
 def open_custom_all_reduce(group: Any) -> CustomAllReduce:

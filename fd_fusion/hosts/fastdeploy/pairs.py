@@ -182,13 +182,11 @@ def _block(mlp: Any, expert_parallel: bool) -> tuple[Any, tuple[Switch, ...] | R
         return mlp, because("expert_parallel"), ""
     inner = [part for part in (follow(mlp, where) for where in known) if part is not None]
     reducing = [part for part in inner if getattr(part, "reduce_results", False)]
-    source = read_block(type(mlp).forward)
-    if source is not None and source.flag is None and len(reducing) == len(inner):
+    flag = read_block(type(mlp).forward)
+    if flag == "" and len(reducing) == len(inner):
         return mlp, tuple(Switch(part, "reduce_results", False) for part in inner), ""
-    if source is not None and source.flag is not None and not reducing:
-        value = getattr(mlp, source.flag, None)
-        if value:
-            return mlp, (Switch(mlp, source.flag, False if isinstance(value, bool) else 1),), ""
+    if flag and not reducing and (value := getattr(mlp, flag, None)):
+        return mlp, (Switch(mlp, flag, False if isinstance(value, bool) else 1),), ""
     return mlp, because("unknown_block", block=type(mlp).__name__), ""
 
 

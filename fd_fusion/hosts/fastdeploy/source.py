@@ -13,21 +13,14 @@ import ast
 import inspect
 import textwrap
 from collections.abc import Callable
-from dataclasses import dataclass
 
 REDUCE = "tensor_model_parallel_all_reduce"
 _EXPERT_PARALLEL = {"ep_size", "use_ep", "expert_parallel_size"}
 
 
-@dataclass(frozen=True)
-class BlockSource:
-    """The result of reading a block's forward: the attribute under which it reduces, or None."""
-
-    flag: str | None
-
-
-def read_block(forward: Callable | ast.FunctionDef) -> BlockSource | None:
-    """Read the forward of a block whose result is a sum of its parts. None means: of a shape that is not known.
+def read_block(forward: Callable | ast.FunctionDef) -> str | None:
+    """Read the forward of a block whose result is a sum of its parts. Returns the attribute under which it reduces,
+    "" where it has no reduction of its own; None means: of a shape that is not known.
 
     Without a reduction of its own a block must be a sum of its parts: assignments of calls and sums, `if`s on
     attributes, one return of a name, a sum or a call. With one, under an `if` right before the only return, what the
@@ -38,19 +31,17 @@ def read_block(forward: Callable | ast.FunctionDef) -> BlockSource | None:
     function = parse(forward)
     if function is None:
         return None
-    body = [node for node in function.body if not _is_docstring(node)]
+    body = function.body if ast.get_docstring(function) is None else function.body[1:]
     if not body or not isinstance(body[-1], ast.Return):
         return None
     live = [node for node in body if _holds_reduction(node) and not _is_under(node, _EXPERT_PARALLEL)]
     if not live:
-        return BlockSource(None) if all(_is_known(node) for node in body) else None
+        return "" if all(_is_known(node) for node in body) else None
     returns = any(isinstance(part, ast.Return) for node in body[:-2] for part in ast.walk(node))
     if len(live) > 1 or len(body) < 2 or live[0] is not body[-2] or returns:
         return None
     flag = _flag_of(live[0], body[-1])
-    if flag is None or _times_read(function, flag) != 1:
-        return None
-    return BlockSource(flag)
+    return flag if _times_read(function, flag) == 1 else None
 
 
 def parse(forward: Callable | ast.FunctionDef) -> ast.FunctionDef | None:
@@ -61,10 +52,6 @@ def parse(forward: Callable | ast.FunctionDef) -> ast.FunctionDef | None:
     except (OSError, TypeError, SyntaxError):
         return None  # built in an interpreter, or compiled: there is no source to read
     return tree.body[0] if isinstance(tree.body[0], ast.FunctionDef) else None
-
-
-def _is_docstring(node: ast.stmt) -> bool:
-    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
 
 
 def _is_known(node: ast.stmt) -> bool:
@@ -147,5 +134,5 @@ def attribute_of(node: ast.AST) -> str | None:
     return None
 
 
-def _times_read(function: ast.FunctionDef, attribute: str) -> int:
+def _times_read(function: ast.FunctionDef, attribute: str | None) -> int:
     return sum(isinstance(node, ast.Attribute) and node.attr == attribute for node in ast.walk(function))

@@ -21,10 +21,11 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import fd_fusion  # its functions load what they need on first use: this module is imported before Paddle
 from fd_fusion.binding.attributes import set_attribute, undo_in_turn
 from fd_fusion.comm import sentinel, watcher
 from fd_fusion.comm.group import Group
-from fd_fusion.comm.presence import PresenceMemory, open_presence
+from fd_fusion.comm.presence import PresenceMemory
 from fd_fusion.frameworks.tensors import paddle_or_torch, synchronize
 from fd_fusion.hosts.fastdeploy.log import log_file
 from fd_fusion.reasons import BindError, FusionError, Reason, because
@@ -64,9 +65,9 @@ def patch() -> Reason | None:
         _replace(runner_class, "_save_model_output", _checked)
     if hasattr(runner, "post_process"):
         _replace(runner, "post_process", lambda stock: _checked_once_done(stock, pooled_alone=saves))
-    _replace(worker_class, "graph_optimize_and_warm_up_model", _proven_before_capture)
+    _replace(worker_class, "graph_optimize_and_warm_up_model", lambda stock: _proven_before_capture(stock, False))
     if hasattr(runner_class, "capture_model"):  # by itself once weights were updated, or reloaded after a sleep
-        _replace(runner_class, "capture_model", _proven_before_recapture)
+        _replace(runner_class, "capture_model", lambda stock: _proven_before_capture(stock, True))
     return None
 
 
@@ -84,7 +85,7 @@ def meet(groups: Iterable[Group], timeout_s: float) -> None:
         if group.size == 1 or group.ranks in _opened:
             continue
         try:
-            _opened[group.ranks] = open_presence(group, timeout_s=timeout_s), timeout_s
+            _opened[group.ranks] = PresenceMemory(group, timeout_s), timeout_s
         except FusionError as error:  # on all ranks alike; fusion does not depend on it
             logger.warning("fd_fusion: %s", because("no_presence", why=error))
     if _up:  # a model that was bound late
@@ -101,13 +102,13 @@ def watch() -> None:
     This process counts as well: a sentinel that was killed is not its rank's silence.
     """
     global _up
-    from fd_fusion.binding import bind as binding
+    from fd_fusion.binding.bind import error_pages
 
     _up = True
-    if not any(report.sites for report in binding.report()):
+    if not any(report.sites for report in fd_fusion.report()):
         return
     watcher.end_process_on_error(GRACE_S)
-    pages = binding.error_pages()
+    pages = error_pages()
     for ranks, (memory, limit_s) in _opened.items():
         if ranks not in _sentinels:  # the host captures its graphs anew when it likes
             _sentinels[ranks] = sentinel.start(memory, limit_s, GRACE_S + 1, log_file(), pages, _READER)
@@ -138,9 +139,7 @@ def _checked(stock: Callable) -> Callable:
     """Return `stock`, which publishes a step that has ended, behind a check of that step."""
 
     def publish(*args, **kwargs):
-        from fd_fusion.binding import bind as binding
-
-        binding.check()
+        fd_fusion.check()
         return stock(*args, **kwargs)
 
     return publish
@@ -157,7 +156,8 @@ def _checked_once_done(stock: Callable, pooled_alone: bool) -> Callable:
     def publish(*args, **kwargs):
         from fd_fusion.binding import lifecycle
 
-        if pooled_alone and not _is_pooled(args[0] if args else kwargs.get("sampler_or_pooler_output")):
+        output = args[0] if args else kwargs.get("sampler_or_pooler_output")
+        if pooled_alone and type(output).__name__ != "PoolerOutput":
             return stock(*args, **kwargs)
         if lifecycle.held():
             synchronize(paddle_or_torch())
@@ -166,34 +166,19 @@ def _checked_once_done(stock: Callable, pooled_alone: bool) -> Callable:
     return publish
 
 
-def _is_pooled(output: Any) -> bool:
-    return type(output).__name__ == "PoolerOutput"
+def _proven_before_capture(stock: Callable, of_runner: bool) -> Callable:
+    """Return the worker's capture, behind which the host has come up, or the runner's, which is a part of it."""
 
-
-def _proven_before_capture(stock: Callable) -> Callable:
-    def graph_optimize_and_warm_up_model(self, *args, **kwargs):
-        from fd_fusion.binding import lifecycle
-
-        with _never_in_a_graph(self.model_runner):
+    def capture(self, *args, **kwargs):
+        with _never_in_a_graph(self if of_runner else self.model_runner):
             result = stock(self, *args, **kwargs)
-        lifecycle.freeze()
-        watch()
+        if _up or not of_runner:  # the first time more is captured behind the runner's
+            fd_fusion.freeze()
+        if not of_runner:
+            watch()
         return result
 
-    return graph_optimize_and_warm_up_model
-
-
-def _proven_before_recapture(stock: Callable) -> Callable:
-    def capture_model(self, *args, **kwargs):
-        from fd_fusion.binding import lifecycle
-
-        with _never_in_a_graph(self):
-            result = stock(self, *args, **kwargs)
-        if _up:  # not the first time, where more is captured behind this
-            lifecycle.freeze()
-        return result
-
-    return capture_model
+    return capture
 
 
 def _waits(model: Any) -> bool:

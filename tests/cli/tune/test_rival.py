@@ -33,6 +33,9 @@ def _verdict(vote: Vote):
     return SimpleNamespace(ok=vote.refusal is None, reason=vote.refusal, data=(vote.data,))
 
 
+OWN = "fastdeploy.distributed.custom_all_reduce.custom_all_reduce"
+
+
 def rival(name, most_rows):
     return rivals.Rival(name, most_rows, lambda x: x, [lambda x, r, w: (x, r)])
 
@@ -43,7 +46,7 @@ def opened(monkeypatch, has_host):
 
 
 def test_the_host_itself_where_it_is_installed(alone):
-    alone.setattr(custom_all_reduce, "is_compiled", lambda: True)
+    alone.setitem(sys.modules, OWN, SimpleNamespace(custom_ar=True))
     alone.setattr(rivals, "_host_rival", lambda *_: rival("FastDeploy", 1024))
     found, skipped = opened(alone, True)
     assert [one.name for one in found] == ["FastDeploy", "NCCL"] and skipped == {}
@@ -55,11 +58,11 @@ def test_a_host_that_would_use_nccl_is_measured_by_nccl_and_the_pull_stands_wher
         raise RuntimeError("it does not take 3 ranks")
 
     alone.setattr(rivals, "_host_rival", raises)
-    alone.setattr(custom_all_reduce, "is_compiled", lambda: True)
+    alone.setitem(sys.modules, OWN, SimpleNamespace(custom_ar=True))
     found, skipped = opened(alone, True)
     assert [one.name for one in found] == ["NCCL"] and "3 ranks" in skipped["FastDeploy"]
     alone.setattr(rivals, "_host_rival", lambda *_: pytest.fail("no rank opens what another one cannot"))
-    alone.setattr(custom_all_reduce, "is_compiled", lambda: False)
+    alone.setitem(sys.modules, OWN, SimpleNamespace(custom_ar=False))
     found, skipped = opened(alone, True)
     assert [one.name for one in found] == ["NCCL"] and "not compiled" in skipped["FastDeploy"]
     found, skipped = opened(alone, False)
@@ -114,7 +117,7 @@ def host(monkeypatch, use, **more):
         "fastdeploy": SimpleNamespace(),
         "fastdeploy.envs": SimpleNamespace(FD_CUSTOM_AR_MAX_SIZE_MB=4),
         "fastdeploy.distributed.communication": communication,
-        "fastdeploy.distributed.custom_all_reduce.custom_all_reduce": module,
+        OWN: module,
     }
     for name, fake in names.items():
         monkeypatch.setitem(sys.modules, name, fake)

@@ -435,7 +435,7 @@ def test_ranks_are_watched_from_the_freeze_on_once_a_group(monkeypatch, caplog, 
 
     met, started, ends, beats = [], [], [], []
 
-    def open_presence(group, timeout_s):
+    def presence_memory(group, timeout_s):
         if group.ranks == (4, 5):
             raise FusionError(because("no_store", detail="none"))
         met.append((group.ranks, timeout_s))
@@ -455,7 +455,7 @@ def test_ranks_are_watched_from_the_freeze_on_once_a_group(monkeypatch, caplog, 
         def wait(self):
             started.append("waited for")
 
-    monkeypatch.setattr(worker, "open_presence", open_presence)
+    monkeypatch.setattr(worker, "PresenceMemory", presence_memory)
     monkeypatch.setattr(worker.sentinel, "start", Sentinel)
     monkeypatch.setattr(binding, "error_pages", lambda: [7])
     fused = []
