@@ -99,8 +99,10 @@ class TritonOp:
             for name in spec.weight_dtypes
         ]
         self._two_shot_rows, self._row_bytes = self._plan.two_shot_rows or 1 << 62, 4 * self._plan.words
-        self._cut = functools.lru_cache(1024)(functools.partial(plans.launches, self._plan))
-        self._calls = itertools.count()
+        self._cut = functools.lru_cache(1024)(
+            lambda rows, path, *_: [tuple(one) for one in self.launches(rows, path)]
+        )
+        self._calls, self._rank, self._interpreted = itertools.count(), group.rank, spec.device == "cpu"
         self._counts = Counts(2)
         self._workspace: Workspace | None = None
 
@@ -243,7 +245,7 @@ class TritonOp:
         `call_id`, `op` on the error page, counts calls, or captures of them.
         """
         call_id, (local, own) = next(self._calls) & 0xFFFFFF, self._own
-        for programs, start, count, rounds in self.launches(rows, path):
+        for programs, start, count, rounds in self._cut(rows, path, self._slots, self.at_once[path]):
             skip = start * self._row_bytes
             launch(
                 programs,
@@ -256,18 +258,18 @@ class TritonOp:
                 own,
                 count,
                 rounds,
-                self._group.rank,
+                self._rank,
                 call_id,
                 eps,
                 weight_offset,
                 *(() if fp8 is None else fp8.arguments(start)),
             )
-        if self._spec.device == "cpu" and (reason := self._workspace.error()) is not None:
+        if self._interpreted and (reason := self._workspace.error()) is not None:
             self._workspace.fail(reason)
 
     def launches(self, rows: int, path: int) -> list[plans.Launch]:
         """Return the launches of a call of `rows` rows."""
-        return self._cut(self._slots, self.at_once[path], rows, path != ONE_SHOT)
+        return plans.launches(self._plan, self._slots, self.at_once[path], rows, path != ONE_SHOT)
 
     def _compile(self) -> dict[tuple[str, int, bool], triton_launch.Loaded]:
         return compile_kernels(self._spec, self._plan)

@@ -82,13 +82,14 @@ def _shapes(size: int, at_once: int, slots: int, device: str, bare: bool) -> lis
     """Return (T, slots, rows at once) of the calls of a variant. The last one is of two rounds as if there were few
     slots, or of two launches where there are too few for rounds of a row for each of `size` owners.
 
-    The interpreter is slow: there a variant without a residual runs one row, the others run the other shapes.
+    The interpreter is slow, and runs one program after the other: there a variant without a residual runs one row,
+    the others run the last shape, of more rows than programs.
     """
     few = 1 if device == "cpu" else min(at_once, size + 1)  # by two-shot N + 1, which has no factor in common with N
     enough = size * few <= slots
     rounds = (2 * size * few, size * few, few) if enough else (slots + 1, slots, at_once)
     if device == "cpu":
-        return [(1, slots, at_once)] if bare else [(at_once + 1, slots, at_once), rounds]
+        return [(1, slots, at_once)] if bare else [rounds]
     return [(1, slots, at_once), (at_once + 1, slots, at_once), rounds]
 
 
