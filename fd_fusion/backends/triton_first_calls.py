@@ -5,6 +5,7 @@ A first launch may allocate, so each kernel is launched before the workspace is 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -28,18 +29,11 @@ def run_all(op: Any, spec: OpSpec, framework: Any) -> None:
     All kernels are launched before a wrong one raises, since the other ranks take part in every launch.
     Raises: FusionError: the first kernel that gave wrong numbers. FusionTimeout: a rank is missing.
     """
-    wrong, stock = None, (op._two_shot_rows, op._slots, op.at_once)
-    try:
-        for weight_dtype, path, bare in op._launches:
-            op._two_shot_rows = 1 << 62 if path == ONE_SHOT else 1
-            size = 1 if path == ONE_SHOT else spec.size
-            for rows, op._slots, at_once in _shapes(size, stock[2][path], stock[1], spec.device, bare):
-                op.at_once = stock[2] | {path: at_once}
-                variant = _name(path, bare, rows, sum(launch.rounds for launch in op.launches(rows, path)))
-                reason = _run(op, spec, framework, variant, rows, bare, path, weight_dtype)
-                wrong = wrong or reason
-    finally:
-        op._two_shot_rows, op._slots, op.at_once = stock
+    wrong = None
+    for weight_dtype, path, bare in op._launches:
+        for rows, variant in _calls(op, spec, path, bare):
+            reason = _run(op, spec, framework, variant, rows, bare, path, weight_dtype)
+            wrong = wrong or reason
     if wrong:
         raise FusionError(wrong)
 
@@ -49,21 +43,29 @@ def run_all_fp8(op: Any, spec: OpSpec, framework: Any) -> None:
 
     Norm and sum must be the bits of the call without FP8, codes and scales those of `reference.quantise` of its norm.
     """
-    wrong, stock = None, op._two_shot_rows
-    try:
-        for weight_dtype, path, bare, kernel in op._fp8_launches:
-            fp8, stays = next(one for one in spec.fp8 if one.kernel == kernel), path == STAYS
-            op._two_shot_rows = 1 << 62 if path == ONE_SHOT else 1
-            for rows, *_ in _shapes(1, op.at_once[path], op._slots, spec.device, bare)[:2]:
-                variant = f"FP8 ({', '.join(kernel)}) of " + _name(path, bare, rows, 1)
-                tensors = _tensors(spec, framework, rows, bare, weight_dtype)[0]
-                plain = op.finish(*tensors, _EPS, _OFFSET, stays)
-                got = op.finish_fp8(*tensors, _EPS, _OFFSET, fp8, stays)
-                wrong = wrong or _wrong_fp8(variant, plain, got, fp8)
-    finally:
-        op._two_shot_rows = stock
+    wrong = None
+    for weight_dtype, path, bare, kernel in op._fp8_launches:
+        fp8, stays = next(one for one in spec.fp8 if one.kernel == kernel), path == STAYS
+        for rows, variant in _calls(op, spec, path, bare):
+            tensors = _tensors(spec, framework, rows, bare, weight_dtype)[0]
+            plain = op.finish(*tensors, _EPS, _OFFSET, stays)
+            got = op.finish_fp8(*tensors, _EPS, _OFFSET, fp8, stays)
+            wrong = wrong or _wrong_fp8(f"FP8 ({', '.join(kernel)}) of {variant}", plain, got, fp8)
     if wrong:
         raise FusionError(wrong)
+
+
+def _calls(op: Any, spec: OpSpec, path: int, bare: bool) -> Iterator[tuple[int, str]]:
+    """Make the op choose `path`, and cut a call as `_shapes` says. Yield T and the name of each call to make so."""
+    stock = op._two_shot_rows, op._slots, op.at_once
+    try:
+        op._two_shot_rows = 1 << 62 if path == ONE_SHOT else 1
+        size = 1 if path == ONE_SHOT else spec.size
+        for rows, op._slots, at_once in _shapes(size, stock[2][path], stock[1], spec.device, bare):
+            op.at_once = stock[2] | {path: at_once}
+            yield rows, _name(path, bare, rows, sum(launch.rounds for launch in op.launches(rows, path)))
+    finally:
+        op._two_shot_rows, op._slots, op.at_once = stock
 
 
 def _wrong_fp8(variant: str, plain: Any, got: Any, fp8: Fp8) -> Reason | None:

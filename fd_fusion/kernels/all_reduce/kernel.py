@@ -121,7 +121,7 @@ def _one_shot(first, stride, half, words, rows, memory, call, shape, polling, qu
     """Finish the first row of a program, which is pushed, then push and finish one after the other. A row is
     quantised while the words of the next one are under way."""
     number = first
-    start = first - first
+    start = 0
     end = _end_of_first_round(rows, call)
     rounds_begun = 1
     while number < rows.count:  # not a range: the interpreter of some versions cannot take its bounds from arguments
@@ -132,7 +132,7 @@ def _one_shot(first, stride, half, words, rows, memory, call, shape, polling, qu
         if (number >= end) & (end < rows.count):
             start = end
             number = start + first
-            half, rounds_begun, end = _next_round(half, rounds_begun, rows, call, shape, polling)
+            half, rounds_begun, end = _next_round(half, rounds_begun, rows, call, polling)
         if number < rows.count:
             words = _load(number, rows, shape)
             _push(number, words, Round(start, half), rows, memory, call, shape)
@@ -148,7 +148,7 @@ def _two_shot(first, stride, half, rows, memory, call, shape, polling, quantisin
     to_finish = first
     to_receive = first
     batch_end = first + shape.N * stride
-    start = first - first
+    start = 0
     round_end = _end_of_first_round(rows, call)
     rounds_begun = 1
     while to_receive < rows.count:
@@ -172,7 +172,7 @@ def _two_shot(first, stride, half, rows, memory, call, shape, polling, quantisin
             to_receive += stride
         if (to_receive >= round_end) & (round_end < rows.count):
             start = round_end
-            half, rounds_begun, round_end = _next_round(half, rounds_begun, rows, call, shape, polling)
+            half, rounds_begun, round_end = _next_round(half, rounds_begun, rows, call, polling)
             to_push = start + first
             to_finish = to_push
             to_receive = to_push
@@ -195,7 +195,7 @@ def _end_of_first_round(rows, call):
 
 
 @triton.jit
-def _next_round(half, rounds_begun, rows, call, shape, polling):
+def _next_round(half, rounds_begun, rows, call, polling):
     """Begin the next round. What this program has cleared in the last one is cleared for all ranks before anything
     that it pushes from here on."""
     if not polling.INTERPRETED:
@@ -211,6 +211,12 @@ def _half_slot(number, of_round):
 
 
 @triton.jit
+def _slot(half_slot, rows, shape):
+    """Return the offset of the half of a slot, in words of the symmetric memory of every rank."""
+    return rows.slots + half_slot * (shape.PLACES * shape.C * shape.SLICE)
+
+
+@triton.jit
 def _load(number, rows, shape):
     return tl.load(rows.x + number.to(tl.int64) * shape.WORDS + rows.offsets, mask=rows.mask, other=0, volatile=True)
 
@@ -218,7 +224,7 @@ def _load(number, rows, shape):
 @triton.jit
 def _push(number, words, of_round, rows, memory, call, shape):
     half_slot = _half_slot(number, of_round)
-    slot = rows.slots + half_slot * (shape.PLACES * shape.C * shape.SLICE)
+    slot = _slot(half_slot, rows, shape)
     push(Row(number, words, rows.offsets, rows.mask, half_slot, slot, memory.own_slots), memory, call, shape)
 
 
@@ -227,7 +233,7 @@ def _finish(number, words, of_round, rows, memory, call, shape, polling, quantis
     """Finish a row of words that are pushed; by two-shot this rank owns the row, and its peers get the result.
     Returns the words of its norm and the state of the wait, for `_quantise`."""
     half_slot = _half_slot(number, of_round)
-    slot = rows.slots + half_slot * (shape.PLACES * shape.C * shape.SLICE)
+    slot = _slot(half_slot, rows, shape)
     row = Row(number, without_sentinel(words), rows.offsets, rows.mask, half_slot, slot, memory.own_slots + slot)
     residual = rows.residual + number.to(tl.int64) * shape.WORDS
     norm, summed, wait_state, counter_now = finish(
@@ -245,7 +251,7 @@ def _receive(number, of_round, rows, memory, call, shape, polling, quantising):
     """Receive a row from its owner, and return as `_finish`. A residual that stays is NaN here, for whoever reads the
     row all the same."""
     half_slot = _half_slot(number, of_round)
-    slot = rows.slots + half_slot * (shape.PLACES * shape.C * shape.SLICE)
+    slot = _slot(half_slot, rows, shape)
     # Nothing is loaded: the compiler takes the layout of the words from a load, and the polling code needs that one.
     nothing = tl.load(rows.x + rows.offsets, mask=mask_if(rows.mask, rows.count < 0), other=NAN)
     row = Row(number, nothing, rows.offsets, rows.mask, half_slot, slot, memory.own_slots + slot)
