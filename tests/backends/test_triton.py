@@ -53,8 +53,9 @@ def test_special_payloads_and_delays_of_three_ranks():
     agreed(3, "payload", "delayed", "--rows", 1, 4, "--two_shot_rows", 3)
 
 
-def test_a_residual_that_stays_with_its_owners_on_four_ranks():
-    agreed(4, "stays", "--rows", 3, 7, 5, "--two_shot_rows", 5)
+@pytest.mark.parametrize("slots", [3, 64])
+def test_a_residual_that_stays_with_its_owners_on_four_ranks(slots):
+    agreed(4, "stays", "--rows", 3, 7, 5, "--two_shot_rows", 5, "--slots", slots)
 
 
 def test_with_two_ranks_no_kernel_leaves_the_residual():

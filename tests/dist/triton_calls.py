@@ -120,7 +120,7 @@ def stays(group, options):
     residual comes back; a call of the other path needs and leaves a whole one; few slots make several rounds."""
     case = Case(group.size, 1, options.hidden)
     plan = plans.plan_for(group.size, case.hidden, case.dtype, interpreted=options.device == "cpu")
-    for slots in (3, 64):
+    for slots in options.slots:
         changes = {"two_shot_rows": options.two_shot_rows, "tuned_rows": 2, "tuned_staying_rows": 64}
         op = open_op(group, case, options, workspace_bytes=plans.total_bytes(plan, slots), **changes)
         assert (op.limit, op.staying_limit, op._slots) == (2, 64, slots)
@@ -407,6 +407,7 @@ def main():
     parser.add_argument("--timeout_s", type=float, default=20)
     parser.add_argument("--calls", type=int, default=100_000)
     parser.add_argument("--two_shot_rows", type=int)
+    parser.add_argument("--slots", type=int, nargs="*", default=[3, 64])
     parser.add_argument("--workspace_mb", type=int, default=4)
     options = parser.parse_args()
     group = this_group()
