@@ -67,6 +67,7 @@ VARIANTS = {  # replacements in kernel.py and row.py, what is changed in the pla
     "a quarter of the device": {"share": 0.5},
     "all of the device": {"share": 2},
     **{f"{share} of half of the device": {"share": share} for share in (0.6, 0.7, 0.8, 0.9, 1.2, 1.5)},
+    **{f"{count} slots": {"slots": count} for count in (128, 256, 512, 768, 1024)},
     "eight warps": {"warps": 8},
     **{f"{count} registers": {"registers": count} for count in (80, 96, 112, 128, 168)},
     **{f"{count} slices": {"slices": count} for count in (1, 2)},  # by two-shot
@@ -200,6 +201,7 @@ def open_variant(name, spec, group, collective=True):
     kind.registers = changes.get("registers")
     with variant(name):
         op = kind(spec, group)
+        op._slots = min(op._slots, changes.get("slots", op._slots))
         op.at_once = {path: max(1, min(op._slots, int(op.at_once[path] * changes.get("share", 1))))}
         if collective:
             op._open()
