@@ -407,7 +407,7 @@ def main():
     parser.add_argument("--timeout_s", type=float, default=20)
     parser.add_argument("--calls", type=int, default=100_000)
     parser.add_argument("--two_shot_rows", type=int)
-    parser.add_argument("--slots", type=int, nargs="*", default=[3, 64])
+    parser.add_argument("--slots", type=int, nargs="+", default=[3, 64])
     parser.add_argument("--workspace_mb", type=int, default=4)
     options = parser.parse_args()
     group = this_group()
