@@ -33,10 +33,10 @@ def quantise_rows(x, codes, scales, row_stride, group_stride, WORDS: tl.constexp
     mask = offsets < tl.minimum(SLICE, WORDS - c * SLICE)
     words = tl.load(pointer(x, tl.uint32) + number.to(tl.int64) * WORDS + c * SLICE + offsets, mask=mask, other=0)
     store_quantised(
-        words, Row(number, words, offsets, mask, 0, 0), c,
+        words, Row(number, words, offsets, mask, 0, 0, pointer(x, tl.uint32)), c,
         Quantising(codes, scales, row_stride, group_stride, 1.0, "codes", FORMULA, INTERPRETED,
                    LARGEST, GATHER, STORE_SCALE, OPERANDS_OF_WORDS, OPERANDS_OF_SCALES, PACK),
-        Shape(2, WORDS, SLICE, BLOCK, C, 1, 0, DTYPE, DTYPE, True, False, 1))  # fmt: skip
+        Shape(2, WORDS, SLICE, BLOCK, C, 1, 0, DTYPE, DTYPE, True, False, 1, False))  # fmt: skip
 
 
 class Quantiser:

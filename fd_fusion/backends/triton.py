@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import itertools
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from fd_fusion.backends.triton_first_calls import run_all, run_all_fp8
@@ -22,6 +22,8 @@ from fd_fusion.backends.triton_setup import (
     TWO_SHOT,
     compile_kernels,
     layout_of,
+    paths_in_rounds,
+    paths_of,
     plan_of,
     supports,
 )
@@ -76,16 +78,18 @@ class TritonOp:
         self._spec, self._group, self._plan = spec, group, plan_of(spec)
         triton_launch.require_mode(spec.device)
         self._provider: MemoryProvider = CudaIpc() if spec.device == "gpu" else PosixShm()
-        kernels, fp8 = self._compile(), compile_fp8(spec, self._plan)
-        self._launches = {variant: kernel.launch for variant, kernel in kernels.items()}
-        self._fp8_launches = {variant: kernel.launch for variant, kernel in fp8.items()}
-        self.may_stay = any(path == STAYS for _, path, _ in kernels)
+        paths = paths_of(spec, self._plan)
+        self.may_stay = STAYS in paths
         self.staying_limit = row_limit(spec, stays=self.may_stay)
         # The built-in limit of what stays was measured with no more slots than what is sent back asks for, so that a
         # second model finds room; the tuning table's with as many as fit.
         limit = self.limit if spec.tuned_rows is None else self.staying_limit
         self._slots = plans.slots_of(self._plan, workspace_bytes=spec.workspace_bytes, limit=limit)
-        self.at_once = {path: self._rows_at_once(path, {**kernels, **fp8}) for _, path, _ in kernels}
+        self._launches, self._fp8_launches = {}, {}
+        alone = self._add_kernels(paths, False)
+        several = self._add_kernels(paths_in_rounds(spec, self._plan, self._slots, alone), True)
+        # By path, of calls of one round and of rounds; 0 without such a kernel.
+        self.at_once = {path: (most, several.get(path, 0)) for path, most in alone.items()}
         word = ANY_ADDRESS, ANY_ADDRESS
         store = triton_launch.load_kernel("all_reduce.probe", "store_word")
         self._store_word = triton_launch.prepare(store, word, {}, spec.device).launch
@@ -99,9 +103,7 @@ class TritonOp:
             for name in spec.weight_dtypes
         ]
         self._two_shot_rows, self._row_bytes = self._plan.two_shot_rows or 1 << 62, 4 * self._plan.words
-        self._cut = functools.lru_cache(1024)(
-            lambda rows, path, *_: [tuple(one) for one in self.launches(rows, path)]
-        )
+        self._cut = functools.lru_cache(1024)(self._cut_call)
         self._calls, self._rank, self._interpreted = itertools.count(), group.rank, spec.device == "cpu"
         self._counts = Counts(2)
         self._workspace: Workspace | None = None
@@ -139,8 +141,10 @@ class TritonOp:
         if rows:
             path = ONE_SHOT if rows < self._two_shot_rows else STAYS if stays and residual is not None else TWO_SHOT
             out = norm_out.data_ptr(), residual_out.data_ptr()
-            launch = launches[(path, residual is None) if fp8 is None else (path, residual is None, fp8.kernel)]
-            self._launch(launch, path, x, r, w, *out, rows, eps, weight_offset, fp8)
+            in_rounds, cut = self._cut(rows, path, self._slots, self.at_once[path])
+            variant = path, residual is None, in_rounds
+            launch = launches[variant if fp8 is None else (*variant, fp8.kernel)]
+            self._launch(launch, cut, x, r, w, *out, eps, weight_offset, fp8)
         return norm_out, residual_out
 
     def finish_fp8(self, partial, residual, weight, eps, weight_offset, fp8, stays=False):
@@ -182,7 +186,7 @@ class TritonOp:
         plan, workspace = self._plan, self._workspace
         return {
             "bytes": workspace.bytes,
-            "rows_at_once": max(self.at_once.values()),
+            "rows_at_once": max(most for most, _ in self.at_once.values()),
             "split": plan.split,
             "num_warps": plan.num_warps,
             "two_shot_rows": plan.two_shot_rows,
@@ -218,7 +222,7 @@ class TritonOp:
             self._workspace.close()
 
     def _launches_for(self, weight) -> dict[tuple, Callable[..., None]]:
-        """Return the launches for this weight, by (path, without residual), and of FP8. Raises ValueError.
+        """Return the launches for this weight, by (path, without residual, in rounds), and of FP8. Raises ValueError.
 
         With another weight the kernel would read past its end, or one dtype as another.
         """
@@ -239,13 +243,13 @@ class TritonOp:
         room = _CPU_PROGRAMS if self._spec.device == "cpu" else resident * self._provider.multiprocessors() // 2
         return plans.rows_at_once(self._plan, self._slots, programs=room, two_shot=path != ONE_SHOT)
 
-    def _launch(self, launch, path, partial, residual, weight, norm_out, residual_out, rows, eps, weight_offset, fp8):
-        """Launch on the current stream, with the addresses of the tensors.
+    def _launch(self, launch, cut, partial, residual, weight, norm_out, residual_out, eps, weight_offset, fp8):
+        """Launch on the current stream, with the addresses of the tensors. cut: see `_cut_call`.
 
         `call_id`, `op` on the error page, counts calls, or captures of them.
         """
         call_id, (local, own) = next(self._calls) & 0xFFFFFF, self._own
-        for programs, start, count, rounds in self._cut(rows, path, self._slots, self.at_once[path]):
+        for programs, start, count, rounds in cut:
             skip = start * self._row_bytes
             launch(
                 programs,
@@ -269,10 +273,25 @@ class TritonOp:
 
     def launches(self, rows: int, path: int) -> list[plans.Launch]:
         """Return the launches of a call of `rows` rows."""
-        return plans.launches(self._plan, self._slots, self.at_once[path], rows, path != ONE_SHOT)
+        (alone, several), two_shot = self.at_once[path], path != ONE_SHOT
+        if several and (one := plans.launch_in_rounds(self._plan, self._slots, several, rows, two_shot)):
+            return [one]
+        return plans.launches(self._plan, self._slots, alone, rows, two_shot)
 
-    def _compile(self) -> dict[tuple[str, int, bool], triton_launch.Loaded]:
-        return compile_kernels(self._spec, self._plan)
+    def _cut_call(self, rows, path, *_) -> tuple[bool, list[tuple[int, int, int, int]]]:
+        """Return whether a call has rounds, and its launches. Cached, by slots and rows at once too."""
+        launches = self.launches(rows, path)
+        return launches[0].rounds > 1, [tuple(one) for one in launches]
+
+    def _add_kernels(self, paths: Sequence[int], in_rounds: bool) -> dict[int, int]:
+        """Compile and add the kernels of these paths. Returns the rows at once of each path."""
+        kernels, fp8 = self._compile(paths, in_rounds), compile_fp8(self._spec, self._plan, paths, in_rounds)
+        self._launches |= {variant: kernel.launch for variant, kernel in kernels.items()}
+        self._fp8_launches |= {variant: kernel.launch for variant, kernel in fp8.items()}
+        return {path: self._rows_at_once(path, {**kernels, **fp8}) for _, path, *_ in kernels}
+
+    def _compile(self, paths: Sequence[int], in_rounds: bool) -> dict[tuple, triton_launch.Loaded]:
+        return compile_kernels(self._spec, self._plan, paths, in_rounds)
 
     def _push(self, addresses: tuple[int, ...], value: int) -> None:
         """Store `value` at each address, as the proof of the memory asks: a `symmetric_memory.Push`."""

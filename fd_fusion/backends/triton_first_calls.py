@@ -13,7 +13,6 @@ import numpy as np
 from fd_fusion import exact
 from fd_fusion.backends.triton_setup import ONE_SHOT, STAYS
 from fd_fusion.frameworks.tensors import bytes_of, numbers, tensor
-from fd_fusion.kernels.all_reduce import plan as plans
 from fd_fusion.reasons import FusionError, Reason
 from fd_fusion.reference import quantise, round_to
 from fd_fusion.spec import Fp8, OpSpec
@@ -22,16 +21,16 @@ _EPS, _OFFSET = 100.0, 1.0  # about the mean of squares, so that the norm depend
 
 
 def run_all(op: Any, spec: OpSpec, framework: Any) -> None:
-    """Collective: launch each path, with and without a residual, for each dtype of weight; with one row,
-    with more rows than run at once, and with more rows than slots, which is several rounds (`_shapes`).
+    """Collective: launch each path, with and without a residual, for each dtype of weight; with one row and with more
+    rows than run at once, and the kernels of rounds with several (`_shapes`).
     `residual_out` must be the contract's bits, over the whole width; one that stays with its owners NaN elsewhere.
 
     All kernels are launched before a wrong one raises, since the other ranks take part in every launch.
     Raises: FusionError: the first kernel that gave wrong numbers. FusionTimeout: a rank is missing.
     """
     wrong = None
-    for weight_dtype, path, bare in op._launches:
-        for rows, variant in _calls(op, spec, path, bare):
+    for weight_dtype, path, bare, in_rounds in op._launches:
+        for rows, variant in _calls(op, spec, path, bare, in_rounds):
             reason = _run(op, spec, framework, variant, rows, bare, path, weight_dtype)
             wrong = wrong or reason
     if wrong:
@@ -44,9 +43,9 @@ def run_all_fp8(op: Any, spec: OpSpec, framework: Any) -> None:
     Norm and sum must be the bits of the call without FP8, codes and scales those of `reference.quantise` of its norm.
     """
     wrong = None
-    for weight_dtype, path, bare, kernel in op._fp8_launches:
+    for weight_dtype, path, bare, in_rounds, kernel in op._fp8_launches:
         fp8, stays = next(one for one in spec.fp8 if one.kernel == kernel), path == STAYS
-        for rows, variant in _calls(op, spec, path, bare):
+        for rows, variant in _calls(op, spec, path, bare, in_rounds):
             tensors = _tensors(spec, framework, rows, bare, weight_dtype)[0]
             plain = op.finish(*tensors, _EPS, _OFFSET, stays)
             got = op.finish_fp8(*tensors, _EPS, _OFFSET, fp8, stays)
@@ -55,14 +54,15 @@ def run_all_fp8(op: Any, spec: OpSpec, framework: Any) -> None:
         raise FusionError(wrong)
 
 
-def _calls(op: Any, spec: OpSpec, path: int, bare: bool) -> Iterator[tuple[int, str]]:
-    """Make the op choose `path`, and cut a call as `_shapes` says. Yield T and the name of each call to make so."""
+def _calls(op: Any, spec: OpSpec, path: int, bare: bool, in_rounds: bool) -> Iterator[tuple[int, str]]:
+    """Make the op choose a kernel, and cut a call as `_shapes` says. Yield T and the name of each call to make so."""
     stock = op._two_shot_rows, op._slots, op.at_once
     try:
         op._two_shot_rows = 1 << 62 if path == ONE_SHOT else 1
         size = 1 if path == ONE_SHOT else spec.size
-        for rows, op._slots, at_once in _shapes(size, stock[2][path], stock[1], spec.device, bare):
-            op.at_once = stock[2] | {path: at_once}
+        shapes = _shapes(size, stock[2][path][in_rounds], stock[1], spec.device, bare, in_rounds)
+        for rows, op._slots, at_once in shapes:
+            op.at_once = stock[2] | {path: (at_once, at_once * in_rounds)}
             yield rows, _name(path, bare, rows, sum(launch.rounds for launch in op.launches(rows, path)))
     finally:
         op._two_shot_rows, op._slots, op.at_once = stock
@@ -80,19 +80,21 @@ def _wrong_fp8(variant: str, plain: Any, got: Any, fp8: Fp8) -> Reason | None:
     return exact.first_wrong_word(variant, wrong)
 
 
-def _shapes(size: int, at_once: int, slots: int, device: str, bare: bool) -> list[tuple[int, int, int]]:
-    """Return (T, slots, rows at once) of the calls of a variant. The last one is of two rounds as if there were few
-    slots, or of two launches where there are too few for rounds of a row for each of `size` owners.
+def _shapes(
+    size: int, at_once: int, slots: int, device: str, bare: bool, in_rounds: bool
+) -> list[tuple[int, int, int]]:
+    """Return (T, slots, rows at once) of the calls of a variant.
 
-    The interpreter is slow, and runs one program after the other: there a variant without a residual runs one row,
-    the others run the last shape, of more rows than programs.
+    Of rounds: two, as if there were few slots; two launches where there are too few for rounds of a row for each of
+    `size` owners, and no call has rounds. The interpreter is slow, and runs one program after the other: there a call
+    without a residual has one row, one with a residual more rows than programs and owners.
     """
     few = 1 if device == "cpu" else min(at_once, size + 1)  # by two-shot N + 1, which has no factor in common with N
-    enough = size * few <= slots
-    rounds = (2 * size * few, size * few, few) if enough else (slots + 1, slots, at_once)
+    if in_rounds:
+        return [(2 * size * few, size * few, few) if size * few <= slots else (slots + 1, slots, at_once)]
     if device == "cpu":
-        return [(1, slots, at_once)] if bare else [rounds]
-    return [(1, slots, at_once), (at_once + 1, slots, at_once), rounds]
+        return [(1, slots, at_once) if bare else (min(size + 1, slots), slots, few)]
+    return [(1, slots, at_once), (at_once + 1, slots, at_once)]
 
 
 def _name(path: int, bare: bool, rows: int, rounds: int) -> str:
@@ -111,7 +113,7 @@ def _run(
     expected = round_to(total, dtype).astype(np.float32)
     if path == STAYS:
         elsewhere = np.ones(rows, bool)
-        elsewhere[plans.owned_rows(op.launches(rows, path), spec.rank, spec.size)] = False
+        elsewhere[spec.rank :: spec.size] = False
         expected[elsewhere] = np.nan
     same = exact.same_bits(residual_out, expected)
     limits = {"eps": _EPS, "weight_offset": _OFFSET, "dtype": dtype, "rounded": False}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,8 +27,10 @@ def refuses_fp8(spec: OpSpec) -> Reason | None:
     return because("no_fp8", got=f"H={spec.hidden_size} {spec.dtype}, {spec.size} ranks", need=need) if need else None
 
 
-def compile_fp8(spec: OpSpec, plan: plans.Plan) -> dict[tuple, triton_launch.Loaded]:
-    """Compile the kernels for `spec.fp8`, by (weight dtype, two-shot, without residual, `Fp8.kernel`)."""
+def compile_fp8(
+    spec: OpSpec, plan: plans.Plan, paths: Collection[int], in_rounds: bool
+) -> dict[tuple, triton_launch.Loaded]:
+    """Compile the kernels for `spec.fp8`, by (weight dtype, path, without residual, in rounds, `Fp8.kernel`)."""
     if not spec.fp8:
         return {}
     kernel = triton_launch.load_kernel("all_reduce.kernel_fp8", "all_reduce_rms_norm_fp8")
@@ -36,7 +38,7 @@ def compile_fp8(spec: OpSpec, plan: plans.Plan) -> dict[tuple, triton_launch.Loa
     return {
         (*variant, fp8): triton_launch.prepare(kernel, like, plans.constants(plan, fp8=fp8, **how), spec.device)
         for fp8 in sorted({one.kernel for one in spec.fp8})
-        for variant, how in variants(spec, plan)
+        for variant, how in variants(spec, paths, in_rounds)
     }
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import itertools
-from collections.abc import Iterator
+import math
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from fd_fusion.comm.workspace import Layout
@@ -52,34 +53,54 @@ def plan_of(spec: OpSpec) -> plans.Plan:
     return dataclasses.replace(plan, two_shot_rows=None if spec.two_shot_rows == NEVER else spec.two_shot_rows)
 
 
-def compile_kernels(spec: OpSpec, plan: plans.Plan) -> dict[tuple[str, int, bool], triton_launch.Loaded]:
-    """Compile every kernel that a call may need, by (weight dtype, path, without residual): none compiles later.
+def compile_kernels(
+    spec: OpSpec, plan: plans.Plan, paths: Collection[int], in_rounds: bool
+) -> dict[tuple[str, int, bool, bool], triton_launch.Loaded]:
+    """Compile every kernel that a call of these paths may need, by (weight dtype, path, without residual, in rounds):
+    none compiles later.
 
-    No kernel is specialized on the value of an argument, so that each is right for all calls.
+    No kernel is specialized on the value of an argument, so that each is right for all calls of its sort.
     """
     kernel = triton_launch.load_kernel("all_reduce.kernel", "all_reduce_rms_norm")
     return {
         variant: triton_launch.prepare(kernel, LIKE, plans.constants(plan, **how), spec.device)
-        for variant, how in variants(spec, plan)
+        for variant, how in variants(spec, paths, in_rounds)
     }
 
 
-def variants(spec: OpSpec, plan: plans.Plan) -> Iterator[tuple[tuple[str, int, bool], dict[str, Any]]]:
-    """Yield (weight dtype, path, without residual) of each kernel, and these as arguments of `plans.constants`."""
+def variants(
+    spec: OpSpec, paths: Collection[int], in_rounds: bool
+) -> Iterator[tuple[tuple[str, int, bool, bool], dict[str, Any]]]:
+    """Yield (weight dtype, path, without residual, in rounds) of each kernel, and these as arguments of
+    `plans.constants`."""
     pdl = spec.device == "gpu" and triton_launch.uses_pdl()
-    for name, path in itertools.product(spec.weight_dtypes, paths_of(spec, plan)):
+    for name, path in itertools.product(spec.weight_dtypes, paths):
         how = {"weight_dtype": name, "two_shot": path != ONE_SHOT, "residual_stays": path == STAYS, "pdl": pdl}
         for bare in (False,) if path == STAYS else (False, True):
-            yield (name, path, bare), {**how, "has_residual": not bare}
+            yield (name, path, bare, in_rounds), {**how, "has_residual": not bare, "rounds": in_rounds}
 
 
 def paths_of(spec: OpSpec, plan: plans.Plan) -> tuple[int, ...]:
-    """Return the paths that a call may take. Of two ranks one-shot is the faster, so no residual stays there."""
+    """Return the paths that a call may take. Of two ranks one-shot is the faster, so no residual stays there; nor
+    where there is no slot for each rank, since a row's owner would depend on how a call is cut (`plans.launches`)."""
     if plan.two_shot_rows is None:
         return (ONE_SHOT, TWO_SHOT) if spec.device == "cpu" else (ONE_SHOT,)
     limit = row_limit(spec, stays=True)
-    is_used = spec.size > 2 and (limit is None or plan.two_shot_rows <= limit)
+    fits = plans.total_bytes(plan, spec.size) <= spec.workspace_bytes
+    is_used = fits and spec.size > 2 and (limit is None or plan.two_shot_rows <= limit)
     return (ONE_SHOT, TWO_SHOT, STAYS) if is_used else (ONE_SHOT, TWO_SHOT)
+
+
+def paths_in_rounds(spec: OpSpec, plan: plans.Plan, slots: int, at_once: dict[int, int]) -> list[int]:
+    """Return the paths of `at_once` whose calls may have rounds: more rows than slots, and slots for a row of each
+    program and owner. What has stayed is read, up to its own limit, by calls that send it back."""
+    paths = paths_of(spec, plan)
+    limit = row_limit(spec, stays=STAYS in paths)
+    most = dict.fromkeys(paths, math.inf if limit is None else limit)
+    if plan.two_shot_rows is not None:
+        most[ONE_SHOT] = min(most[ONE_SHOT], plan.two_shot_rows - 1)
+    needed = {path: rows * (1 if path == ONE_SHOT else spec.size) for path, rows in at_once.items()}
+    return [path for path in at_once if most[path] > slots >= needed[path]]
 
 
 def layout_of(plan: plans.Plan, slots: int) -> Layout:

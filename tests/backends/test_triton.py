@@ -1,5 +1,6 @@
 """The triton backend as real processes under the interpreter: see tests/dist/triton_calls.py."""
 
+import dataclasses
 import importlib
 import os
 import re
@@ -11,7 +12,9 @@ import pytest
 
 from fd_fusion.backends import triton as backend
 from fd_fusion.backends import triton_setup
+from fd_fusion.backends.triton_setup import ONE_SHOT, STAYS, TWO_SHOT
 from fd_fusion.frameworks import triton_launch
+from fd_fusion.kernels.all_reduce import plan as plans
 from fd_fusion.spec import OpSpec
 from tests.support.ranks import ROOT, run_ranks
 
@@ -53,14 +56,56 @@ def test_special_payloads_and_delays_of_three_ranks():
     agreed(3, "payload", "delayed", "--rows", 1, 4, "--two_shot_rows", 3)
 
 
-@pytest.mark.parametrize("slots", [3, 64])
-def test_a_residual_that_stays_with_its_owners_on_four_ranks(slots):
-    agreed(4, "stays", "--rows", 3, 7, 5, "--two_shot_rows", 5, "--slots", slots)
+@pytest.mark.parametrize("size, slots, rows", [(4, 4, (3, 7, 5)), (4, 64, (3, 7, 5)), (4, 21, (42,)), (3, 13, (26,))])
+def test_a_residual_that_stays_with_its_owners(size, slots, rows):
+    """Twice as many rows as slots: what calls leave in rounds the last one reads, whatever its own launches."""
+    agreed(size, "stays", "--rows", *rows, "--two_shot_rows", 5, "--slots", slots)
 
 
 def test_with_two_ranks_no_kernel_leaves_the_residual():
     spec = OpSpec(**PLAIN)
-    assert triton_setup.STAYS not in triton_setup.paths_of(spec, triton_setup.plan_of(spec))
+    assert STAYS not in triton_setup.paths_of(spec, triton_setup.plan_of(spec))
+
+
+@pytest.mark.parametrize(
+    "changes, slots, in_rounds",
+    [
+        ({"size": 2, "max_token_num": 2048}, 2048, []),
+        ({"size": 2, "max_token_num": 2048}, 2047, [ONE_SHOT]),
+        ({"size": 2, "deterministic": True}, 1 << 20, [ONE_SHOT]),
+        ({"size": 2, "deterministic": True}, 9, []),  # fewer than programs
+        ({"size": 3, "max_token_num": 64}, 64, []),  # where one-shot ends behind the limit
+        ({"size": 4, "max_token_num": 512}, 512, []),
+        ({"size": 4, "max_token_num": 512}, 511, [TWO_SHOT, STAYS]),  # one-shot has fewer than 40 rows
+        ({"size": 4, "max_token_num": 512}, 40, [TWO_SHOT, STAYS]),
+        ({"size": 4, "max_token_num": 512}, 39, []),  # no row for each program and owner
+        ({"size": 4, "max_token_num": 512, "two_shot_rows": 50}, 40, [ONE_SHOT, TWO_SHOT, STAYS]),
+        ({"size": 4, "max_token_num": 45, "two_shot_rows": 50}, 40, [ONE_SHOT, TWO_SHOT]),
+        # Two-shot reads what has stayed.
+        ({"size": 4, "tuned_rows": 512, "tuned_staying_rows": 1024}, 512, [TWO_SHOT, STAYS]),
+        ({"size": 4, "tuned_rows": 512, "tuned_staying_rows": 1024}, 1024, []),
+    ],
+)
+def test_a_path_has_a_kernel_of_rounds_where_a_call_may_have_them(changes, slots, in_rounds, monkeypatch):
+    monkeypatch.setattr(triton_launch, "uses_pdl", lambda: True)
+    spec = OpSpec(
+        **{**PLAIN, "device": "gpu", "arch": 90, "hidden_size": 4096, "workspace_bytes": 40 << 20, **changes}
+    )
+    plan = triton_setup.plan_of(spec)
+    at_once = dict.fromkeys(triton_setup.paths_of(spec, plan), 10)
+    assert triton_setup.paths_in_rounds(spec, plan, slots, at_once) == in_rounds
+    compiled = [key for key, how in triton_setup.variants(spec, in_rounds, True) if how["rounds"]]
+    bares = [(path, bare) for path in in_rounds for bare in ((False,) if path == STAYS else (False, True))]
+    assert compiled == [("float32", *variant, True) for variant in bares]
+
+
+@pytest.mark.parametrize("room, stays", [(-1, False), (0, True)])
+def test_no_residual_stays_without_a_slot_for_each_rank(room, stays):
+    """A call of more rows would be cut where its rows have other owners than those of the call before."""
+    spec = OpSpec(**{**PLAIN, "size": 4, "two_shot_rows": 2, "max_token_num": 64})
+    bytes_of = plans.total_bytes(triton_setup.plan_of(spec), 4) + room
+    spec = dataclasses.replace(spec, workspace_bytes=bytes_of)
+    assert (STAYS in triton_setup.paths_of(spec, triton_setup.plan_of(spec))) == stays
 
 
 def test_several_workspaces_and_strange_inputs_of_two_ranks():

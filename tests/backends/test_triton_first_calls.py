@@ -1,5 +1,7 @@
 """The triton backend's first calls: every variant is launched, in the same order on all ranks, and compared."""
 
+import itertools
+
 import numpy as np
 import paddle
 import pytest
@@ -21,21 +23,24 @@ class FakeOp:
 
     def __init__(self, dtype, wrong=None, bug="nothing", weight_dtypes=("float32",), stays=False):
         self._slots, self._two_shot_rows, self.seen = 100, 7, []
-        self.at_once = {ONE_SHOT: 4, TWO_SHOT: 4, STAYS: 4}
+        self.at_once = {ONE_SHOT: (4, 4), TWO_SHOT: (3, 3), STAYS: (3, 3)}
         variants = [(path, bare) for path in (ONE_SHOT, TWO_SHOT) for bare in (False, True)]
         variants += [(STAYS, False)] * stays
-        self._launches = {(name, *variant): None for name in weight_dtypes for variant in variants}
+        keys = itertools.product(weight_dtypes, variants, (False, True))
+        self._launches = {(name, *variant, in_rounds): None for name, variant, in_rounds in keys}
         self._dtype, self._wrong, self._bug = dtype, wrong, bug
 
     def launches(self, rows, path):
-        plan = plans.plan_for(SIZE, HIDDEN, self._dtype)
-        return plans.launches(plan, self._slots, self.at_once[path], rows, path != ONE_SHOT)
+        plan, (alone, several) = plans.plan_for(SIZE, HIDDEN, self._dtype), self.at_once[path]
+        how = rows, path != ONE_SHOT
+        one = plans.launch_in_rounds(plan, self._slots, several, *how) if several else None
+        return [one] if one else plans.launches(plan, self._slots, alone, *how)
 
     def finish(self, partial, residual, weight, eps, weight_offset, stays=False):
         rows, bare = partial.shape[0], residual is None
         path = STAYS if stays else int(rows >= self._two_shot_rows)
         variant = (str(weight.dtype).rpartition(".")[2], path, bare, rows)
-        self.seen.append((*variant, sum(one.rounds for one in self.launches(rows, path))))
+        self.seen.append((*variant[:3], self.launches(rows, path)[0].rounds > 1, rows))
         here = self._wrong == variant[1:3] and (self._bug != "later launches wrong" or rows > self._slots)
         bug = self._bug if here else "nothing"
         parts = [exact.known_partial(rank, rows, HIDDEN, self._dtype) for rank in range(SIZE)]
@@ -51,7 +56,7 @@ class FakeOp:
         if bug == "later launches wrong":
             out[-1] = 0
         if stays:
-            owned = plans.owned_rows(self.launches(rows, path), 0, SIZE)
+            owned = list(range(0, rows, SIZE))
             elsewhere = [row for row in range(rows) if row not in owned]
             out[elsewhere] = 1 if bug == "stale elsewhere" else np.nan
             out[owned[1:]] = np.nan if bug == "an owned row is missing" else out[owned[1:]]
@@ -71,10 +76,16 @@ def spec_of(dtype, **changes):
 def test_right_kernels_pass_and_each_is_launched(dtype):
     op = FakeOp(dtype)
     run_all(op, spec_of(dtype), paddle)
-    assert {seen[:3] for seen in op.seen} == set(op._launches)
-    assert {seen[3] for seen in op.seen} == {1, 2, 4}, "one row, and more rows than programs"
-    for two_shot in (False, True):
-        assert {seen[4] for seen in op.seen if seen[1] == two_shot} == {1, 2}, "and more rows than slots"
+    assert [seen[:4] for seen in op.seen] == list(op._launches)
+    rows = {(path, bare, in_rounds): rows for _, path, bare, in_rounds, rows in op.seen}
+    alone = {key: count for key, count in rows.items() if not key[2]}
+    assert alone == {
+        (ONE_SHOT, True, False): 1,
+        (ONE_SHOT, False, False): 2,  # more rows than programs
+        (TWO_SHOT, True, False): 1,
+        (TWO_SHOT, False, False): 3,
+    }
+    assert {(path, count) for (path, _, in_rounds), count in rows.items() if in_rounds} == {(0, 2), (1, 4)}
     assert (op._two_shot_rows, op._slots) == (7, 100), "what chooses path and launches is as before"
 
 
@@ -82,22 +93,22 @@ def test_right_kernels_pass_and_each_is_launched(dtype):
 def test_on_a_gpu_every_variant_runs_in_every_shape(slots):
     plan = plans.plan_for(SIZE, HIDDEN, "bfloat16")
     for size, at_once in ((1, min(4, slots)), (SIZE, min(3, slots))):  # one-shot and two-shot
-        shapes = triton_first_calls._shapes(size, at_once, slots, "gpu", True)
-        assert shapes == triton_first_calls._shapes(size, at_once, slots, "gpu", False)
-        real = [(1, slots, at_once), (at_once + 1, slots, at_once)]
-        assert shapes[:2] == real, "one row, and more rows than programs, by the real slots"
-        for device in ("cpu", "gpu"):
-            rows, as_if, few = triton_first_calls._shapes(size, at_once, slots, device, False)[-1]
-            found = plans.launches(plan, as_if, few, rows, size > 1)
-            assert rows > as_if <= slots and few <= at_once and sum(one.rounds for one in found) == 2
+        for bare in (False, True):
+            shapes = triton_first_calls._shapes(size, at_once, slots, "gpu", bare, False)
+            real = [(1, slots, at_once), (at_once + 1, slots, at_once)]
+            assert shapes == real, "one row, and more rows than programs, by the real slots"
+        for device, bare in itertools.product(("cpu", "gpu"), (False, True)):
+            ((rows, as_if, few),) = triton_first_calls._shapes(size, at_once, slots, device, bare, True)
+            found = plans.launch_in_rounds(plan, as_if, few, rows, size > 1)
+            assert rows > as_if <= slots and few <= at_once
             enough = size * (1 if device == "cpu" else min(at_once, size + 1)) <= slots
-            assert len(found) == (1 if enough else 2), "two rounds of a launch, where slots are enough for that"
+            assert (found is not None and found.rounds == 2) == enough, "where slots are enough for that"
 
 
 def test_each_weight_dtype_that_has_a_kernel_is_run():
     op = FakeOp("bfloat16", weight_dtypes=("float32", "bfloat16"))
     run_all(op, spec_of("bfloat16"), paddle)
-    assert {seen[:3] for seen in op.seen} == set(op._launches)
+    assert [seen[:4] for seen in op.seen] == list(op._launches)
 
 
 @pytest.mark.parametrize("bug", ["rank dropped", "offset forgotten", "wrong eps", "one column truncated"])
@@ -106,7 +117,7 @@ def test_a_wrong_variant_is_named_after_all_were_launched(variant, bug):
     op = FakeOp("bfloat16", variant, bug)
     with pytest.raises(FusionError) as error:
         run_all(op, spec_of("bfloat16"), paddle)
-    assert error.value.reason.code == "first_call_wrong" and len(op.seen) == 4
+    assert error.value.reason.code == "first_call_wrong" and len(op.seen) == 8
     two_shot, bare = variant
     text = str(error.value.reason)
     assert ("two-shot" in text) == two_shot and ("without a residual" in text) == bare
@@ -126,7 +137,7 @@ def test_a_residual_that_stays_is_compared_in_the_rows_that_a_rank_owns_and_nan_
     op = FakeOp("bfloat16", (STAYS, False), bug, stays=True)
     if bug == "nothing":
         run_all(op, spec_of("bfloat16"), paddle)
-        assert {seen[:3] for seen in op.seen} == set(op._launches)
+        assert [seen[:4] for seen in op.seen] == list(op._launches)
         return
     with pytest.raises(FusionError, match=r"two-shot kernel with a residual that stays, .*residual_out"):
         run_all(op, spec_of("bfloat16"), paddle)
@@ -160,7 +171,8 @@ def test_fp8_is_compared_bit_for_bit(bug, monkeypatch):
     op, spec = FakeFp8Op(forms, bug), spec_of("bfloat16", hidden_size=128, fp8=forms)
     if bug == "nothing":
         run_all_fp8(op, spec, paddle)
-        assert len(op.seen) == 2 * 2 * (2 + 3), "each kernel, beside it one without FP8; T of 1, or of 2 rounds"
+        kernels = [key[:4] for key in op._fp8_launches for _ in range(2)]
+        assert [seen[:4] for seen in op.seen] == kernels, "each kernel, beside it one without FP8"
     else:
         wrong = {"one code": "codes", "one scale": "scales", "norm": "norm_out"}[bug]
         with pytest.raises(FusionError, match=f"FP8.*{wrong}"):

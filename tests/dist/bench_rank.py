@@ -77,7 +77,7 @@ class Triton:
 
     def in_flight(self, name):
         op, path = (self.one_shot, ONE_SHOT) if name == "triton one-shot" else (self.two_shot, TWO_SHOT)
-        return op.at_once[path]
+        return op.at_once[path][0]
 
     def counted(self):
         """The rows that the kernels have finished, as the device counts them."""

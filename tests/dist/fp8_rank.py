@@ -220,7 +220,7 @@ def open_forms(group, specs, hidden, forms, wrong):
             wrong.append([folder.name, hidden, str(error)])
             continue
         ops[folder.name] = op
-        for rows, form in itertools.product((1, 7, op.at_once[ONE_SHOT] * 2 + 1), (BOTH, ALONE)):
+        for rows, form in itertools.product((1, 7, op.at_once[ONE_SHOT][0] * 2 + 1), (BOTH, ALONE)):
             found = check_bits(group, op, form, rows, hidden, rows == 7)[0]
             everybody = agree(group, "bits of a form", Vote(data=found), timeout_s=60).data
             if any(any(one.values()) for one in everybody):
@@ -255,7 +255,7 @@ def speed(group, specs, options, began):
             everybody = agree(group, "times", Vote(data=mine), timeout_s=60).data
             slowest = {n: [max(one[n][i] for one in everybody) for i in range(options.rounds)] for n in mine}
             for name, all_of in slowest.items():
-                cell = {"N": group.size, "H": hidden, "T": rows, "name": name, "at_once": op.at_once[ONE_SHOT]}
+                cell = {"N": group.size, "H": hidden, "T": rows, "name": name, "at_once": op.at_once[ONE_SHOT][0]}
                 results.append(cell | {"us": round(statistics.median(all_of), 3), "min_us": round(min(all_of), 3)})
         for one in ops.values():
             one.check()

@@ -67,6 +67,7 @@ VARIANTS = {  # replacements in kernel.py and row.py, what is changed in the pla
     "a quarter of the device": {"share": 0.5},
     "all of the device": {"share": 2},
     **{f"{share} of half of the device": {"share": share} for share in (0.6, 0.7, 0.8, 0.9, 1.2, 1.5)},
+    "by the kernel of rounds": {"rounds": True},
     **{f"{count} slots": {"slots": count} for count in (128, 256, 512, 768, 1024)},
     "eight warps": {"warps": 8},
     **{f"{count} registers": {"registers": count} for count in (80, 96, 112, 128, 168)},
@@ -169,9 +170,9 @@ def variant(name):
 class Variant(backend.TritonOp):
     """With a residual and one-shot or two-shot alone: half of the compiling."""
 
-    path, untold, registers = ONE_SHOT, False, None
+    path, untold, registers, rounds = ONE_SHOT, False, None, False
 
-    def _compile(self):
+    def _compile(self, paths, in_rounds):
         kernel = triton_launch.load_kernel("all_reduce.kernel", "all_reduce_rms_norm")
         constants = plans.constants(
             self._plan,
@@ -180,11 +181,12 @@ class Variant(backend.TritonOp):
             two_shot=self.path != ONE_SHOT,
             pdl=self.pdl,
             residual_stays=self.path == STAYS,
+            rounds=in_rounds or self.rounds,
         )
         constants["maxnreg"] = self.registers or constants["maxnreg"]
         like = (*(1 << 40,) * 7, 2, 2, 0, 0, 1e-5, 0.0)
         prepared = triton_launch.prepare(kernel, like, constants, self._spec.device)
-        return {("bfloat16", self.path, False): prepared}
+        return {("bfloat16", self.path, False, in_rounds): prepared} if self.path in paths else {}
 
     def _run_once(self):
         with contextlib.suppress(FusionError) if self.untold else contextlib.nullcontext():  # `cell` judges it
@@ -198,11 +200,12 @@ def open_variant(name, spec, group, collective=True):
     changes = changes_of(name)
     path = ONE_SHOT if spec.two_shot_rows != 1 else STAYS if "stays" in changes else TWO_SHOT
     kind = type("Variant", (Variant,), {"path": path, "pdl": "pdl" in changes, "untold": "untold" in changes})
-    kind.registers = changes.get("registers")
+    kind.registers, kind.rounds = changes.get("registers"), "rounds" in changes
     with variant(name):
         op = kind(spec, group)
         op._slots = min(op._slots, changes.get("slots", op._slots))
-        op.at_once = {path: max(1, min(op._slots, int(op.at_once[path] * changes.get("share", 1))))}
+        share = changes.get("share", 1)
+        op.at_once = {path: tuple(min(op._slots, int(most * share)) for most in op.at_once[path])}
         if collective:
             op._open()
             op.freeze()
@@ -227,8 +230,7 @@ def cell(group, ops, yardstick, hidden, rows, options):
             one.check()
             pairs = list(zip(outputs, truth))
             if one.path == STAYS:
-                owned = plans.owned_rows(one.launches(rows, STAYS), group.rank, group.size)
-                pairs[1] = tuple(part[owned] for part in pairs[1])
+                pairs[1] = tuple(part[group.rank :: group.size] for part in pairs[1])
             errors[name] = max([0.0, *(((o.double() - t).norm() / t.norm()).item() for o, t in pairs if len(o))])
         except Exception as error:  # told in the table
             errors[name] = float("inf")

@@ -14,6 +14,7 @@ sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
 import triton_calls as calls
 
+from fd_fusion.backends.triton_setup import ONE_SHOT
 from fd_fusion.frameworks import triton_launch
 from fd_fusion.kernels.all_reduce import plan as plans
 from tests.support import tensors
@@ -171,7 +172,8 @@ def host_time(group, options):
     x = tensors.tensor(case.partial(group.rank), case.dtype, options.device)
     out = torch.empty_like(x), torch.empty_like(x)
     addresses = [t.data_ptr() for t in (x, residual, weight, *out)]
-    run, kernel = op._launches[case.weight_dtype, False, False], triton_launch.load_kernel("all_reduce.kernel", "all_reduce_rms_norm")
+    run = op._launches[case.weight_dtype, ONE_SHOT, False, False]
+    kernel = triton_launch.load_kernel("all_reduce.kernel", "all_reduce_rms_norm")
     constants = plans.constants(op._plan, weight_dtype=case.dtype, has_residual=True, two_shot=False)
     args = (*addresses, *op._own, 1, 1, group.rank, 0, case.eps, 0.0)
     parts = {
@@ -187,5 +189,10 @@ def host_time(group, options):
 
 
 if __name__ == "__main__":
-    calls.replays, calls.host_time, calls.dependent_launch, calls.staying = replays, host_time, dependent_launch, staying
+    calls.replays, calls.host_time, calls.dependent_launch, calls.staying = (
+        replays,
+        host_time,
+        dependent_launch,
+        staying,
+    )
     calls.main()

@@ -27,7 +27,7 @@ paths, launch = [], triton.TritonOp._launch
 
 
 def recording(op, kernel, *args):
-    paths.extend(path for (_, path, _), one in op._launches.items() if one is kernel)
+    paths.extend(path for (_, path, *_), one in op._launches.items() if one is kernel)
     return launch(op, kernel, *args)
 
 

@@ -11,6 +11,7 @@ import hashlib
 import os
 import sys
 import time
+from unittest import mock
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 
@@ -115,6 +116,17 @@ def numbers(group, options):
         op.close()
 
 
+def at_once(rows):
+    """Inside, an op is opened as if the device held the programs of so many rows."""
+    original = plans.rows_at_once
+
+    def few(plan, slots, *, programs, two_shot):
+        programs = rows * plan.split // plan.slices(two_shot)
+        return original(plan, slots, programs=programs, two_shot=two_shot)
+
+    return mock.patch.object(plans, "rows_at_once", few)
+
+
 def stays(group, options):
     """A chain of calls whose residual stays with its owners gives the norms, and at its end the residual, of one whose
     residual comes back; a call of the other path needs and leaves a whole one; few slots make several rounds."""
@@ -122,7 +134,8 @@ def stays(group, options):
     plan = plans.plan_for(group.size, case.hidden, case.dtype, interpreted=options.device == "cpu")
     for slots in options.slots:
         changes = {"two_shot_rows": options.two_shot_rows, "tuned_rows": 2, "tuned_staying_rows": 64}
-        op = open_op(group, case, options, workspace_bytes=plans.total_bytes(plan, slots), **changes)
+        with at_once(group.size + 1):
+            op = open_op(group, case, options, workspace_bytes=plans.total_bytes(plan, slots), **changes)
         assert (op.limit, op.staying_limit, op._slots) == (2, 64, slots)
         for T in options.rows:
             _chain(op, dataclasses.replace(case, rows=T), group, options.device)
@@ -141,7 +154,7 @@ def _chain(op, case, group, device):
         assert (got == want).all(), (case, link)
         got, want = (tensors.bits_of(one, case.dtype) for one in (kept, whole))
         digest.update(want.tobytes())
-        owned = plans.owned_rows(op.launches(case.rows, STAYS), group.rank, group.size)
+        owned = range(group.rank, case.rows, group.size)
         elsewhere = [row for row in range(case.rows) if row not in owned]
         assert (got[owned] == want[owned]).all(), (case, link)
         if link < 3 and op.residual_stays(case.rows):
@@ -275,7 +288,9 @@ def few_slots(group, options):
             op._two_shot_rows = two_shot_rows
         check(op, dataclasses.replace(case, rows=rows, seed=rows), group.rank, options.device)
     after = op.stats()["device"]
-    assert (after["rows"] - before["rows"], after["calls"] - before["calls"]) == (21, 10), (before, after)
+    # By two-shot 7 rows of two ranks are 2, 2, 2 and 1.
+    calls = 11 if options.device == "cpu" else 10
+    assert (after["rows"] - before["rows"], after["calls"] - before["calls"]) == (21, calls), (before, after)
     op.close()
 
 
@@ -287,10 +302,11 @@ def rounds(group, options):
     counts = 2 * slots + 1, 1, 2 * slots, slots, 3 * slots + 1
     case = Case(group.size, max(counts), options.hidden)
     plan = plans.plan_for(group.size, case.hidden, case.dtype, interpreted=options.device == "cpu")
-    op = open_op(group, case, options, workspace_bytes=plans.total_bytes(plan, slots))
+    with at_once(few):
+        op = open_op(group, case, options, workspace_bytes=plans.total_bytes(plan, slots))
     assert op._slots == slots, (op._slots, slots)
-    op.at_once = {path: min(most, few) for path, most in op.at_once.items()}
-    paths = sorted({path for _, path, _ in op._launches} - {STAYS})
+    paths = sorted({path for _, path, _, in_rounds in op._launches if in_rounds} - {STAYS})
+    assert paths == sorted(op.at_once.keys() - {STAYS})
     residual, weight = case.common()
     weight, x = tensors.tensor(weight, case.weight_dtype, options.device), case.partial(group.rank)
 
@@ -343,7 +359,7 @@ def fp8(group, options):
                     continue
                 *quantised, kept = op.finish_fp8(*arguments, True)
                 kept = tensors.bits_of(kept, one.dtype)
-                owned = np.isin(range(rows), plans.owned_rows(op.launches(rows, STAYS), group.rank, group.size))
+                owned = np.arange(rows) % group.size == group.rank
                 assert (kept[~owned] == 0x7FFF).all() and (kept[owned] == summed[owned]).all()
                 whole = tensors.tensor(summed, one.dtype, options.device)
                 check_fp8(form, (*quantised, whole), norm, summed, one.dtype)
@@ -407,7 +423,7 @@ def main():
     parser.add_argument("--timeout_s", type=float, default=20)
     parser.add_argument("--calls", type=int, default=100_000)
     parser.add_argument("--two_shot_rows", type=int)
-    parser.add_argument("--slots", type=int, nargs="+", default=[3, 64])
+    parser.add_argument("--slots", type=int, nargs="+", default=[13, 64])
     parser.add_argument("--workspace_mb", type=int, default=4)
     options = parser.parse_args()
     group = this_group()

@@ -36,8 +36,8 @@ class Memory(NamedTuple):
     - [10] the counter of rounds: the programs of a launch add 2^20 for each of its rounds together (`count_launch`).
     - [11] the number of rows so far.
     - [16..] words in which the programs that share a row exchange their sums, SENTINEL like those of the slots, and
-      with two halves like them; 128 bytes for each reader, since where rows share a line of the cache each poll waits
-      for the stores of other rows (0.5 us).
+      with two halves like them, if a launch has rounds; 128 bytes for each reader, since where rows share a line of
+      the cache each poll waits for the stores of other rows (0.5 us).
     """
 
     own_slots: tl.tensor  # uint32: the symmetric memory of this rank
@@ -65,8 +65,8 @@ class Row(NamedTuple):
     words: tl.tensor  # uint32 [BLOCK]: the slice of x
     offsets: tl.tensor  # of the words in the slice
     mask: tl.tensor
-    half_slot: tl.tensor  # number of the half of a slot that the row has
-    slot: tl.tensor  # its offset in the symmetric memory of every rank, in words
+    sums: tl.tensor  # number of the row's place for sums
+    slot: tl.tensor  # offset of its half of a slot in the symmetric memory of every rank, in words
     own_slot: tl.tensor  # uint32 pointer to this rank's own slot; `push` does not read it, and gets any
 
 
@@ -106,6 +106,7 @@ class Shape(NamedTuple):
     HAS_RESIDUAL: tl.constexpr
     TWO_SHOT: tl.constexpr
     RESULTS: tl.constexpr  # by two-shot: rows that an owner sends back, 1 (norm_out) or 2 (residual_out too)
+    ROUNDS: tl.constexpr  # whether a launch may have several
 
 
 class Polling(NamedTuple):

@@ -14,13 +14,14 @@ of the other owners, finishes the row that its rank owns, then receives the othe
 rows to finish, and what a program waits for every rank does before it waits for anything of the same batch.
 
 A row travels as 4-byte words. The word SENTINEL means "not yet", and is never sent (`packing.py`). A launch works in
-rounds, one where there are slots for all of its rows. Every row of a round has a slot of its own, so a round uses no
-word twice, and needs no fence. A slot has two halves, used by the rounds in turn, through all launches. A program
-that pushes in round k has received words of round k-1 from the same program of every peer, or has begun after the
-launch before, in which all programs have. The peer had ended k-2 then, which used the same half and cleared it: the
-end of a kernel, or the fence of that program between two rounds, puts that before whatever it pushed in k-1. For
-this every program has a row in each round, by two-shot one for each owner (`plan.launches`). It holds on both paths
-and any mixture of them. No circle of ranks waits for each other (tests/kernels/all_reduce/protocol_model.py).
+rounds, one where there are slots for all of its rows; for one round the kernel is compiled without the code of others
+(ROUNDS). Every row of a round has a slot of its own, so a round uses no word twice, and needs no fence. A slot has
+two halves, used by the rounds in turn, through all launches. A program that pushes in round k has received words of
+round k-1 from the same program of every peer, or has begun after the launch before, in which all programs have. The
+peer had ended k-2 then, which used the same half and cleared it: the end of a kernel, or the fence of that program
+between two rounds, puts that before whatever it pushed in k-1. For this every program has a row in each round, by
+two-shot one for each owner (`plan.launches`). It holds on both paths and any mixture of them. No circle of ranks
+waits for each other (tests/kernels/all_reduce/protocol_model.py).
 
 Bits: equal on all ranks, for every T and on both paths. Both paths end in the same `finish`, the slices in which the
 squares of a row are summed are a function of (N, H, dtype) alone (`plan.py`, `slice_sums.py`), however many of them a
@@ -71,6 +72,7 @@ HEAD_WORDS = tl.constexpr(plan.HEAD_WORDS)
 @triton.jit
 def work_on_rows(addresses, count, rounds, rank, op, eps, weight_offset, shape, polling, quantising):
     """Push and finish the rows of one program."""
+    rounds = rounds if shape.ROUNDS else 1
     programs: tl.constexpr = shape.C // shape.SLICES  # of a row
     stride = tl.num_programs(0) // programs
     number = tl.program_id(0) // programs
@@ -91,9 +93,9 @@ def work_on_rows(addresses, count, rounds, rank, op, eps, weight_offset, shape, 
     # All that the first push needs is loaded at once: volatile loads stay in this order.
     words = tl.load(x + number.to(tl.int64) * shape.WORDS + offsets, mask=mask, other=0, volatile=True)
     counter = tl.load(state_memory + COUNTER, volatile=True)
-    # The first program may have added its share, all the rounds less one for each other program.
-    added = tl.where(counter % COUNTER_STEP < COUNTER_STEP // 2, 0, rounds - 1)
-    first_round = counter // COUNTER_STEP - added.to(tl.uint64)
+    first_round = counter // COUNTER_STEP
+    if shape.ROUNDS:  # the first program may have added its share, all the rounds less one for each other program
+        first_round -= tl.where(counter % COUNTER_STEP < COUNTER_STEP // 2, 0, rounds - 1).to(tl.uint64)
     memory = Memory(own_slots, state_memory, sums, peer_memories(state_memory, rank, shape.N))
     call = Call(rank, op, first_round, rounds, c, eps, weight_offset)
     rows = Rows(
@@ -122,17 +124,18 @@ def _one_shot(first, stride, half, words, rows, memory, call, shape, polling, qu
     quantised while the words of the next one are under way."""
     number = first
     start = 0
-    end = _end_of_first_round(rows, call)
+    end = _end_of_first_round(rows, call, shape)
     rounds_begun = 1
     while number < rows.count:  # not a range: the interpreter of some versions cannot take its bounds from arguments
         norm, wait_state = _finish(
             number, words, Round(start, half), rows, memory, call, shape, polling, quantising)  # fmt: skip
         finished = number
         number += stride
-        if (number >= end) & (end < rows.count):
-            start = end
-            number = start + first
-            half, rounds_begun, end = _next_round(half, rounds_begun, rows, call, polling)
+        if shape.ROUNDS:  # noqa: SIM102, which Triton cannot join
+            if (number >= end) & (end < rows.count):
+                start = end
+                number = start + first
+                half, rounds_begun, end = _next_round(half, rounds_begun, rows, call, polling)
         if number < rows.count:
             words = _load(number, rows, shape)
             _push(number, words, Round(start, half), rows, memory, call, shape)
@@ -149,7 +152,7 @@ def _two_shot(first, stride, half, rows, memory, call, shape, polling, quantisin
     to_receive = first
     batch_end = first + shape.N * stride
     start = 0
-    round_end = _end_of_first_round(rows, call)
+    round_end = _end_of_first_round(rows, call, shape)
     rounds_begun = 1
     while to_receive < rows.count:
         end = tl.minimum(round_end, batch_end)
@@ -170,12 +173,13 @@ def _two_shot(first, stride, half, rows, memory, call, shape, polling, quantisin
                     to_receive, Round(start, half), rows, memory, call, shape, polling, quantising)  # fmt: skip
                 _quantise(to_receive, norm, wait_state, rows, call, shape, quantising)
             to_receive += stride
-        if (to_receive >= round_end) & (round_end < rows.count):
-            start = round_end
-            half, rounds_begun, round_end = _next_round(half, rounds_begun, rows, call, polling)
-            to_push = start + first
-            to_finish = to_push
-            to_receive = to_push
+        if shape.ROUNDS:  # noqa: SIM102, which Triton cannot join
+            if (to_receive >= round_end) & (round_end < rows.count):
+                start = round_end
+                half, rounds_begun, round_end = _next_round(half, rounds_begun, rows, call, polling)
+                to_push = start + first
+                to_finish = to_push
+                to_receive = to_push
         batch_end = to_receive + shape.N * stride
 
 
@@ -187,11 +191,8 @@ def _end_of_round(rounds_begun, rows, call):
 
 
 @triton.jit
-def _end_of_first_round(rows, call):
-    end = rows.count
-    if call.rounds > 1:  # few rows do not wait for a division
-        end = _end_of_round(1, rows, call)
-    return end
+def _end_of_first_round(rows, call, shape):
+    return _end_of_round(1, rows, call) if shape.ROUNDS else rows.count
 
 
 @triton.jit
@@ -205,15 +206,17 @@ def _next_round(half, rounds_begun, rows, call, polling):
 
 
 @triton.jit
-def _half_slot(number, of_round):
-    """Return which half of a slot, counted through all slots, holds a row: each row of a round has a slot."""
-    return 2 * (number - of_round.start) + of_round.half
+def _slot(number, of_round, rows, shape):
+    """Return the offset of the half of a slot that a row has, in words of the symmetric memory of every rank."""
+    half_words: tl.constexpr = shape.PLACES * shape.C * shape.SLICE
+    return rows.slots + of_round.half * half_words + (number - of_round.start) * (2 * half_words)
 
 
 @triton.jit
-def _slot(half_slot, rows, shape):
-    """Return the offset of the half of a slot, in words of the symmetric memory of every rank."""
-    return rows.slots + half_slot * (shape.PLACES * shape.C * shape.SLICE)
+def _sums_of(number, of_round, shape):
+    """Return which of the places for sums a row has. Two halves are for the rounds of a launch: between launches the
+    end of a kernel has cleared them, and two ranks lose 3 % at (8192, 512) by the second."""
+    return 2 * (number - of_round.start) + of_round.half if shape.ROUNDS else number
 
 
 @triton.jit
@@ -223,18 +226,16 @@ def _load(number, rows, shape):
 
 @triton.jit
 def _push(number, words, of_round, rows, memory, call, shape):
-    half_slot = _half_slot(number, of_round)
-    slot = _slot(half_slot, rows, shape)
-    push(Row(number, words, rows.offsets, rows.mask, half_slot, slot, memory.own_slots), memory, call, shape)
+    slot, sums = _slot(number, of_round, rows, shape), _sums_of(number, of_round, shape)
+    push(Row(number, words, rows.offsets, rows.mask, sums, slot, memory.own_slots), memory, call, shape)
 
 
 @triton.jit
 def _finish(number, words, of_round, rows, memory, call, shape, polling, quantising):
     """Finish a row of words that are pushed; by two-shot this rank owns the row, and its peers get the result.
     Returns the words of its norm and the state of the wait, for `_quantise`."""
-    half_slot = _half_slot(number, of_round)
-    slot = _slot(half_slot, rows, shape)
-    row = Row(number, without_sentinel(words), rows.offsets, rows.mask, half_slot, slot, memory.own_slots + slot)
+    slot, sums = _slot(number, of_round, rows, shape), _sums_of(number, of_round, shape)
+    row = Row(number, without_sentinel(words), rows.offsets, rows.mask, sums, slot, memory.own_slots + slot)
     residual = rows.residual + number.to(tl.int64) * shape.WORDS
     norm, summed, wait_state, counter_now = finish(
         row, residual, rows.weight, abort_bits(memory), memory, call, shape, polling)  # fmt: skip
@@ -242,7 +243,7 @@ def _finish(number, words, of_round, rows, memory, call, shape, polling, quantis
         push_results(row, norm, summed, wait_state, memory, shape)
     _store(row, norm, summed, wait_state, counter_now, rows, memory, call, shape, quantising)
     if shape.C > shape.SLICES:
-        clear_sums(half_slot, memory, call, shape)
+        clear_sums(sums, memory, call, shape)
     return norm, wait_state
 
 
@@ -250,11 +251,10 @@ def _finish(number, words, of_round, rows, memory, call, shape, polling, quantis
 def _receive(number, of_round, rows, memory, call, shape, polling, quantising):
     """Receive a row from its owner, and return as `_finish`. A residual that stays is NaN here, for whoever reads the
     row all the same."""
-    half_slot = _half_slot(number, of_round)
-    slot = _slot(half_slot, rows, shape)
+    slot, sums = _slot(number, of_round, rows, shape), _sums_of(number, of_round, shape)
     # Nothing is loaded: the compiler takes the layout of the words from a load, and the polling code needs that one.
     nothing = tl.load(rows.x + rows.offsets, mask=mask_if(rows.mask, rows.count < 0), other=NAN)
-    row = Row(number, nothing, rows.offsets, rows.mask, half_slot, slot, memory.own_slots + slot)
+    row = Row(number, nothing, rows.offsets, rows.mask, sums, slot, memory.own_slots + slot)
     norm, summed, wait_state, counter_now = receive_results(row, abort_bits(memory), memory, call, shape, polling)
     if shape.RESULTS == 1:
         summed = nothing
@@ -292,7 +292,7 @@ def all_reduce_rms_norm(x, residual, weight, norm_out, residual_out, state_memor
                         eps, weight_offset, N: tl.constexpr, WORDS: tl.constexpr, SLICE: tl.constexpr,
                         BLOCK: tl.constexpr, C: tl.constexpr, SLICES: tl.constexpr, PLACES: tl.constexpr,
                         DTYPE: tl.constexpr, WEIGHT_DTYPE: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
-                        TWO_SHOT: tl.constexpr, RESULTS: tl.constexpr, POLL: tl.constexpr,
+                        TWO_SHOT: tl.constexpr, RESULTS: tl.constexpr, ROUNDS: tl.constexpr, POLL: tl.constexpr,
                         POLL_RESULTS: tl.constexpr, OPERANDS: tl.constexpr, UNITS: tl.constexpr, PDL: tl.constexpr,
                         INTERPRETED: tl.constexpr):  # fmt: skip
     """Compute the formula above for all rows of a launch: launch the kernel on every rank in the same order, with
@@ -306,7 +306,8 @@ def all_reduce_rms_norm(x, residual, weight, norm_out, residual_out, state_memor
         weight: address of [H], WEIGHT_DTYPE (DTYPE, or float32, or any half).
         state_memory: address of this rank's state memory. own_slots: address of this rank's own symmetric memory.
         rows: T, equal on all ranks, at least 1. rounds: of about T / rounds rows each, no more than there are slots;
-            grid and rounds from `plan.launches`. rank: in the group. op: a number below 2^24 for the error page.
+            without ROUNDS one, whatever is given. Grid and rounds from `plan.launches`. rank: in the group. op: a
+            number below 2^24 for the error page.
         eps, weight_offset: fp32; eps > 0.
     """
     if PDL:  # started while the kernel in front ends: its stores, of slots and counter too, are visible from here on
@@ -314,6 +315,7 @@ def all_reduce_rms_norm(x, residual, weight, norm_out, residual_out, state_memor
     addresses = Addresses(x, residual, weight, norm_out, residual_out, state_memory, own_slots)
     work_on_rows(
         addresses, rows, rounds, rank, op, eps, weight_offset,
-        Shape(N, WORDS, SLICE, BLOCK, C, SLICES, PLACES, DTYPE, WEIGHT_DTYPE, HAS_RESIDUAL, TWO_SHOT, RESULTS),
+        Shape(N, WORDS, SLICE, BLOCK, C, SLICES, PLACES, DTYPE, WEIGHT_DTYPE, HAS_RESIDUAL, TWO_SHOT, RESULTS,
+              ROUNDS),
         Polling(POLL, POLL_RESULTS, OPERANDS, UNITS, INTERPRETED),
         Quantising(0, 0, 0, 0, 0.0, "norm", "", INTERPRETED, None, None, None, None, None, 0))  # fmt: skip

@@ -15,11 +15,10 @@ def all_reduce_rms_norm_fp8(x, residual, weight, norm_out, residual_out, state_m
                             op, eps, weight_offset, codes, scales, row_stride, group_stride, static_factor,
                             N: tl.constexpr, WORDS: tl.constexpr, SLICE: tl.constexpr,
                             BLOCK: tl.constexpr, C: tl.constexpr, SLICES: tl.constexpr, PLACES: tl.constexpr,
-                            DTYPE: tl.constexpr,
-                            WEIGHT_DTYPE: tl.constexpr, HAS_RESIDUAL: tl.constexpr, TWO_SHOT: tl.constexpr,
-                            RESULTS: tl.constexpr, POLL: tl.constexpr, POLL_RESULTS: tl.constexpr,
-                            OPERANDS: tl.constexpr, UNITS: tl.constexpr, PDL: tl.constexpr,
-                            INTERPRETED: tl.constexpr, OUTPUT: tl.constexpr, FORMULA: tl.constexpr,
+                            DTYPE: tl.constexpr, WEIGHT_DTYPE: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+                            TWO_SHOT: tl.constexpr, RESULTS: tl.constexpr, ROUNDS: tl.constexpr, POLL: tl.constexpr,
+                            POLL_RESULTS: tl.constexpr, OPERANDS: tl.constexpr, UNITS: tl.constexpr,
+                            PDL: tl.constexpr, INTERPRETED: tl.constexpr, OUTPUT: tl.constexpr, FORMULA: tl.constexpr,
                             LARGEST: tl.constexpr, GATHER: tl.constexpr, STORE_SCALE: tl.constexpr,
                             OPERANDS_OF_WORDS: tl.constexpr, OPERANDS_OF_SCALES: tl.constexpr):  # fmt: skip
     """Compute `kernel.all_reduce_rms_norm` and quantise norm_out as `reference.quantise` does.
@@ -36,7 +35,8 @@ def all_reduce_rms_norm_fp8(x, residual, weight, norm_out, residual_out, state_m
     addresses = Addresses(x, residual, weight, norm_out, residual_out, state_memory, own_slots)
     work_on_rows(
         addresses, rows, rounds, rank, op, eps, weight_offset,
-        Shape(N, WORDS, SLICE, BLOCK, C, SLICES, PLACES, DTYPE, WEIGHT_DTYPE, HAS_RESIDUAL, TWO_SHOT, RESULTS),
+        Shape(N, WORDS, SLICE, BLOCK, C, SLICES, PLACES, DTYPE, WEIGHT_DTYPE, HAS_RESIDUAL, TWO_SHOT, RESULTS,
+              ROUNDS),
         Polling(POLL, POLL_RESULTS, OPERANDS, UNITS, INTERPRETED),
         Quantising(codes, scales, row_stride, group_stride, static_factor, OUTPUT, FORMULA, INTERPRETED,
                    LARGEST, GATHER, STORE_SCALE, OPERANDS_OF_WORDS, OPERANDS_OF_SCALES, 4 * UNITS))  # fmt: skip

@@ -179,10 +179,10 @@ def state_memory_words(plan: Plan, slots: int, *, limit: int, error_page: int, a
 
 def slots_of(plan: Plan, *, workspace_bytes: int, limit: int | None) -> int:
     """Return the number of slots, the most rows of a round. `workspace_bytes` must hold a slot. Calls have up to
-    `limit` rows, None: any number."""
+    `limit` rows, None: any number; by two-shot a round has a row for each owner."""
     fixed = total_bytes(plan, 0)
     most = (workspace_bytes - fixed) // (total_bytes(plan, 1) - fixed)
-    return most if limit is None else min(most, max(1, limit))
+    return most if limit is None else min(most, max(plan.size, limit))
 
 
 def rows_at_once(plan: Plan, slots: int, *, programs: int, two_shot: bool) -> int:
@@ -212,27 +212,33 @@ class Launch(NamedTuple):
 
 
 def launches(plan: Plan, slots: int, at_once: int, rows: int, two_shot: bool) -> list[Launch]:
-    """Return the launches of a call of `rows` rows, `at_once` of them at the same time.
+    """Return the launches of a call of `rows` rows, `at_once` of them at the same time: one where there are slots for
+    all rows.
 
-    One launch, in as few rounds as there are slots for, if then every program has a row in each round, by two-shot
-    one for each owner: what a program receives in a round shows it that its peers have cleared the one before.
-    Otherwise a launch for each round. Fewer programs are no way out: with 127 at once in place of 131, 1024 rows of
-    H=4096 and four ranks took 55 us by one launch and 49 by two.
+    By two-shot each launch begins at a multiple of N, since it counts its rows anew: so row t of the call is owned by
+    rank t % N, however calls are cut. For that there must be N slots.
     """
-    rounds = -(-rows // slots)
-    enough = rows // rounds >= at_once * (plan.size if two_shot else 1)
-    if rounds > 1 and enough and _spread(plan, at_once, two_shot) == at_once:
-        return [Launch(grid(plan, at_once, rows, two_shot)[0], 0, rows, rounds)]
-    starts = [rows * number // rounds for number in range(rounds + 1)]
+    unit = plan.size if two_shot and slots >= plan.size else 1
+    parts = -(-rows // (slots // unit * unit))
+    starts = [-(-rows // unit) * number // parts * unit for number in range(parts)]
     return [
         Launch(grid(plan, at_once, stop - start, two_shot)[0], start, stop - start, 1)
-        for start, stop in itertools.pairwise(starts)
+        for start, stop in itertools.pairwise([*starts, rows])
     ]
 
 
-def owned_rows(launches: list[Launch], rank: int, size: int) -> list[int]:
-    """Return the rows of a call that a rank owns by two-shot: each launch counts its rows anew."""
-    return [start + row for _, start, count, _ in launches for row in range(rank, count, size)]
+def launch_in_rounds(plan: Plan, slots: int, at_once: int, rows: int, two_shot: bool) -> Launch | None:
+    """Return one launch for a call of more rows than slots, in as few rounds as there are slots for, or None.
+
+    Every program must have a row in each round, by two-shot one for each owner: what a program receives in a round
+    shows it that its peers have cleared the one before. Fewer programs are no way out: with 127 at once in place of
+    131, 1024 rows of H=4096 and four ranks took 55 us by one launch and 49 by two.
+    """
+    rounds = -(-rows // slots)
+    enough = rows // rounds >= at_once * (plan.size if two_shot else 1)
+    if rounds == 1 or not enough or _spread(plan, at_once, two_shot) != at_once:
+        return None
+    return Launch(grid(plan, at_once, rows, two_shot)[0], 0, rows, rounds)
 
 
 def grid(plan: Plan, at_once: int, rows: int, two_shot: bool) -> tuple[int]:
@@ -248,13 +254,14 @@ def constants(
     two_shot: bool,
     pdl: bool = False,
     residual_stays: bool = False,
+    rounds: bool = False,
     fp8: tuple[str, str] | None = None,
 ) -> dict[str, Any]:
     """Return the kernel's constexpr arguments and launch options, by name.
 
     pdl: start while the kernel in front ends. residual_stays: by two-shot residual_out is right in the rows that this
-    rank owns, and NaN in the others. fp8: for `all_reduce_rms_norm_fp8`: its OUTPUT, "codes" or "both", and a formula
-    of `reference.quantise`.
+    rank owns, and NaN in the others. rounds: for launches of several rounds, and up to 6 % slower for one. fp8: for
+    `all_reduce_rms_norm_fp8`: its OUTPUT, "codes" or "both", and a formula of `reference.quantise`.
     """
     results = 1 if residual_stays else 2
     assert not two_shot or plan.places >= results, "opened without two-shot: its results have no place"
@@ -280,6 +287,7 @@ def constants(
         "HAS_RESIDUAL": has_residual,
         "TWO_SHOT": two_shot,
         "RESULTS": results,
+        "ROUNDS": rounds,
         "OPERANDS": ",".join(["=&r"] * 36 * units + ["r"] * 4 * units + ["l"] * 4 * units + ["r"] * 4 * units),
         "UNITS": units,
         "POLL": None if plan.interpreted else poll(plan.size, plan.place_words, units),

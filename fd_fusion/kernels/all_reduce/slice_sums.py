@@ -36,7 +36,7 @@ def exchange_sums(slice_sums, wait_state, row, memory, call, shape, polling):
     Each thread polls by itself, without a barrier, and a thread whose time is over reports by itself: the other
     threads may have read all sums (tests: sums_model.py)."""
     c = call.slice_index
-    lines = memory.sums + row.half_slot * shape.C * LINE_WORDS
+    lines = memory.sums + row.sums * shape.C * LINE_WORDS
     for i in tl.static_range(shape.SLICES):
         own_sum = _word(slice_sums[i], wait_state)
         for reader in tl.static_range(shape.C // shape.SLICES):
@@ -72,10 +72,10 @@ def _word(slice_sum, wait_state):
 
 
 @triton.jit
-def clear_sums(half_slot, memory, call, shape):
+def clear_sums(place, memory, call, shape):
     """Make the words for one program SENTINEL again, when all of its threads have read them."""
     tl.debug_barrier()
     own = call.slice_index // shape.SLICES
-    line = memory.sums + (half_slot * shape.C + own) * LINE_WORDS
+    line = memory.sums + (place * shape.C + own) * LINE_WORDS
     for source in tl.static_range(shape.C):
         tl.store(line + source, SENTINEL, mask=own != source // shape.SLICES, cache_modifier=".wt")

@@ -55,7 +55,7 @@ def _measure(part):
 
 def ways_to_launch(op, weight_dtype, stream):
     """Ways to launch the kernel of one-shot with a residual, by name: the product's own, and others."""
-    launch = op._launches[weight_dtype, 0, False]
+    launch = op._launches[weight_dtype, 0, False, False]
     made, like, tail = made_of[launch]
     inside, made.run.launch = made.run.launch, _nothing
     silent = launcher(made, lambda: stream, like, tail)
@@ -120,7 +120,7 @@ def report(op, tensors, launches, measure, instead=None):
     x, residual, weight = tensors
     known = [Known(tensor) for tensor in tensors]
     args, ops, dtype, place = addresses(op, tensors), paddle._C_ops, x.dtype, x.place
-    cpu = paddle.CPUPlace()
+    cpu, one = paddle.CPUPlace(), [(op._plan.split, 0, 1, 1)]
     by_name = {"its launch does nothing": _nothing, STREAM_KNOWN: _nothing, **(instead or {})}
     new, shape = op._new, x.shape
 
@@ -148,7 +148,7 @@ def report(op, tensors, launches, measure, instead=None):
         "two _C_ops.empty on the CPU": lambda: (ops.empty(shape, dtype, cpu), ops.empty(shape, dtype, cpu)),
         "two _C_ops.empty_like": lambda: (ops.empty_like(x, dtype, place), ops.empty_like(x, dtype, place)),
         "two paddle.empty": lambda: (paddle.empty(shape, dtype), paddle.empty(shape, dtype)),
-        "_launch, its launch does nothing": lambda: op._launch(_nothing, 0, *args[:5], 1, 1e-5, 0.0, None),
+        "_launch, its launch does nothing": lambda: op._launch(_nothing, one, *args[:5], 1e-5, 0.0, None),
         **{name: lambda part=part: part(args) for name, part in launches.items()},
     }
     for _ in range(2):  # the second time is the one to read

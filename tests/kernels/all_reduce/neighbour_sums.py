@@ -35,7 +35,7 @@ def wait_for_neighbour(state_memory, own_slots, out):
     call = Call(zero, zero, launch, 1, zero, 1e-5, 0.0)
     own = tl.full((), 1.0, tl.float32)
     row = Row(zero, zero, zero, zero, zero, zero, own_slots)
-    shape = Shape(2, 256, 128, 128, 2, 1, 1, "float32", "float32", False, False, 2)
+    shape = Shape(2, 256, 128, 128, 2, 1, 1, "float32", "float32", False, False, 2, False)
     total = exchange_sums((own, own), zero, row, memory, call, shape, Polling(None, None, None, 1, True))
     clear_sums(zero, memory, call, shape)
     tl.store(pointer(out, tl.float32), total)

@@ -65,8 +65,9 @@ def run_program(kernels, case, plan, member, rank, pid, own_slots):
         if case.get("absent") == [rank, step]:
             return
         member.barrier.wait(60)
-        how = case["slots"], case["programs"], rows, case["two_shot"][step]
-        ((programs, _, _, rounds),) = plans.launches(plan, *how)
+        how = plan, case["slots"], case["programs"], rows, case["two_shot"][step]
+        in_rounds = plans.launch_in_rounds(*how)
+        ((programs, _, _, rounds),) = [in_rounds] if in_rounds else plans.launches(*how)
         if pid >= programs or case.get("absent_program") == [rank, step, pid]:
             continue
         builder.set_grid_dim = lambda *_, programs=programs: set_dim(programs, 1, 1)
@@ -76,6 +77,7 @@ def run_program(kernels, case, plan, member, rank, pid, own_slots):
             weight_dtype=case["weight_dtype"],
             has_residual=True,
             two_shot=case["two_shot"][step],
+            rounds=rounds > 1,
             fp8=case.get("fp8"),
         )
         addresses = [tensor.ctypes.data for tensor in (*member.calls[step], member.state_memory)]

@@ -244,7 +244,7 @@ def test_plans(size, dtype):
             slots = plans.slots_of(plan, workspace_bytes=room, limit=None)
             assert plans.total_bytes(plan, slots) <= room < plans.total_bytes(plan, slots + 1)
             for limit in (1, 2, 7, slots, slots + 1):
-                assert plans.slots_of(plan, workspace_bytes=room, limit=limit) == min(limit, slots)
+                assert plans.slots_of(plan, workspace_bytes=room, limit=limit) == min(max(limit, size), slots)
 
 
 @pytest.mark.parametrize("size", plans.SIZES)
@@ -259,30 +259,47 @@ def test_rows_at_once(size):
         assert found == max(n for n in range(1, min(rows, slots) + 1) if math.gcd(n, size) == 1)
 
 
+CALLS = list(itertools.product((1, 3, 7, 24, 853), (1, 5, 131), (1, 2, 6, 8, 15, 49, 522, 1707, 2048)))
+
+
 @pytest.mark.parametrize("two_shot", [False, True])
-@pytest.mark.parametrize("size", [2, 4, 6, 8])
+@pytest.mark.parametrize("size", [2, 3, 4, 6, 8])
 def test_the_launches_of_a_call(size, two_shot):
-    """No round has more rows than there are slots, and no row is left out; in a launch of several rounds every
-    program has a row in each, by two-shot one for each owner."""
-    plan, several = plans.plan_for(size, 64, "bfloat16"), 0
-    for slots, at_once, rows in itertools.product((1, 3, 7, 24, 853), (1, 5, 131), (1, 2, 6, 8, 15, 49, 1707, 2048)):
+    """None has more rows than there are slots, and no row is left out. By two-shot the owner of row t of the call is
+    rank t % N: a residual that one call left with the owners is read by another, which may be cut otherwise."""
+    plan = plans.plan_for(size, 64, "bfloat16")
+    for slots, at_once, rows in CALLS:
         found = plans.launches(plan, slots, min(slots, at_once), rows, two_shot)
         assert [start for _, start, _, _ in found] == [0, *itertools.accumulate(one.rows for one in found)][:-1]
         assert sum(one.rows for one in found) == rows
-        assert sum(one.rounds for one in found) == -(-rows // slots)
         for one in found:
-            assert one.rows >= one.rounds >= 1 and -(-one.rows // one.rounds) <= slots
-            most = min(at_once, slots, one.rows)
-            if one.rounds > 1:
-                several += 1
-                most = min(at_once, slots, one.rows // one.rounds // (size if two_shot else 1))
-                assert math.gcd(one.programs, size) == 1 or not two_shot
-            assert one.programs == most == min(at_once, slots, one.rows)
+            assert 1 <= one.rows <= slots and one.rounds == 1
+            assert one.programs == min(at_once, slots, one.rows)
+            assert not two_shot or one.start % size == 0 or slots < size
+        whole = slots // size * size if two_shot and slots >= size else slots
+        assert len(found) == -(-rows // whole), "as few as there are slots for"
+
+
+@pytest.mark.parametrize("two_shot", [False, True])
+@pytest.mark.parametrize("size", [2, 3, 4, 6, 8])
+def test_a_call_in_rounds(size, two_shot):
+    """No round has more rows than there are slots, and every program has a row in each, by two-shot one for each
+    owner; they are as few as there are slots for."""
+    plan, several = plans.plan_for(size, 64, "bfloat16"), 0
+    for slots, at_once, rows in CALLS:
+        at_once, rounds = min(slots, at_once), -(-rows // slots)
+        found = plans.launch_in_rounds(plan, slots, at_once, rows, two_shot)
+        fits = rows // rounds >= at_once * (size if two_shot else 1)
+        assert (found is not None) == (rounds > 1 and fits and (not two_shot or math.gcd(at_once, size) == 1))
+        if found is not None:
+            several += 1
+            assert found == (at_once, 0, rows, rounds)
     assert several
 
 
 def test_many_rounds_are_one_launch_where_every_program_has_enough_rows():
     plan = plans.plan_for(4, 4096, "bfloat16")
-    assert plans.launches(plan, 853, 131, 2048, True) == [(262, 0, 2048, 3)]
-    assert plans.launches(plan, 853, 131, 1024, True) == [(262, 0, 512, 1), (262, 512, 512, 1)], "some have 3 rows"
-    assert plans.launches(plan, 853, 131, 1024, False) == [(524, 0, 1024, 2)]
+    assert plans.launch_in_rounds(plan, 853, 131, 2048, True) == (262, 0, 2048, 3)
+    assert plans.launch_in_rounds(plan, 853, 131, 1024, True) is None, "some have 3 rows"
+    assert plans.launches(plan, 853, 131, 1024, True) == [(262, 0, 512, 1), (262, 512, 512, 1)]
+    assert plans.launch_in_rounds(plan, 853, 131, 1024, False) == (524, 0, 1024, 2)

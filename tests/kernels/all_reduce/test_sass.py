@@ -19,7 +19,8 @@ import pytest
 from fd_fusion.kernels.all_reduce import plan as plans
 
 STAYS = 2  # in place of two-shot: the residual stays, so a result is one row
-DEFAULT = [  # arch, N, H, dtype, weight dtype, two-shot
+ROUNDS = "rounds"
+DEFAULT = [  # arch, N, H, dtype, weight dtype, two-shot; behind these ROUNDS of a kernel that has them
     (80, 4, 4096, "bfloat16", "bfloat16", False),
     (86, 2, 2880, "float16", "float32", False),
     (89, 3, 5120, "float16", "float16", True),
@@ -27,8 +28,10 @@ DEFAULT = [  # arch, N, H, dtype, weight dtype, two-shot
     (90, 8, 8192, "bfloat16", "bfloat16", False),
     (90, 8, 7168, "bfloat16", "float32", True),
     (90, 4, 4096, "bfloat16", "bfloat16", STAYS),
+    (90, 2, 8192, "bfloat16", "bfloat16", False, ROUNDS),
+    (90, 4, 4096, "bfloat16", "bfloat16", STAYS, ROUNDS),
     (100, 6, 6144, "float32", "float32", False),
-    # Behind these: OUTPUT and FORMULA of the kernel that quantises.
+    # Behind these, or ROUNDS: OUTPUT and FORMULA of the kernel that quantises.
     (89, 3, 5120, "float16", "float16", True, "both", "divide_7"),
     (90, 2, 4096, "bfloat16", "bfloat16", False, "both", "multiply"),
     (90, 2, 7168, "bfloat16", "bfloat16", False, "both", "multiply"),
@@ -36,23 +39,26 @@ DEFAULT = [  # arch, N, H, dtype, weight dtype, two-shot
     (90, 4, 5120, "bfloat16", "float32", False, "codes", "divide"),
     (90, 8, 8192, "bfloat16", "bfloat16", True, "both", "static"),
     (90, 4, 4096, "bfloat16", "bfloat16", STAYS, "codes", "multiply"),
+    (90, 4, 4096, "bfloat16", "bfloat16", STAYS, ROUNDS, "codes", "multiply"),
     (100, 4, 7168, "bfloat16", "bfloat16", False, "both", "multiply_pow2"),
 ]
 EVERY = [
-    (arch, size, hidden, dtype, dtype, two_shot)
-    for arch, size, (hidden, dtype), two_shot in itertools.product(
+    (arch, size, hidden, dtype, dtype, two_shot, *rounds)
+    for arch, size, (hidden, dtype), two_shot, rounds in itertools.product(
         (80, 86, 89, 90, 100),
         range(2, 9),
         ((2880, "bfloat16"), (7168, "float16"), (8192, "bfloat16"), (5120, "float32")),
         (False, True, STAYS),
+        ((), (ROUNDS,)),
     )
 ] + [
-    (arch, size, hidden, dtype, dtype, two_shot, output, "multiply")
-    for arch, size, (hidden, dtype), two_shot, output in itertools.product(
+    (arch, size, hidden, dtype, dtype, two_shot, *rounds, output, "multiply")
+    for arch, size, (hidden, dtype), two_shot, rounds, output in itertools.product(
         (89, 90, 100),
         range(2, 9),
         ((4096, "bfloat16"), (5120, "float16"), (7168, "bfloat16")),
         (False, True),
+        ((), (ROUNDS,)),
         ("both", "codes"),
     )
 ]
@@ -71,7 +77,7 @@ SPILLS = {
 }
 
 
-def compile_case(arch, size, hidden, dtype, weight_dtype, two_shot, *fp8):
+def compile_case(arch, size, hidden, dtype, weight_dtype, two_shot, *behind):
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -79,12 +85,12 @@ def compile_case(arch, size, hidden, dtype, weight_dtype, two_shot, *fp8):
     from fd_fusion.kernels.all_reduce.kernel import all_reduce_rms_norm
     from fd_fusion.kernels.all_reduce.kernel_fp8 import all_reduce_rms_norm_fp8
 
+    in_rounds, fp8 = ROUNDS in behind, tuple(one for one in behind if one != ROUNDS)
     kernel = all_reduce_rms_norm_fp8 if fp8 else all_reduce_rms_norm
-
     plan = plans.plan_for(size, hidden, dtype, fp8=bool(fp8))
     plan = dataclasses.replace(plan, two_shot_rows=1) if two_shot else plan
     pdl = arch >= 90
-    how = {"has_residual": True, "residual_stays": two_shot == STAYS, "fp8": fp8 or None}
+    how = {"has_residual": True, "residual_stays": two_shot == STAYS, "rounds": in_rounds, "fp8": fp8 or None}
     constants = plans.constants(plan, weight_dtype=weight_dtype, two_shot=two_shot != 0, pdl=pdl, **how)
     options = {key: constants.pop(key) for key in ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")}
     options["launch_pdl"] = constants.pop("launch_pdl", False)
@@ -136,7 +142,8 @@ def polling_loops(sass):
 
 
 def check(case, got):
-    _, size, *_, two_shot = case[:6]
+    (_, size, *_, two_shot), behind = case[:6], case[6:]
+    fp8 = [one for one in behind if one != ROUNDS]
     name, sass = f"{case}", got["sass"]
     local = any(re.search(r"\b(LDL|STL)\b", line) for line in sass)
     assert got["stack"] <= SPILLS.get(tuple(case), 0), f"{name} spills {got['stack']} bytes"
@@ -158,9 +165,10 @@ def check(case, got):
     assert size <= len(strong) <= most, (name, len(strong), most)
     # Both outputs, and NaN in both: by two-shot those of a row of its own, and of another rank's.
     assert len(stores) - len(strong) <= 4 * got["units"] * (1 + (two_shot > 0)), name
-    # One fence in the whole kernel, between two rounds: none in what a row waits for.
+    # One fence in a kernel of rounds, between two of them, and none in another: no row waits for one.
     fences = [line for line in sass if re.search(r"\bMEMBAR\b", line)]
-    assert len(fences) == 1 and "MEMBAR.ALL.SYS" in fences[0], f"{name}: a row waits for a fence: {fences}"
+    assert len(fences) == (ROUNDS in behind), f"{name}: a row waits for a fence: {fences}"
+    assert all("MEMBAR.ALL.SYS" in line for line in fences), fences
     assert not any(re.search(r"\b(MEMBAR|ERRBAR|CCTL)\b", line) for body in loops for line in body), name
     counted = [line for line in sass if re.search(r"\b(ATOM|RED)G?\b", line)]
     assert len(counted) == 2 and all("RED" in line for line in counted), f"{name}: somebody waits to count: {counted}"
@@ -173,8 +181,8 @@ def check(case, got):
     assert not any("PREEXIT" in line for line in sass), f"{name}: the next kernel may start too early"
     wide = [line for line in sass if re.search(r"\b(LDG|STG)\.E\.(U8|U16|S8|S16)", line)]
     assert not wide, (name, wide)
-    if case[6:]:
-        check_quantised(name, got, got["units"] * (1 + (two_shot > 0)), case[6] == "both", case[7] != "static")
+    if fp8:
+        check_quantised(name, got, got["units"] * (1 + (two_shot > 0)), fp8[0] == "both", fp8[1] != "static")
 
 
 def check_quantised(name, got, units, stores_norm, stores_scales):
