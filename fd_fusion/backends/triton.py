@@ -37,7 +37,7 @@ from fd_fusion.frameworks import triton_launch
 from fd_fusion.frameworks.tensors import maker, paddle_or_torch
 from fd_fusion.kernels.all_reduce import plan as plans
 from fd_fusion.kernels.all_reduce.counts import Counts
-from fd_fusion.reasons import Reason, closed
+from fd_fusion.reasons import FusionError, Reason, because, closed
 from fd_fusion.spec import OpSpec
 from fd_fusion.tuning.limits import row_limit
 
@@ -56,7 +56,12 @@ def open(spec: OpSpec, group: Group) -> TritonOp:
         spec = spec if no_fp8 is None else dataclasses.replace(spec, fp8=())
     with triton_launch.interpreting(spec.device):
         op, refusal = as_refusal(lambda: TritonOp(spec, group))
-        agree_or_raise(group, "triton", refusal, None, spec.timeout_s)
+        how = None if op is None else f"{op._slots} slots, rows at once by path {op.at_once}"
+        ranks = agree_or_raise(group, "triton", refusal, how, spec.timeout_s)
+        # A round that a program has ended tells it about the same program of each peer.
+        for rank, got in enumerate(ranks):
+            if got != ranks[0]:
+                raise FusionError(because("launches_differ", rank=rank, got=got, need=ranks[0]))
         try:
             op.no_fp8 = no_fp8
             op._open()
@@ -139,7 +144,8 @@ class TritonOp:
         residual_out = self._new(shape, self._dtypes[0])
         norm_out = self._new(shape, self._dtypes[0]) if fp8 is None or fp8.keeps_norm else residual_out
         if rows:
-            path = ONE_SHOT if rows < self._two_shot_rows else STAYS if stays and residual is not None else TWO_SHOT
+            stays = stays and self.may_stay and residual is not None
+            path = ONE_SHOT if rows < self._two_shot_rows else STAYS if stays else TWO_SHOT
             out = norm_out.data_ptr(), residual_out.data_ptr()
             in_rounds, cut = self._cut(rows, path, self._slots, self.at_once[path])
             variant = path, residual is None, in_rounds

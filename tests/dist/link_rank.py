@@ -23,7 +23,7 @@ import torch
 
 from fd_fusion.frameworks import triton_launch
 from fd_fusion.backends import triton as backend
-from fd_fusion.backends.triton_setup import ONE_SHOT, STAYS, TWO_SHOT
+from fd_fusion.backends.triton_setup import ONE_SHOT, STAYS, TWO_SHOT, plan_of
 from fd_fusion.comm.group import Group
 from fd_fusion.comm.vote import Vote, agree
 from fd_fusion.kernels.all_reduce import plan as plans
@@ -173,6 +173,8 @@ class Variant(backend.TritonOp):
     path, untold, registers, rounds = ONE_SHOT, False, None, False
 
     def _compile(self, paths, in_rounds):
+        if self.path not in paths:
+            return {}
         kernel = triton_launch.load_kernel("all_reduce.kernel", "all_reduce_rms_norm")
         constants = plans.constants(
             self._plan,
@@ -186,7 +188,7 @@ class Variant(backend.TritonOp):
         constants["maxnreg"] = self.registers or constants["maxnreg"]
         like = (*(1 << 40,) * 7, 2, 2, 0, 0, 1e-5, 0.0)
         prepared = triton_launch.prepare(kernel, like, constants, self._spec.device)
-        return {("bfloat16", self.path, False, in_rounds): prepared} if self.path in paths else {}
+        return {("bfloat16", self.path, False, in_rounds): prepared}
 
     def _run_once(self):
         with contextlib.suppress(FusionError) if self.untold else contextlib.nullcontext():  # `cell` judges it
@@ -196,16 +198,21 @@ class Variant(backend.TritonOp):
         return super().finish(partial, residual, weight, eps, weight_offset, self.path == STAYS)
 
 
+def share_of(op, path, most, share):
+    return plans._spread(op._plan, min(op._slots, max(1, int(most * share))), path != ONE_SHOT) if most else 0
+
+
 def open_variant(name, spec, group, collective=True):
     changes = changes_of(name)
     path = ONE_SHOT if spec.two_shot_rows != 1 else STAYS if "stays" in changes else TWO_SHOT
     kind = type("Variant", (Variant,), {"path": path, "pdl": "pdl" in changes, "untold": "untold" in changes})
     kind.registers, kind.rounds = changes.get("registers"), "rounds" in changes
     with variant(name):
+        if "slots" in changes:
+            spec = dataclasses.replace(spec, workspace_bytes=plans.total_bytes(plan_of(spec), changes["slots"]))
         op = kind(spec, group)
-        op._slots = min(op._slots, changes.get("slots", op._slots))
-        share = changes.get("share", 1)
-        op.at_once = {path: tuple(min(op._slots, int(most * share)) for most in op.at_once[path])}
+        if "share" in changes:  # 0 stays 0, of a path without rounds
+            op.at_once = {path: tuple(share_of(op, path, most, changes["share"]) for most in op.at_once[path])}
         if collective:
             op._open()
             op.freeze()

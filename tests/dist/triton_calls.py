@@ -19,7 +19,7 @@ import numpy as np
 
 from fd_fusion import reference
 from fd_fusion.backends import triton as backend
-from fd_fusion.backends.triton_setup import STAYS
+from fd_fusion.backends.triton_setup import STAYS, TWO_SHOT
 from fd_fusion.comm.group import working
 from fd_fusion.kernels.all_reduce import plan as plans
 from fd_fusion.reasons import FusionError
@@ -129,15 +129,24 @@ def at_once(rows):
 
 def stays(group, options):
     """A chain of calls whose residual stays with its owners gives the norms, and at its end the residual, of one whose
-    residual comes back; a call of the other path needs and leaves a whole one; few slots make several rounds."""
+    residual comes back, in rounds or in launches; a call of the other path needs and leaves a whole one."""
     case = Case(group.size, 1, options.hidden)
     plan = plans.plan_for(group.size, case.hidden, case.dtype, interpreted=options.device == "cpu")
     for slots in options.slots:
         changes = {"two_shot_rows": options.two_shot_rows, "tuned_rows": 2, "tuned_staying_rows": 64}
         with at_once(group.size + 1):
             op = open_op(group, case, options, workspace_bytes=plans.total_bytes(plan, slots), **changes)
-        assert (op.limit, op.staying_limit, op._slots) == (2, 64, slots)
+        assert op.may_stay == (slots >= group.size)
+        assert (op.limit, op.staying_limit, op._slots) == (2, 64 if op.may_stay else 2, slots)
         for T in options.rows:
+            _chain(op, dataclasses.replace(case, rows=T), group, options.device)
+        in_rounds = op.may_stay and op.at_once[STAYS][1] > 0
+        assert in_rounds == (group.size <= slots < op.staying_limit)
+        several = [T for T in options.rows if T > slots] if in_rounds else []
+        assert all(len(op.launches(T, STAYS)) == 1 for T in several), "of rounds"
+        op.at_once[TWO_SHOT] = op.at_once[TWO_SHOT][0], 0
+        for T in several:
+            assert len(op.launches(T, TWO_SHOT)) > 1
             _chain(op, dataclasses.replace(case, rows=T), group, options.device)
         op.close()
 
@@ -280,18 +289,27 @@ def few_slots(group, options):
     """Calls of more rows than there are slots have several rounds, the first calls too, and count as such."""
     case = Case(group.size, 7, options.hidden)
     plan = plans.plan_for(group.size, case.hidden, case.dtype, interpreted=options.device == "cpu")
-    op = open_op(group, case, options, workspace_bytes=plans.total_bytes(plan, 3))
-    assert op._slots == 3, op._slots
+    op = open_op(group, case, options, workspace_bytes=plans.total_bytes(plan, 4))
+    assert op._slots == 4, op._slots
     before = op.stats()["device"]
     for rows, two_shot_rows in ((7, 1 << 62), (2, 1), (7, 1), (1, 1 << 62), (4, 1 << 62)):
         if options.device == "cpu":
             op._two_shot_rows = two_shot_rows
         check(op, dataclasses.replace(case, rows=rows, seed=rows), group.rank, options.device)
     after = op.stats()["device"]
-    # By two-shot 7 rows of two ranks are 2, 2, 2 and 1.
-    calls = 11 if options.device == "cpu" else 10
-    assert (after["rows"] - before["rows"], after["calls"] - before["calls"]) == (21, calls), (before, after)
+    assert (after["rows"] - before["rows"], after["calls"] - before["calls"]) == (21, 7), (before, after)
     op.close()
+
+
+def other_launches(group, options):
+    """Ranks that would not launch the same programs refuse, all of them."""
+    try:
+        with at_once(group.rank + 1):
+            open_op(group, Case(group.size, 1, options.hidden), options)
+    except FusionError as error:
+        assert error.reason.code == "launches_differ" and dict(error.reason.facts)["rank"] == 1, error
+    else:
+        raise AssertionError("opened")
 
 
 def rounds(group, options):
@@ -423,7 +441,7 @@ def main():
     parser.add_argument("--timeout_s", type=float, default=20)
     parser.add_argument("--calls", type=int, default=100_000)
     parser.add_argument("--two_shot_rows", type=int)
-    parser.add_argument("--slots", type=int, nargs="+", default=[13, 64])
+    parser.add_argument("--slots", type=int, nargs="+", default=[12, 64])
     parser.add_argument("--workspace_mb", type=int, default=4)
     options = parser.parse_args()
     group = this_group()

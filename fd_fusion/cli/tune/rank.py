@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from fd_fusion.backends.triton_setup import plan_of
 from fd_fusion.binding.backend_selection import load_backend
 from fd_fusion.cli.doctor.rank import one_call
 from fd_fusion.cli.processes.ranks import Progress, rank_main
@@ -21,6 +22,7 @@ from fd_fusion.comm.group import Group, working
 from fd_fusion.comm.symmetric_memory import on_all_ranks
 from fd_fusion.comm.vote import Vote, agree
 from fd_fusion.frameworks.tensors import place, synchronize, tensor
+from fd_fusion.kernels.all_reduce import plan as plans
 from fd_fusion.reasons import FusionError, because
 from fd_fusion.spec import FusedOp, OpSpec
 from fd_fusion.tuning.limits import NEVER
@@ -70,6 +72,9 @@ def _column(
     with working(group):
         op = module.open(spec, group)
     try:
+        if stays and not op.may_stay:
+            need = plans.total_bytes(plan_of(spec), spec.size)
+            raise FusionError(because("workspace_small", need=need, got=spec.workspace_bytes))
         rows = [t for t in job["rows"] if op.limit is None or t <= op.limit]
         for t in [t for t in rows if t <= _CHECKED_ROWS][:3]:
             _check(framework, spec, op, backend, t)

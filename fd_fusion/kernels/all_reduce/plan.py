@@ -178,11 +178,13 @@ def state_memory_words(plan: Plan, slots: int, *, limit: int, error_page: int, a
 
 
 def slots_of(plan: Plan, *, workspace_bytes: int, limit: int | None) -> int:
-    """Return the number of slots, the most rows of a round. `workspace_bytes` must hold a slot. Calls have up to
-    `limit` rows, None: any number; by two-shot a round has a row for each owner."""
+    """Return the number of slots, the most rows of a round: a multiple of N, or less than N where there is no memory
+    for more. `workspace_bytes` must hold a slot. Calls have up to `limit` rows, None: any number.
+    """
     fixed = total_bytes(plan, 0)
     most = (workspace_bytes - fixed) // (total_bytes(plan, 1) - fixed)
-    return most if limit is None else min(most, max(plan.size, limit))
+    most = most // plan.size * plan.size or most
+    return most if limit is None else min(most, -(-limit // plan.size) * plan.size)
 
 
 def rows_at_once(plan: Plan, slots: int, *, programs: int, two_shot: bool) -> int:
@@ -212,14 +214,13 @@ class Launch(NamedTuple):
 
 
 def launches(plan: Plan, slots: int, at_once: int, rows: int, two_shot: bool) -> list[Launch]:
-    """Return the launches of a call of `rows` rows, `at_once` of them at the same time: one where there are slots for
-    all rows.
+    """Return the launches of a call, as few as there are slots for, with up to `at_once` rows at the same time.
 
-    By two-shot each launch begins at a multiple of N, since it counts its rows anew: so row t of the call is owned by
-    rank t % N, however calls are cut. For that there must be N slots.
+    A launch counts its rows anew. So each begins at a multiple of N, where slots are: then rank t % N owns row t of
+    the call by two-shot, however calls are cut.
     """
-    unit = plan.size if two_shot and slots >= plan.size else 1
-    parts = -(-rows // (slots // unit * unit))
+    unit = 1 if slots % plan.size else plan.size
+    parts = -(-rows // slots)
     starts = [-(-rows // unit) * number // parts * unit for number in range(parts)]
     return [
         Launch(grid(plan, at_once, stop - start, two_shot)[0], start, stop - start, 1)
@@ -268,8 +269,8 @@ def constants(
     assert not fp8 or (plan.fp8 and refuses_fp8(plan) is None)
     slices = plan.slices(two_shot)
     units = plan.units * slices
-    # Found by compiling; what spills, 24 bytes at most, none on sm_90, is named in test_sass.py. Fewer registers are
-    # more rows in flight, which is speed for large T: 136 in place of 128 cost 13 % on sm_90.
+    # Found by compiling; test_sass.py names what spills, and how much. Fewer registers are more rows in flight, which
+    # is speed for large T: 136 in place of 128 cost 13 % on sm_90.
     if plan.dtype == "float32":
         registers = 192 if two_shot else 168
     else:

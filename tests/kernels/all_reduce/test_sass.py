@@ -64,16 +64,26 @@ EVERY = [
 ]
 
 
-# Bytes that a variant may spill, all others none: the registers that cure it cost rows in flight on sm_90.
+# Bytes that a variant may spill, compiled by Triton 3.9, all others none: the registers that cure it cost rows in
+# flight on sm_90.
 SPILLS = {
-    (80, 8, 8192, "bfloat16", "bfloat16", True): 16,
     (80, 4, 8192, "bfloat16", "bfloat16", True): 40,
+    (80, 4, 8192, "bfloat16", "bfloat16", True, ROUNDS): 56,
     (80, 4, 8192, "bfloat16", "bfloat16", STAYS): 40,
+    (80, 4, 8192, "bfloat16", "bfloat16", STAYS, ROUNDS): 56,
+    (80, 7, 8192, "bfloat16", "bfloat16", STAYS, ROUNDS): 8,
+    (86, 8, 5120, "float32", "float32", True, ROUNDS): 8,
+    (86, 8, 5120, "float32", "float32", STAYS, ROUNDS): 8,
+    (89, 8, 5120, "float32", "float32", True, ROUNDS): 8,
+    (89, 8, 5120, "float32", "float32", STAYS, ROUNDS): 8,
     (90, 4, 8192, "bfloat16", "bfloat16", STAYS): 16,
+    (90, 4, 8192, "bfloat16", "bfloat16", STAYS, ROUNDS): 16,
     (89, 2, 5120, "float16", "float16", False, "both", "multiply"): 16,
+    (89, 2, 5120, "float16", "float16", False, ROUNDS, "both", "multiply"): 16,
     (89, 2, 5120, "float16", "float16", False, "codes", "multiply"): 8,
-    (100, 2, 7168, "float16", "float16", False): 24,  # as other split rows of float16
-    (100, 2, 8192, "bfloat16", "bfloat16", False): 16,
+    (89, 2, 5120, "float16", "float16", False, ROUNDS, "codes", "multiply"): 8,
+    (90, 2, 5120, "float16", "float16", False, "both", "multiply"): 16,
+    (90, 2, 5120, "float16", "float16", False, "codes", "multiply"): 16,
 }
 
 
