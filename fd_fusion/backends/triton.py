@@ -93,8 +93,9 @@ class TritonOp:
         self._launches, self._fp8_launches = {}, {}
         alone = self._add_kernels(paths, False)
         several = self._add_kernels(paths_in_rounds(spec, self._plan, self._slots, alone), True)
-        # By path, of calls of one round and of rounds; 0 without such a kernel.
-        self.at_once = {path: (most, several.get(path, 0)) for path, most in alone.items()}
+        # By path, of calls of one round and of rounds; 0 without such a kernel. Its fewer registers would let it have
+        # more, and a round would end in a batch of the few rows that are left.
+        self.at_once = {path: (most, min(most, several.get(path, 0))) for path, most in alone.items()}
         word = ANY_ADDRESS, ANY_ADDRESS
         store = triton_launch.load_kernel("all_reduce.probe", "store_word")
         self._store_word = triton_launch.prepare(store, word, {}, spec.device).launch

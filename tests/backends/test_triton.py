@@ -56,7 +56,7 @@ def test_special_payloads_and_delays_of_three_ranks():
     agreed(3, "payload", "delayed", "--rows", 1, 4, "--two_shot_rows", 3)
 
 
-@pytest.mark.parametrize("size, slots, rows", [(4, 3, (2, 7)), (4, 64, (3, 7, 5)), (4, 24, (42,)), (3, 15, (29,))])
+@pytest.mark.parametrize("size, slots, rows", [(4, 3, (2, 7)), (4, 64, (3, 7, 5)), (4, 16, (27,)), (3, 9, (14,))])
 def test_a_residual_that_stays_with_its_owners(size, slots, rows):
     """Of more rows than slots too: what calls leave in rounds the last one reads, in rounds or in launches. With
     fewer slots than ranks nothing stays, whoever asks for it."""
@@ -98,6 +98,25 @@ def test_a_path_has_a_kernel_of_rounds_where_a_call_may_have_them(changes, slots
     compiled = [key for key, how in triton_setup.variants(spec, in_rounds, True) if how["rounds"]]
     bares = [(path, bare) for path in in_rounds for bare in ((False,) if path == STAYS else (False, True))]
     assert compiled == [("float32", *variant, True) for variant in bares]
+
+
+def test_rounds_work_on_no_more_rows_at_once(monkeypatch):
+    """The kernel of rounds has fewer registers, so more programs would fit, and its rounds end in short batches."""
+
+    def prepare(kernel, like, constants, device):
+        return (
+            triton_launch.Loaded(None, 5 if constants["ROUNDS"] else 4) if constants else SimpleNamespace(launch=None)
+        )
+
+    monkeypatch.setattr(backend, "CudaIpc", lambda: SimpleNamespace(multiprocessors=lambda: 132))
+    fakes = {"require_mode": None, "load_kernel": None, "uses_pdl": True}
+    for name, value in fakes.items():
+        monkeypatch.setattr(triton_launch, name, lambda *_, value=value: value)
+    monkeypatch.setattr(triton_launch, "prepare", prepare)
+    changes = {"size": 4, "hidden_size": 4096, "device": "gpu", "arch": 90, "max_token_num": 2048}
+    op = backend.TritonOp(OpSpec(**{**PLAIN, **changes, "workspace_bytes": 40 << 20}), SimpleNamespace(rank=0))
+    assert op.at_once == {ONE_SHOT: (66, 0), TWO_SHOT: (131, 131), STAYS: (131, 131)}
+    assert op.launches(2048, STAYS) == [(262, 0, 2048, 3)]
 
 
 @pytest.mark.parametrize("room, stays", [(-1, False), (0, True)])

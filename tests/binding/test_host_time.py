@@ -35,18 +35,19 @@ def test_few_calls_are_made_for_a_pair():
 
 
 def test_the_time_of_a_pair():
-    """6.4 us on the machine where two outputs take 2.4: measured against them, since that holds on a busy one too.
+    """15.0 us on the machine where two outputs take 4.8 and 48 calls of a method 3.0: measured against these, since
+    that holds on another or a busy one too.
 
     Not under a tracer: one that counts lines for coverage makes Python 2.5 times slower, and Paddle's C++ not at all.
     """
     tracer = sys.gettrace()
     sys.settrace(None)
     try:
-        pair, outputs = host_time.measure()
+        pair, outputs, calls = host_time.measure()
     finally:
         sys.settrace(tracer)
-    print(f"host time of a pair: {pair:.2f} us, of it two outputs {outputs:.2f} us")
-    assert pair <= 3.2 * outputs
+    print(f"host time of a pair: {pair:.2f} us, of it two outputs {outputs:.2f}; plain calls: {calls:.2f}")
+    assert pair <= 2.15 * (outputs + calls)
 
 
 def test_dtypes_are_compared_by_identity():

@@ -134,7 +134,7 @@ def stays(group, options):
     plan = plans.plan_for(group.size, case.hidden, case.dtype, interpreted=options.device == "cpu")
     for slots in options.slots:
         changes = {"two_shot_rows": options.two_shot_rows, "tuned_rows": 2, "tuned_staying_rows": 64}
-        with at_once(group.size + 1):
+        with at_once(group.size - 1):
             op = open_op(group, case, options, workspace_bytes=plans.total_bytes(plan, slots), **changes)
         assert op.may_stay == (slots >= group.size)
         assert (op.limit, op.staying_limit, op._slots) == (2, 64 if op.may_stay else 2, slots)
