@@ -3,25 +3,32 @@
     s = ((x_0 + x_1) + ... + x_{N-1}) + residual           in fp32, in rank order, on every rank
     residual_out = round(s);  norm_out = round(s * rsqrt(mean(s^2) + eps) * (weight + weight_offset))
 
-The life of a row: its program loads the row and stores it into the row's slot on every peer (one-shot), or on the
-row's owner alone (two-shot; the owner of row t is rank t % N). Then the program polls the slot of its own rank until
-the words of all peers are there, fills the slot with SENTINEL again, sums, norms and stores both outputs. By two-shot
-only the owner does so, and stores the finished row into the slot on every peer, where the programs of the peers poll
-for it.
+The life of row t by one-shot, on every rank alike:
+    1. Its program loads the rank's own row and stores it into the slot of row t on every peer: it pushes the row.
+    2. It polls the slot on its own rank until the words of all peers are there.
+    3. It fills the slot with SENTINEL again, the word that means "not yet" and is never sent (`packing.py`).
+    4. It sums all rows in rank order, norms, and stores both outputs.
+By two-shot rank t % N owns the row. The others push it to the owner alone. The owner does 2 to 4, and pushes the
+finished row, norm_out and residual_out, into the slot on every peer, whose program polls for it, fills the slot with
+SENTINEL and stores both outputs. A residual that stays (RESULTS == 1) is not pushed: the peers store NaN.
 
-The rows of a program: by one-shot one after the other. By two-shot in batches of N rows: the program pushes the rows
-of the other owners, finishes the row that its rank owns, then receives the others. So all programs of all ranks have
-rows to finish, and what a program waits for every rank does before it waits for anything of the same batch.
+A program has the rows number, number + stride, ...: by one-shot one after the other. By two-shot in batches of N: it
+pushes the rows of the other owners, finishes the row that its rank owns, then receives the others. So all programs of
+all ranks have rows to finish, and what a program waits for every rank does before it waits for anything of the same
+batch. C programs may share a row, a slice each (`slice_sums.py`).
 
-A row travels as 4-byte words. The word SENTINEL means "not yet", and is never sent (`packing.py`). A launch works in
-rounds, one where there are slots for all of its rows; for one round the kernel is compiled without the code of others
-(ROUNDS). Every row of a round has a slot of its own, so a round uses no word twice, and needs no fence. A slot has
-two halves, used by the rounds in turn, through all launches. A program that pushes in round k has received words of
-round k-1 from the same program of every peer, or has begun after the launch before, in which all programs have. The
-peer had ended k-2 then, which used the same half and cleared it: the end of a kernel, or the fence of that program
-between two rounds, puts that before whatever it pushed in k-1. For this every program has a row in each round, by
-two-shot one for each owner (`plan.launches`). It holds on both paths and any mixture of them. No circle of ranks
-waits for each other (tests/kernels/all_reduce/protocol_model.py).
+Slots: a launch works in rounds, one where there are slots for all of its rows; for one round the kernel is compiled
+without the code of others (ROUNDS). Every row of a round has a slot of its own, so a round uses no word twice and
+needs no fence. A slot has two halves, which the rounds use in turn, counted through all launches. What round k pushes
+finds its half empty:
+    - Round k-2 was the last that used this half, and each program cleared what it had received there.
+    - A program that pushes in round k has received words of round k-1 from the same program of every peer; or its
+      launch has just begun, and the launch before has ended, in which all programs have received such words.
+    - That peer had ended k-2 before it pushed them: in between lies the end of a kernel, or the fence of that program
+      between two rounds.
+For this every program has a row in each round, by two-shot one for each owner (`plan.launch_in_rounds`), on all ranks
+alike. It holds on both paths and any mixture of them. No circle of ranks waits for each other
+(tests/kernels/all_reduce/protocol_model.py).
 
 Bits: equal on all ranks, for every T and on both paths. Both paths end in the same `finish`, the slices in which the
 squares of a row are summed are a function of (N, H, dtype) alone (`plan.py`, `slice_sums.py`), however many of them a
@@ -296,7 +303,7 @@ def all_reduce_rms_norm(x, residual, weight, norm_out, residual_out, state_memor
                         POLL_RESULTS: tl.constexpr, OPERANDS: tl.constexpr, UNITS: tl.constexpr, PDL: tl.constexpr,
                         INTERPRETED: tl.constexpr):  # fmt: skip
     """Compute the formula above for all rows of a launch: launch the kernel on every rank in the same order, with
-    `launches` and `constants` of `plan.py`.
+    `launches` or `launch_in_rounds`, and `constants`, of `plan.py`.
 
     Args:
         x, residual, norm_out, residual_out: addresses of [rows, H], contiguous, dtype DTYPE; multiples of 16, as
@@ -306,7 +313,7 @@ def all_reduce_rms_norm(x, residual, weight, norm_out, residual_out, state_memor
         weight: address of [H], WEIGHT_DTYPE (DTYPE, or float32, or any half).
         state_memory: address of this rank's state memory. own_slots: address of this rank's own symmetric memory.
         rows: T, equal on all ranks, at least 1. rounds: of about T / rounds rows each, no more than there are slots;
-            without ROUNDS one, whatever is given. Grid and rounds from `plan.launches`. rank: in the group. op: a
+            without ROUNDS one, whatever is given. Grid and rounds are the launch's. rank: in the group. op: a
             number below 2^24 for the error page.
         eps, weight_offset: fp32; eps > 0.
     """
