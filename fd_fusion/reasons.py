@@ -223,7 +223,7 @@ triton_mode: Triton was imported before fd_fusion in the other mode (TRITON_INTE
 workspace_small: the workspace needs {need} bytes and may have {got}
     -> raise workspace_mb in the fusion config
 launches_differ: rank {rank} would launch other programs than rank 0: {got}, rank 0 {need}
-    -> give all ranks one kind of GPU and one version of Triton
+    -> give all ranks one configuration, one kind of GPU and one version of Triton
 old_gpu: the GPU is sm_{got}, older than sm_{need}
     -> use an A100 or newer
 two_streams: two streams used one workspace at once: op {op}, row {row}, launch {launch}

@@ -85,13 +85,15 @@ def _shapes(
 ) -> list[tuple[int, int, int]]:
     """Return (T, slots, rows at once) of the calls of a variant.
 
-    Of rounds: two, as if there were few slots; two launches where there are too few for rounds of a row for each of
-    `size` owners, and no call has rounds. The interpreter is slow, and runs one program after the other: there a call
-    without a residual has one row, one with a residual more rows than programs and owners.
+    Of rounds: two, as if there were few slots, with a row for each program and each of `size` owners, and one more in
+    the first. The interpreter is slow, and runs one program after the other: there a call without a residual has one
+    row, one with a residual more rows than programs and owners.
     """
     few = 1 if device == "cpu" else min(at_once, size + 1)  # by two-shot N + 1, which has no factor in common with N
     if in_rounds:
-        return [(2 * size * few, size * few, few) if size * few <= slots else (slots + 1, slots, at_once)]
+        assert size * few <= slots, "compiled for no call"
+        as_if = min(slots, size * few + 1)
+        return [(as_if + size * few, as_if, few)]
     if device == "cpu":
         return [(1, slots, at_once) if bare else (min(size + 1, slots), slots, few)]
     return [(1, slots, at_once), (at_once + 1, slots, at_once)]

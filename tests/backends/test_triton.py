@@ -78,10 +78,12 @@ def test_with_two_ranks_no_kernel_leaves_the_residual():
         ({"size": 3, "max_token_num": 64}, 64, []),  # where one-shot ends behind the limit
         ({"size": 4, "max_token_num": 512}, 512, []),
         ({"size": 4, "max_token_num": 512}, 511, [TWO_SHOT, STAYS]),  # one-shot has fewer than 40 rows
+        ({"size": 4, "max_token_num": 80}, 79, [TWO_SHOT, STAYS]),
+        ({"size": 4, "max_token_num": 79}, 78, []),  # two rounds, one of 39 rows
         ({"size": 4, "max_token_num": 512}, 40, [TWO_SHOT, STAYS]),
         ({"size": 4, "max_token_num": 512}, 39, []),  # no row for each program and owner
         ({"size": 4, "max_token_num": 512, "two_shot_rows": 50}, 40, [ONE_SHOT, TWO_SHOT, STAYS]),
-        ({"size": 4, "max_token_num": 45, "two_shot_rows": 50}, 40, [ONE_SHOT, TWO_SHOT]),
+        ({"size": 4, "max_token_num": 45, "two_shot_rows": 50}, 40, [ONE_SHOT]),  # no call takes two-shot
         # Two-shot reads what has stayed.
         ({"size": 4, "tuned_rows": 512, "tuned_staying_rows": 1024}, 512, [TWO_SHOT, STAYS]),
         ({"size": 4, "tuned_rows": 512, "tuned_staying_rows": 1024}, 1024, []),

@@ -85,7 +85,7 @@ def test_right_kernels_pass_and_each_is_launched(dtype):
         (TWO_SHOT, True, False): 1,
         (TWO_SHOT, False, False): 3,
     }
-    assert {(path, count) for (path, _, in_rounds), count in rows.items() if in_rounds} == {(0, 2), (1, 4)}
+    assert {(path, count) for (path, _, in_rounds), count in rows.items() if in_rounds} == {(0, 3), (1, 5)}
     assert (op._two_shot_rows, op._slots) == (7, 100), "what chooses path and launches is as before"
 
 
@@ -97,12 +97,14 @@ def test_on_a_gpu_every_variant_runs_in_every_shape(slots):
             shapes = triton_first_calls._shapes(size, at_once, slots, "gpu", bare, False)
             real = [(1, slots, at_once), (at_once + 1, slots, at_once)]
             assert shapes == real, "one row, and more rows than programs, by the real slots"
+        if size * at_once > slots:
+            continue  # no call has rounds
         for device, bare in itertools.product(("cpu", "gpu"), (False, True)):
             ((rows, as_if, few),) = triton_first_calls._shapes(size, at_once, slots, device, bare, True)
             found = plans.launch_in_rounds(plan, as_if, few, rows, size > 1)
-            assert rows > as_if <= slots and few <= at_once
-            enough = size * (1 if device == "cpu" else min(at_once, size + 1)) <= slots
-            assert (found is not None and found.rounds == 2) == enough, "where slots are enough for that"
+            assert found.rounds == 2 and as_if <= slots and few <= at_once
+            if size * few < slots:  # rounds of other lengths, a program with a second row, or batch, in one of them
+                assert rows % 2 and as_if > size * few and -(-rows // 2) % size == 1 % size
 
 
 def test_each_weight_dtype_that_has_a_kernel_is_run():
@@ -127,7 +129,7 @@ def test_a_wrong_variant_is_named_after_all_were_launched(variant, bug):
 @pytest.mark.parametrize("two_shot", [False, True])
 def test_a_call_of_several_rounds_is_compared_too(two_shot):
     op = FakeOp("bfloat16", (two_shot, False), "later launches wrong")
-    with pytest.raises(FusionError, match=r"T=4 in 2 rounds, .*row 3" if two_shot else r"T=2 in 2 rounds, .*row 1"):
+    with pytest.raises(FusionError, match=r"T=5 in 2 rounds, .*row 4" if two_shot else r"T=3 in 2 rounds, .*row 2"):
         run_all(op, spec_of("bfloat16"), paddle)
     assert (op._two_shot_rows, op._slots) == (7, 100), "also where it raises"
 

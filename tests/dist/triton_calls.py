@@ -286,7 +286,7 @@ def weights(group, options):
 
 
 def few_slots(group, options):
-    """Calls of more rows than there are slots have several rounds, the first calls too, and count as such."""
+    """Calls of more rows than there are slots are several launches, or rounds, and count as such."""
     case = Case(group.size, 7, options.hidden)
     plan = plans.plan_for(group.size, case.hidden, case.dtype, interpreted=options.device == "cpu")
     op = open_op(group, case, options, workspace_bytes=plans.total_bytes(plan, 4))

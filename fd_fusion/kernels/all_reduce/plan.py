@@ -20,7 +20,8 @@ SLOT_FILL = 0xFF  # the byte that all slots are filled with before the first cal
 CONTROL_BYTES = 256  # the control page, at the start of every rank's symmetric memory
 HEAD_WORDS = 16  # 8-byte words of state memory before the sums: limit, error page, addresses, counters
 ERROR_PAGE, ADDRESSES, COUNTER, ROWS = 1, 2, 10, 11  # places of these words: `context.Memory`
-COUNTER_STEP = 1 << 20  # what all programs of a launch add to the counter of launches
+COUNTER_STEP = 1 << 20  # what all programs of a launch add to the counter of rounds, for each of its rounds
+MOST_ROUNDS = (1 << 31) // COUNTER_STEP - 1  # of a launch: the kernel computes what it adds in 32 bits
 LINE_BYTES = 128  # of the cache
 SMALLEST = 2.0**-126  # what fp32 holds: the hardware's rsqrt takes less for zero
 
@@ -184,7 +185,7 @@ def slots_of(plan: Plan, *, workspace_bytes: int, limit: int | None) -> int:
     fixed = total_bytes(plan, 0)
     most = (workspace_bytes - fixed) // (total_bytes(plan, 1) - fixed)
     most = most // plan.size * plan.size or most
-    return most if limit is None else min(most, -(-limit // plan.size) * plan.size)
+    return most if limit is None else min(most, -(-max(1, limit) // plan.size) * plan.size)
 
 
 def rows_at_once(plan: Plan, slots: int, *, programs: int, two_shot: bool) -> int:
@@ -237,7 +238,7 @@ def launch_in_rounds(plan: Plan, slots: int, at_once: int, rows: int, two_shot: 
     """
     rounds = -(-rows // slots)
     enough = rows // rounds >= at_once * (plan.size if two_shot else 1)
-    if rounds == 1 or not enough or _spread(plan, at_once, two_shot) != at_once:
+    if not 1 < rounds <= MOST_ROUNDS or not enough or _spread(plan, at_once, two_shot) != at_once:
         return None
     return Launch(grid(plan, at_once, rows, two_shot)[0], 0, rows, rounds)
 

@@ -245,9 +245,9 @@ def test_plans(size, dtype):
             more = slots + 1 if slots < size else slots + size
             assert plans.total_bytes(plan, slots) <= room < plans.total_bytes(plan, more)
             assert slots < size or slots % size == 0
-            for limit in (1, 2, 7, slots, slots + 1):
+            for limit in (0, 1, 2, 7, slots, slots + 1):
                 found = plans.slots_of(plan, workspace_bytes=room, limit=limit)
-                assert found == min(slots, next(n for n in range(limit, limit + size) if n % size == 0))
+                assert found == min(slots, next(n for n in range(max(1, limit), limit + size + 1) if n % size == 0))
 
 
 @pytest.mark.parametrize("size", plans.SIZES)
@@ -292,7 +292,9 @@ def test_a_call_in_rounds(size, two_shot):
         at_once, rounds = min(slots, at_once), -(-rows // slots)
         found = plans.launch_in_rounds(plan, slots, at_once, rows, two_shot)
         fits = rows // rounds >= at_once * (size if two_shot else 1)
-        assert (found is not None) == (rounds > 1 and fits and (not two_shot or math.gcd(at_once, size) == 1))
+        assert (found is not None) == (
+            1 < rounds <= plans.MOST_ROUNDS and fits and (not two_shot or math.gcd(at_once, size) == 1)
+        )
         if found is not None:
             several += 1
             assert found == (at_once, 0, rows, rounds)
@@ -305,3 +307,6 @@ def test_many_rounds_are_one_launch_where_every_program_has_enough_rows():
     assert plans.launch_in_rounds(plan, 853, 131, 1024, True) is None, "some have 3 rows"
     assert plans.launches(plan, 853, 131, 1024, True) == [(262, 0, 512, 1), (262, 512, 512, 1)]
     assert plans.launch_in_rounds(plan, 853, 131, 1024, False) == (524, 0, 1024, 2)
+    most = plans.MOST_ROUNDS * 8
+    assert plans.launch_in_rounds(plan, 8, 1, most, True).rounds * plans.COUNTER_STEP < 1 << 31
+    assert plans.launch_in_rounds(plan, 8, 1, most + 1, True) is None, "what it adds to the counter has 32 bits"
