@@ -6,21 +6,24 @@
 The life of row t by one-shot, on every rank alike:
     1. Its program loads the rank's own row and stores it into the slot of row t on every peer: it pushes the row.
     2. It polls the slot on its own rank until the words of all peers are there.
-    3. It fills the slot with SENTINEL again, the word that means "not yet" and is never sent (`packing.py`).
-    4. It sums all rows in rank order, norms, and stores both outputs.
-By two-shot rank t % N owns the row. The others push it to the owner alone. The owner does 2 to 4, and pushes the
-finished row, norm_out and residual_out, into the slot on every peer, whose program polls for it, fills the slot with
-SENTINEL and stores both outputs. A residual that stays (RESULTS == 1) is not pushed: the peers store NaN.
+    3. It fills the slot with SENTINEL again. This 4-byte word means "not yet"; data that looks like it, a NaN, is
+       sent as another NaN (`packing.py`). At the start all slots are full of it.
+    4. It sums all rows in rank order, its own from registers, norms, and stores both outputs.
+By two-shot rank t % N owns the row. The others push it to the owner alone. The owner loads its own and does 2 to 4,
+and pushes the finished row into the slot on every peer before it stores: norm_out, and residual_out unless that stays
+(RESULTS 2 or 1). The program of each peer polls for them, fills the slot with SENTINEL and stores both outputs, NaN
+for a residual that stays: the next call needs it in the row's owner alone.
 
-A program has the rows number, number + stride, ...: by one-shot one after the other. By two-shot in batches of N: it
-pushes the rows of the other owners, finishes the row that its rank owns, then receives the others. So all programs of
-all ranks have rows to finish, and what a program waits for every rank does before it waits for anything of the same
-batch. C programs may share a row, a slice each (`slice_sums.py`).
+A program has every G-th row of a round, with G rows at work at once: by one-shot one after the other. By two-shot in
+batches of N such rows: it pushes the rows of the other owners, finishes the row that its rank owns, then receives the
+others. So every program has rows to finish; what an owner waits for its peers push before they wait for anything of
+the batch, and what a program receives the owners finish before they receive. C programs may share a row, a slice
+each, and exchange the sums of their squares in memory of their rank (`slice_sums.py`).
 
 Slots: a launch works in rounds, one where there are slots for all of its rows; for one round the kernel is compiled
 without the code of others (ROUNDS). Every row of a round has a slot of its own, so a round uses no word twice and
-needs no fence. A slot has two halves, which the rounds use in turn, counted through all launches. What round k pushes
-finds its half empty:
+needs no fence inside. A slot has two halves, which the rounds use in turn, counted through all launches by a counter
+in state memory. What round k pushes finds its half empty:
     - Round k-2 was the last that used this half, and each program cleared what it had received there.
     - A program that pushes in round k has received words of round k-1 from the same program of every peer; or its
       launch has just begun, and the launch before has ended, in which all programs have received such words.
