@@ -280,10 +280,7 @@ class TritonOp:
 
     def launches(self, rows: int, path: int) -> list[plans.Launch]:
         """Return the launches of a call of `rows` rows."""
-        (alone, several), two_shot = self.at_once[path], path != ONE_SHOT
-        if several and (one := plans.launch_in_rounds(self._plan, self._slots, several, rows, two_shot)):
-            return [one]
-        return plans.launches(self._plan, self._slots, alone, rows, two_shot)
+        return plans.launches(self._plan, self._slots, self.at_once[path], rows, path != ONE_SHOT)
 
     def _cut_call(self, rows, path, *_) -> tuple[bool, list[tuple[int, int, int, int]]]:
         """Return whether a call has rounds, and its launches. Cached, by slots and rows at once too."""

@@ -94,14 +94,15 @@ def paths_of(spec: OpSpec, plan: plans.Plan) -> tuple[int, ...]:
 def paths_in_rounds(spec: OpSpec, plan: plans.Plan, slots: int, at_once: dict[int, int]) -> list[int]:
     """Return the paths of `at_once` whose calls may have rounds: more rows than slots, and a row for each program and
     owner in each of two rounds. What has stayed is read, up to its own limit, by calls that send it back."""
-    paths = paths_of(spec, plan)
-    limit = row_limit(spec, stays=STAYS in paths)
-    most = dict.fromkeys(paths, math.inf if limit is None else limit)
-    if plan.two_shot_rows is not None:
-        most[ONE_SHOT] = min(most[ONE_SHOT], plan.two_shot_rows - 1)
-    needed = {path: rows * (1 if path == ONE_SHOT else spec.size) for path, rows in at_once.items()}
-    least = {path: slots + 1 if path == ONE_SHOT else max(slots + 1, plan.two_shot_rows or 1) for path in paths}
-    return [path for path in at_once if most[path] >= least[path] and min(slots, most[path] // 2) >= needed[path]]
+    limit = row_limit(spec, stays=STAYS in at_once)
+    most, begins = math.inf if limit is None else limit, plan.two_shot_rows or 1
+    most_of_one_shot = most if plan.two_shot_rows is None else min(most, begins - 1)
+
+    def may_have(path: int) -> bool:
+        owners, least, last = (1, 1, most_of_one_shot) if path == ONE_SHOT else (spec.size, begins, most)
+        return max(slots + 1, least) <= last and at_once[path] * owners <= min(slots, last / 2)
+
+    return [path for path in at_once if may_have(path)]
 
 
 def layout_of(plan: plans.Plan, slots: int) -> Layout:

@@ -31,10 +31,8 @@ class FakeOp:
         self._dtype, self._wrong, self._bug = dtype, wrong, bug
 
     def launches(self, rows, path):
-        plan, (alone, several) = plans.plan_for(SIZE, HIDDEN, self._dtype), self.at_once[path]
-        how = rows, path != ONE_SHOT
-        one = plans.launch_in_rounds(plan, self._slots, several, *how) if several else None
-        return [one] if one else plans.launches(plan, self._slots, alone, *how)
+        plan = plans.plan_for(SIZE, HIDDEN, self._dtype)
+        return plans.launches(plan, self._slots, self.at_once[path], rows, path != ONE_SHOT)
 
     def finish(self, partial, residual, weight, eps, weight_offset, stays=False):
         rows, bare = partial.shape[0], residual is None

@@ -214,17 +214,22 @@ class Launch(NamedTuple):
     rounds: int
 
 
-def launches(plan: Plan, slots: int, at_once: int, rows: int, two_shot: bool) -> list[Launch]:
-    """Return the launches of a call, as few as there are slots for, with up to `at_once` rows at the same time.
+def launches(plan: Plan, slots: int, at_once: tuple[int, int], rows: int, two_shot: bool) -> list[Launch]:
+    """Return the launches of a call: one of rounds if that can be, else as few as there are slots for.
 
     A launch counts its rows anew. So each begins at a multiple of N, where slots are: then rank t % N owns row t of
     the call by two-shot, however calls are cut.
+
+    Args: at_once: rows at the same time, in a launch of one round and in one of rounds; 0: there is no such kernel.
     """
+    alone, in_rounds = at_once
+    if in_rounds and (one := launch_in_rounds(plan, slots, in_rounds, rows, two_shot)):
+        return [one]
     unit = 1 if slots % plan.size else plan.size
     parts = -(-rows // slots)
     starts = [-(-rows // unit) * number // parts * unit for number in range(parts)]
     return [
-        Launch(grid(plan, at_once, stop - start, two_shot)[0], start, stop - start, 1)
+        Launch(grid(plan, alone, stop - start, two_shot)[0], start, stop - start, 1)
         for start, stop in itertools.pairwise([*starts, rows])
     ]
 

@@ -75,15 +75,15 @@ class Rank:
         aliased = self.case.get("aliased")
         norm_out = x if aliased else np.full_like(x, 0x1234)
         residual_out = residual if aliased else np.full_like(x, 0x1234)
-        how = self.plan, self.case["slots"], self.case["programs"], rows, two_shot
-        in_rounds = plans.launch_in_rounds(*how)
+        at_once = self.case["programs"], self.case["programs"]
+        cut = plans.launches(self.plan, self.case["slots"], at_once, rows, two_shot)
         constants = plans.constants(
             self.plan,
             weight_dtype=self.case["weight_dtype"],
             has_residual=self.case.get("residual", True),
             two_shot=two_shot,
             residual_stays=self.case.get("residual_stays", False),
-            rounds=in_rounds is not None,
+            rounds=cut[0].rounds > 1,
             fp8=self.case.get("fp8"),
         )
         fp8 = Fp8(self.case, rows) if self.case.get("fp8") else None
@@ -91,7 +91,7 @@ class Rank:
         module, name = ("kernel_fp8", "all_reduce_rms_norm_fp8") if fp8 else ("kernel", "all_reduce_rms_norm")
         kernel = triton_launch.load_kernel(f"all_reduce.{module}", name)
         launch = triton_launch.prepare(kernel, (), constants, "cpu").launch
-        for programs, start, count, rounds in [in_rounds] if in_rounds else plans.launches(*how):
+        for programs, start, count, rounds in cut:
             address = [t.ctypes.data + start * x.strides[0] for t in (x, residual, weight, norm_out, residual_out)]
             address[2:3] = [weight.ctypes.data]
             address += [self.state_memory.ctypes.data, int(self.state_memory[2 + self.rank])]

@@ -65,9 +65,8 @@ def run_program(kernels, case, plan, member, rank, pid, own_slots):
         if case.get("absent") == [rank, step]:
             return
         member.barrier.wait(60)
-        how = plan, case["slots"], case["programs"], rows, case["two_shot"][step]
-        in_rounds = plans.launch_in_rounds(*how)
-        ((programs, _, _, rounds),) = [in_rounds] if in_rounds else plans.launches(*how)
+        at_once, two_shot = (case["programs"], case["programs"]), case["two_shot"][step]
+        ((programs, _, _, rounds),) = plans.launches(plan, case["slots"], at_once, rows, two_shot)
         if pid >= programs or case.get("absent_program") == [rank, step, pid]:
             continue
         builder.set_grid_dim = lambda *_, programs=programs: set_dim(programs, 1, 1)
@@ -76,7 +75,7 @@ def run_program(kernels, case, plan, member, rank, pid, own_slots):
             plan,
             weight_dtype=case["weight_dtype"],
             has_residual=True,
-            two_shot=case["two_shot"][step],
+            two_shot=two_shot,
             rounds=rounds > 1,
             fp8=case.get("fp8"),
         )

@@ -272,7 +272,7 @@ def test_the_launches_of_a_call(size, two_shot):
     residual that one call left with the owners is read by another, which may be cut otherwise."""
     plan = plans.plan_for(size, 64, "bfloat16")
     for slots, at_once, rows in CALLS:
-        found = plans.launches(plan, slots, min(slots, at_once), rows, two_shot)
+        found = plans.launches(plan, slots, (min(slots, at_once), 0), rows, two_shot)
         assert [start for _, start, _, _ in found] == [0, *itertools.accumulate(one.rows for one in found)][:-1]
         assert sum(one.rows for one in found) == rows
         for one in found:
@@ -305,7 +305,9 @@ def test_many_rounds_are_one_launch_where_every_program_has_enough_rows():
     plan = plans.plan_for(4, 4096, "bfloat16")
     assert plans.launch_in_rounds(plan, 853, 131, 2048, True) == (262, 0, 2048, 3)
     assert plans.launch_in_rounds(plan, 853, 131, 1024, True) is None, "some have 3 rows"
-    assert plans.launches(plan, 853, 131, 1024, True) == [(262, 0, 512, 1), (262, 512, 512, 1)]
+    assert plans.launches(plan, 853, (131, 131), 1024, True) == [(262, 0, 512, 1), (262, 512, 512, 1)]
+    assert plans.launches(plan, 853, (131, 131), 2048, True) == [(262, 0, 2048, 3)]
+    assert len(plans.launches(plan, 853, (131, 0), 2048, True)) == 3, "there is no kernel of rounds"
     assert plans.launch_in_rounds(plan, 853, 131, 1024, False) == (524, 0, 1024, 2)
     most = plans.MOST_ROUNDS * 8
     assert plans.launch_in_rounds(plan, 8, 1, most, True).rounds * plans.COUNTER_STEP < 1 << 31
