@@ -2,6 +2,7 @@
 
 import os
 import types
+from pathlib import Path
 
 _GIB = 1 << 30
 
@@ -40,6 +41,8 @@ def use_cuda_road(platforms):
     _replace_cuda(paddle)
     _replace_collectives(paddle)
     _quantise(paddle)
+    if "avx512f" not in Path("/proc/cpuinfo").read_text():
+        paddle.incubate.nn.functional.fused_rms_norm = _rms_norm
     if os.environ.get("SERVING_DTYPE") == "bfloat16":
         _compute_halves(paddle)
 
@@ -127,6 +130,17 @@ def _quantise(paddle):
     from cpu_host.ops.fp8 import fp8_quant_blockwise
 
     paddle.incubate.nn.functional.fp8_quant_blockwise = fp8_quant_blockwise  # compiled for a GPU alone
+
+
+def _rms_norm(x, norm_weight, norm_bias, epsilon, begin_norm_axis=1, bias=None, residual=None, **quant):
+    """Paddle's `fused_rms_norm` by its formula: the CPU kernel of 3.3.1 uses AVX-512 wherever it runs, and a process
+    ends by SIGILL where the processor has none.
+
+    Returns: x + residual, normed over the last axis, and that sum.
+    """
+    assert norm_bias is None and bias is None and begin_norm_axis in (-1, x.ndim - 1) and quant["quant_scale"] <= 0
+    total = x if residual is None else x + residual
+    return total * (total.square().mean(-1, keepdim=True) + epsilon).rsqrt() * norm_weight, total
 
 
 def _compute_halves(paddle):
