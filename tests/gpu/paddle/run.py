@@ -40,6 +40,7 @@ PIECES = ROOT / ".paddle_gpu"
 LIMIT_S = int(os.environ.get("LIMIT_S", "340"))
 DIES = -signal.SIGKILL
 FOUR = ("--two_shot_rows", 5, "--rows", 3, 7, 5, 64)
+IN_ROUNDS = ("--two_shot_rows", 6, "--rows", 3, 46, 130, 7, "--slots", 24, 64)  # 46 and 130 in 24 slots
 MANY = ("--workspace_mb", 128, "--rows", 2, 2200)  # more rows than run at once: batches of N for a program
 ROWS = ("--rows", 1, 3, 15, 17, 600, 2)
 NEEDS = dict.fromkeys(("own_layers", "demo", "two_ranks_launched", "nccl_in_turn", "tune"), 2)  # NCCL: one rank a GPU
@@ -205,6 +206,7 @@ def cases(scratch: str, gpus: int) -> tuple[dict, dict]:
         "staying": staying,
         "fp8": ranks("runtime.py", "fp8", "--hidden", 1024, seconds=90),
         "four_ranks": ranks("runtime.py", "stays", "fp8", "--hidden", 1024, *FOUR, size=4, seconds=120),
+        "rounds": ranks("runtime.py", "rounds", "stays", "--hidden", 1024, *IN_ROUNDS, size=4, seconds=120),
         "batches": ranks("runtime.py", "numbers", "--hidden", 1024, *MANY, size=4, seconds=120),
         "numbers": ranks("runtime.py", "numbers", "payload", "together", "--hidden", 1024, *ROWS, seconds=100),
         "two_ranks_launched": command(
