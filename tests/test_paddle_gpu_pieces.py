@@ -68,11 +68,11 @@ def test_what_needs_more_gpus_is_skipped_and_never_passed(monkeypatch, tmp_path,
 
     assert run.main(tmp_path, []) == (1 if fails else 0)
     found = json.loads((tmp_path / "results.json").read_text())
-    assert len(found) == 27
+    assert len(found) == 28
     need = {name: f"needs {number} GPUs" for name, number in run.NEEDS.items() if number > gpus}
     assert {name: case["skipped"] for name, case in found.items() if "skipped" in case} == need
     ran = {name: case["passed"] for name, case in found.items() if "skipped" not in case}
-    assert len(need) == skipped and len(ran) == 27 - skipped
+    assert len(need) == skipped and len(ran) == 28 - skipped
     assert [name for name, passed in ran.items() if not passed] == ([fails] if fails else [])
     assert (tmp_path / "log.txt").read_text().count(": skipped: needs ") == skipped
     replays = next(words for words, _ in asked if "many_replays" in words)
