@@ -1,6 +1,7 @@
 """The scripts of tests/gpu/paddle, as far as they need neither a wheel of 759 MB nor a GPU."""
 
 import importlib.util
+import itertools
 import json
 import struct
 import sys
@@ -12,6 +13,7 @@ import pytest
 
 from fd_fusion.frameworks import triton_launch
 from fd_fusion.frameworks.triton_launch import Loaded
+from fd_fusion.kernels.all_reduce import plan as plans
 
 FOLDER = Path(__file__).parent / "gpu/paddle"
 
@@ -77,6 +79,16 @@ def test_what_needs_more_gpus_is_skipped_and_never_passed(monkeypatch, tmp_path,
     assert (tmp_path / "log.txt").read_text().count(": skipped: needs ") == skipped
     replays = next(words for words, _ in asked if "many_replays" in words)
     assert replays[-1] == (100_000 if gpus > 1 else 2_000)
+
+
+def test_calls_of_more_rows_than_slots_can_be_of_rounds():
+    """`triton_calls.stays` asks for one launch of them, with 3 rows of four ranks at once."""
+    run, plan = load("run"), plans.plan_for(4, 1024, "bfloat16")
+    for words in (run.FOUR, run.IN_ROUNDS):
+        at = words.index("--slots")
+        rows, slots = words[words.index("--rows") + 1 : at], words[at + 1 :]
+        more = [(most, count) for most, count in itertools.product(slots, rows) if count > most]
+        assert more and all(plans.launch_in_rounds(plan, most, 3, count, True) for most, count in more)
 
 
 def test_every_part_of_the_host_time_can_be_called(monkeypatch, capsys):

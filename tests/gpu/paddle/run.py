@@ -39,7 +39,7 @@ from tests.support.ranks import run_ranks
 PIECES = ROOT / ".paddle_gpu"
 LIMIT_S = int(os.environ.get("LIMIT_S", "340"))
 DIES = -signal.SIGKILL
-FOUR = ("--two_shot_rows", 5, "--rows", 3, 7, 5, 64)
+FOUR = ("--two_shot_rows", 5, "--rows", 3, 7, 5, 64, "--slots", 16, 64)  # 64 in 16 slots are rounds
 IN_ROUNDS = ("--two_shot_rows", 6, "--rows", 3, 46, 130, 7, "--slots", 24, 64)  # 46 and 130 in 24 slots
 MANY = ("--workspace_mb", 128, "--rows", 2, 2200)  # more rows than run at once: batches of N for a program
 ROWS = ("--rows", 1, 3, 15, 17, 600, 2)
