@@ -358,7 +358,7 @@ def fp8(group, options):
     """Codes and scales are the contract's bits for the norm that the call without FP8 gives, which it still gives."""
     case, on_cpu = Case(group.size, 7, max(256, options.hidden)), options.device == "cpu"
     plan = plans.plan_for(group.size, case.hidden, case.dtype, interpreted=on_cpu, fp8=True)
-    few = plans.total_bytes(plan, max(3, group.size))  # then a call of more rows has rounds, or launches
+    few = plans.total_bytes(plan, max(3, group.size))  # then a call of 5 rows has rounds, or launches
     for forms, room in ((FP8[:2], options.workspace_mb << 20), (FP8[2:], few)):
         changes = {"workspace_bytes": room, "two_shot_rows": options.two_shot_rows}
         op = open_op(group, case, options, fp8=forms, **changes)
