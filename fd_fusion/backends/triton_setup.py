@@ -95,12 +95,14 @@ def paths_in_rounds(spec: OpSpec, plan: plans.Plan, slots: int, at_once: dict[in
     """Return the paths of `at_once` whose calls may have rounds: more rows than slots, and a row for each program and
     owner in each of two rounds. What has stayed is read, up to its own limit, by calls that send it back."""
     limit = row_limit(spec, stays=STAYS in at_once)
-    most, begins = math.inf if limit is None else limit, plan.two_shot_rows or 1
-    most_of_one_shot = most if plan.two_shot_rows is None else min(most, begins - 1)
+    limit = math.inf if limit is None else limit
 
     def may_have(path: int) -> bool:
-        owners, least, last = (1, 1, most_of_one_shot) if path == ONE_SHOT else (spec.size, begins, most)
-        return max(slots + 1, least) <= last and at_once[path] * owners <= min(slots, last / 2)
+        if path == ONE_SHOT:
+            owners, least, most = 1, 1, min(limit, (plan.two_shot_rows or math.inf) - 1)
+        else:
+            owners, least, most = spec.size, plan.two_shot_rows or 1, limit
+        return max(slots + 1, least) <= most and at_once[path] * owners <= min(slots, most / 2)
 
     return [path for path in at_once if may_have(path)]
 

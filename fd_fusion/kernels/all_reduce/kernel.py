@@ -306,7 +306,7 @@ def all_reduce_rms_norm(x, residual, weight, norm_out, residual_out, state_memor
                         POLL_RESULTS: tl.constexpr, OPERANDS: tl.constexpr, UNITS: tl.constexpr, PDL: tl.constexpr,
                         INTERPRETED: tl.constexpr):  # fmt: skip
     """Compute the formula above for all rows of a launch: launch the kernel on every rank in the same order, with
-    `launches` or `launch_in_rounds`, and `constants`, of `plan.py`.
+    `launches` and `constants` of `plan.py`.
 
     Args:
         x, residual, norm_out, residual_out: addresses of [rows, H], contiguous, dtype DTYPE; multiples of 16, as
